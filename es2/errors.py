@@ -1,0 +1,26 @@
+"""The two ways in which work can end without a result.
+
+Everything a user can cause is an `InputError`, everything the machine refuses (disk, memory, network) is a
+`MachineError`. Both carry one sentence that names the thing and the fix; the command line turns them into exit
+codes 2 and 1, the app into a message, and neither ever shows a traceback.
+"""
+
+from __future__ import annotations
+
+
+class Es2Error(Exception):
+    """A failure whose message is one clear sentence for the user. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class InputError(Es2Error):
+    """Bad input: a wrong name, a damaged file, an impossible setting. The user can mend it."""
+
+    exit_code = 2
+
+
+class MachineError(Es2Error):
+    """The machine or the network refused: no space, no memory, no permission, no connection."""
+
+    exit_code = 1

@@ -1,0 +1,373 @@
+"""Labelled prompts and their splits.
+
+Everything the workbench claims rests on who may look at which prompt, so the split is a property of the prompt itself:
+a stable hash of its contrast pair, computed nowhere else, the same on every machine, and unmoved when other prompts
+come or go. Readers are strict for the same reason. A row that cannot be understood stops the load with its number and
+column; silently dropping it would change a measurement.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int8
+
+from es2.errors import InputError, MachineError
+
+logger = logging.getLogger(__name__)
+
+HARMFUL = 1
+HARMLESS = 0
+LABELS = {"harmful": HARMFUL, "harmless": HARMLESS}
+LABEL_NAMES = {HARMFUL: "harmful", HARMLESS: "harmless"}
+
+SPLITS = ("tune", "watch", "probe", "test")
+_SPLIT_ENDS = (0.5, 0.6, 0.8, 1.0)
+
+MAX_PROMPT_CHARACTERS = 20_000
+MAX_FILE_BYTES = 200 * 2**20
+
+Row = tuple[str, Mapping[str, Any]]
+"""Where a row stands (`row 7`), and its cells by column."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts with everything known about them, column by column, in the order in which they were read.
+
+    Attributes:
+        name: `builtin`, a file's stem, or `hf:…`; for display only.
+        texts: the prompts, without white space at either end.
+        labels: 1 harmful, 0 harmless.
+        categories: the source's own category, or `unspecified`.
+        pairs: the contrast pair's id. A prompt without one has an id of its own, made from its text, so this is
+            always the unit of folds, bootstraps and shuffles.
+        splits: one of `SPLITS` for each prompt.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    labels: Int8[np.ndarray, "prompt"]
+    categories: tuple[str, ...]
+    pairs: tuple[str, ...]
+    splits: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies texts, labels, categories, pairs and splits, whatever their order."""
+        rows = sorted(
+            zip(self.texts, self.labels.tolist(), self.categories, self.pairs, self.splits, strict=True),
+        )
+        return _digest(rows)
+
+    @cached_property
+    def texts_digest(self) -> str:
+        """Identifies the texts in their order: what an activation set depends on."""
+        return _digest(self.texts)
+
+    def in_split(self, split: str) -> Bool[np.ndarray, "prompt"]:
+        """Which prompts stand in `split`."""
+        if split not in SPLITS:
+            raise ValueError(f"Unknown split {split!r}; one of {', '.join(SPLITS)}.")
+        return np.array([own == split for own in self.splits], dtype=bool)
+
+    def select(self, keep: Bool[np.ndarray, "prompt"]) -> PromptSet:
+        """The prompts for which `keep` holds, in the same order."""
+        rows = np.flatnonzero(keep)
+
+        def pick(column: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(column[row] for row in rows)
+
+        return PromptSet(
+            self.name,
+            pick(self.texts),
+            self.labels[rows],
+            pick(self.categories),
+            pick(self.pairs),
+            pick(self.splits),
+        )
+
+
+def _digest(value: object) -> str:
+    data = json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode()
+    return hashlib.blake2b(data, digest_size=12).hexdigest()
+
+
+def stable_hash(text: str) -> int:
+    """A 64-bit hash of `text` that is the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+
+
+def split_of(pair: str) -> str:
+    """The split of a contrast pair: `tune` 50 %, `watch` 10 %, `probe` 20 %, `test` 20 % of the hash's range."""
+    place = stable_hash("split:" + pair) / 2**64
+    return next(split for split, end in zip(SPLITS, _SPLIT_ENDS, strict=True) if place < end)
+
+
+def normalised(text: str) -> str:
+    """The text as duplicates are looked for: Unicode-composed, case-folded, white space collapsed."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def own_pair(text: str) -> str:
+    """The pair id of a prompt that belongs to no pair."""
+    return "text:" + hashlib.blake2b(normalised(text).encode(), digest_size=8).hexdigest()
+
+
+def load_prompts(source: str) -> PromptSet:
+    """Read a prompt set.
+
+    Args:
+        source: `builtin`; the path of a `.csv`, `.jsonl` or `.parquet` file with columns `prompt` and `label`
+            (`harmful` or `harmless`) and, where known, `category`, `pair` and `split`; or `hf:<dataset>[:split]`
+            for a data set of the Hugging Face Hub with those columns.
+
+    Raises:
+        InputError: with the row and the column, when the source cannot be read as prompts.
+        MachineError: when the Hub cannot be reached.
+    """
+    if source == "builtin":
+        return load_builtin()
+    if source.startswith("hf:"):
+        return _load_hub(source)
+    return load_file(Path(source))
+
+
+def load_builtin() -> PromptSet:
+    """The contrast pairs written for this project (`es2/data/contrast_pairs.csv`; `docs/prompts.md` tells how)."""
+    table = resources.files("es2") / "data" / "contrast_pairs.csv"
+    rows = []
+    for number, pair in enumerate(csv.DictReader(io.StringIO(table.read_text(encoding="utf-8"))), start=2):
+        for label in LABELS:
+            row = {"prompt": pair[label], "label": label, "category": pair["category"], "pair": pair["pair"]}
+            rows.append((f"row {number}", row))
+    return from_rows("builtin", rows, where="the built-in prompts")
+
+
+def load_file(path: Path) -> PromptSet:
+    """Read prompts from a CSV, JSONL or Parquet file; raises as `load_prompts` does."""
+    shown = repr(str(path)[:300])
+    if "\0" in str(path):
+        raise InputError("The prompt file's name holds a NUL byte; give the path of a .csv, .jsonl or .parquet file.")
+    try:
+        if not path.exists():
+            raise InputError(
+                f"There is no prompt file {shown}; give builtin, a .csv, .jsonl or .parquet file, or hf:<dataset>."
+            )
+        if path.is_dir():
+            raise InputError(f"{shown} is a folder; give the .csv, .jsonl or .parquet file inside it.")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{shown} is larger than {MAX_FILE_BYTES >> 20} MB; give a smaller file of short prompts.")
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{shown} cannot be read ({error.strerror or error}); check its name and permissions."
+        ) from error
+    return parse_prompts(data, path.name)
+
+
+def parse_prompts(data: bytes, file_name: str) -> PromptSet:
+    """Read prompts from a file's content; the ending of `file_name` tells the format. Raises as `load_prompts` does."""
+    suffix = Path(file_name).suffix.lower()
+    if suffix not in _READERS:
+        raise InputError(f"{file_name!r} is no prompt file: its name must end in {', '.join(_READERS)}.")
+    if not data.strip():
+        raise InputError(f"{file_name!r} is empty; it needs rows with the columns prompt and label.")
+    return from_rows(Path(file_name).stem, _READERS[suffix](data, file_name), where=repr(file_name))
+
+
+def _text(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{where!r} is not UTF-8 text (line {line}); save it as UTF-8.") from error
+
+
+def _csv_rows(data: bytes, where: str) -> Iterator[Row]:
+    text = _text(data, where)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = [name.strip().lower() for name in reader.fieldnames or []]
+        reader.fieldnames = header
+        for column in ("prompt", "label"):
+            if header.count(column) != 1:
+                raise InputError(
+                    f"{where!r} needs exactly one column {column!r} in its header (found: {', '.join(header)[:200]})."
+                )
+        for row in reader:
+            place = f"row {reader.line_num}"
+            if None in row:
+                raise InputError(f"{where!r}, {place}: more cells than the header has; quote prompts that hold commas.")
+            yield place, row
+    except csv.Error as error:
+        raise InputError(f"{where!r}, row {reader.line_num + 1}: not valid CSV ({error}).") from error
+
+
+def _jsonl_rows(data: bytes, where: str) -> Iterator[Row]:
+    for number, line in enumerate(_text(data, where).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where!r}, row {number}: not valid JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{where!r}, row {number}: expected an object with the keys prompt and label.")
+        yield f"row {number}", {str(key).strip().lower(): cell for key, cell in row.items()}
+
+
+def _parquet_rows(data: bytes, where: str) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(io.BytesIO(data))
+        columns = [name.strip().lower() for name in table.column_names]
+        rows = table.rename_columns(columns).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{where!r} is not a readable Parquet file ({str(error)[:200]}).") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number}", row
+
+
+_READERS = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+
+
+def _load_hub(source: str) -> PromptSet:
+    """Read a Hub data set from the Parquet copy that the Hub keeps of it, so that no data set's own code runs."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    name, _, split = source.removeprefix("hf:").partition(":")
+    split = split or "train"
+    branch = "refs/convert/parquet"
+    try:
+        files = HfApi().list_repo_files(name, repo_type="dataset", revision=branch)
+        wanted = sorted(file for file in files if file.endswith(".parquet") and f"/{split}/" in f"/{file}")
+        if not wanted:
+            found = sorted({Path(file).parent.name for file in files if file.endswith(".parquet")})
+            raise InputError(f"The data set {name!r} has no split {split!r}; it has: {', '.join(found) or 'none'}.")
+        rows: list[Row] = []
+        for file in wanted:
+            local = hf_hub_download(name, file, repo_type="dataset", revision=branch)
+            rows += [(f"{file}, {place}", row) for place, row in _parquet_rows(Path(local).read_bytes(), file)]
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise InputError(
+            f"The Hugging Face Hub has no data set {name!r} that you may read; "
+            "check the name, or log in if it is a gated one."
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise MachineError(
+            f"The Hugging Face Hub cannot be reached for the data set {name!r} ({type(error).__name__}); "
+            "check the network, or download the data set and give the file's path."
+        ) from error
+    return from_rows(source, rows, where=f"the data set {name!r}")
+
+
+def from_rows(name: str, rows: Iterable[Row], *, where: str) -> PromptSet:
+    """Check rows one by one and make a prompt set of them.
+
+    Args:
+        name: the set's name.
+        rows: where each row stands (`row 7`), and its cells by column.
+        where: the source as an error message should call it.
+
+    Returns:
+        The set: texts stripped, exact duplicates merged with a warning, splits assigned.
+
+    Raises:
+        InputError: for the first row that is wrong, with its place and column; when one text stands under both
+            labels; when a pair stands in two splits; when there is no row at all.
+    """
+    texts: list[str] = []
+    labels: list[int] = []
+    categories: list[str] = []
+    pairs: list[str] = []
+    splits: list[str] = []
+    seen: dict[str, tuple[int, str]] = {}
+    exact: set[str] = set()
+    split_of_pair: dict[str, tuple[str, str]] = {}
+    merged = 0
+    for place, row in rows:
+        at = f"{where}, {place}"
+        text = _cell(row, "prompt", at)
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise InputError(
+                f"{at}, column prompt: {len(text):,} characters are too many; "
+                f"prompts are short requests of at most {MAX_PROMPT_CHARACTERS:,} characters."
+            )
+        label_name = _cell(row, "label", at).casefold()
+        if label_name not in LABELS:
+            raise InputError(f"{at}, column label: {label_name[:60]!r} is unknown; write harmful or harmless.")
+        label = LABELS[label_name]
+        key = normalised(text)
+        other_label, other_place = seen.setdefault(key, (label, place))
+        if other_label != label:
+            raise InputError(
+                f"{at}: this text stands under both labels (the other at {other_place}); keep one: {text[:80]!r}."
+            )
+        if text in exact:
+            merged += 1
+            continue
+        exact.add(text)
+        pair = _cell(row, "pair", at, needed=False) or own_pair(text)
+        split = _cell(row, "split", at, needed=False).casefold() or split_of(pair)
+        if split not in SPLITS:
+            raise InputError(f"{at}, column split: {split[:60]!r} is unknown; write one of {', '.join(SPLITS)}.")
+        other_split, other_place = split_of_pair.setdefault(pair, (split, place))
+        if other_split != split:
+            raise InputError(
+                f"{at}, column split: the pair {pair[:60]!r} stands in {split} here and in {other_split} at "
+                f"{other_place}; both members of a pair belong to one split."
+            )
+        texts.append(text)
+        labels.append(label)
+        categories.append(_cell(row, "category", at, needed=False) or "unspecified")
+        pairs.append(pair)
+        splits.append(split)
+    if not texts:
+        raise InputError(f"{where} holds no prompt; it needs at least one row under the columns prompt and label.")
+    if merged:
+        logger.warning("%s: %d exact duplicate(s) merged.", where, merged)
+    return PromptSet(
+        name, tuple(texts), np.array(labels, dtype=np.int8), tuple(categories), tuple(pairs), tuple(splits)
+    )
+
+
+def _cell(row: Mapping[str, Any], column: str, at: str, *, needed: bool = True) -> str:
+    value = row.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        if needed:
+            raise InputError(f"{at}, column {column}: empty; every row needs a prompt and a label.")
+        return ""
+    if not isinstance(value, str):
+        if not needed and isinstance(value, int):
+            return str(value)
+        raise InputError(f"{at}, column {column}: expected text, found {type(value).__name__}.")
+    text = value.strip()
+    if "\0" in text:
+        raise InputError(f"{at}, column {column}: holds a NUL byte; remove it.")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{at}, column {column}: holds half of a surrogate pair, which is no character; remove it.")
+    return text
