@@ -1,0 +1,264 @@
+"""Files and folders that are whole or absent: atomic writes, digests, locks, and moving damage aside.
+
+Everything that the workbench keeps goes through here, so that one page of code answers what happens when a process is
+killed, a disk is full or a byte has changed. A folder is written under a temporary name, flushed to the disk and
+renamed. Who writes holds the lock of the folder's key, and the lock is the kernel's, which ends with the process; that
+is how what a killed writer left behind is told from what a living one is still writing.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from es2.errors import InputError, MachineError
+
+logger = logging.getLogger(__name__)
+
+_KEY = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_REMEMBER_FROM_BYTES = 2**20  # smaller files are hashed again faster than a memo is looked up
+_CLOCK_GRAIN_NS = 2 * 10**9  # a file that changed this recently can change again without a new modification time
+
+
+class DamagedError(InputError):
+    """An artifact was not what had been written there; it has been set aside under another name."""
+
+
+def home() -> Path:
+    """The folder that holds `cached_activations/` and `runs/`: `$ES2_HOME`, or else the current folder."""
+    return Path(os.environ.get("ES2_HOME") or ".").absolute()
+
+
+def user_cache() -> Path:
+    """The folder for what every project of one user shares (models, digests): `$ES2_CACHE`, or the system's choice."""
+    return Path(os.environ.get("ES2_CACHE") or platformdirs.user_cache_dir("es2")).absolute()
+
+
+def machine_error(error: OSError, path: Path, setting: str = "ES2_HOME") -> MachineError:
+    """The sentence for a write that the machine refused at `path`; `setting` names the variable that moves it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MachineError(
+            f"No space is left on the disk for {path}; free some, or set {setting} to a folder on another disk."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return MachineError(
+            f"No permission to write {path}; make its folder writable, or set {setting} to one that is."
+        )
+    return MachineError(
+        f"Cannot write {path} ({error.strerror or error}); check the folder, or set {setting} to another one."
+    )
+
+
+def unreadable(error: OSError, path: Path) -> MachineError:
+    """The sentence for a read that the machine refused."""
+    return MachineError(f"Cannot read {path} ({error.strerror or error}); check the disk and the file's permissions.")
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON file so that readers see the old content or the new, never a part.
+
+    Raises:
+        OSError: as the machine gives it; nothing is left behind.
+        ValueError: for NaN and infinities, which JSON does not have.
+    """
+    temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if the file is absent or holds anything else.
+
+    Raises:
+        MachineError: when the file is there and cannot be read: not the same as damaged.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return None
+    except OSError as error:
+        raise unreadable(error, path) from error
+    return document if isinstance(document, dict) else None
+
+
+def content_key(parts: Mapping[str, Any]) -> str:
+    """24 hexadecimal characters that identify `parts` (JSON values): equal for equal content, whatever the order."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The BLAKE2b digest (64 hexadecimal characters) of a file's bytes.
+
+    Digests of files above 1 MB are remembered in `user_cache()` by path, size and modification time, so that 14 GB of
+    weights are read once. A file that changed within the last two seconds is not remembered: within the grain of the
+    clock it could change again unnoticed.
+
+    Raises:
+        OSError: when the file cannot be read.
+    """
+    path = path.resolve()
+    stat = path.stat()
+    if stat.st_size < _REMEMBER_FROM_BYTES:
+        return _digest(path)
+    identity = {"path": str(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    memo = user_cache() / "digests" / f"{content_key({'path': str(path)})}.json"
+    if (known := _recall(memo, identity)) is not None:
+        return known
+    digest = _digest(path)
+    settled = abs(time.time_ns() - stat.st_mtime_ns) > _CLOCK_GRAIN_NS
+    if settled and path.stat().st_mtime_ns == stat.st_mtime_ns:
+        try:
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memo, identity | {"digest": digest})
+        except OSError as error:
+            logger.warning("The digest of %s is not remembered (%s), so it is read again next time.", path, error)
+    return digest
+
+
+def _recall(memo: Path, identity: Mapping[str, Any]) -> str | None:
+    try:
+        known = read_json(memo) or {}
+    except MachineError as error:
+        logger.warning("%s", error)
+        return None
+    digest = known.pop("digest", None)
+    return digest if isinstance(digest, str) and known == identity else None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+
+
+@contextmanager
+def lock(root: Path, key: str, while_waiting: Callable[[], None] | None = None, timeout: float = -1) -> Iterator[None]:
+    """Hold the lock of `key`; the thread that holds it may take it again. Raises `Timeout`."""
+    path = root / ".locks" / f"{checked_key(key)}.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(path, is_singleton=True)
+        while True:
+            try:
+                held.acquire(timeout=timeout if while_waiting is None else 0.5)
+                break
+            except Timeout:
+                if while_waiting is None:
+                    raise
+                while_waiting()
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        raise machine_error(error if isinstance(error, OSError) else OSError(str(error)), path) from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextmanager
+def new_folder(parent: Path, root: Path, key: str) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `parent/key` when the block succeeds and vanishes when it does not.
+
+    Writers hold the lock of their key, which is how folders that a killed writer left behind are told from living
+    ones. If `parent/key` exists by then it stays: equal keys mean equal content.
+    """
+    final = parent / key
+    with lock(root, key):
+        temporary = parent / f".tmp-{key}-{secrets.token_hex(4)}"
+        try:
+            parent.mkdir(exist_ok=True)
+            _sweep(parent, root)
+            temporary.mkdir()
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary]:
+                _flush(path)
+            if not final.exists():
+                temporary.rename(final)
+                _flush(parent)
+        except (OSError, SafetensorError) as error:
+            raise machine_error(_numbered(error, parent), final) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _numbered(error: Exception, folder: Path) -> OSError:
+    """The error with its number, which numpy and safetensors leave out when the disk is full."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    full = "No space left" in str(error) or shutil.disk_usage(folder).free < 2**16
+    return OSError(errno.ENOSPC if full else 0, str(error))
+
+
+def _sweep(parent: Path, root: Path) -> None:
+    """Remove temporary folders whose writer is gone: nobody holds the lock of their key."""
+    for stale in parent.glob(".tmp-*"):
+        key = stale.name.removeprefix(".tmp-").rpartition("-")[0]
+        if not is_key(key):
+            continue
+        try:
+            with lock(root, key, timeout=0):
+                shutil.rmtree(stale, ignore_errors=True)
+        except Timeout:
+            continue
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def set_aside(path: Path, inode: int, problem: str) -> DamagedError:
+    """Rename a damaged folder, unless another process has done so, and return the error that says so."""
+    what = f"{path.parent.parent.name}/{path.name}" if path.parent.name == "derived" else path.name
+    where = "was set aside"
+    try:
+        if path.stat().st_ino == inode:
+            number = 1
+            while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+                number += 1
+            path.rename(aside)
+            where = f"was set aside as {aside.name}"
+    except FileNotFoundError:
+        pass  # another process set it aside
+    except OSError as error:
+        where = f"cannot be set aside ({error.strerror})"
+    return DamagedError(f"The artifact {what} is damaged ({problem}) and {where}; compute it again.")
+
+
+def is_key(name: str) -> bool:
+    """Whether a folder of this name can be an artifact; temporary and set-aside ones cannot."""
+    return _KEY.fullmatch(name) is not None
+
+
+def checked_key(key: str) -> str:
+    """`key`, once it is sure that it is no path. Raises `InputError`."""
+    if not is_key(key):
+        raise InputError(f"{key[:80]!r} is no key of an artifact; keys are lower-case letters and digits.")
+    return key

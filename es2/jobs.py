@@ -1,0 +1,324 @@
+"""Work in processes of its own: starting it, finding it, and what the process itself does.
+
+Whatever needs torch runs apart from the app, so that a crash cannot take the app down, closing the browser stops
+nothing, and a job started by a scheduler on another machine looks the same as one started by a click. What the two
+sides share is a folder under `runs/` (`es2.job_folder`). Heavy jobs take turns, first come first served, one per host;
+the waiting is done by the jobs themselves, before they import anything large, so there is no scheduler that could die.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from es2.errors import Es2Error, InputError, MachineError
+from es2.files import home, machine_error, write_json
+from es2.job_folder import ACTIVE, FORMAT_VERSION, HOST, STATUSES, Job, children, read_job, reap, seconds_left, tail
+
+__all__ = [
+    "ACTIVE",
+    "STATUSES",
+    "Cancelled",
+    "Job",
+    "Reporter",
+    "Task",
+    "launch",
+    "list_jobs",
+    "open_job",
+    "run_job",
+    "seconds_left",
+    "silent",
+]
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 2.0
+_ID = re.compile(r"\d{8}-\d{6}-\d{6}-[a-z][a-z0-9]*-[0-9a-f]{6}")
+_KIND = re.compile(r"[a-z][a-z0-9]*")
+_OWN_ENTRIES = ("format", "kind", "created", "heavy")
+
+
+class Cancelled(Exception):  # noqa: N818 (a request that was followed, not an error)
+    """Raised by a `Reporter` when the work should stop."""
+
+
+class Reporter(Protocol):
+    """Told about progress; every library function that takes long takes one and calls it at each step."""
+
+    def __call__(self, stage: str, done: int, total: int, **numbers: float) -> None:
+        """Say that `done` of `total` steps of `stage` are behind us, with any `numbers` worth a curve.
+
+        Raises:
+            Cancelled: when the work should stop.
+        """
+
+
+Task = Callable[[dict[str, Any], Reporter], dict[str, Any]]
+"""What a job runs: given its config and a reporter, it returns a result of JSON values."""
+
+
+def silent(stage: str, done: int, total: int, **numbers: float) -> None:
+    """A `Reporter` that tells nobody and never cancels."""
+
+
+def launch(
+    kind: str,
+    config: Mapping[str, Any],
+    *,
+    root: Path | None = None,
+    heavy: bool = True,
+    command: Sequence[str] | None = None,
+) -> Job:
+    """Lay a job down in a folder of its own and start a process for it.
+
+    Args:
+        kind: which task to run.
+        config: what the task is given; JSON values.
+        root: the folder of all jobs; `home()/runs` if not given.
+        heavy: whether it takes turns with the other heavy jobs of this host.
+        command: what to start, followed by the folder; `python -m es2 job` if not given.
+
+    Raises:
+        MachineError: when the folder cannot be written or the process cannot be started; nothing is left behind.
+    """
+    if not _KIND.fullmatch(kind) or any(name in config for name in _OWN_ENTRIES):
+        raise ValueError(f"A job's kind is a lower-case word and its config has no {', '.join(_OWN_ENTRIES)}.")
+    reap()
+    now = datetime.now(UTC)
+    path = _root(root) / f"{now:%Y%m%d-%H%M%S-%f}-{kind}-{secrets.token_hex(3)}"
+    own = {"format": FORMAT_VERSION, "kind": kind, "created": now.isoformat(), "heavy": heavy}
+    child = None
+    try:
+        path.mkdir(parents=True)
+        write_json(path / "config.json", own | dict(config))
+        with (path / "log.txt").open("ab") as log:
+            child = subprocess.Popen(
+                [*(command or (sys.executable, "-m", "es2", "job")), str(path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        write_json(path / "launched.json", {"host": HOST, "pid": child.pid, "time": time.time()})
+    except OSError as error:
+        if child is not None:
+            child.kill()
+            child.wait()
+        shutil.rmtree(path, ignore_errors=True)
+        raise machine_error(error, path) from error
+    children[path] = child
+    return read_job(path)
+
+
+def list_jobs(root: Path | None = None, kind: str | None = None) -> list[Job]:
+    """Every readable job, newest first, or those of one kind; what cannot be read is skipped with a warning."""
+    folder = _root(root)
+    jobs = []
+    for path in sorted(folder.iterdir() if folder.is_dir() else (), reverse=True):
+        if not _ID.fullmatch(path.name) or not (path / "config.json").exists():
+            continue  # no job, or one that is being laid down
+        try:
+            job = read_job(path)
+        except InputError as error:
+            logger.warning("%s", error)
+            continue
+        if kind in (None, job.kind):
+            jobs.append(job)
+    return jobs
+
+
+def open_job(id: str, root: Path | None = None) -> Job:
+    """The job of this id.
+
+    Raises:
+        InputError: when there is none, or it was written by a newer version.
+    """
+    folder = _root(root)
+    if not _ID.fullmatch(id) or not (folder / id).is_dir():
+        raise InputError(f"There is no job {id[:80]!r} in {folder}; `es2 runs` lists those there are.")
+    return read_job(folder / id)
+
+
+def _root(root: Path | None) -> Path:
+    return (root or home() / "runs").absolute()
+
+
+def run_job(folder: Path, tasks: Mapping[str, Task]) -> int:
+    """Run the job that was laid down in `folder`, in this process, and write how it ended.
+
+    A task is given the config and a reporter, and returns a result of JSON values. One that ends itself early
+    returns `{"status": "stopped", "reason": sentence, …}`. An `Es2Error` ends the job as failed with its sentence; any
+    other exception as failed with a sentence that names the log, which has the traceback.
+
+    Returns:
+        The process's exit code: 0 done or stopped, 2 bad input, 1 anything else.
+
+    Raises:
+        InputError: when the folder holds no job, the job has ended, or another process runs it.
+    """
+    job = read_job(folder.absolute())
+    with _Life(job) as life:
+        end, exit_code = _attempt(job, tasks, life)
+        try:
+            life.write_event(event="status", status=end["status"])
+            write_json(job.path / "result.json", {"format": FORMAT_VERSION, "finished": time.time()} | end)
+        except (OSError, MachineError) as error:
+            logger.error("Job %s cannot record that it is %s: %s", job.id, end["status"], error)
+            return 1
+    return exit_code
+
+
+def _attempt(job: Job, tasks: Mapping[str, Task], life: _Life) -> tuple[dict[str, Any], int]:
+    """Run the task; return what `result.json` says, and the exit code."""
+    try:
+        if job.kind not in tasks:
+            raise InputError(f"Unknown kind of job {job.kind!r}; one of {', '.join(tasks)}.")
+        life.check()
+        with ExitStack() as turn:
+            if job.config.get("heavy", True):
+                turn.enter_context(_turn(job, life))
+            life.enter("running")
+            result = tasks[job.kind](dict(job.config), life.report)
+        json.dumps(result, allow_nan=False)
+        if result.get("status") == "stopped":
+            return {"status": "stopped", "result": result, "error": result.get("reason")}, 0
+        return {"status": "done", "result": result, "error": None}, 0
+    except Exception as error:
+        if life.stop:  # a process that is asked to stop may fail in any way: its children were asked too
+            logger.info("Cancelled.", exc_info=not isinstance(error, Cancelled))
+            return {"status": "cancelled", "result": None, "error": None}, 1
+        if isinstance(error, Es2Error):
+            logger.error("%s", error)
+            return {"status": "failed", "result": None, "error": str(error)}, error.exit_code
+        logger.exception("Job %s failed unexpectedly.", job.id)
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
+        sentence = f"The {job.kind} job failed unexpectedly ({what}); {job.path / 'log.txt'} has the details."
+        return {"status": "failed", "result": None, "error": sentence}, 1
+
+
+@contextmanager
+def _turn(job: Job, life: _Life) -> Iterator[None]:
+    """Wait until no earlier heavy job of this host is left, and none runs."""
+    ahead = [other for other in list_jobs(job.path.parent) if other.is_ahead_of(job)]
+    turn = FileLock(job.path.parent / f".turn-{HOST}.lock")
+    while True:
+        life.check()
+        ahead = [other for other in ahead if other.is_active()]
+        if not ahead:
+            try:
+                turn.acquire(timeout=0)
+                break
+            except Timeout:
+                pass  # a later job took its turn before this one was resumed
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        turn.release()
+
+
+class _Life:
+    """What a job's process does beside its work: hold the lock, show a heartbeat, log events, hear a call to stop."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.stop = False
+        self._over = threading.Event()
+        self._beat = threading.Thread(target=self._show_heartbeat, daemon=True)
+        self._last: tuple[str, float] = ("", 0.0)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Life:
+        path = self.job.path
+        with ExitStack() as stack:
+            lock = FileLock(path / "lock")
+            try:
+                lock.acquire(timeout=2)  # not 0: whoever asks for the status looks at the lock, too
+                stack.callback(lock.release)
+                self._events = stack.enter_context((path / "events.jsonl").open("ab", buffering=0))
+            except Timeout:
+                raise InputError(f"Job {self.job.id} is being run by another process.") from None
+            except OSError as error:
+                raise machine_error(error, path) from error
+            if (end := self.job.ending()) is not None:
+                raise InputError(f"Job {self.job.id} has ended already ({end}).")
+            if (written := tail(path / "events.jsonl")) and not written.endswith(b"\n"):
+                self._events.write(b"\n")  # what a killed process began must not spoil the next line
+            for number in (signal.SIGTERM, signal.SIGINT):
+                stack.callback(signal.signal, number, signal.signal(number, self._hear))
+            self.enter("queued")
+            self._beat.start()
+            stack.callback(self._beat.join)
+            stack.callback(self._over.set)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def enter(self, state: str) -> None:
+        """Show that the job is now `queued` or `running`."""
+        try:
+            record = {"host": HOST, "pid": os.getpid(), "state": state}
+            write_json(self.job.path / "heartbeat.json", record)
+        except OSError as error:
+            raise machine_error(error, self.job.path) from error
+        self.write_event(event="status", status=state)
+
+    def check(self) -> None:
+        """Raise `Cancelled` when somebody asked for it."""
+        self.stop = self.stop or (self.job.path / "cancel").exists()
+        if self.stop:
+            raise Cancelled
+
+    def report(self, stage: str, done: int, total: int, **numbers: float) -> None:
+        """The `Reporter` of the task. At most ten events a second, unless they carry numbers or end a stage."""
+        if self.stop:
+            raise Cancelled
+        now = time.monotonic()
+        if stage == self._last[0] and now - self._last[1] < 0.1 and done < total and not numbers:
+            return
+        self._last = (stage, now)
+        finite = {name: float(number) if math.isfinite(number) else None for name, number in numbers.items()}
+        self.write_event(event="progress", stage=stage, done=int(done), total=int(total), **finite)
+
+    def write_event(self, **entries: Any) -> None:
+        """Append one line to `events.jsonl`. Raises `MachineError` when the disk refuses."""
+        line = json.dumps({"time": time.time(), **entries}, ensure_ascii=False)
+        try:
+            self._events.write(line.encode() + b"\n")
+        except OSError as error:
+            raise machine_error(error, self.job.path / "events.jsonl") from error
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.stop = True
+
+    def _show_heartbeat(self) -> None:
+        while not self._over.wait(HEARTBEAT_SECONDS):
+            if not self.job.path.is_dir():
+                self.stop = True  # whoever removed the folder underfoot wants no result
+                break
+            if (self.job.path / "cancel").exists():
+                self.stop = True  # how a request from another host arrives
+            try:
+                os.utime(self.job.path / "heartbeat.json")
+            except OSError as error:
+                logger.warning("The heartbeat of job %s cannot be written: %s", self.job.id, error)

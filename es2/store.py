@@ -1,0 +1,414 @@
+"""The store behind `cached_activations/`: folders that are whole or absent, found by what decided their content.
+
+Capturing costs minutes, hours on a large model, so its results are kept, and everything else (the analysis, the app,
+another machine) works from the files alone. Three habits make that safe without a database or a server. A folder is
+written under a temporary name, flushed, and renamed, so a crash or a full disk never leaves half of one. Its name is
+a hash of everything that decided the numbers, so asking again finds it and two different requests never meet. And it
+is checked against its own digests before its numbers are used; whatever fails is moved aside, not deleted and not
+believed. Locks keep two processes from computing the same thing; they are the kernel's, so they end with a process.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Float32
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from es2.errors import Es2Error, InputError
+from es2.files import (
+    DamagedError,
+    checked_key,
+    content_key,
+    file_digest,
+    home,
+    is_key,
+    lock,
+    machine_error,
+    new_folder,
+    read_json,
+    set_aside,
+    unreadable,
+    user_cache,
+    write_json,
+)
+
+__all__ = [
+    "ActivationSet",
+    "DamagedError",
+    "Store",
+    "content_key",
+    "file_digest",
+    "home",
+    "machine_error",
+    "read_json",
+    "user_cache",
+    "write_json",
+]
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+
+_META, _ACTIVATIONS, _TEXTS, _DIGESTS = "meta.json", "activations.safetensors", "texts.parquet", "digests.json"
+_STORED_DTYPES = {"F16": "float16", "F32": "float32"}
+
+
+class _UnsoundError(Exception):
+    """What is wrong with an artifact, before it is decided what becomes of it."""
+
+
+@dataclass(frozen=True)
+class ActivationSet:
+    """Embeddings of a prompt set under one model, on disk; cheap to make, since only `meta.json` is read.
+
+    Attributes:
+        key: the name of its folder, a hash of everything that decided its numbers.
+        path: its folder.
+        meta: what `meta.json` says; unknown entries are kept.
+        inode: the folder's identity when it was read, so that a successor of the same name is not taken for it.
+    """
+
+    key: str
+    path: Path
+    meta: dict[str, Any] = field(compare=False, repr=False)
+    inode: int = field(compare=False, repr=False)
+
+    @property
+    def model(self) -> str:
+        """The model's display name."""
+        return str(self.meta["model"])
+
+    @property
+    def run(self) -> str | None:
+        """The fine-tuning run whose adapter was on; None for the base model."""
+        return self.meta.get("run")
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """The token positions that were kept."""
+        return tuple(self.meta["positions"])
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers."""
+        return int(self.meta["n_layers"])
+
+    @property
+    def n_prompts(self) -> int:
+        """How many prompts, in the order of `texts`."""
+        return int(self.meta["n_prompts"])
+
+    @property
+    def d_model(self) -> int:
+        """Dimensions of one embedding."""
+        return int(self.meta["d_model"])
+
+    @property
+    def texts_digest(self) -> str:
+        """`PromptSet.texts_digest` of the prompts."""
+        return str(self.meta["texts_digest"])
+
+    @property
+    def created(self) -> str:
+        """When it was written: ISO 8601, UTC; empty if not recorded."""
+        return str(self.meta.get("created", ""))
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts, in the order of the embeddings. Raises as `check` does."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.check()
+        try:
+            texts = tuple(pq.read_table(self.path / _TEXTS, columns=["text"])["text"].to_pylist())
+        except (pa.ArrowException, KeyError) as error:
+            raise set_aside(self.path, self.inode, f"{_TEXTS}: {error}") from error
+        except OSError as error:
+            raise self._unreadable(error) from error
+        if len(texts) != self.n_prompts:
+            raise set_aside(self.path, self.inode, f"{len(texts)} texts for {self.n_prompts} prompts")
+        return texts
+
+    def layer(self, l: int, position: str = "last") -> Float32[np.ndarray, "prompt d_model"]:  # noqa: E741
+        """The embeddings of one layer, read in one contiguous piece.
+
+        Args:
+            l: the layer, `0 ≤ l < n_layers`.
+            position: one of `positions`.
+
+        Raises:
+            InputError: for a layer or position that is not there, and as `check` does.
+        """
+        if not 0 <= l < self.n_layers:
+            raise InputError(f"Layer {l} is out of range: {self.model} has layers 0 to {self.n_layers - 1}.")
+        if position not in self.positions:
+            raise InputError(
+                f"Position {position!r} was not captured for {self.model} (only {', '.join(self.positions)}); "
+                f"capture it with --position {position}."
+            )
+        self.check()
+        try:
+            with safe_open(self.path / _ACTIVATIONS, framework="numpy") as file:
+                return np.asarray(file.get_slice(position)[l], dtype=np.float32)
+        except SafetensorError as error:
+            raise set_aside(self.path, self.inode, str(error)) from error
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def check(self) -> None:
+        """Compare the files with their digests and the header with `meta.json`; once per object, remembered after.
+
+        Raises:
+            DamagedError: when they differ; the folder has then been set aside.
+            InputError: when the folder is gone.
+            MachineError: when it cannot be read.
+        """
+        _ = self._checked
+
+    @cached_property
+    def _checked(self) -> bool:
+        try:
+            self._compare()
+        except OSError as error:
+            raise self._unreadable(error) from error
+        except (_UnsoundError, SafetensorError) as error:
+            raise set_aside(self.path, self.inode, str(error)) from error
+        return True
+
+    def _compare(self) -> None:
+        for name in (_ACTIVATIONS, _TEXTS):
+            path = self.path / name
+            if self.path.exists() and not path.is_file():
+                raise _UnsoundError(f"{name} is missing")
+            if file_digest(path) != self.meta["files"].get(name):
+                raise _UnsoundError(f"{name} is not what was written")
+        shape = [self.n_layers, self.n_prompts, self.d_model]
+        with safe_open(self.path / _ACTIVATIONS, framework="numpy") as file:
+            for position in self.positions:
+                tensor = file.get_slice(position)
+                if tensor.get_shape() != shape or tensor.get_dtype() not in _STORED_DTYPES:
+                    raise _UnsoundError(f"{position} is {tensor.get_dtype()} {tensor.get_shape()}, not {shape}")
+
+    def _unreadable(self, error: OSError) -> Es2Error:
+        return unreadable(error, self.path) if self.path.is_dir() else self._removed()
+
+    def _removed(self) -> InputError:
+        return InputError(f"The activation set {self.key} was removed; capture it again.")
+
+    def derived(self, key: str) -> Path | None:
+        """The folder of what was computed from this set under `key`; None if absent, or damaged (then set aside).
+
+        Raises:
+            InputError: for an impossible key, or a folder written by a newer version.
+        """
+        path = self.path / "derived" / checked_key(key)
+        try:
+            inode = path.stat().st_ino
+        except OSError:
+            return None
+        document = read_json(path / _DIGESTS) or {}
+        try:
+            _check_format(document.get("format"), path)
+            if _digests(path) != document.get("files"):
+                raise _UnsoundError("its files are not what was written")
+        except _UnsoundError as error:
+            logger.warning("%s", set_aside(path, inode, str(error)))
+            return None
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return path
+
+    @contextmanager
+    def write_derived(self, key: str) -> Iterator[Path]:
+        """Yield a folder to write into; when the block succeeds it is what `derived(key)` finds, else it is removed.
+
+        Raises:
+            InputError: for an impossible key, or when this set was removed.
+            MachineError: when the disk is full or refuses; nothing is left behind.
+        """
+        if not self.path.is_dir():
+            raise self._removed()
+        with new_folder(self.path / "derived", self.path.parent, key) as folder:
+            yield folder
+            write_json(folder / _DIGESTS, {"format": FORMAT_VERSION, "files": _digests(folder)})
+
+
+def _check_format(version: object, path: Path) -> None:
+    if not isinstance(version, int) or version < 1:
+        raise _UnsoundError("it has no format version")
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"{path} was written by a newer ES2 Workbench (format {version}, this one reads up to {FORMAT_VERSION}); "
+            f"update ES2 Workbench, or move that folder away."
+        )
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _DIGESTS)
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def _read_meta(path: Path) -> ActivationSet:
+    """Read a set's `meta.json`. Raises `_UnsoundError` or, for a newer format, `InputError`."""
+    inode = path.stat().st_ino
+    meta = read_json(path / _META)
+    if meta is None:
+        raise _UnsoundError(f"{_META} is missing or no JSON object")
+    _check_format(meta.get("format"), path)
+    positions = meta.get("positions")
+    sound = (
+        all(isinstance(meta.get(name), int) and meta[name] > 0 for name in ("n_layers", "n_prompts", "d_model"))
+        and all(isinstance(meta.get(name), str) for name in ("model", "texts_digest"))
+        and isinstance(positions, list)
+        and all(isinstance(position, str) for position in positions)
+        and isinstance(meta.get("files"), dict)
+        and meta.get("key", path.name) == path.name
+    )
+    if not sound:
+        raise _UnsoundError(f"{_META} lacks an entry, or describes something else")
+    return ActivationSet(path.name, path, meta, inode)
+
+
+class Store:
+    """Activation sets under one folder, by key.
+
+    Args:
+        root: the folder; `home()/cached_activations` if not given. It is made when something is written.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = (root or home() / "cached_activations").absolute()
+
+    def open(self, key: str) -> ActivationSet:
+        """The checked activation set of this key.
+
+        Raises:
+            InputError: when it is absent, damaged (`DamagedError`: it has been set aside), of a newer format, or
+                `key` is no key.
+            MachineError: when it cannot be read.
+        """
+        path = self.root / checked_key(key)
+        try:
+            inode = path.stat().st_ino
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"There is no activation set {key} in {self.root}; capture it first.") from None
+        except OSError as error:
+            raise unreadable(error, path) from error
+        try:
+            activations = _read_meta(path)
+        except _UnsoundError as error:
+            raise set_aside(path, inode, str(error)) from error
+        activations.check()
+        return activations
+
+    def get(self, key: str) -> ActivationSet | None:
+        """As `open`, but None when it is absent or damaged."""
+        if not (self.root / checked_key(key)).is_dir():
+            return None
+        try:
+            return self.open(key)
+        except DamagedError as error:
+            logger.warning("%s", error)
+            return None
+
+    def list(self) -> list[ActivationSet]:
+        """Every readable set, newest first; what cannot be read is skipped with a warning. Only `meta.json` is read."""
+        found = []
+        for path in self.root.iterdir() if self.root.is_dir() else ():
+            if not (is_key(path.name) and path.is_dir()):
+                continue
+            try:
+                found.append(_read_meta(path))
+            except (_UnsoundError, Es2Error, OSError) as error:
+                logger.warning("Skipped %s: %s", path, error)
+        return sorted(found, key=lambda activations: (activations.created, activations.key), reverse=True)
+
+    def find(self, *, model: str, texts_digest: str, position: str, run: str | None = None) -> ActivationSet | None:
+        """The newest checked set of these prompts under this model and run that holds `position`; None if none does."""
+        for activations in self.list():
+            wanted = (activations.model, activations.texts_digest, activations.run) == (model, texts_digest, run)
+            if wanted and position in activations.positions and (checked := self.get(activations.key)):
+                return checked
+        return None
+
+    @contextmanager
+    def lock(self, key: str, while_waiting: Callable[[], None] | None = None) -> Iterator[None]:
+        """Hold the lock of `key`, so that one process computes and the others wait and then read.
+
+        Args:
+            key: of an activation set, or of something derived from one.
+            while_waiting: called twice a second while another process holds the lock; it may raise to give up.
+
+        Raises:
+            InputError: for an impossible key.
+            MachineError: when the store cannot be written.
+        """
+        with lock(self.root, key, while_waiting):
+            yield
+
+    def write(
+        self,
+        key: str,
+        meta: Mapping[str, Any],
+        texts: Sequence[str],
+        arrays: Mapping[str, Float[np.ndarray, "layer prompt d_model"]],
+    ) -> ActivationSet:
+        """Write an activation set, whole or not at all; one that is there already stays.
+
+        Args:
+            key: see `content_key`.
+            meta: at least `model` and `texts_digest`; format, shape, dtype, digests and time are added here.
+            texts: the prompts, in the order of the arrays' second axis.
+            arrays: float16 or float32, by position, all of one shape.
+
+        Raises:
+            InputError: for an impossible key.
+            MachineError: when the disk is full or refuses; nothing is left behind.
+            ValueError: when the arrays do not fit each other or the texts.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        shape, dtype = _shape_and_dtype(arrays)
+        if shape[1] != len(texts):
+            raise ValueError(f"{len(texts)} texts for embeddings of {shape[1]} prompts.")
+        with lock(self.root, key):
+            if existing := self.get(key):
+                return existing
+            with new_folder(self.root, self.root, key) as folder:
+                save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / _ACTIVATIONS)
+                pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), folder / _TEXTS)
+                own = {
+                    "format": FORMAT_VERSION,
+                    "key": key,
+                    "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+                    "positions": list(arrays),
+                    "n_layers": shape[0],
+                    "n_prompts": shape[1],
+                    "d_model": shape[2],
+                    "dtype": dtype,
+                    "files": _digests(folder),
+                }
+                write_json(folder / _META, dict(meta) | own)
+            return _read_meta(self.root / key)
+
+
+def _shape_and_dtype(arrays: Mapping[str, np.ndarray]) -> tuple[tuple[int, int, int], str]:
+    kinds = {(array.shape, array.dtype.name) for array in arrays.values()}
+    if len(kinds) != 1:
+        raise ValueError(f"Arrays of one shape and dtype are needed, not {sorted(kinds)}.")
+    (shape, dtype) = kinds.pop()
+    if len(shape) != 3 or dtype not in _STORED_DTYPES.values():
+        raise ValueError(f"[layer, prompt, d_model] in float16 or float32 is needed, not {shape} in {dtype}.")
+    return shape, dtype
