@@ -49,8 +49,9 @@ def user_cache() -> Path:
     return Path(os.environ.get("ES2_CACHE") or platformdirs.user_cache_dir("es2")).absolute()
 
 
-def machine_error(error: OSError, path: Path, setting: str = "ES2_HOME") -> MachineError:
-    """The sentence for a write that the machine refused at `path`; `setting` names the variable that moves it."""
+def machine_error(error: OSError, path: Path) -> MachineError:
+    """The sentence for a write that the machine refused at `path`, with the variable that moves it elsewhere."""
+    setting = "ES2_CACHE" if path.absolute().is_relative_to(user_cache()) else "ES2_HOME"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MachineError(
             f"No space is left on the disk for {path}; free some, or set {setting} to a folder on another disk."

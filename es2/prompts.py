@@ -252,12 +252,7 @@ _READERS = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
 def _load_hub(source: str) -> PromptSet:
     """Read a Hub data set from the Parquet copy that the Hub keeps of it, so that no data set's own code runs."""
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 
     name, _, split = source.removeprefix("hf:").partition(":")
     split = split or "train"
@@ -277,7 +272,7 @@ def _load_hub(source: str) -> PromptSet:
             f"The Hugging Face Hub has no data set {name!r} that you may read; "
             "check the name, or log in if it is a gated one."
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, OSError) as error:
         raise MachineError(
             f"The Hugging Face Hub cannot be reached for the data set {name!r} ({type(error).__name__}); "
             "check the network, or download the data set and give the file's path."

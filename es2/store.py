@@ -140,7 +140,7 @@ class ActivationSet:
             raise set_aside(self.path, self.inode, f"{len(texts)} texts for {self.n_prompts} prompts")
         return texts
 
-    def layer(self, l: int, position: str = "last") -> Float32[np.ndarray, "prompt d_model"]:  # noqa: E741
+    def layer(self, l: int, position: str = "last") -> Float32[np.ndarray, "prompt d_model"]:
         """The embeddings of one layer, read in one contiguous piece.
 
         Args:

@@ -174,11 +174,15 @@ def test_unreadable_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (errno.EIO, "Cannot write"),
     ],
 )
-def test_refusals_name_the_thing_and_the_fix(number: int, words: str) -> None:
-    sentence = str(machine_error(OSError(number, os.strerror(number)), Path("/data/x"), "ES2_CACHE"))
+@pytest.mark.parametrize(("place", "setting"), [("cache/models/x", "ES2_CACHE"), ("runs/x", "ES2_HOME")])
+def test_refusals_name_the_thing_and_the_fix(
+    number: int, words: str, place: str, setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ES2_CACHE", str(tmp_path / "cache"))
+    sentence = str(machine_error(OSError(number, os.strerror(number)), tmp_path / place))
     assert sentence.startswith(words)
-    assert "/data/x" in sentence
-    assert "ES2_CACHE" in sentence
+    assert place in sentence
+    assert setting in sentence
 
 
 def test_a_lock_excludes_others_but_not_its_holder(tmp_path: Path) -> None:

@@ -183,11 +183,13 @@ class TestRefusals:
 
 
 class TestHub:
-    def test_no_network_is_a_sentence(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("library", [True, False])
+    def test_no_network_is_a_sentence(self, monkeypatch: pytest.MonkeyPatch, library: bool) -> None:
         import huggingface_hub
+        from huggingface_hub.errors import HTTPError
 
         def offline(*_args: object, **_options: object) -> None:
-            raise ConnectionError("no route")
+            raise HTTPError("no route") if library else ConnectionError("no route")
 
         monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
         with pytest.raises(MachineError, match="cannot be reached for the data set 'some/set'"):

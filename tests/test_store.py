@@ -73,7 +73,7 @@ def test_round_trip(store: Store) -> None:
     assert read.positions == ("last", "last_instruction")
     assert read.texts == TEXTS
     for position, array in arrays().items():
-        for l in range(SHAPE[0]):  # noqa: E741
+        for l in range(SHAPE[0]):
             layer = read.layer(l, position)
             assert layer.dtype == np.float32
             np.testing.assert_array_equal(layer, array[l])
@@ -133,7 +133,7 @@ def test_arrays_that_do_not_fit_are_refused(store: Store, bad: dict[str, np.ndar
 
 def test_layers_and_positions_that_are_not_there(store: Store) -> None:
     activations = write(store)
-    for l in (-1, 3):  # noqa: E741
+    for l in (-1, 3):
         with pytest.raises(InputError, match="layers 0 to 2"):
             activations.layer(l)
     with pytest.raises(InputError, match="only last, last_instruction"):
