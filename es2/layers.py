@@ -1,0 +1,415 @@
+"""The per-layer table: every number of every layer, before and after, with intervals, and which two layers to target.
+
+One function does it all because the honesty of the numbers is a matter of who sees what: probes, frames, costs and the
+recommendation come from `probe` alone, every number shown comes from `test` (or from a test set of other origin), and
+both models are measured on the same resamples of the same pairs. Layers are independent of each other, so they are
+spread over a few threads, each with single-threaded linear algebra, which on small matrices is the faster way round.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from es2.errors import InputError
+from es2.geometry import Frame, cloud_numbers, direction_cosine, fit_frame
+from es2.jobs import Reporter, silent
+from es2.probes import Probes, accuracy, auroc, cross_validate, fit_path, probe_numbers, signed_distance
+from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, normalised
+from es2.resampling import Replicates, canonical, fold_of, interval, resample_pairs, safe_ratio, shuffled_labels
+from es2.results import (
+    ANALYSIS_FORMAT,
+    LENGTHS,
+    NUMBERS,
+    Analysis,
+    AnalysisConfig,
+    Change,
+    CostPoint,
+    Interval,
+    LayerNumbers,
+)
+from es2.sources import ArrayLayers, LayerSource, Readers, TestSet
+
+__all__ = [
+    "ANALYSIS_FORMAT",
+    "Analysis",
+    "AnalysisConfig",
+    "ArrayLayers",
+    "LayerNumbers",
+    "LayerSource",
+    "TestSet",
+    "analyze",
+    "recommend",
+]
+
+MIN_PER_LABEL = 2
+MAX_THREADS = 8
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What all layers and both models share: who is looked at, with which weights, folds and shuffled labels."""
+
+    config: AnalysisConfig
+    probe_rows: Int[np.ndarray, "probe"]
+    probe_labels: Int[np.ndarray, "probe"]
+    probe_folds: Int[np.ndarray, "probe"]
+    probe_shuffles: Int[np.ndarray, "shuffle probe"]
+    test_rows: Int[np.ndarray, "test"]
+    test_labels: Int[np.ndarray, "test"]
+    test_shuffles: Int[np.ndarray, "shuffle test"]
+    weights: Float[np.ndarray, "resample test"]
+    self_folds: Int[np.ndarray, "test"] | None
+
+    def interval(self, replicates: Replicates) -> Interval:
+        return interval(replicates, self.config.confidence)
+
+
+def _plan(prompts: PromptSet, test: TestSet | None, config: AnalysisConfig) -> _Plan:
+    if test is not None:
+        known = {normalised(text) for text in prompts.texts}
+        shared = sum(normalised(text) in known for text in test.prompts.texts)
+        if shared:
+            raise InputError(
+                f"{shared} test prompts of {test.prompts.name!r} also stand in {prompts.name!r}; leave them out."
+            )
+    probe_rows, probe = canonical(prompts, "probe")
+    tested = prompts if test is None else test.prompts
+    test_rows, measured = canonical(tested, "test" if test is None else None)
+    _check_labels(probe, f"The `probe` split of {prompts.name!r}", "a probe")
+    whose = f"The `test` split of {prompts.name!r}" if test is None else f"The test set {tested.name!r}"
+    _check_labels(measured, whose, "the numbers")
+    return _Plan(
+        config,
+        probe_rows,
+        probe.labels,
+        fold_of(probe, config.n_folds),
+        shuffled_labels(probe, config.n_shuffles, config.seed),
+        test_rows,
+        measured.labels,
+        shuffled_labels(measured, config.n_shuffles, config.seed),
+        resample_pairs(measured, config.n_bootstrap, config.seed),
+        None if test is None else fold_of(measured, config.n_folds),
+    )
+
+
+def _counts(labels: Int[np.ndarray, "prompt"]) -> dict[str, int]:
+    return {LABEL_NAMES[label]: int((labels == label).sum()) for label in (HARMFUL, HARMLESS)}
+
+
+def _check_labels(prompts: PromptSet, whose: str, what: str) -> None:
+    counts = _counts(prompts.labels)
+    if min(counts.values()) < MIN_PER_LABEL:
+        found = " and ".join(f"{number} {label}" for label, number in counts.items())
+        raise InputError(
+            f"{whose} has {found} prompts, {what} need{'s' if what.startswith('a ') else ''} at least "
+            f"{MIN_PER_LABEL} of each label (a few dozen to mean anything); add prompts, or a `split` column."
+        )
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """One layer's probe in its frame."""
+
+    weights: Float[np.ndarray, "d_model"]
+    bias: float
+    C: float
+    frame: Frame
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One layer of one model, before intervals: what a comparison with the other model needs."""
+
+    probe: _Probe
+    cost_index: int
+    self_cost: float | None
+    log_losses: Float[np.ndarray, "cost"] | None
+    cv_accuracy: float | None
+    numbers: dict[str, Replicates]
+    curve: list[dict[str, Replicates]]
+
+
+def _measure(
+    probe_embeddings: Float[np.ndarray, "probe d_model"],
+    test_embeddings: Float[np.ndarray, "test d_model"],
+    plan: _Plan,
+    base: _Measured | None,
+) -> _Measured:
+    """Everything about one layer of one model; `base` is given for the tuned model, which takes its costs from it."""
+    config, labels, weights = plan.config, plan.test_labels, plan.weights
+    frame = fit_frame(probe_embeddings, plan.probe_labels)
+    basis, features = _span(frame.normalise(probe_embeddings))
+    log_losses = cv_accuracy = None
+    if base is None:
+        held_out = cross_validate(features, plan.probe_labels, plan.probe_folds, config.costs)
+        cost_index, log_losses = held_out.best, held_out.log_loss
+        cv_accuracy = float(_held_out_numbers(held_out.logits[cost_index], plan.probe_labels, None)[0][0])
+    else:
+        cost_index = base.cost_index
+
+    z = frame.normalise(test_embeddings)
+    path, intercepts = fit_path(features, plan.probe_labels, config.costs)
+    path = path @ basis.T
+    curve = [
+        probe_numbers(signed_distance(z, path[i], float(intercepts[i])), labels, weights)
+        for i in range(len(config.costs))
+    ]
+    numbers = cloud_numbers(test_embeddings, labels, weights, frame) | curve[cost_index]
+    numbers |= _control(features, z @ basis, plan, config.costs[cost_index])
+
+    self_cost = None
+    if plan.self_folds is not None:
+        costs = config.costs if base is None or base.self_cost is None else (base.self_cost,)
+        numbers["self_accuracy"], numbers["self_auroc"], self_cost = _self_numbers(
+            test_embeddings, plan, plan.self_folds, costs
+        )
+    probe = _Probe(path[cost_index], float(intercepts[cost_index]), config.costs[cost_index], frame)
+    return _Measured(probe, cost_index, self_cost, log_losses, cv_accuracy, numbers, curve)
+
+
+def _span(
+    z: Float[np.ndarray, "prompt d_model"],
+) -> tuple[Float[np.ndarray, "d_model rank"], Float[np.ndarray, "prompt rank"]]:
+    """An orthonormal basis of the prompts' span, and their coordinates in it: an exact change of variables."""
+    basis, coordinates = np.linalg.qr(z.T)
+    return basis, np.ascontiguousarray(coordinates.T)
+
+
+def _held_out_numbers(
+    logits: Float[np.ndarray, "prompt"],
+    labels: Int[np.ndarray, "prompt"],
+    weights: Float[np.ndarray, "resample prompt"] | None,
+) -> tuple[Replicates, Replicates]:
+    """Balanced accuracy and AUROC of cross-validated logits, over the prompts that a fold could hold out."""
+    seen = ~np.isnan(logits)
+    kept = np.ones((1, int(seen.sum()))) if weights is None else weights[:, seen]
+    return accuracy(logits[seen], labels[seen], kept), auroc(logits[seen], labels[seen], kept)
+
+
+def _control(
+    features: Float[np.ndarray, "probe rank"],
+    test_features: Float[np.ndarray, "test rank"],
+    plan: _Plan,
+    cost: float,
+) -> dict[str, Replicates]:
+    """What probes of the same cost reach when the labels of `probe` and of the test prompts are shuffled alike."""
+    accuracies, aurocs = [], []
+    for fitted, tested in zip(plan.probe_shuffles, plan.test_shuffles, strict=True):
+        path, intercepts = fit_path(features, fitted, (cost,))
+        scores = test_features @ path[0] + intercepts[0]
+        accuracies.append(accuracy(scores, tested, plan.weights))
+        aurocs.append(auroc(scores, tested, plan.weights))
+    return {
+        "probe_accuracy_control": np.mean(accuracies, axis=0),
+        "probe_auroc_control": np.mean(aurocs, axis=0),
+    }
+
+
+def _self_numbers(
+    embeddings: Float[np.ndarray, "test d_model"],
+    plan: _Plan,
+    folds: Int[np.ndarray, "test"],
+    costs: tuple[float, ...],
+) -> tuple[Replicates, Replicates, float]:
+    """Accuracy and AUROC of probes cross-validated inside the test set, in its own frame, and the cost they used."""
+    _, features = _span(fit_frame(embeddings, plan.test_labels).normalise(embeddings))
+    held_out = cross_validate(features, plan.test_labels, folds, costs, stop_early=True)
+    reached = _held_out_numbers(held_out.logits[held_out.best], plan.test_labels, plan.weights)
+    return *reached, costs[held_out.best]
+
+
+def _layer_numbers(layer: int, measured: _Measured, plan: _Plan, numbers: Mapping[str, Replicates]) -> LayerNumbers:
+    losses = measured.log_losses
+    return LayerNumbers(
+        layer=layer,
+        C=measured.probe.C,
+        scale=measured.probe.frame.scale,
+        log_loss=None if losses is None else float(losses[measured.cost_index]),
+        cv_accuracy=measured.cv_accuracy,
+        numbers={name: plan.interval(numbers[name]) for name in NUMBERS if name in numbers},
+        by_cost=tuple(
+            CostPoint(
+                cost,
+                None if losses is None else float(losses[index]),
+                {name: plan.interval(replicates) for name, replicates in measured.curve[index].items()},
+            )
+            for index, cost in enumerate(plan.config.costs)
+        ),
+    )
+
+
+def _changes(base: Mapping[str, Replicates], tuned: Mapping[str, Replicates], plan: _Plan) -> dict[str, Change]:
+    return {
+        name: Change(
+            plan.interval(tuned[name] - base[name]),
+            plan.interval(safe_ratio(tuned[name], base[name], both_zero=1.0)) if name in LENGTHS else None,
+        )
+        for name in NUMBERS
+        if name in base and name in tuned
+    }
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of both models, done."""
+
+    base: LayerNumbers
+    base_probe: _Probe
+    tuned: LayerNumbers | None = None
+    tuned_probe: _Probe | None = None
+
+
+def _analyze_layer(layer: int, readers: Readers, plan: _Plan) -> _Layer:
+    probe, test = readers.read("base", layer)
+    base = _measure(probe, test, plan, None)
+    one = np.ones(len(plan.weights))
+    against_itself = {"norm_ratio": one, "rest_ratio": one, "direction_cosine": one}
+    base_numbers = _layer_numbers(layer, base, plan, base.numbers | against_itself)
+    if "tuned" not in readers.models:
+        return _Layer(base_numbers, base.probe)
+    tuned_probe, tuned_test = readers.read("tuned", layer)
+    if tuned_probe.shape[1] != probe.shape[1]:
+        raise InputError(
+            f"Base has {probe.shape[1]} dimensions and tuned {tuned_probe.shape[1]}; they are not the same model."
+        )
+    tuned = _measure(tuned_probe, tuned_test, plan, base)
+    against_base = {
+        "norm_ratio": safe_ratio(tuned.numbers["mean_norm"], base.numbers["mean_norm"], both_zero=1.0),
+        "rest_ratio": safe_ratio(tuned.numbers["rest_deviation"], base.numbers["rest_deviation"], both_zero=1.0),
+        "direction_cosine": direction_cosine(test, tuned_test, plan.test_labels, plan.weights),
+    }
+    tuned_numbers = _layer_numbers(layer, tuned, plan, tuned.numbers | against_base)
+    tuned_numbers = replace(tuned_numbers, change=_changes(base.numbers, tuned.numbers, plan))
+    return _Layer(base_numbers, base.probe, tuned_numbers, tuned.probe)
+
+
+def recommend(log_loss: Sequence[float], accuracy: Sequence[float]) -> tuple[tuple[int, ...], int, str]:
+    """Two target layers and the best layer, from what cross-validation inside `probe` says of each layer.
+
+    The first target layer is the best read one of the middle of the model, 0.2·n ≤ l < 0.8·n (early layers hold words
+    rather than meaning, changes in late ones reach nothing); the second the best read one there that stands at least
+    about a tenth of the depth away, as neighbours hold nearly the same. Two, since the paper found one too few and
+    three too many. Models too shallow for that have all their layers considered.
+
+    Args:
+        log_loss: cross-validated log-loss of each layer, in nats.
+        accuracy: balanced accuracy of the same held-out prompts, for the words.
+
+    Returns:
+        The target layers in ascending order (one, if there is but one layer), the best layer of all, and why.
+    """
+    n_layers = len(log_loss)
+    best_layer = int(np.argmin(log_loss))
+
+    def figures(layer: int) -> str:
+        return f"log-loss {log_loss[layer]:.3f} nats, balanced accuracy {accuracy[layer]:.3f}"
+
+    if n_layers == 1:
+        return (0,), 0, f"The model has a single layer, so only layer 0 can be a target ({figures(0)})."
+    apart = max(1, round(n_layers / 10))
+    middle = [layer for layer in range(n_layers) if 0.2 * n_layers <= layer < 0.8 * n_layers]
+    if middle[-1] - middle[0] < apart:
+        middle = list(range(n_layers))
+    ranked = sorted(middle, key=lambda layer: (log_loss[layer], layer))
+    first = ranked[0]
+    second = next(layer for layer in ranked if abs(layer - first) >= apart)
+    where = f"layers {middle[0]} to {middle[-1]}" + ("" if len(middle) == n_layers else f" of 0 to {n_layers - 1}")
+    reason = (
+        f"Cross-validated inside the probe split, layer {first} is read best among {where} ({figures(first)}), and "
+        f"layer {second} is the best at least {apart} layer{'s' * (apart > 1)} away from it ({figures(second)})."
+    )
+    if best_layer != first:
+        reason += f" Over all layers, layer {best_layer} is read best ({figures(best_layer)})."
+    return (min(first, second), max(first, second)), best_layer, reason
+
+
+def _stack(probes: Sequence[_Probe]) -> Probes:
+    return Probes(
+        weights=np.stack([probe.weights for probe in probes]),
+        bias=np.array([probe.bias for probe in probes]),
+        centre=np.stack([probe.frame.centre for probe in probes]),
+        scale=np.array([probe.frame.scale for probe in probes]),
+        C=np.array([probe.C for probe in probes]),
+        direction=np.stack([probe.frame.direction for probe in probes]),
+    )
+
+
+def analyze(
+    prompts: PromptSet,
+    base: LayerSource,
+    tuned: LayerSource | None = None,
+    *,
+    test: TestSet | None = None,
+    config: AnalysisConfig | None = None,
+    report: Reporter = silent,
+) -> Analysis:
+    """Every number of every layer, with intervals and controls, and the layers to target.
+
+    Args:
+        prompts: the prompt set. Its `probe` split fits probes, frames and the recommendation; its `test` split gives
+            the numbers. The order of the prompts changes nothing.
+        base: embeddings of all `prompts`, in their order, under the base model.
+        tuned: the same under the tuned model.
+        test: prompts of another origin, which then give the numbers instead of `test`.
+        config: settings; the shipped ones if not given.
+        report: called as `report("analyse", layers done, layers)`; may raise to stop.
+
+    Raises:
+        InputError: when `probe` or the test prompts hold fewer than two prompts of a label, or embeddings are missing,
+            not finite, or not of the same model.
+    """
+    import scipy.linalg  # noqa: F401  brings its own BLAS, which must be loaded before threads are limited
+    from threadpoolctl import threadpool_limits
+
+    config = config or AnalysisConfig()
+    plan = _plan(prompts, test, config)
+    models: dict[str, LayerSource] = {"base": base} | ({"tuned": tuned} if tuned is not None else {})
+    tests = models
+    if test is not None:
+        tests = {"base": test.base} | ({"tuned": test.tuned} if test.tuned is not None else {})
+    readers = Readers(
+        models,
+        tests,
+        len(prompts),
+        len(prompts if test is None else test.prompts),
+        plan.probe_rows,
+        plan.test_rows,
+        config.position,
+    )
+    n_layers = base.n_layers
+    done: dict[int, _Layer] = {}
+    workers = min(os.cpu_count() or 1, MAX_THREADS, n_layers)
+    report("analyse", 0, n_layers)
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+        waiting = {pool.submit(_analyze_layer, layer, readers, plan): layer for layer in range(n_layers)}
+        try:
+            for future in as_completed(waiting):
+                done[waiting[future]] = future.result()
+                report("analyse", len(done), n_layers)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    layers = [done[layer] for layer in range(n_layers)]
+    base_layers = tuple(layer.base for layer in layers)
+    recommended, best_layer, reason = recommend(
+        [layer.log_loss for layer in base_layers if layer.log_loss is not None],
+        [layer.cv_accuracy for layer in base_layers if layer.cv_accuracy is not None],
+    )
+    return Analysis(
+        base_layers=base_layers,
+        tuned_layers=None if tuned is None else tuple(layer.tuned for layer in layers if layer.tuned),
+        recommended=recommended,
+        best_layer=best_layer,
+        reason=reason,
+        base_probes=_stack([layer.base_probe for layer in layers]),
+        tuned_probes=None if tuned is None else _stack([layer.tuned_probe for layer in layers if layer.tuned_probe]),
+        test_name=prompts.name if test is None else test.prompts.name,
+        n_prompts={"probe": _counts(plan.probe_labels), "test": _counts(plan.test_labels)},
+        config=config,
+    )

@@ -1,0 +1,352 @@
+"""Flat views of one layer's embeddings: separation, PCA and UMAP, in a frame shared by base and tuned.
+
+A picture of before and after is honest only if both halves are drawn with the same ruler. So every view first centres
+each model's embeddings and divides them by that model's own scale, and then uses one set of axes for both. The
+separation view takes its x from the probe: the boundary is the line x = 0 and distances from it are the margins of the
+tables. UMAP takes seconds a layer and twenty more at first (its compiler), so it is computed for all layers in a job
+and read from disk; the other two are a few matrix products and are made when they are looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32
+
+from es2.errors import InputError
+from es2.geometry import fit_frame
+from es2.jobs import Reporter, silent
+from es2.probes import Probes
+from es2.prompts import PromptSet
+from es2.resampling import canonical
+from es2.sources import LayerSource
+
+PROJECTION_FORMAT = 1
+MIN_UMAP_POINTS = 10
+UMAP_NEIGHBOURS = 15
+
+FitOn = Literal["base", "both"]
+Embeddings = Float[np.ndarray, "prompt d_model"]
+Points = Float[np.ndarray, "prompt 2"]
+
+
+@dataclass(frozen=True)
+class View:
+    """Points of a picture, base and tuned on the same axes.
+
+    Attributes:
+        kind: `separation`, `pca` or `umap` (`pca` also where there are too few points for UMAP).
+        base: `[prompt, 2]`.
+        tuned: `[prompt, 2]`, or None without a tuned model.
+        axes: titles of x and y, with their unit or that there is none.
+        explained: the parts of the variance, 0 to 1, that x and y carry of the embeddings the axes were fitted on (of
+            base's, for the separation view); None for UMAP.
+        approximate: whether tuned was placed into a map fitted on base alone, which is only roughly right in UMAP.
+    """
+
+    kind: str
+    base: Points
+    tuned: Points | None
+    axes: tuple[str, str]
+    explained: tuple[float, float] | None
+    approximate: bool = False
+
+
+def separation_view(
+    base: Embeddings,
+    probes: Probes,
+    layer: int,
+    *,
+    tuned: Embeddings | None = None,
+    tuned_probes: Probes | None = None,
+    fit: Bool[np.ndarray, "prompt"] | None = None,
+    fit_on: FitOn = "base",
+    raw: bool = False,
+) -> View:
+    """x: signed distance to the probe's hyperplane, + = harmful. y: first principal component of what is left.
+
+    Each model's x is its own probe's margin, so the boundary is the line x = 0 for both. What is left is the embedding
+    without its component along the probe's normal; y's axis is common to both models.
+
+    Args:
+        base: one layer's embeddings under the base model.
+        probes: of the base model.
+        layer: the layer's index.
+        tuned: the same prompts under the tuned model.
+        tuned_probes: of the tuned model; needed with `tuned`.
+        fit: the prompts on which y's axis is fitted, such as those of `test`; all if not given.
+        fit_on: whether y's axis is fitted on base alone or on both models.
+        raw: keep the models' own lengths instead of dividing each by its scale.
+    """
+    models = _models(base, probes, tuned, tuned_probes)
+    xs, rests = [], []
+    for embeddings, own in models:
+        normal = own.normal(layer)
+        z = own.frame(layer).normalise(embeddings)
+        unit = own.frame(layer).scale if raw else 1.0
+        xs.append(own.margin(embeddings, layer) * unit)
+        rests.append((z - np.outer(z @ normal, normal)) * unit)
+    fitted = _fitted(rests, fit, fit_on)
+    mean, axes, _ = principal_axes(fitted, 1)
+    axes = axes * _sign_of_farthest(fitted, mean, axes)
+    ys = [(rest - mean) @ axes[0] for rest in rests]
+    chosen = slice(None) if fit is None else fit
+    along, beside = xs[0][chosen].var(), ys[0][chosen].var()
+    total = along + rests[0][chosen].var(axis=0).sum()
+    where = "the model's own units" if raw else "in units of the scale"
+    points = [np.stack([x, y], axis=1) for x, y in zip(xs, ys, strict=True)]
+    return View(
+        "separation",
+        points[0],
+        points[1] if len(points) > 1 else None,
+        (
+            f"Distance to the probe's boundary, + = harmful ({where})",
+            f"First principal component of the rest ({where})",
+        ),
+        (float(along / total), float(beside / total)) if total > 0 else (0.0, 0.0),
+    )
+
+
+def pca_view(
+    base: Embeddings,
+    probes: Probes,
+    layer: int,
+    *,
+    tuned: Embeddings | None = None,
+    tuned_probes: Probes | None = None,
+    fit: Bool[np.ndarray, "prompt"] | None = None,
+    fit_on: FitOn = "base",
+    raw: bool = False,
+) -> View:
+    """The first two principal components, turned so that the probe's harmful side is right and up.
+
+    Arguments as for `separation_view`; here both axes are fitted.
+    """
+    models = _models(base, probes, tuned, tuned_probes)
+    zs = [own.frame(layer).normalise(embeddings) * (own.scale[layer] if raw else 1.0) for embeddings, own in models]
+    return _pca(zs, probes.normal(layer), fit, fit_on, "the model's own units" if raw else "in units of the scale")
+
+
+def umap_view(
+    base: Embeddings,
+    probes: Probes,
+    layer: int,
+    *,
+    tuned: Embeddings | None = None,
+    tuned_probes: Probes | None = None,
+    fit_on: FitOn = "both",
+    seed: int = 0,
+) -> View:
+    """A UMAP of one layer: seconds of work, and twenty more in a new process. Fewer than ten points give a PCA.
+
+    With `fit_on="base"` tuned points are placed into base's frozen map, which is approximate and marked so. Other
+    arguments as for `separation_view`.
+    """
+    models = _models(base, probes, tuned, tuned_probes)
+    zs = [own.frame(layer).normalise(embeddings) for embeddings, own in models]
+    if len(base) < MIN_UMAP_POINTS:
+        return _pca(zs, probes.normal(layer), None, fit_on, "in units of the scale")
+    return _umap_view(_umap_points(zs, fit_on, seed), fit_on)
+
+
+@dataclass(frozen=True)
+class UmapCoordinates:
+    """UMAP of all layers, as computed by a job and read by the app.
+
+    Attributes:
+        points: `[layer, model, prompt, 2]`; model 0 is base, model 1 tuned where there is one.
+        kind: `umap`, or `pca` where there were too few prompts.
+        fit_on: whether the maps were fitted on base alone or on both models.
+    """
+
+    points: Float32[np.ndarray, "layer model prompt 2"]
+    kind: str
+    fit_on: FitOn
+
+    def view(self, layer: int) -> View:
+        """One layer's picture."""
+        if self.kind == "umap":
+            return _umap_view(list(self.points[layer]), self.fit_on)
+        axes = ("Principal component 1 (too few prompts for UMAP)", "Principal component 2 (too few prompts for UMAP)")
+        return View("pca", self.points[layer, 0], self._tuned(layer), axes, None)
+
+    def _tuned(self, layer: int) -> Points | None:
+        return self.points[layer, 1] if self.points.shape[1] > 1 else None
+
+    def save(self, folder: Path) -> None:
+        """Write `umap.safetensors` and `umap.json` into an existing folder."""
+        from safetensors.numpy import save_file
+
+        save_file({"points": np.ascontiguousarray(self.points)}, folder / "umap.safetensors")
+        about = {"format": PROJECTION_FORMAT, "kind": self.kind, "fit_on": self.fit_on}
+        (folder / "umap.json").write_text(json.dumps(about), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> UmapCoordinates:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: when the folder holds no coordinates of this format.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        try:
+            about = json.loads((folder / "umap.json").read_text(encoding="utf-8"))
+            if about["format"] != PROJECTION_FORMAT:
+                raise ValueError(f"format {about['format']}")
+            return cls(load_file(folder / "umap.safetensors")["points"], about["kind"], about["fit_on"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise InputError(
+                f"There are no readable UMAP coordinates in {str(folder)!r} ({error}); run `es2 project` again."
+            ) from error
+
+
+def umap_all_layers(
+    prompts: PromptSet,
+    base: LayerSource,
+    tuned: LayerSource | None = None,
+    *,
+    position: str = "last",
+    fit_on: FitOn = "both",
+    seed: int = 0,
+    report: Reporter = silent,
+) -> UmapCoordinates:
+    """UMAP of every layer, of all prompts whatever their split; PCA where there are fewer than ten.
+
+    Args:
+        prompts: the prompt set; its `probe` split gives each model's centre and scale.
+        base: embeddings of all prompts under the base model.
+        tuned: the same under the tuned model.
+        position: whose embeddings are read.
+        fit_on: whether the maps are fitted on base alone (tuned is then placed into them, approximately) or on both.
+        seed: of UMAP; the same seed gives the same map on one machine.
+        report: called as `report("umap", layers done, layers)`; may raise to stop.
+
+    Raises:
+        InputError: when `probe` lacks a label, or embeddings are missing or not finite.
+    """
+    sources = [base] if tuned is None else [base, tuned]
+    rows, probe = canonical(prompts, "probe")
+    if len(set(probe.labels.tolist())) < 2:
+        raise InputError(f"The `probe` split of {prompts.name!r} lacks a label; add prompts, or a `split` column.")
+    kind = "umap" if len(prompts) >= MIN_UMAP_POINTS else "pca"
+    points = np.zeros((base.n_layers, len(sources), len(prompts), 2), dtype=np.float32)
+    report("umap", 0, base.n_layers)
+    for layer in range(base.n_layers):
+        zs, directions = [], []
+        for source in sources:
+            embeddings = source.layer(layer, position)
+            if len(embeddings) != len(prompts):
+                raise InputError(f"The embeddings are of {len(embeddings)} prompts, the prompt set has {len(prompts)}.")
+            if not np.isfinite(embeddings).all():
+                raise InputError(
+                    f"Layer {layer} holds values that are not finite; capture it again with `--dtype float32`."
+                )
+            frame = fit_frame(embeddings[rows], probe.labels)
+            zs.append(frame.normalise(embeddings))
+            directions.append(frame.direction)
+        if kind == "umap":
+            points[layer] = _umap_points(zs, fit_on, seed)
+        else:
+            view = _pca(zs, directions[0], None, fit_on, "")
+            points[layer] = [view.base] if view.tuned is None else [view.base, view.tuned]
+        report("umap", layer + 1, base.n_layers)
+    return UmapCoordinates(points, kind, fit_on)
+
+
+def principal_axes(
+    embeddings: Embeddings, n_axes: int
+) -> tuple[Float[np.ndarray, "d_model"], Float[np.ndarray, "axis d_model"], Float[np.ndarray, "axis"]]:
+    """The mean, the first `n_axes` principal axes (unit rows) and the part of the variance that each carries.
+
+    Worked out in min(prompts, dimensions). Axes without variance, or beyond the number of dimensions, are zero.
+    """
+    from scipy.linalg import eigh
+
+    mean = embeddings.mean(axis=0)
+    centred = embeddings - mean
+    wide = len(centred) < centred.shape[1]
+    moments = centred @ centred.T if wide else centred.T @ centred
+    total = float(np.trace(moments))
+    size = len(moments)
+    found = min(n_axes, size)
+    values, vectors = eigh(moments, subset_by_index=(size - found, size - 1))
+    axes = np.zeros((n_axes, centred.shape[1]))
+    parts = np.zeros(n_axes)
+    for index, (value, vector) in enumerate(zip(values[::-1], vectors.T[::-1], strict=True)):
+        # Below this an eigenvalue is the rounding of the others, and its axis points anywhere.
+        if value <= 1e-13 * total:
+            break
+        axis = vector @ centred if wide else vector
+        axes[index], parts[index] = axis / np.linalg.norm(axis), value / total
+    return mean, axes, parts
+
+
+def _models(
+    base: Embeddings, probes: Probes, tuned: Embeddings | None, tuned_probes: Probes | None
+) -> list[tuple[Embeddings, Probes]]:
+    if (tuned is None) != (tuned_probes is None):
+        raise ValueError("Give tuned embeddings and tuned probes together.")
+    models = [(base, probes)]
+    if tuned is not None and tuned_probes is not None:
+        models.append((tuned, tuned_probes))
+    return models
+
+
+def _fitted(zs: Sequence[Embeddings], fit: Bool[np.ndarray, "prompt"] | None, fit_on: FitOn) -> Embeddings:
+    chosen = zs if fit_on == "both" else zs[:1]
+    return np.concatenate([z if fit is None else z[fit] for z in chosen])
+
+
+def _sign_of_farthest(
+    embeddings: Embeddings, mean: Float[np.ndarray, "d_model"], axes: Float[np.ndarray, "axis d_model"]
+) -> Float[np.ndarray, "axis 1"]:
+    """+1 or −1 for each axis, such that the prompt farthest out lies on its positive side."""
+    coordinates = (embeddings - mean) @ axes.T
+    farthest = coordinates[np.abs(coordinates).argmax(axis=0), np.arange(len(axes))]
+    return np.where(farthest < 0, -1.0, 1.0)[:, None]
+
+
+def _pca(
+    zs: Sequence[Embeddings],
+    upwards: Float[np.ndarray, "d_model"],
+    fit: Bool[np.ndarray, "prompt"] | None,
+    fit_on: FitOn,
+    where: str,
+) -> View:
+    mean, axes, parts = principal_axes(_fitted(zs, fit, fit_on), 2)
+    axes = axes * np.where(axes @ upwards < 0, -1.0, 1.0)[:, None]
+    points = [(z - mean) @ axes.T for z in zs]
+    titles = [f"Principal component {i + 1} ({where}, {part:.0%} of the variance)" for i, part in enumerate(parts)]
+    tuned = points[1] if len(points) > 1 else None
+    return View("pca", points[0], tuned, (titles[0], titles[1]), (float(parts[0]), float(parts[1])))
+
+
+def _umap_points(zs: Sequence[Embeddings], fit_on: FitOn, seed: int) -> list[Float32[np.ndarray, "prompt 2"]]:
+    import umap
+
+    fitted = _fitted(zs, None, fit_on).astype(np.float32)
+    if not np.ptp(fitted, axis=0).any():
+        return [np.zeros((len(z), 2), dtype=np.float32) for z in zs]  # one point many times over has no map
+    neighbours = min(UMAP_NEIGHBOURS, len(fitted) - 1)
+    reducer = umap.UMAP(n_neighbors=neighbours, n_jobs=1, random_state=seed)
+    with warnings.catch_warnings():
+        # Its spectral start falls back to a random one on small or disconnected sets, which is fine and says so.
+        warnings.filterwarnings("ignore", module=r"umap|sklearn")
+        together = reducer.fit_transform(fitted)
+        if fit_on == "base" and len(zs) > 1:
+            return [together, reducer.transform(zs[1].astype(np.float32))]
+    return np.split(together, len(zs)) if fit_on == "both" else [together]
+
+
+def _umap_view(points: Sequence[Float[np.ndarray, "prompt 2"]], fit_on: FitOn) -> View:
+    tuned = points[1] if len(points) > 1 else None
+    axes = ("UMAP 1 (no unit)", "UMAP 2 (no unit)")
+    return View("umap", points[0], tuned, axes, None, approximate=tuned is not None and fit_on == "base")
