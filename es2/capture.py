@@ -400,6 +400,7 @@ def capture(
     known = (read_json(memo) or {}).get("key")
     found = store.get(known) if isinstance(known, str) and is_key(known) else None
     if found is not None:
+        found = store.add_name(found, spec.name)
         return CaptureResult(found, False, time.perf_counter() - started, int(found.meta["tokens"]))
 
     rendered = render(load_tokenizer(folder), prompts.texts)
@@ -436,6 +437,7 @@ def capture(
                 "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens")},
             }
             found = store.write(key, meta, prompts.texts, _storable(arrays, dtype))
+        found = store.add_name(found, spec.name)
     _remember(memo, key)
     return CaptureResult(found, computed, time.perf_counter() - started, rendered.n_tokens)
 

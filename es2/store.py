@@ -89,6 +89,12 @@ class ActivationSet:
         return str(self.meta["model"])
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """Every name under which this model was captured, `model` first: equal weights may lie in two places."""
+        aliases = self.meta.get("aliases")
+        return (self.model, *(name for name in aliases or () if isinstance(name, str)))
+
+    @property
     def run(self) -> str | None:
         """The fine-tuning run whose adapter was on; None for the base model."""
         return self.meta.get("run")
@@ -273,6 +279,7 @@ def _read_meta(path: Path) -> ActivationSet:
         and isinstance(positions, list)
         and all(isinstance(position, str) for position in positions)
         and isinstance(meta.get("files"), dict)
+        and isinstance(meta.get("aliases", []), list)
         and meta.get("key", path.name) == path.name
     )
     if not sound:
@@ -337,10 +344,25 @@ class Store:
     def find(self, *, model: str, texts_digest: str, position: str, run: str | None = None) -> ActivationSet | None:
         """The newest checked set of these prompts under this model and run that holds `position`; None if none does."""
         for activations in self.list():
-            wanted = (activations.model, activations.texts_digest, activations.run) == (model, texts_digest, run)
+            wanted = model in activations.models and (activations.texts_digest, activations.run) == (texts_digest, run)
             if wanted and position in activations.positions and (checked := self.get(activations.key)):
                 return checked
         return None
+
+    def add_name(self, activations: ActivationSet, model: str) -> ActivationSet:
+        """Let `find` know a set under one more name of its model; the same set again when it knows it.
+
+        Raises:
+            MachineError: when the machine refuses.
+        """
+        if model in activations.models:
+            return activations
+        meta = activations.meta | {"aliases": [*activations.models[1:], model]}
+        try:
+            write_json(activations.path / _META, meta)
+        except OSError as error:
+            raise machine_error(error, activations.path) from error
+        return _read_meta(activations.path)
 
     @contextmanager
     def lock(self, key: str, while_waiting: Callable[[], None] | None = None) -> Iterator[None]:

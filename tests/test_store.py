@@ -159,6 +159,18 @@ def test_absent(store: Store) -> None:
             use("../abc")
 
 
+def test_one_set_is_found_under_every_name_of_its_model(store: Store) -> None:
+    written = write(store)
+    assert store.find(model="/models/tiny", texts_digest="d1", position="last") is None
+    named = store.add_name(written, "/models/tiny")
+    assert store.add_name(named, "tiny") is named
+    found = store.find(model="/models/tiny", texts_digest="d1", position="last")
+    assert found == written
+    assert found.models == ("tiny", "/models/tiny")
+    assert store.find(model="tiny", texts_digest="d1", position="last") == written
+    np.testing.assert_array_equal(found.layer(0), arrays()["last"][0])
+
+
 def test_list_and_find_give_the_newest(store: Store) -> None:
     for key in ("one", "two", "three"):
         write(store, key)

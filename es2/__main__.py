@@ -1,0 +1,5 @@
+"""`python -m es2`: the command line, for `accelerate launch -m es2 …` and for jobs."""
+
+from es2.cli import main
+
+main()

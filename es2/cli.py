@@ -1,0 +1,276 @@
+"""The command line: thin commands over `es2.tasks`.
+
+Every command takes `--json` and then prints exactly one JSON document on stdout, also when it fails; people get tables.
+Progress and warnings go to stderr. Everything a user can cause ends in one sentence and the exit code of its class
+(`es2.errors`), decided in `main` alone, so that no command needs error handling of its own. torch and transformers are
+imported by the commands that compute, not by `es2 --help`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from es2.errors import Es2Error, InputError, MachineError
+from es2.jobs import Cancelled, Reporter
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Where inside a model are harmful and harmless prompts told apart, how far apart are they, "
+    "and what does ES2 fine-tuning do to that?",
+)
+errors = Console(stderr=True, highlight=False)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+Model = Annotated[str, typer.Option(help="A catalogue name (`es2 models`), a Hub id, a local folder or a .gguf file.")]
+Prompts = Annotated[str, typer.Option(help="builtin, a CSV, JSONL or Parquet file, or hf:<dataset>[:split].")]
+Position = Annotated[
+    str, typer.Option(help="last (last prompt token) or last_instruction (last token of the request).")
+]
+Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; chosen by what the machine has if not given.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on cuda, else float32.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+
+
+def emit(document: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    """Print a command's result: the document for programs, or what `show` prints for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
+    else:
+        show()
+
+
+@contextmanager
+def progress() -> Iterator[Reporter]:
+    """A progress bar on stderr, one line per stage; silent where stderr is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
+        stages: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int, **numbers: float) -> None:
+            if stage not in stages:
+                stages[stage] = bar.add_task(stage, total=total)
+            bar.update(stages[stage], completed=done, total=total)
+
+        yield report
+
+
+@app.command()
+def models(json_: AsJson = False) -> None:
+    """Known models with their sizes, and which of them are on this machine."""
+    from es2.models import CATALOGUE, DTYPES, is_cached, resolve
+
+    rows = [
+        entry.to_dict()
+        | {"memory_gb": {dtype: round(entry.memory_gb(dtype), 2) for dtype in DTYPES}}
+        | {"cached": is_cached(resolve(entry.name))}
+        for entry in CATALOGUE
+    ]
+
+    def show() -> None:
+        table = Table("name", "Hub id", "parameters", "layers", "width", "bf16", "fp32", "access", "here")
+        for row in rows:
+            table.add_row(
+                row["name"],
+                row["hub_id"],
+                f"{row['parameters'] / 1e9:.2f} B",
+                str(row["n_layers"]),
+                str(row["d_model"]),
+                f"{row['memory_gb']['bfloat16']:.1f} GB",
+                f"{row['memory_gb']['float32']:.1f} GB",
+                "gated" if row["gated"] else "open",
+                "yes" if row["cached"] else "",
+            )
+        out.print(table)
+        out.print(
+            f"Default: {DEFAULT_MODEL}. bf16 and fp32: memory needed to capture. Folders and .gguf files work too."
+        )
+
+    emit({"default": DEFAULT_MODEL, "models": rows}, json_, show)
+
+
+@app.command()
+def capture(
+    model: Model = DEFAULT_MODEL,
+    prompts: Prompts = "builtin",
+    position: Annotated[
+        list[str] | None, typer.Option(help="last or last_instruction; may be given twice. Default: both.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json_: AsJson = False,
+) -> None:
+    """Cache the residual-stream embeddings of prompts at every layer of a model."""
+    from es2.capture import POSITIONS
+    from es2.capture import capture as capture_embeddings
+    from es2.prompts import load_prompts
+
+    prompt_set = load_prompts(prompts)
+    with progress() as report:
+        captured = capture_embeddings(
+            model,
+            prompt_set,
+            positions=tuple(position) if position else POSITIONS,
+            device=device,
+            dtype=dtype,
+            report=report,
+        )
+    activations = captured.activations
+    document = {
+        "key": activations.key,
+        "path": str(activations.path),
+        "n_prompts": activations.n_prompts,
+        "n_layers": activations.n_layers,
+        "d_model": activations.d_model,
+        "seconds": captured.seconds,
+        "tokens": captured.tokens,
+        "computed": captured.computed,
+    }
+
+    def show() -> None:
+        how = f"captured in {captured.seconds:.1f} s" if captured.computed else "already cached"
+        out.print(
+            f"{activations.n_prompts} prompts × {activations.n_layers} layers × {activations.d_model} dimensions "
+            f"({how}): {activations.path}",
+            soft_wrap=True,
+            markup=False,
+        )
+
+    emit(document, json_, show)
+
+
+@app.command()
+def analyze(
+    model: Model = DEFAULT_MODEL,
+    prompts: Prompts = "builtin",
+    test_prompts: Annotated[
+        str | None,
+        typer.Option(help="Prompts of another origin that give the numbers, with probes from --prompts."),
+    ] = None,
+    position: Position = "last",
+    device: Device = None,
+    dtype: Dtype = None,
+    json_: AsJson = False,
+) -> None:
+    """How well and how far harmful and harmless prompts are told apart, layer by layer, with intervals."""
+    from es2.layers import AnalysisConfig
+    from es2.prompts import load_prompts
+    from es2.tasks import prepare
+
+    prompt_set = load_prompts(prompts)
+    test_set = load_prompts(test_prompts) if test_prompts else None
+    with progress() as report:
+        prepared = prepare(
+            model,
+            prompt_set,
+            test_prompts=test_set,
+            config=AnalysisConfig(position=position),
+            device=device,
+            dtype=dtype,
+            report=report,
+        )
+    analysis = prepared.analysis
+    document = {"model": prepared.activations.model, "run": None, "key": prepared.activations.key} | analysis.to_dict()
+
+    def show() -> None:
+        columns = ["probe_accuracy", "probe_accuracy_control", "probe_auroc", "margin_mean", "fisher_ratio"]
+        columns += ["relative_distance"] if test_set is None else ["self_accuracy", "self_auroc"]
+        table = Table("layer", *(column.replace("_", " ") for column in columns))
+        for layer in document["layers"]:
+            mark = " ◀" if layer["layer"] in document["recommended"] else ""
+            cells = [layer[column] for column in columns]
+            table.add_row(
+                f"{layer['layer']}{mark}",
+                *(f"{cell['value']:.3f} [dim]({cell['low']:.3f}–{cell['high']:.3f})[/dim]" for cell in cells),
+            )
+        out.print(table)
+        out.print(analysis.reason, markup=False)
+
+    emit(document, json_, show)
+
+
+@app.command()
+def project(
+    model: Model = DEFAULT_MODEL,
+    prompts: Prompts = "builtin",
+    view: Annotated[str, typer.Option(help="umap (the other views need no preparation).")] = "umap",
+    position: Position = "last",
+    device: Device = None,
+    dtype: Dtype = None,
+    json_: AsJson = False,
+) -> None:
+    """Compute the UMAP coordinates of every layer, so that the app finds them on disk."""
+    import time
+
+    from es2.prompts import load_prompts
+    from es2.tasks import project as project_layers
+
+    if view != "umap":
+        raise InputError(f"The view {view[:40]!r} needs no preparation or is unknown; only umap does.")
+    begun = time.perf_counter()
+    prompt_set = load_prompts(prompts)
+    with progress() as report:
+        activations, key = project_layers(
+            model, prompt_set, position=position, device=device, dtype=dtype, report=report
+        )
+    seconds = time.perf_counter() - begun
+    path = activations.path / "derived" / key
+    emit({"key": key, "seconds": seconds}, json_, lambda: out.print(f"UMAP of every layer: {path}", markup=False))
+
+
+@app.command(name="app", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def open_app(context: typer.Context) -> None:
+    """Open the workbench in the browser; further arguments go to Streamlit."""
+    script = Path(__file__).resolve().parents[1] / "app" / "main.py"
+    if not script.is_file():
+        raise InputError("The app stands beside the package in a clone of the project; run it from there.")
+    os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", str(script), *context.args])
+
+
+@app.command(hidden=True)
+def job(folder: Path) -> None:
+    """Run the job that was laid down in FOLDER (what `es2.jobs.launch` starts)."""
+    from es2.jobs import run_job
+    from es2.tasks import JOBS
+
+    raise typer.Exit(run_job(folder, JOBS))
+
+
+def main() -> NoReturn:
+    """Run the command line; the one place where an error becomes a sentence and an exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except Es2Error as error:
+        _fail(error)
+    except Cancelled:
+        _fail(MachineError("Cancelled; what was complete is kept."))
+    except MemoryError:
+        _fail(MachineError("Not enough memory; close other programs or choose a smaller model or fewer prompts."))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPIPE):
+            raise
+        _fail(MachineError(f"{error.strerror}: {error.filename or 'the disk'}; make room or choose another folder."))
+    sys.exit(0)
+
+
+def _fail(error: Es2Error) -> NoReturn:
+    if "--json" in sys.argv:
+        sys.stdout.write(json.dumps({"error": str(error), "exit_code": error.exit_code}) + "\n")
+    errors.print(str(error), style="red", markup=False, soft_wrap=True)
+    sys.exit(error.exit_code)
