@@ -71,8 +71,8 @@ class Reporter(Protocol):
         """
 
 
-Task = Callable[[dict[str, Any], Reporter], dict[str, Any]]
-"""What a job runs: given its config and a reporter, it returns a result of JSON values."""
+Task = Callable[[dict[str, Any], Reporter, Path], dict[str, Any]]
+"""What a job runs: given its config, a reporter and its folder, it returns a result of JSON values."""
 
 
 def silent(stage: str, done: int, total: int, **numbers: float) -> None:
@@ -164,9 +164,9 @@ def _root(root: Path | None) -> Path:
 def run_job(folder: Path, tasks: Mapping[str, Task]) -> int:
     """Run the job that was laid down in `folder`, in this process, and write how it ended.
 
-    A task is given the config and a reporter, and returns a result of JSON values. One that ends itself early
-    returns `{"status": "stopped", "reason": sentence, …}`. An `Es2Error` ends the job as failed with its sentence; any
-    other exception as failed with a sentence that names the log, which has the traceback.
+    A task is given the config, a reporter and the folder, and returns a result of JSON values. One that ends itself
+    early returns `{"status": "stopped", "reason": sentence, …}`. An `Es2Error` ends the job as failed with its
+    sentence; any other exception as failed with a sentence that names the log, which has the traceback.
 
     Returns:
         The process's exit code: 0 done or stopped, 2 bad input, 1 anything else.
@@ -196,7 +196,7 @@ def _attempt(job: Job, tasks: Mapping[str, Task], life: _Life) -> tuple[dict[str
             if job.config.get("heavy", True):
                 turn.enter_context(_turn(job, life))
             life.enter("running")
-            result = tasks[job.kind](dict(job.config), life.report)
+            result = tasks[job.kind](dict(job.config), life.report, job.path)
         json.dumps(result, allow_nan=False)
         if result.get("status") == "stopped":
             return {"status": "stopped", "result": result, "error": result.get("reason")}, 0

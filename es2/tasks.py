@@ -8,14 +8,15 @@ a folder of artifacts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from es2.errors import InputError
-from es2.jobs import Reporter, silent
+from es2.jobs import Reporter, Task, silent
 from es2.layers import ANALYSIS_FORMAT, Analysis, AnalysisConfig, TestSet, analyze
 from es2.projection import PROJECTION_FORMAT, UmapCoordinates, umap_all_layers
 from es2.prompts import PromptSet, load_prompts, normalised
@@ -190,20 +191,20 @@ def project(
     return activations, key
 
 
-def _prepare_job(config: dict[str, Any], report: Reporter) -> dict[str, Any]:
+def _prepare_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
     prompts = load_prompts(config["prompts"])
     position = config["position"]
     prepared = prepare(config["model"], prompts, config=AnalysisConfig(position=position), report=report)
     return {"activations": prepared.activations.key}
 
 
-def _project_job(config: dict[str, Any], report: Reporter) -> dict[str, Any]:
+def _project_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
     prompts = load_prompts(config["prompts"])
     activations, key = project(config["model"], prompts, position=config["position"], report=report)
     return {"activations": activations.key, "umap": key}
 
 
-JOBS: Mapping[str, Callable[[dict[str, Any], Reporter], dict[str, Any]]] = {
+JOBS: Mapping[str, Task] = {
     "prepare": _prepare_job,
     "project": _project_job,
 }

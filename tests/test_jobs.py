@@ -33,7 +33,7 @@ def note(config, text):
     with open(config["notes"], "a") as file:
         file.write(text + "\\n")
 
-def work(config, report):
+def work(config, report, folder):
     note(config, config["name"])
     print("working", flush=True)
     report("work", 1, 2, loss=0.5)
@@ -46,23 +46,23 @@ def work(config, report):
     finally:
         note(config, "left " + config["name"])
 
-def refuse(config, report):
+def refuse(config, report, folder):
     raise InputError("The prompt set has one label only; give both.")
 
-def break_down(config, report):
+def break_down(config, report, folder):
     raise RuntimeError("secret\\ndetail")
 
-def stop(config, report):
+def stop(config, report, folder):
     return {"status": "stopped", "reason": "The KL budget is spent.", "steps": 3}
 
-def no_json(config, report):
+def no_json(config, report, folder):
     return {"loss": float("nan")}
 
-def deaf(config, report):
+def deaf(config, report, folder):
     report("deaf", 0, 1)
     time.sleep(600)
 
-def parent(config, report):
+def parent(config, report, folder):
     child = subprocess.Popen(["sleep", "600"])
     note(config, str(child.pid))
     report("child", 0, 1)
@@ -306,7 +306,7 @@ def test_cancelled_before_its_process_is_ready(start: Launch) -> None:
 def test_a_request_that_came_before_the_start_is_obeyed(root: Path) -> None:
     path = lay_down(root, heavy=False)
     (path / "cancel").touch()
-    assert run_job(path, {"work": lambda config, report: {}}) == 1
+    assert run_job(path, {"work": lambda config, report, folder: {}}) == 1
     assert open_job(path.name, root).status() == "cancelled"
 
 
@@ -346,7 +346,7 @@ def test_a_request_without_a_signal_arrives_with_the_heartbeat(root: Path, monke
     path = lay_down(root)
     heartbeat = path / "heartbeat.json"
 
-    def work(config: dict[str, Any], report: Reporter) -> dict[str, Any]:
+    def work(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
         os.utime(heartbeat, (0, 0))
         wait_for(lambda: heartbeat.stat().st_mtime > 0)
         (path / "cancel").touch()
@@ -379,14 +379,14 @@ def test_only_one_process_runs_a_job_and_only_once(start: Launch, tmp_path: Path
 def test_what_a_killed_process_began_to_write_spoils_nothing(root: Path) -> None:
     path = lay_down(root)
     (path / "events.jsonl").write_text('{"event": "progress", "stage": "wo')
-    assert run_job(path, {"work": lambda config, report: {"kind": config["kind"]}}) == 0
+    assert run_job(path, {"work": lambda config, report, folder: {"kind": config["kind"]}}) == 0
     job = open_job(path.name, root)
     assert states(job) == ["queued", "running", "done"]
     assert job.result() == {"kind": "work"}
 
 
 def test_events_are_few_and_valid(root: Path) -> None:
-    def work(config: dict[str, Any], report: Reporter) -> dict[str, Any]:
+    def work(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
         for done in range(1, 5001):
             report("many", done, 5000)
         report("numbers", 1, 3, loss=float("nan"), kl=0.25)
@@ -406,7 +406,7 @@ def test_events_are_few_and_valid(root: Path) -> None:
 
 def test_signal_handlers_are_given_back(root: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    run_job(lay_down(root), {"work": lambda config, report: {}})
+    run_job(lay_down(root), {"work": lambda config, report, folder: {}})
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
@@ -498,7 +498,7 @@ def test_a_disk_that_fills_up_during_a_job(root: Path, monkeypatch: pytest.Monke
 
     path = lay_down(root)
     monkeypatch.setattr(jobs, "write_json", fill_up)
-    assert run_job(path, {"work": lambda config, report: {}}) == 1
+    assert run_job(path, {"work": lambda config, report, folder: {}}) == 1
     assert open_job(path.name, root).status() == "interrupted"
 
 
