@@ -39,6 +39,7 @@ from es2.models import (
     resolve,
 )
 from es2.prompts import PromptSet
+from es2.sources import POSITIONS
 from es2.store import FORMAT_VERSION, ActivationSet, Store
 
 if TYPE_CHECKING:
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
     KeysAndValues = list[tuple[torch.Tensor, torch.Tensor]]
 
 logger = logging.getLogger(__name__)
-
-POSITIONS = ("last", "last_instruction")
 
 PINNED_DATE = datetime(2024, 7, 26)
 """What templates that tell the model today's date are told: the date that Llama's own template falls back to."""

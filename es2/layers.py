@@ -44,6 +44,7 @@ __all__ = [
     "LayerSource",
     "TestSet",
     "analyze",
+    "check_prompts",
     "recommend",
 ]
 
@@ -70,20 +71,34 @@ class _Plan:
         return interval(replicates, self.config.confidence)
 
 
-def _plan(prompts: PromptSet, test: TestSet | None, config: AnalysisConfig) -> _Plan:
-    if test is not None:
+def check_prompts(prompts: PromptSet, test_prompts: PromptSet | None = None) -> None:
+    """Refuse prompts that cannot be analysed, before anything is captured.
+
+    Args:
+        prompts: as for `analyze`.
+        test_prompts: the prompts of `analyze`'s test set.
+
+    Raises:
+        InputError: when a label is missing where both are needed, or a test prompt also stands in `prompts`.
+    """
+    if test_prompts is not None:
         known = {normalised(text) for text in prompts.texts}
-        shared = sum(normalised(text) in known for text in test.prompts.texts)
+        shared = sum(normalised(text) in known for text in test_prompts.texts)
         if shared:
             raise InputError(
-                f"{shared} test prompts of {test.prompts.name!r} also stand in {prompts.name!r}; leave them out."
+                f"{shared} test prompts of {test_prompts.name!r} also stand in {prompts.name!r}; leave them out."
             )
+    _check_labels(prompts.select(prompts.in_split("probe")), f"The `probe` split of {prompts.name!r}", "a probe")
+    if test_prompts is None:
+        _check_labels(prompts.select(prompts.in_split("test")), f"The `test` split of {prompts.name!r}", "the numbers")
+    else:
+        _check_labels(test_prompts, f"The test set {test_prompts.name!r}", "the numbers")
+
+
+def _plan(prompts: PromptSet, test: TestSet | None, config: AnalysisConfig) -> _Plan:
+    check_prompts(prompts, None if test is None else test.prompts)
     probe_rows, probe = canonical(prompts, "probe")
-    tested = prompts if test is None else test.prompts
-    test_rows, measured = canonical(tested, "test" if test is None else None)
-    _check_labels(probe, f"The `probe` split of {prompts.name!r}", "a probe")
-    whose = f"The `test` split of {prompts.name!r}" if test is None else f"The test set {tested.name!r}"
-    _check_labels(measured, whose, "the numbers")
+    test_rows, measured = canonical(prompts, "test") if test is None else canonical(test.prompts)
     return _Plan(
         config,
         probe_rows,

@@ -18,6 +18,7 @@ import numpy as np
 from es2.errors import InputError
 from es2.probes import Probes
 from es2.resampling import Interval
+from es2.sources import POSITIONS
 
 ANALYSIS_FORMAT = 1
 
@@ -79,6 +80,8 @@ class AnalysisConfig:
     position: str = "last"
 
     def __post_init__(self) -> None:
+        if self.position not in POSITIONS:
+            raise InputError(f"The position must be one of {', '.join(POSITIONS)}, not {str(self.position)[:40]!r}.")
         if not self.costs or list(self.costs) != sorted(set(self.costs)) or self.costs[0] <= 0:
             raise InputError(f"The costs must be positive and ascending, not {self.costs}.")
         if self.n_folds < 2 or self.n_bootstrap < 1 or self.n_shuffles < 1 or not 0 < self.confidence < 1:

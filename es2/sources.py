@@ -18,6 +18,9 @@ from jaxtyping import Float, Int
 from es2.errors import InputError
 from es2.prompts import PromptSet
 
+POSITIONS = ("last", "last_instruction")
+"""Which token is read: the last prompt token after the chat template, or the last token of the user's own text."""
+
 
 class LayerSource(Protocol):
     """Embeddings of one model on one prompt set; `es2.store.ActivationSet` is one."""

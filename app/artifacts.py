@@ -1,0 +1,146 @@
+"""Reading artifacts for the page, each once.
+
+A page runs from top to bottom at every click, so what it reads is remembered by the keys of the artifacts it came from,
+which change when anything in them does. One layer is read at a time, and what is remembered of it is two small arrays;
+embeddings themselves are dropped at once, since a layer of a large model is tens of megabytes. Cached values are shared
+by all sessions: they are frozen, and nobody writes into their arrays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import streamlit as st
+from jaxtyping import Float
+
+from app.state import Choice
+from es2.errors import Es2Error
+from es2.models import CATALOGUE, resolve
+from es2.projection import View, pca_view, separation_view
+from es2.prompts import PromptSet, load_prompts
+from es2.results import Analysis
+from es2.store import ActivationSet, Store
+from es2.tasks import analysis_key, find_activations, find_analysis, find_umap
+
+UMAP_START_SECONDS = 25.0
+UMAP_SECONDS_PER_PROMPT = 2.5e-3
+"""Measured on two cores with 576 dimensions; a hint to the person who waits, no more."""
+
+
+def models() -> tuple[list[str], set[str]]:
+    """Names to choose from, those with artifacts first, and the set of those with artifacts."""
+    captured = list(dict.fromkeys(name for found in Store().list() if found.run is None for name in found.models))
+    known = [entry.name for entry in CATALOGUE]
+    return captured + [name for name in known if name not in captured], set(captured)
+
+
+def model_name(model: str) -> str:
+    """The name under which a model's artifacts are kept; a model with artifacts need not be on this machine.
+
+    Raises:
+        InputError: when `model` names nothing.
+    """
+    return model if model in models()[1] else resolve(model).name
+
+
+def existing(choice: Choice) -> tuple[Choice, list[str]]:
+    """The choice with what does not exist replaced by what is usual, and a sentence for each replacement."""
+    notes = []
+    try:
+        model_name(choice.model)
+    except Es2Error as error:
+        choice = replace(choice, model=Choice.model)
+        notes.append(f"{error} The link asked for it; {choice.model} is shown instead.")
+    try:
+        prompts(choice.prompts)
+    except Es2Error as error:
+        choice = replace(choice, prompts=Choice.prompts)
+        notes.append(f"{error} The link asked for it; the {choice.prompts} prompts are shown instead.")
+    return choice, notes
+
+
+def prompts(source: str) -> PromptSet:
+    """The prompt set of `source`, read again when its file changes. Raises as `es2.prompts.load_prompts` does."""
+    stamp = None
+    if source != "builtin" and not source.startswith("hf:"):
+        try:
+            stat = Path(source).stat()
+            stamp = (stat.st_mtime_ns, stat.st_size)
+        except (OSError, ValueError):
+            stamp = None  # load_prompts says what is wrong with it
+    return _prompts(source, stamp)
+
+
+@st.cache_resource(max_entries=8, show_spinner="Reading the prompts")
+def _prompts(source: str, stamp: tuple[int, int] | None) -> PromptSet:
+    return load_prompts(source)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What there is on disk for a model, a prompt set and a position."""
+
+    prompts: PromptSet
+    activations: ActivationSet
+    analysis: Analysis
+    position: str
+
+    @property
+    def analysis_key(self) -> str:
+        """The key of the analysis."""
+        return analysis_key(self.activations, self.prompts, self.analysis.config)
+
+
+def find(model: str, prompt_set: PromptSet, position: str) -> Opened | None:
+    """The activation set and its analysis, if both are there."""
+    found = find_activations(model, prompt_set, position)
+    if found is None:
+        return None
+    activations = _kept(found.key, found.inode, found)
+    analysis = find_analysis(activations, prompt_set, position)
+    return Opened(prompt_set, activations, analysis, position) if analysis is not None else None
+
+
+@st.cache_resource(max_entries=16, show_spinner=False)
+def _kept(key: str, inode: int, _activations: ActivationSet) -> ActivationSet:
+    """The same object at every run, so that its files are checked once."""
+    return _activations
+
+
+def margins(opened: Opened, layer: int) -> Float[np.ndarray, "prompt"]:
+    """Signed distance of each prompt to the probe's boundary, + on the harmful side, in scale-free units."""
+    return _margins(opened.activations.key, opened.analysis_key, opened.position, layer, opened)
+
+
+@st.cache_resource(max_entries=256, show_spinner=False)
+def _margins(key: str, analysis: str, position: str, layer: int, _opened: Opened) -> Float[np.ndarray, "prompt"]:
+    return _opened.analysis.base_probes.margin(_opened.activations.layer(layer, position), layer)
+
+
+def view(opened: Opened, layer: int, kind: str) -> View | None:
+    """Where each prompt stands in the plane; None for UMAP coordinates that were not computed yet."""
+    if kind == "umap":
+        coordinates = find_umap(opened.activations, opened.prompts, opened.position)
+        return coordinates.view(layer) if coordinates is not None else None
+    return _view(opened.activations.key, opened.analysis_key, opened.position, layer, kind, opened)
+
+
+@st.cache_resource(max_entries=256, show_spinner=False)
+def _view(key: str, analysis: str, position: str, layer: int, kind: str, _opened: Opened) -> View:
+    embeddings = _opened.activations.layer(layer, position)
+    draw = {"separation": separation_view, "pca": pca_view}[kind]
+    # Axes are fitted on what is always shown, so that showing other splits moves no point.
+    return draw(embeddings, _opened.analysis.base_probes, layer, fit=_opened.prompts.in_split("test"))
+
+
+def umap_seconds(opened: Opened) -> float:
+    """About how long UMAP of every layer will take."""
+    points = opened.activations.n_layers * opened.activations.n_prompts
+    return UMAP_START_SECONDS + UMAP_SECONDS_PER_PROMPT * points
+
+
+def job_config(choice: Choice) -> dict[str, str]:
+    """What a job is told, so that it makes what the page looks for."""
+    return {"model": choice.model, "prompts": choice.prompts, "position": choice.position}

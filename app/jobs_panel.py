@@ -1,0 +1,157 @@
+"""Jobs as the page shows them: what is under way, how far it is, how it ended.
+
+Everything is read from the folders under `runs/`, anew each time, so a reload, a second tab and a job started from the
+command line all show the same. While something is under way a fragment looks once a second; when it begins or ends,
+the whole page runs again, once, and with that the looking stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from app import text
+from app.messages import sentences
+from es2.job_folder import ACTIVE
+from es2.jobs import Job, launch, list_jobs
+
+KINDS = {"prepare": "Capture and analyse", "project": "UMAP of every layer", "finetune": "ES2 fine-tune"}
+STAGES = {
+    "wait": ("Waiting for another process that computes the same", None),
+    "download": ("Fetching the model", "%"),
+    "convert": ("Converting the model", None),
+    "load": ("Loading the model", None),
+    "capture": ("Reading prompts", "tokens"),
+    "analyse": ("Fitting probes", "layers"),
+    "umap": ("Computing UMAP", "layers"),
+}
+"""What a stage is called, and what it counts: per cent of something that nobody counts, or nothing worth counting."""
+N_ENDED = 5
+REFRESH_SECONDS = 1.0
+
+
+def active_jobs() -> list[Job]:
+    """The jobs that are queued or running, oldest first: the order of their turns."""
+    return [job for job in reversed(list_jobs()) if job.status() in ACTIVE]
+
+
+def latest(kind: str, config: Mapping[str, Any]) -> Job | None:
+    """The newest job of this kind with these settings, whatever its state."""
+    return next((job for job in list_jobs(kind=kind) if config.items() <= job.config.items()), None)
+
+
+def start(kind: str, config: Mapping[str, Any]) -> None:
+    """Start a job and run the page again; one with the same settings that is under way is left to finish."""
+    job = latest(kind, config)
+    if job is None or job.status() not in ACTIVE:
+        launch(kind, config)
+    st.rerun()
+
+
+def title(job: Job) -> str:
+    """What the job does and to what, in a few words."""
+    prompts = str(job.config.get("prompts", ""))
+    about = [str(job.config.get("model", "")), prompts if prompts.startswith("hf:") else Path(prompts).name]
+    return f"{KINDS.get(job.kind, job.kind)}: {', '.join(part for part in about if part)}"
+
+
+def state(job: Job) -> tuple[float, str]:
+    """How far an active job is, from 0 to 1, and that in words."""
+    if job.status() == "queued":
+        waiting = len([other for other in active_jobs() if other.id < job.id])
+        return 0.0, f"Waiting for its turn, {waiting} before it" if waiting else "Starting"
+    progress = job.progress()
+    if progress is None:
+        return 0.0, "Starting"
+    done, total = progress["done"], progress["total"]
+    words, unit = STAGES.get(progress["stage"], (str(progress["stage"]).capitalize(), ""))
+    if unit == "%" and total > 0:
+        words += f", {100 * done // total} %"
+    elif unit is not None and total > 0:
+        words += f", {done:,} of {total:,} {unit}".rstrip()
+    if progress["seconds_left"] is not None:
+        words += f", about {text.duration(progress['seconds_left'])} left"
+    return (min(1.0, done / total) if total > 0 else 0.0), words
+
+
+def bar(job: Job, *, place: str) -> None:
+    """A job's progress with a button to cancel it. `place` makes its keys unique on the page."""
+    fraction, words = state(job)
+    st.progress(fraction, text=text.markdown(words))
+    asked = (job.path / "cancel").exists()
+    if st.button(
+        "Cancelling" if asked else "Cancel",
+        key=f"cancel_{place}_{job.id}",
+        help="Asks the job to stop; what is complete on disk is kept. Asked again after a while, it is stopped hard.",
+        type="tertiary",
+        icon=":material/stop_circle:",
+    ):
+        job.cancel()
+        st.rerun()
+
+
+def watch() -> None:
+    """The sidebar's list of jobs, live while something is under way."""
+    known = {job.id for job in active_jobs()}
+
+    @st.fragment(run_every=REFRESH_SECONDS if known else None)
+    def jobs() -> None:
+        with sentences():
+            active = active_jobs()
+            if {job.id for job in active} != known:
+                st.rerun()
+            for job in active:
+                with st.container(border=True, key=f"job_{job.id}", gap="xsmall"):
+                    st.markdown(f":small[{text.markdown(title(job))}]")
+                    bar(job, place="sidebar")
+            if not active:
+                st.caption("Nothing is under way.")
+
+    jobs()
+    ended = [job for job in list_jobs() if job.id not in known][:N_ENDED]
+    if ended:
+        with st.expander("Earlier jobs", key="earlier_jobs"):
+            for job in ended:
+                _ended(job)
+
+
+def _ended(job: Job) -> None:
+    status = job.status()
+    error = job.error()
+    line = f"{text.markdown(title(job))}  \n{status}, {_ago(job.created)}"
+    st.caption(line if error is None else f"{line}  \n:red[{text.markdown(error)}]")
+
+
+def _ago(created: str) -> str:
+    try:
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(created)).total_seconds()
+    except (ValueError, TypeError):
+        return "at an unknown time"
+    if seconds < 172_800:
+        return f"started {text.duration(max(1.0, seconds))} ago"
+    return f"started on {created[:10]}"
+
+
+def live_bar(job: Job) -> None:
+    """One job's progress in the page itself; the sidebar's list runs the page again when it ends."""
+
+    @st.fragment(run_every=REFRESH_SECONDS)
+    def progress() -> None:
+        with sentences():
+            bar(job, place="page")
+
+    progress()
+
+
+def ending(job: Job | None) -> None:
+    """Say how a job ended that left nothing to show; quiet when it is under way or there is none."""
+    if job is None or (status := job.status()) in (*ACTIVE, "done"):
+        return
+    if status == "cancelled":
+        st.info("It was cancelled; what was complete is kept.", icon=":material/info:")
+    else:
+        st.error(text.markdown(job.error() or f"It is {status}."), icon=":material/error:")

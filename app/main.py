@@ -1,0 +1,37 @@
+"""The workbench's entry: `streamlit run app/main.py`.
+
+It imports neither torch nor transformers, so that it opens at once and cannot be taken down by a model: whatever needs
+them is a job in a process of its own (`es2.jobs`), and this side reads the files that jobs leave behind.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import streamlit as st
+
+# Streamlit puts this file's own folder on the path, not the one that holds the package `app`.
+ROOT = str(Path(__file__).resolve().parents[1])
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+
+from app import artifacts, sidebar, state  # noqa: E402
+from app.messages import sentences  # noqa: E402
+from app.views import layers  # noqa: E402
+
+
+def main() -> None:
+    """Draw the sidebar and the chosen page; the address follows the choice."""
+    st.set_page_config(page_title="ES2 Workbench", page_icon=":material/scatter_plot:", layout="wide")
+    st.html(Path(__file__).with_name("style.css"))
+    pages = st.navigation([st.Page(layers.page, title="Layers", icon=":material/layers:", default=True)])
+    state.open_link(artifacts.existing)
+    with st.sidebar, sentences():
+        sidebar.show()
+    with sentences():
+        pages.run()
+    state.mirror()
+
+
+main()

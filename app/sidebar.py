@@ -1,0 +1,102 @@
+"""The sidebar: which model, which prompts, which token, and the jobs that are under way.
+
+Model and prompts are each one box that both lists what is known and takes whatever is typed, because the known names
+are where people begin and their own folders and files are where they end up.
+"""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from app import artifacts, jobs_panel, state
+from es2.errors import InputError
+from es2.jobs import list_jobs
+from es2.models import CATALOGUE, resolve
+from es2.sources import POSITIONS
+
+POSITION_NAMES = {"last": "Last token", "last_instruction": "Last of request"}
+_ENTRIES = {entry.name: entry for entry in CATALOGUE}
+
+
+def show() -> None:
+    """Draw the sidebar's choices; the jobs follow at its end."""
+    st.subheader("ES2 Workbench", anchor=False)
+    choice = state.current()
+    names, captured = artifacts.models()
+    _seed("model", choice.model)
+    st.selectbox(
+        "Model",
+        names if choice.model in names else [choice.model, *names],
+        key="model",
+        format_func=lambda name: f"{name}  ·  captured" if name in captured else name,
+        accept_new_options=True,
+        placeholder="Choose or type a model",
+        help="Choose a name, or type a Hub id (owner/name), the path of a model folder, or of a .gguf file. "
+        "Models with embeddings on disk come first.",
+        on_change=_model_changed,
+    )
+    _seed("prompts", choice.prompts)
+    st.selectbox(
+        "Prompts",
+        _prompt_sources(choice.prompts),
+        key="prompts",
+        format_func=lambda source: "builtin  ·  contrast pairs" if source == "builtin" else source,
+        accept_new_options=True,
+        placeholder="Choose or type a file",
+        help="The built-in contrast pairs, or the path of a CSV, JSONL or Parquet file with the columns prompt and "
+        "label (harmful or harmless) and, where known, category, pair and split.",
+        on_change=_prompts_changed,
+    )
+    _seed("position", choice.position)
+    st.segmented_control(
+        "Position",
+        POSITIONS,
+        key="position",
+        format_func=POSITION_NAMES.__getitem__,
+        required=True,
+        width="stretch",
+        help="Whose embedding is read. **Last token**: the last token of the chat template, where the model is about "
+        "to answer; refusal is read best here. **Last of request**: the last token of the user's own text; "
+        "harmfulness is read best here.",
+        on_change=lambda: state.update(position=st.session_state["position"]),
+    )
+    if (entry := _ENTRIES.get(choice.model)) is not None:
+        access = "gated on the Hub" if entry.gated else "open"
+        st.caption(
+            f"{entry.parameters / 1e6:,.0f} M weights, {entry.n_layers} layers, {entry.d_model} dimensions, "
+            f"{entry.licence}, {access}. Capturing takes about {entry.memory_gb('float32'):.1f} GB of memory on a CPU."
+        )
+    st.markdown("**Jobs**")
+    jobs_panel.watch()
+
+
+def _seed(key: str, value: str) -> None:
+    """Set a widget to what is chosen, before it is drawn; its callback is the only way back."""
+    st.session_state[key] = value
+
+
+def _model_changed() -> None:
+    model = (st.session_state["model"] or "").strip()
+    if model:
+        state.update(model=_lasting(model))
+
+
+def _lasting(model: str) -> str:
+    """A typed folder or file as its absolute path; anything else as it is, for the page to judge."""
+    try:
+        spec = resolve(model)
+    except InputError:
+        return model
+    return spec.location if spec.kind in ("folder", "gguf") else spec.name
+
+
+def _prompts_changed() -> None:
+    prompts = (st.session_state["prompts"] or "").strip()
+    if prompts:
+        state.update(prompts=state.absolute(prompts))
+
+
+def _prompt_sources(chosen: str) -> list[str]:
+    """The built-in set, what is chosen, and what jobs were given before."""
+    used = [job.config["prompts"] for job in list_jobs() if isinstance(job.config.get("prompts"), str)]
+    return list(dict.fromkeys(["builtin", chosen, *used]))

