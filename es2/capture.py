@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
+from es2.batching import SHARING_VERIFIED, batches_by_length
 from es2.errors import InputError, MachineError
 from es2.files import content_key, is_key, read_json, user_cache, write_json
 from es2.jobs import Reporter, silent
@@ -57,7 +58,6 @@ PINNED_DATE = datetime(2024, 7, 26)
 _RENDERING = 1  # raise it when the same texts would be rendered into other tokens than before
 _ATTENTION = "eager"  # what a TransformerLens bridge always runs with
 _HALF_LIMIT = 3e4  # float16 ends at 65504; embeddings below this are stored in it without a second thought
-_SHARING_VERIFIED = ("llama", "mistral", "qwen2", "gpt2", "gpt_neox", "gemma")  # by test_capture.py
 _SHARING_WORTHWHILE = 4  # shared tokens that pay for an extra pass
 _TOKENS_PER_BATCH = {"cpu": 640}  # more is slower there: the batch outgrows the caches
 _TOKENS_PER_BATCH_ACCELERATED = 16_384
@@ -237,7 +237,7 @@ def capture_residuals(
     budget = max_tokens_per_batch or _TOKENS_PER_BATCH.get(model.device.type, _TOKENS_PER_BATCH_ACCELERATED)
     columns = np.array([rendered.columns(position) for position in positions]).T
     n_shared = _shared_tokens(rendered, columns) if padding == "right" else 0
-    if model.config.model_type not in _SHARING_VERIFIED or n_shared < _SHARING_WORTHWHILE:
+    if model.config.model_type not in SHARING_VERIFIED or n_shared < _SHARING_WORTHWHILE:
         n_shared = 0
     own_tokens = [tokens[n_shared:] for tokens in rendered.token_ids]
     shape = (int(bridge.cfg.n_layers), len(own_tokens), int(bridge.cfg.d_model))
@@ -247,7 +247,7 @@ def capture_residuals(
     longest = 0
     try:
         shared = _keys_and_values(bridge, rendered.token_ids[0][:n_shared])
-        for rows in _batches([len(tokens) for tokens in own_tokens], budget):
+        for rows in batches_by_length([len(tokens) for tokens in own_tokens], budget):
             tokens = [own_tokens[row] for row in rows]
             longest = len(tokens[0])
             block = _run_batch(bridge, tokens, columns[rows] - n_shared, padding, shared)
@@ -285,18 +285,6 @@ def _keys_and_values(bridge: TransformerBridge, tokens: Sequence[int]) -> KeysAn
         model.base_model(torch.tensor([tokens], device=model.device), past_key_values=cache, use_cache=True)
     layers: Any = cache.layers
     return [(layer.keys, layer.values) for layer in layers]
-
-
-def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of prompts in batches of like length, the longest first, so that too little memory shows at once."""
-    batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
 
 
 def _run_batch(

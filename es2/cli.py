@@ -13,18 +13,17 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from es2 import cli_runs
 from es2.errors import Es2Error, InputError, MachineError
-from es2.jobs import Cancelled, Reporter
+from es2.jobs import Cancelled
+from es2.models import DEFAULT_MODEL
+from es2.terminal import AsJson, Device, Dtype, Model, Position, Prompts, Run, emit, errors, out, progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,41 +32,6 @@ app = typer.Typer(
     help="Where inside a model are harmful and harmless prompts told apart, how far apart are they, "
     "and what does ES2 fine-tuning do to that?",
 )
-errors = Console(stderr=True, highlight=False)
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
-Model = Annotated[str, typer.Option(help="A catalogue name (`es2 models`), a Hub id, a local folder or a .gguf file.")]
-Prompts = Annotated[str, typer.Option(help="builtin, a CSV, JSONL or Parquet file, or hf:<dataset>[:split].")]
-Position = Annotated[
-    str, typer.Option(help="last (last prompt token) or last_instruction (last token of the request).")
-]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; chosen by what the machine has if not given.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on cuda, else float32.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
-
-
-def emit(document: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -> None:
-    """Print a command's result: the document for programs, or what `show` prints for people."""
-    if as_json:
-        sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
-    else:
-        show()
-
-
-@contextmanager
-def progress() -> Iterator[Reporter]:
-    """A progress bar on stderr, one line per stage; silent where stderr is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
-        stages: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int, **numbers: float) -> None:
-            if stage not in stages:
-                stages[stage] = bar.add_task(stage, total=total)
-            bar.update(stages[stage], completed=done, total=total)
-
-        yield report
 
 
 @app.command()
@@ -116,9 +80,9 @@ def capture(
     json_: AsJson = False,
 ) -> None:
     """Cache the residual-stream embeddings of prompts at every layer of a model."""
-    from es2.capture import POSITIONS
     from es2.capture import capture as capture_embeddings
     from es2.prompts import load_prompts
+    from es2.sources import POSITIONS
 
     prompt_set = load_prompts(prompts)
     with progress() as report:
@@ -158,6 +122,7 @@ def capture(
 def analyze(
     model: Model = DEFAULT_MODEL,
     prompts: Prompts = "builtin",
+    run: Run = None,
     test_prompts: Annotated[
         str | None,
         typer.Option(help="Prompts of another origin that give the numbers, with probes from --prompts."),
@@ -167,17 +132,23 @@ def analyze(
     dtype: Dtype = None,
     json_: AsJson = False,
 ) -> None:
-    """How well and how far harmful and harmless prompts are told apart, layer by layer, with intervals."""
+    """How well and how far harmful and harmless prompts are told apart, layer by layer, with intervals.
+
+    With --run: of the tuned model, beside its base.
+    """
     from es2.layers import AnalysisConfig
     from es2.prompts import load_prompts
+    from es2.runs import open_run
     from es2.tasks import prepare
 
+    of_run = open_run(run) if run else None
     prompt_set = load_prompts(prompts)
     test_set = load_prompts(test_prompts) if test_prompts else None
     with progress() as report:
         prepared = prepare(
             model,
             prompt_set,
+            run=of_run,
             test_prompts=test_set,
             config=AnalysisConfig(position=position),
             device=device,
@@ -185,7 +156,7 @@ def analyze(
             report=report,
         )
     analysis = prepared.analysis
-    document = {"model": prepared.activations.model, "run": None, "key": prepared.activations.key} | analysis.to_dict()
+    document = {"model": prepared.activations.model, "run": run, "key": prepared.activations.key} | analysis.to_dict()
 
     def show() -> None:
         columns = ["probe_accuracy", "probe_accuracy_control", "probe_auroc", "margin_mean", "fisher_ratio"]
@@ -202,6 +173,11 @@ def analyze(
         out.print(analysis.reason, markup=False)
 
     emit(document, json_, show)
+
+
+app.command()(cli_runs.finetune)
+app.command()(cli_runs.runs)
+app.command()(cli_runs.export)
 
 
 @app.command()

@@ -201,12 +201,12 @@ def new_folder(parent: Path, root: Path, key: str) -> Iterator[Path]:
                 temporary.rename(final)
                 _flush(parent)
         except (OSError, SafetensorError) as error:
-            raise machine_error(_numbered(error, parent), final) from error
+            raise machine_error(numbered(error, parent), final) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _numbered(error: Exception, folder: Path) -> OSError:
+def numbered(error: Exception, folder: Path) -> OSError:
     """The error with its number, which numpy and safetensors leave out when the disk is full."""
     if isinstance(error, OSError) and error.errno is not None:
         return error

@@ -41,11 +41,14 @@ __all__ = [
     "Reporter",
     "Task",
     "launch",
+    "lay_down",
     "list_jobs",
     "open_job",
+    "reopen",
     "run_job",
     "seconds_left",
     "silent",
+    "start",
 ]
 
 logger = logging.getLogger(__name__)
@@ -79,6 +82,62 @@ def silent(stage: str, done: int, total: int, **numbers: float) -> None:
     """A `Reporter` that tells nobody and never cancels."""
 
 
+def lay_down(kind: str, config: Mapping[str, Any], *, root: Path | None = None, heavy: bool = True) -> Job:
+    """Write down a job in a folder of its own, for `start` or `run_job`.
+
+    Args:
+        kind: which task to run.
+        config: what the task is given; JSON values.
+        root: the folder of all jobs; `home()/runs` if not given.
+        heavy: whether it takes turns with the other heavy jobs of this host.
+
+    Raises:
+        MachineError: when the folder cannot be written; nothing is left behind.
+    """
+    if not _KIND.fullmatch(kind) or any(name in config for name in _OWN_ENTRIES):
+        raise ValueError(f"A job's kind is a lower-case word and its config has no {', '.join(_OWN_ENTRIES)}.")
+    now = datetime.now(UTC)
+    path = _root(root) / f"{now:%Y%m%d-%H%M%S-%f}-{kind}-{secrets.token_hex(3)}"
+    own = {"format": FORMAT_VERSION, "kind": kind, "created": now.isoformat(), "heavy": heavy}
+    try:
+        path.mkdir(parents=True)
+        write_json(path / "config.json", own | dict(config))
+    except OSError as error:
+        shutil.rmtree(path, ignore_errors=True)
+        raise machine_error(error, path) from error
+    return read_job(path)
+
+
+def start(job: Job, command: Sequence[str] | None = None) -> None:
+    """Start a process for a job that was laid down.
+
+    Args:
+        job: one that has no process and no end.
+        command: what to start, followed by the folder; `python -m es2 job` if not given.
+
+    Raises:
+        MachineError: when the process cannot be started.
+    """
+    reap()
+    child = None
+    try:
+        with (job.path / "log.txt").open("ab") as log:
+            child = subprocess.Popen(
+                [*(command or (sys.executable, "-m", "es2", "job")), str(job.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        write_json(job.path / "launched.json", {"host": HOST, "pid": child.pid, "time": time.time()})
+    except OSError as error:
+        if child is not None:
+            child.kill()
+            child.wait()
+        raise machine_error(error, job.path) from error
+    children[job.path] = child
+
+
 def launch(
     kind: str,
     config: Mapping[str, Any],
@@ -87,45 +146,32 @@ def launch(
     heavy: bool = True,
     command: Sequence[str] | None = None,
 ) -> Job:
-    """Lay a job down in a folder of its own and start a process for it.
+    """Lay a job down and start it; arguments and errors as for `lay_down` and `start`; nothing is left of a failure."""
+    job = lay_down(kind, config, root=root, heavy=heavy)
+    try:
+        start(job, command)
+    except MachineError:
+        shutil.rmtree(job.path, ignore_errors=True)
+        raise
+    return job
 
-    Args:
-        kind: which task to run.
-        config: what the task is given; JSON values.
-        root: the folder of all jobs; `home()/runs` if not given.
-        heavy: whether it takes turns with the other heavy jobs of this host.
-        command: what to start, followed by the folder; `python -m es2 job` if not given.
+
+def reopen(job: Job) -> None:
+    """Take back a job's end, so that it can be started again and goes on from what it kept.
 
     Raises:
-        MachineError: when the folder cannot be written or the process cannot be started; nothing is left behind.
+        InputError: when it is queued, running or done.
+        MachineError: when the folder cannot be written.
     """
-    if not _KIND.fullmatch(kind) or any(name in config for name in _OWN_ENTRIES):
-        raise ValueError(f"A job's kind is a lower-case word and its config has no {', '.join(_OWN_ENTRIES)}.")
-    reap()
-    now = datetime.now(UTC)
-    path = _root(root) / f"{now:%Y%m%d-%H%M%S-%f}-{kind}-{secrets.token_hex(3)}"
-    own = {"format": FORMAT_VERSION, "kind": kind, "created": now.isoformat(), "heavy": heavy}
-    child = None
+    status = job.status()
+    if status in (*ACTIVE, "done"):
+        raise InputError(f"Job {job.id} is {status}; only one that ended before its time can be resumed.")
     try:
-        path.mkdir(parents=True)
-        write_json(path / "config.json", own | dict(config))
-        with (path / "log.txt").open("ab") as log:
-            child = subprocess.Popen(
-                [*(command or (sys.executable, "-m", "es2", "job")), str(path)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        write_json(path / "launched.json", {"host": HOST, "pid": child.pid, "time": time.time()})
+        # The end goes last: until then the job counts as ended.
+        for name in ("heartbeat.json", "launched.json", "cancel", "result.json"):
+            (job.path / name).unlink(missing_ok=True)
     except OSError as error:
-        if child is not None:
-            child.kill()
-            child.wait()
-        shutil.rmtree(path, ignore_errors=True)
-        raise machine_error(error, path) from error
-    children[path] = child
-    return read_job(path)
+        raise machine_error(error, job.path) from error
 
 
 def list_jobs(root: Path | None = None, kind: str | None = None) -> list[Job]:
@@ -161,12 +207,17 @@ def _root(root: Path | None) -> Path:
     return (root or home() / "runs").absolute()
 
 
-def run_job(folder: Path, tasks: Mapping[str, Task]) -> int:
+def run_job(folder: Path, tasks: Mapping[str, Task], also: Reporter = silent) -> int:
     """Run the job that was laid down in `folder`, in this process, and write how it ended.
 
     A task is given the config, a reporter and the folder, and returns a result of JSON values. One that ends itself
     early returns `{"status": "stopped", "reason": sentence, …}`. An `Es2Error` ends the job as failed with its
     sentence; any other exception as failed with a sentence that names the log, which has the traceback.
+
+    Args:
+        folder: what `lay_down` made.
+        tasks: the functions by kind.
+        also: told about progress too, such as a bar in the terminal.
 
     Returns:
         The process's exit code: 0 done or stopped, 2 bad input, 1 anything else.
@@ -175,7 +226,7 @@ def run_job(folder: Path, tasks: Mapping[str, Task]) -> int:
         InputError: when the folder holds no job, the job has ended, or another process runs it.
     """
     job = read_job(folder.absolute())
-    with _Life(job) as life:
+    with _Life(job, also) as life:
         end, exit_code = _attempt(job, tasks, life)
         try:
             life.write_event(event="status", status=end["status"])
@@ -238,8 +289,9 @@ def _turn(job: Job, life: _Life) -> Iterator[None]:
 class _Life:
     """What a job's process does beside its work: hold the lock, show a heartbeat, log events, hear a call to stop."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, also: Reporter) -> None:
         self.job = job
+        self.also = also
         self.stop = False
         self._over = threading.Event()
         self._beat = threading.Thread(target=self._show_heartbeat, daemon=True)
@@ -293,6 +345,7 @@ class _Life:
         """The `Reporter` of the task. At most ten events a second, unless they carry numbers or end a stage."""
         if self.stop:
             raise Cancelled
+        self.also(stage, done, total, **numbers)
         now = time.monotonic()
         if stage == self._last[0] and now - self._last[1] < 0.1 and done < total and not numbers:
             return

@@ -289,6 +289,9 @@ def _digest(value: object) -> str:
 
 
 def _adapter_files(adapter: Path) -> list[Path]:
+    """The files that decide an adapter: peft's two, or the one file of the blocks that a full fine-tune changed."""
+    if adapter.is_file():
+        return [adapter]
     files = [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"]
     for file in files:
         if not file.is_file():
@@ -402,10 +405,8 @@ def load_bridge(
     """
     from transformer_lens.model_bridge import TransformerBridge
 
-    model = load_model(folder, dtype=dtype, device=device)
-    if adapter is not None:
-        # Before the bridge: once wrapped, a model takes no adapter any more.
-        model = _merge_adapter(model, adapter)
+    # Merged before the bridge: once wrapped, a model takes no adapter any more.
+    model = load_tuned(folder, adapter, dtype=dtype, device=device)
     try:
         bridge = TransformerBridge.boot_transformers(
             str(folder),
@@ -423,18 +424,53 @@ def load_bridge(
     return bridge
 
 
-def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    from peft import PeftModel
+def load_tuned(
+    folder: Path, adapter: Path | None, *, dtype: str | None = None, device: str | None = None
+) -> PreTrainedModel:
+    """Load a model folder with a fine-tune merged into its weights: a peft adapter, or the blocks that were changed.
+
+    Raises:
+        InputError, MachineError: as `load_model`; also when the adapter does not fit the model.
+    """
+    model = load_model(folder, dtype=dtype, device=device)
+    if adapter is None:
+        return model
     from safetensors import SafetensorError
 
     _adapter_files(adapter)
+    if adapter.is_file():
+        load_blocks(model, adapter)
+        return model
+    from peft import PeftModel
+
     try:
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        return merged
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"The adapter {str(adapter)!r} does not fit the model ({first_line(error)}); "
             "give the model it was trained on."
         ) from error
+
+
+def load_blocks(model: PreTrainedModel, weights: Path) -> None:
+    """Put the blocks that a full fine-tune left in `weights.safetensors` into the model that it started from.
+
+    Raises:
+        InputError: when the file is damaged or of another model.
+    """
+    import torch
+
+    from es2.checkpoint import load_tensors
+
+    tensors, _ = load_tensors(weights)
+    own = dict(model.named_parameters())
+    unknown = [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]
+    if unknown:
+        raise InputError(f"The weights {str(weights)!r} do not fit this model (the first: {unknown[0]}).")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
 
 
 def _count_parameters(folder: Path) -> int:

@@ -11,40 +11,69 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from es2.errors import InputError
-from es2.jobs import Reporter, Task, silent
-from es2.layers import ANALYSIS_FORMAT, Analysis, AnalysisConfig, TestSet, analyze
+from es2.jobs import Job, Reporter, Task, open_job, silent
+from es2.layers import ANALYSIS_FORMAT, Analysis, AnalysisConfig, TestSet, analyze, check_prompts
 from es2.projection import PROJECTION_FORMAT, UmapCoordinates, umap_all_layers
 from es2.prompts import PromptSet, load_prompts, normalised
+from es2.results import LayerNumbers
 from es2.store import ActivationSet, Store, content_key
+
+if TYPE_CHECKING:
+    from es2.finetune import FinetuneConfig
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A prompt set and its embeddings.
+
+    Attributes:
+        prompts: the prompts.
+        base: their embeddings under the base model.
+        tuned: their embeddings under a run's tuned model, where one is asked for.
+    """
+
+    prompts: PromptSet
+    base: ActivationSet
+    tuned: ActivationSet | None = None
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An activation set and what was computed from it."""
+    """Activation sets and what was computed from them.
+
+    Attributes:
+        activations: of the prompts under the base model.
+        tuned: the same under the tuned model; None without a run.
+        analysis: of base, or of both.
+    """
 
     activations: ActivationSet
+    tuned: ActivationSet | None
     analysis: Analysis
 
 
 def analysis_key(
-    activations: ActivationSet,
+    base: ActivationSet,
     prompts: PromptSet,
     config: AnalysisConfig,
-    test: tuple[ActivationSet, PromptSet] | None = None,
+    *,
+    tuned: ActivationSet | None = None,
+    test: Captured | None = None,
 ) -> str:
     """The key of an analysis: everything that decides its numbers, and nothing else."""
     return content_key(
         {
             "kind": "analysis",
             "format": ANALYSIS_FORMAT,
-            "base": activations.key,
+            "base": base.key,
+            "tuned": tuned and tuned.key,
             "prompts": prompts.digest,
-            "test": test and [test[0].key, test[1].digest],
+            "test": test and [test.base.key, test.tuned and test.tuned.key, test.prompts.digest],
             "config": asdict(config),
         }
     )
@@ -84,6 +113,7 @@ def prepare(
     model: str,
     prompts: PromptSet,
     *,
+    run: Job | None = None,
     test_prompts: PromptSet | None = None,
     config: AnalysisConfig | None = None,
     device: str | None = None,
@@ -96,6 +126,7 @@ def prepare(
     Args:
         model: a catalogue name, a Hub id, a folder or a `.gguf` file.
         prompts: the prompt set; its `probe` split fits the probes, its `test` split gives the numbers.
+        run: a fine-tuning run of this model, to be compared with its base.
         test_prompts: prompts of another origin that give the numbers instead, less those that also stand in `prompts`.
         config: the analysis' settings.
         device: where the model runs; chosen by `es2.models.choose_device` if not given.
@@ -104,50 +135,79 @@ def prepare(
         report: told about progress.
 
     Returns:
-        The activation set of `prompts` and the analysis.
+        The activation sets of `prompts` and the analysis.
 
     Raises:
-        InputError, MachineError: as `es2.capture.capture` and `es2.layers.analyze` do.
+        InputError, MachineError: as `es2.capture.capture` and `es2.layers.analyze` do; also when the run is of another
+            model or has left no weights.
     """
     config = config or AnalysisConfig()
     store = store or Store()
-    test = None
-    if test_prompts is not None:
-        test = without_shared(test_prompts, prompts)
-    activations = _captured(model, prompts, config.position, device, dtype, store, report)
-    source = tested = None
-    if test is not None:
-        tested = _captured(model, test, config.position, device, dtype, store, report)
-        source = TestSet(prompts=test, base=tested)
-    key = analysis_key(activations, prompts, config, (tested, test) if tested and test else None)
+    if run is not None:
+        _check_run(run, model)
+
+    def captured(part: PromptSet) -> Captured:
+        base = _activations(model, part, config.position, None, device, dtype, store, report)
+        tuned = _activations(model, part, config.position, run, device, dtype, store, report) if run else None
+        return Captured(part, base, tuned)
+
+    # First what may be refused: an empty rest, before minutes of work.
+    rest = without_shared(test_prompts, prompts) if test_prompts is not None else None
+    check_prompts(prompts, rest)
+    own = captured(prompts)
+    test = captured(rest) if rest is not None else None
+    source = TestSet(test.prompts, test.base, test.tuned) if test is not None else None
+    key = analysis_key(own.base, prompts, config, tuned=own.tuned, test=test)
+    holder = own.tuned or own.base
     with store.lock(key, lambda: report("wait", 0, 1)):
-        if folder := activations.derived(key):
-            return Prepared(activations, Analysis.load(folder))
-        analysis = analyze(prompts, activations, test=source, config=config, report=report)
-        with activations.write_derived(key) as folder:
+        if folder := holder.derived(key):
+            return Prepared(own.base, own.tuned, Analysis.load(folder))
+        analysis = analyze(prompts, own.base, own.tuned, test=source, config=config, report=report)
+        with holder.write_derived(key) as folder:
             analysis.save(folder)
-    return Prepared(activations, analysis)
+    return Prepared(own.base, own.tuned, analysis)
 
 
-def _captured(
+def _check_run(run: Job, model: str) -> None:
+    from es2.models import resolve
+    from es2.runs import config_of, tuned_weights
+
+    tuned_weights(run)
+    of = config_of(run).model
+    if resolve(of).location != resolve(model).location:
+        raise InputError(f"Run {run.id} tuned the model {of!r}, not {model!r}; give --model {of}.")
+
+
+def _activations(
     model: str,
     prompts: PromptSet,
     position: str,
+    run: Job | None,
     device: str | None,
     dtype: str | None,
     store: Store,
     report: Reporter,
 ) -> ActivationSet:
     """The activation set, from the store if the model is not on this machine but its embeddings are."""
-    from es2.capture import POSITIONS, capture
+    from es2.capture import capture
     from es2.models import is_cached, resolve
+    from es2.runs import tuned_weights
 
-    if position not in POSITIONS:
-        raise InputError(f"The position must be one of {', '.join(POSITIONS)}, not {position[:40]!r}.")
-    known = find_activations(model, prompts, position, store)
-    if known is not None and not is_cached(resolve(model)):
+    spec = resolve(model)
+    run_id = run.id if run else None
+    known = store.find(model=spec.name, texts_digest=prompts.texts_digest, position=position, run=run_id)
+    if known is not None and not is_cached(spec):
         return known
-    return capture(model, prompts, device=device, dtype=dtype, store=store, report=report).activations
+    return capture(
+        model,
+        prompts,
+        adapter=tuned_weights(run) if run else None,
+        run=run_id,
+        device=device,
+        dtype=dtype,
+        store=store,
+        report=report,
+    ).activations
 
 
 def without_shared(prompts: PromptSet, others: PromptSet) -> PromptSet:
@@ -181,7 +241,7 @@ def project(
         The activation set, and the key of the coordinates kept beside it. Arguments and errors as for `prepare`.
     """
     store = store or Store()
-    activations = _captured(model, prompts, position, device, dtype, store, report)
+    activations = _activations(model, prompts, position, None, device, dtype, store, report)
     key = umap_key(activations, prompts, position)
     with store.lock(key, lambda: report("wait", 0, 1)):
         if activations.derived(key) is None:
@@ -189,6 +249,63 @@ def project(
             with activations.write_derived(key) as folder:
                 coordinates.save(folder)
     return activations, key
+
+
+def finetune_run(
+    config: FinetuneConfig, prompts: PromptSet, folder: Path, report: Reporter = silent, store: Store | None = None
+) -> dict[str, Any]:
+    """Fine-tune, capture the tuned model, compare it with base, and judge. What `es2 finetune` prints.
+
+    Args:
+        config: the fine-tune's settings; it goes on from a checkpoint in `folder` if there is one.
+        prompts: the prompt set.
+        folder: the run folder, whose name is the run's id.
+        report: told about progress.
+        store: where activation sets lie.
+
+    Returns:
+        JSON values: how the run ended, its KLs on harmless `test` prompts, the numbers of every layer before and after,
+        and the verdict at the target layers with its reason.
+
+    Raises:
+        InputError, MachineError, Cancelled: as `es2.finetune.finetune` and `prepare` do.
+    """
+    from es2.finetune import finetune
+    from es2.verdict import layer_verdict, run_verdict
+
+    result = finetune(config, prompts, folder, report, resume=True)
+    run = open_job(folder.name, folder.parent)
+    prepared = prepare(
+        config.model, prompts, run=run, device=config.device, dtype=config.dtype, store=store, report=report
+    )
+    analysis = prepared.analysis
+    verdict = run_verdict(analysis, config.targets, result.kl_test)
+    tuned_layers = analysis.tuned_layers or ()
+    return {
+        "run": run.id,
+        "path": str(folder),
+        "status": result.status,
+        "reason": result.reason,
+        "target_layers": list(config.targets),
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "seconds": result.seconds,
+        "seconds_per_step": result.seconds_per_step,
+        "trained_parameters": result.trained_parameters,
+        "kl_harmless_test": result.kl_test,
+        "verdict": verdict.name,
+        "verdict_reason": verdict.reason,
+        "verdicts": {str(layer.layer): layer_verdict(layer, result.kl_test).to_dict() for layer in tuned_layers},
+        "watched": [point.to_dict() for point in result.watched],
+        "activations": {"base": prepared.activations.key, "tuned": prepared.tuned and prepared.tuned.key},
+        "before": {str(layer.layer): _plain(layer) for layer in analysis.base_layers},
+        "after": {str(layer.layer): _plain(layer) for layer in tuned_layers},
+    }
+
+
+def _plain(layer: LayerNumbers) -> dict[str, Any]:
+    """A layer's numbers, and for tuned their change, without the curve over C, which the analysis keeps."""
+    return {name: value for name, value in layer.to_dict().items() if name != "by_cost"}
 
 
 def _prepare_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
@@ -204,8 +321,15 @@ def _project_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict
     return {"activations": activations.key, "umap": key}
 
 
+def _finetune_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
+    from es2.finetune import FinetuneConfig
+
+    return finetune_run(FinetuneConfig.from_dict(config), load_prompts(config["prompts"]), folder, report)
+
+
 JOBS: Mapping[str, Task] = {
     "prepare": _prepare_job,
     "project": _project_job,
+    "finetune": _finetune_job,
 }
 """What `es2 job` can run: a job's kind and the function that does it."""

@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from es2 import capture as capture_module
+from es2.batching import batches_by_length
 from es2.capture import (
     PINNED_DATE,
     POSITIONS,
     Rendered,
-    _batches,
     _shared_tokens,
     _storable,
     capture,
@@ -352,7 +352,7 @@ def test_the_shared_tokens_are_run_once(llama: Path, monkeypatch: pytest.MonkeyP
 
 @given(lengths=st.lists(st.integers(1, 60), max_size=40), budget=st.integers(1, 200))
 def test_batches_hold_every_prompt_once_and_keep_the_budget(lengths: list[int], budget: int) -> None:
-    batches = list(_batches(lengths, budget))
+    batches = list(batches_by_length(lengths, budget))
     assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[row] for row in batch) <= budget

@@ -184,7 +184,9 @@ class TestProcess:
     def test_help_explains_itself_and_loads_nothing_heavy(self) -> None:
         done = self.python("-m", "es2", "--help")
         assert done.returncode == 0
-        assert all(command in done.stdout for command in ("models", "capture", "analyze", "project", "app"))
+        assert all(
+            command in done.stdout for command in ("models", "capture", "analyze", "finetune", "runs", "export", "app")
+        )
         assert "job" not in done.stdout.split("Commands")[1].split()
         program = (
             "import es2.cli, es2.tasks, sys; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'umap')))"

@@ -1,0 +1,223 @@
+"""The commands about fine-tuning runs: `finetune`, `runs`, `export`; `es2.cli` registers them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from es2.errors import InputError, MachineError
+from es2.finetune import FinetuneConfig
+from es2.jobs import Job
+from es2.models import DEFAULT_MODEL
+from es2.terminal import AsJson, Device, Dtype, Model, Prompts, emit, out, progress
+
+if TYPE_CHECKING:
+    from es2.prompts import PromptSet
+
+_FINETUNE = FinetuneConfig(layers=())  # where the shipped defaults are written
+
+
+def finetune(
+    model: Model = DEFAULT_MODEL,
+    prompts: Prompts = "builtin",
+    layers: Annotated[
+        str | None, typer.Option(help="Target layers, such as 12,18. Default: the two that `analyze` recommends.")
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(help="distance, anchored, fisher, margin, or a mixture such as 1.0*margin+0.5*fisher.")
+    ] = _FINETUNE.objective,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = _FINETUNE.steps,
+    kl_weight: Annotated[float, typer.Option(help="λ, of the KL on harmless prompts.")] = _FINETUNE.kl_weight,
+    learning_rate: Annotated[float, typer.Option(help="Its peak, after the warm-up.")] = _FINETUNE.learning_rate,
+    pairs_per_step: Annotated[
+        int, typer.Option(help="Harmful prompts, and as many harmless ones, per step.")
+    ] = _FINETUNE.pairs_per_step,
+    method: Annotated[str, typer.Option(help="lora, or full (the blocks themselves).")] = _FINETUNE.method,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA matrices.")] = _FINETUNE.rank,
+    alpha: Annotated[int, typer.Option(help="LoRA's scaling.")] = _FINETUNE.alpha,
+    first_block: Annotated[int | None, typer.Option(help="First trained block; the last is the last target.")] = None,
+    watch_every: Annotated[int, typer.Option(help="Steps between looks at `watch`.")] = _FINETUNE.watch_every,
+    accumulate: Annotated[int, typer.Option(help="Parts of a step, to save memory.")] = _FINETUNE.accumulate,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Save more memory, at the cost of time.")] = False,
+    allow_many_layers: Annotated[
+        bool, typer.Option(help="Allow three or more target layers; the paper saw models collapse.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the adapter's first weights and of the batches.")] = _FINETUNE.seed,
+    device: Device = None,
+    dtype: Dtype = None,
+    json_: AsJson = False,
+) -> None:
+    """Fine-tune a model with ES2, compare it with its base on prompts it never saw, and say what became of it."""
+    from es2.finetune import count_layers
+    from es2.jobs import lay_down, run_job
+    from es2.models import model_folder, resolve
+    from es2.prompts import load_prompts
+    from es2.tasks import JOBS, prepare
+
+    prompt_set = load_prompts(prompts)
+    with progress() as report:
+        # Everything is checked before anything heavy is done.
+        spec = resolve(model)
+        n_layers = count_layers(model_folder(spec, report))
+        given = None if layers is None else _layer_list(layers)
+        config = FinetuneConfig(
+            layers=given or (0, n_layers - 1),
+            model=model if spec.kind in ("catalogue", "hub") else spec.location,
+            objective=objective,
+            steps=steps,
+            kl_weight=kl_weight,
+            learning_rate=learning_rate,
+            pairs_per_step=pairs_per_step,
+            method=method,
+            rank=rank,
+            alpha=alpha,
+            first_block=first_block if given else None,
+            watch_every=watch_every,
+            accumulate=accumulate,
+            gradient_checkpointing=gradient_checkpointing,
+            allow_many_layers=allow_many_layers,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+        )
+        config.check(n_layers, prompt_set)
+        if given is None:
+            recommended = prepare(model, prompt_set, device=device, dtype=dtype, report=report).analysis.recommended
+            config = replace(config, layers=recommended, first_block=first_block)
+            config.check(n_layers, prompt_set)
+        if int(os.environ.get("RANK", "0")) > 0:
+            _help_finetune(config, prompt_set)
+            return
+        source = prompts if prompts == "builtin" or prompts.startswith("hf:") else str(Path(prompts).absolute())
+        run = lay_down("finetune", config.to_dict() | {"prompts": source})
+        exit_code = run_job(run.path, JOBS, report)
+    result = run.result()
+    if result is None:
+        sentence = run.error() or f"Run {run.id} was {run.status()}; `es2 runs resume {run.id}` goes on."
+        raise InputError(sentence) if exit_code == InputError.exit_code else MachineError(sentence)
+    emit(result, json_, lambda: _show_run(result))
+
+
+def _help_finetune(config: FinetuneConfig, prompts: PromptSet) -> None:
+    """Take part in the fine-tune of another process (`accelerate launch`), which writes and reports."""
+    import tempfile
+
+    from es2.finetune import finetune as tune
+
+    with tempfile.TemporaryDirectory() as folder:
+        tune(config, prompts, Path(folder))
+
+
+def _layer_list(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--layers {text[:40]!r} is no list of layers; write it like 12,18.") from None
+
+
+def _show_run(result: Mapping[str, Any]) -> None:
+    names = ["fisher_ratio", "relative_distance", "mean_difference_margin", "margin_mean", "margin_harmful_q1"]
+    names += ["probe_accuracy", "rest_ratio", "effective_rank", "norm_ratio", "centroid_distance"]
+    table = Table("number", *(f"layer {layer}" for layer in result["target_layers"]))
+    for name in names:
+        cells = []
+        for layer in map(str, result["target_layers"]):
+            before, after = (result[when][layer][name]["value"] for when in ("before", "after"))
+            cells.append(f"{before:.3f} → {after:.3f}")
+        table.add_row(name, *cells)
+    out.print(table)
+    kl = result["kl_harmless_test"] or {}
+    out.print(f"KL on harmless test prompts, nats per token: {', '.join(f'{k} {v:.3f}' for k, v in kl.items())}")
+    out.print(f"{result['verdict']}. {result['verdict_reason']}", markup=False)
+    if result["reason"]:
+        out.print(result["reason"], markup=False)
+    out.print(f"Run {result['run']}: {result['path']}", markup=False, soft_wrap=True)
+
+
+def runs(
+    action: Annotated[str, typer.Argument(help="list, show, cancel, resume or delete.")] = "list",
+    id: Annotated[str | None, typer.Argument(help="Which run; not for list.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Fine-tuning runs: list them, show one, cancel, resume or delete it."""
+    from es2.jobs import reopen, start
+    from es2.runs import list_runs, open_run
+
+    if action not in ("list", "show", "cancel", "resume", "delete"):
+        raise InputError(f"Unknown action {action[:40]!r}; one of list, show, cancel, resume, delete.")
+    if action == "list":
+        rows = [_run_row(run) for run in list_runs()]
+        emit({"runs": rows}, json_, lambda: _show_runs(rows))
+        return
+    if id is None:
+        raise InputError(f"Which run? Give its id: es2 runs {action} ID; `es2 runs` lists them.")
+    run = open_run(id)
+    if action == "cancel":
+        run.cancel()
+    elif action == "delete":
+        run.delete()
+        emit({"run": id, "deleted": True}, json_, lambda: out.print(f"Run {id} is deleted.", markup=False))
+        return
+    elif action == "resume":
+        reopen(run)
+        start(run)
+    document = _run_row(run) | {"config": run.config, "result": run.result()}
+
+    def show() -> None:
+        if document["result"] and action == "show":
+            _show_run(document["result"])
+        else:
+            _show_runs([document])
+
+    emit(document, json_, show)
+
+
+def _run_row(run: Job) -> dict[str, Any]:
+    result = run.result() or {}
+    return {
+        "run": run.id,
+        "path": str(run.path),
+        "status": run.status(),
+        "created": run.created,
+        "model": run.config.get("model"),
+        "layers": run.config.get("layers"),
+        "objective": run.config.get("objective"),
+        "verdict": result.get("verdict"),
+        "progress": run.progress(),
+        "error": run.error(),
+    }
+
+
+def _show_runs(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        out.print("There is no run yet; `es2 finetune` makes one.")
+        return
+    table = Table("run", "status", "model", "layers", "objective", "verdict")
+    for row in rows:
+        cells = row | {"layers": ",".join(map(str, row["layers"] or ()))}
+        table.add_row(*(str(cells[str(column.header)] or "") for column in table.columns))
+    out.print(table)
+    for row in rows:
+        if row["error"]:
+            out.print(f"{row['run']}: {row['error']}", markup=False)
+
+
+def export(
+    run: Annotated[str, typer.Option(help="Which run (`es2 runs`).")],
+    out_folder: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.")],
+    merged: Annotated[bool, typer.Option(help="Plain transformers weights, the fine-tune merged in.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Take a run's adapter, or the whole tuned model, to other tools."""
+    from es2.runs import export as write
+    from es2.runs import open_run
+
+    folder = write(open_run(run), out_folder, merged=merged)
+    show = f"{'Merged model' if merged else 'Adapter'} of run {run}: {folder}"
+    emit({"run": run, "path": str(folder), "merged": merged}, json_, lambda: out.print(show, markup=False))

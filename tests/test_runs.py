@@ -1,0 +1,270 @@
+"""Runs from the command line: a real short fine-tune of a tiny model, and what may happen to it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from es2 import cli
+from es2.jobs import Job
+from es2.prompts import LABEL_NAMES
+from es2.runs import list_runs, open_run, tuned_weights
+from es2.store import Store
+from tests.builders import N_LAYERS, save_tiny_model, tiny_prompts
+
+SHORT = ("--layers", "1,2", "--steps", "4", "--pairs-per-step", "4", "--watch-every", "2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "locks.csv"
+    made = tiny_prompts(60)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "label", "pair"])
+        writer.writerows(
+            [text, LABEL_NAMES[label], pair]
+            for text, label, pair in zip(made.texts, made.labels.tolist(), made.pairs, strict=True)
+        )
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def _places(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ES2_HOME", str(home))
+    monkeypatch.setenv("ES2_CACHE", str(home / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def es2(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Run the command line in this process; returns the exit code and the JSON document."""
+
+    def run(*arguments: str | Path) -> tuple[int, dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", ["es2", *map(str, arguments), "--json"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def done(home: Path, model: Path, prompts: Path) -> dict[str, Any]:
+    """One finished run, made by the command line in a process of its own."""
+    environment = os.environ | {"ES2_HOME": str(home), "ES2_CACHE": str(home / "cache"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "es2", "finetune", "--model", model, "--prompts", prompts, *SHORT, "--json"]
+    ended = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    document: dict[str, Any] = json.loads(ended.stdout)
+    return document
+
+
+class TestFinetune:
+    def test_prints_what_the_contract_says(self, done: dict[str, Any]) -> None:
+        assert done["status"] == "done"
+        assert done["target_layers"] == [1, 2]
+        assert done["steps"] == 4
+        assert done["seconds"] > 0
+        assert done["kl_harmless_test"].keys() == {"prompt", "reply"}
+        assert done["verdict"] in ("separated", "unchanged", "inflated", "contracted", "worse", "collapsed")
+        for when in ("before", "after"):
+            assert done[when].keys() == {str(layer) for layer in range(N_LAYERS)}
+        for numbers in done["after"].values():
+            assert {"margin_mean", "fisher_ratio", "rest_ratio", "change"} <= numbers.keys()
+
+    def test_leaves_a_run_and_two_activation_sets(self, done: dict[str, Any]) -> None:
+        run = open_run(done["run"])
+        assert run.status() == "done"
+        assert run.result() == done
+        store = Store()
+        base, tuned = (store.open(done["activations"][name]) for name in ("base", "tuned"))
+        assert (base.run, tuned.run) == (None, run.id)
+        np.testing.assert_array_equal(base.texts, tuned.texts)
+        assert not np.allclose(base.layer(2), tuned.layer(2)), "the adapter was on"
+
+    def test_numbers_are_those_of_analyze(self, done: dict[str, Any], es2, model: Path, prompts: Path) -> None:
+        code, document = es2("analyze", "--model", model, "--prompts", prompts, "--run", done["run"])
+        assert code == 0
+        assert document["run"] == done["run"]
+        for layer in range(N_LAYERS):
+            assert document["layers"][layer]["fisher_ratio"] == done["after"][str(layer)]["fisher_ratio"]
+            assert document["base_layers"][layer]["fisher_ratio"] == done["before"][str(layer)]["fisher_ratio"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (("--layers", "1,99"), "no layer 99"),
+            (("--layers", "1,x"), "no list of layers"),
+            (("--layers", "0,1,2"), "--allow-many-layers"),
+            (("--layers", "1,1"), "twice"),
+            (("--layers", "1,2", "--steps", "0"), "steps"),
+            (("--layers", "1,2", "--objective", "magic"), "magic"),
+            (("--layers", "1,2", "--learning-rate", "-1"), "learning_rate"),
+        ],
+    )
+    def test_bad_settings_are_refused_before_a_model_is_loaded(
+        self, es2, model: Path, prompts: Path, arguments: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from es2 import finetune, models
+
+        def loaded(*_: object, **__: object) -> None:
+            raise AssertionError("a model was loaded")
+
+        for module in (models, finetune):
+            monkeypatch.setattr(module, "load_model", loaded)
+        before = len(list_runs())
+        code, document = es2("finetune", "--model", model, "--prompts", prompts, *arguments)
+        assert code == 2
+        assert words in document["error"]
+        assert len(list_runs()) == before, "nothing is half written"
+
+    def test_no_tune_prompts(self, es2, model: Path, tmp_path: Path) -> None:
+        path = tmp_path / "p.csv"
+        rows = [f"thing {i},{'harmful' if i % 2 else 'harmless'},{'probe' if i < 20 else 'test'}" for i in range(40)]
+        path.write_text("\n".join(["prompt,label,split", *rows]))
+        code, document = es2("finetune", "--model", model, "--prompts", path, *SHORT)
+        assert code == 2
+        assert "tune split" in document["error"]
+
+
+class TestRuns:
+    def test_list_and_show(self, done: dict[str, Any], es2) -> None:
+        code, document = es2("runs")
+        assert code == 0
+        assert done["run"] in [row["run"] for row in document["runs"]]
+        code, document = es2("runs", "show", done["run"])
+        assert code == 0
+        assert document["result"]["verdict"] == done["verdict"]
+        assert document["config"]["objective"] == "fisher+margin"
+
+    @pytest.mark.parametrize("id", ["nope", "../runs", "20200101-000000-000000-finetune-000000"])
+    def test_unknown_runs_are_a_sentence(self, es2, id: str, model: Path, prompts: Path, tmp_path: Path) -> None:
+        for arguments in (
+            ("runs", "show", id),
+            ("runs", "delete", id),
+            ("export", "--run", id, "--out", tmp_path / "x"),
+            ("analyze", "--model", model, "--prompts", prompts, "--run", id),
+        ):
+            code, document = es2(*arguments)
+            assert code == 2
+            assert "There is no job" in document["error"]
+
+    def test_a_finished_run_cannot_be_resumed(self, done: dict[str, Any], es2) -> None:
+        code, document = es2("runs", "resume", done["run"])
+        assert code == 2
+        assert "is done" in document["error"]
+
+    def test_a_run_of_another_model_is_refused(self, done: dict[str, Any], es2, prompts: Path, tmp_path: Path) -> None:
+        other = save_tiny_model(tmp_path / "other", seed=1)
+        code, document = es2("analyze", "--model", other, "--prompts", prompts, "--run", done["run"])
+        assert code == 2
+        assert "tiny-llama" in document["error"]
+
+    def test_killed_resumed_equal(self, home: Path, done: dict[str, Any], es2, model: Path, prompts: Path) -> None:
+        """kill −9 in the middle leaves `interrupted`; resumed, it ends as if nothing had happened."""
+        long = ("--layers", "1,2", "--steps", "40", "--pairs-per-step", "4", "--watch-every", "2")
+        command = [sys.executable, "-m", "es2", "finetune", "--model", model, "--prompts", prompts, *long]
+        process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run = self.wait_for_step(6, after=done["run"])
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert run.status() == "interrupted"
+        with pytest.raises(Exception, match="has left no weights"):
+            tuned_weights(run)
+        code, _ = es2("runs", "resume", run.id)
+        assert code == 0
+        self.wait_for_end(run)
+        assert run.status() == "done", run.log_tail()
+        result = run.result()
+        assert result is not None
+        assert result["steps"] == 40
+        code, whole = es2("finetune", "--model", model, "--prompts", prompts, *long)
+        assert code == 0
+        for layer in ("1", "2"):
+            assert result["after"][layer]["fisher_ratio"] == pytest.approx(
+                whole["after"][layer]["fisher_ratio"], rel=1e-5
+            )
+        for found, expected in zip(result["watched"], whole["watched"], strict=True):
+            assert found["step"] == expected["step"]
+            assert found["kl_reply"] == pytest.approx(expected["kl_reply"], rel=1e-4, abs=1e-8)
+            assert found["layers"]["2"] == pytest.approx(expected["layers"]["2"], rel=1e-4)
+
+    def wait_for_step(self, step: int, after: str) -> Job:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            for run in list_runs():
+                progress = run.progress()
+                if run.id > after and progress and progress["stage"] == "finetune" and progress["done"] >= step:
+                    return run
+            time.sleep(0.05)
+        raise AssertionError("the run did not start")
+
+    def wait_for_end(self, run: Job) -> None:
+        deadline = time.monotonic() + 180
+        while run.is_active() and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+
+class TestExport:
+    def test_an_adapter_that_peft_loads(self, done: dict[str, Any], es2, model: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out" / "adapter"
+        code, document = es2("export", "--run", done["run"], "--out", out)
+        assert code == 0
+        assert document["path"] == str(out)
+        program = (
+            "import sys; from transformers import AutoModelForCausalLM; from peft import PeftModel;"
+            "m = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2]);"
+            "print(any('lora_B' in n and p.abs().max() > 0 for n, p in m.named_parameters()))"
+        )
+        assert self.outside(program, model, out) == "True"
+
+    def test_a_merged_model_that_transformers_loads(
+        self, done: dict[str, Any], es2, model: Path, prompts: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "merged"
+        code, _ = es2("export", "--run", done["run"], "--out", out, "--merged")
+        assert code == 0
+        program = (
+            "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer;"
+            "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); t = AutoTokenizer.from_pretrained(sys.argv[1]);"
+            "print(len(m.model.layers), t.chat_template is not None)"
+        )
+        assert self.outside(program, out) == f"{N_LAYERS} True"
+        # Its embeddings are the run's, seen through the same hooks.
+        code, captured = es2("capture", "--model", out, "--prompts", prompts)
+        assert code == 0
+        tuned, merged = Store().open(done["activations"]["tuned"]), Store().open(captured["key"])
+        np.testing.assert_allclose(merged.layer(2), tuned.layer(2), rtol=1e-4, atol=1e-4)
+
+    def test_a_folder_in_use_is_left_alone(self, done: dict[str, Any], es2, tmp_path: Path) -> None:
+        (tmp_path / "mine").write_text("precious")
+        code, document = es2("export", "--run", done["run"], "--out", tmp_path)
+        assert code == 2
+        assert "not an empty folder" in document["error"]
+        assert (tmp_path / "mine").read_text() == "precious"
+
+    def outside(self, program: str, *arguments: Path) -> str:
+        """Run a program that knows nothing of this package."""
+        command = [sys.executable, "-c", program, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
