@@ -67,23 +67,27 @@ TERMS = (
         "Margin",
         "Mean distance of test prompts to the probe's boundary, + on the correct side, averaged per label. "
         "1 unit is the root mean square length of an embedding at this layer.",
+        digits=4,
     ),
     Term(
         "margin_harmful_q1",
         "Margin, easier quarter",
         "Lower quartile of the same distance over harmful prompts: what the easier attacks have to travel. "
         "Negative when a quarter of the harmful prompts already stands on the harmless side.",
+        digits=4,
     ),
     Term(
         "mean_difference_margin",
         "Mean-difference margin",
         "The mean distance from the midpoint along the line between the two class means: how far the clouds stand "
         "apart, whatever a cleverer boundary could do.",
+        digits=4,
     ),
     Term(
         "relative_distance",
         "Relative distance",
         "Distance of the two class means divided by the length of an embedding, corrected for sampling bias.",
+        digits=4,
     ),
     Term(
         "fisher_ratio",

@@ -28,11 +28,11 @@ def show() -> None:
         "Model",
         names if choice.model in names else [choice.model, *names],
         key="model",
-        format_func=lambda name: f"{name}  ·  captured" if name in captured else name,
+        format_func=lambda name: f"{name} · ready" if name in captured else name,
         accept_new_options=True,
         placeholder="Choose or type a model",
         help="Choose a name, or type a Hub id (owner/name), the path of a model folder, or of a .gguf file. "
-        "Models with embeddings on disk come first.",
+        "Those that are ready have embeddings on disk and come first.",
         on_change=_model_changed,
     )
     _seed("prompts", choice.prompts)
@@ -40,7 +40,7 @@ def show() -> None:
         "Prompts",
         _prompt_sources(choice.prompts),
         key="prompts",
-        format_func=lambda source: "builtin  ·  contrast pairs" if source == "builtin" else source,
+        format_func=lambda source: "builtin · contrast pairs" if source == "builtin" else source,
         accept_new_options=True,
         placeholder="Choose or type a file",
         help="The built-in contrast pairs, or the path of a CSV, JSONL or Parquet file with the columns prompt and "

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import charts
+from app import canvas, charts, projection_chart
 from app.glossary import BY_NAME, TERMS
 from es2.projection import View
 from es2.prompts import HARMFUL, HARMLESS, PromptSet
@@ -71,7 +71,7 @@ def every_figure(layers: list[LayerNumbers], prompts: PromptSet, view: View) -> 
     return [
         charts.accuracy_strip(layers, chosen=2, recommended=(1, 4)),
         charts.margin_strip(layers, chosen=2, recommended=(1, 4)),
-        charts.projection(view, prompts, margins=margins, others=True, selected=(0, 5)),
+        projection_chart.projection(view, prompts, margins=margins, others=True, selected=(0, 5)),
         charts.histogram(margins, prompts.labels),
         charts.cost_curve(points, charts.COST_LINES, chosen=1.0, title="accuracy"),
     ]
@@ -103,12 +103,12 @@ class TestEveryFigure:
         """Contrast by WCAG 2.2, of which 3 is asked of graphics, to the page's two backgrounds."""
         config = tomllib.loads((Path(__file__).parents[1] / ".streamlit" / "config.toml").read_text())
         backgrounds = [config["theme"][theme]["backgroundColor"] for theme in ("light", "dark")]
-        for colour in (*charts.COLOURS.values(), charts.BASE, charts.TUNED, charts.NEUTRAL):
+        for colour in (*canvas.COLOURS.values(), canvas.BASE, canvas.TUNED, canvas.NEUTRAL):
             for background in backgrounds:
                 assert contrast(colour, background) >= 3, (colour, background)
 
     def test_labels_stay_apart_without_colour(self) -> None:
-        assert charts.SYMBOLS[HARMFUL] != charts.SYMBOLS[HARMLESS]
+        assert canvas.SYMBOLS[HARMFUL] != canvas.SYMBOLS[HARMLESS]
 
 
 def contrast(first: str, second: str) -> float:
@@ -167,53 +167,6 @@ class TestStrips:
             assert max(values) <= high
 
 
-class TestProjection:
-    def test_test_prompts_by_label(self, view: View, prompts: PromptSet) -> None:
-        shown = traces(charts.projection(view, prompts, margins=view.base[:, 0]))
-        assert [data[1] for data in shown["harmful"].customdata] == [0, 2]
-        assert [data[1] for data in shown["harmless"].customdata] == [1, 3]
-        assert {data[0] for data in shown["harmful"].customdata} == {"base"}
-        np.testing.assert_array_equal(shown["harmful"].x, view.base[[0, 2], 0])
-        np.testing.assert_array_equal(shown["harmful"].y, view.base[[0, 2], 1])
-        assert shown["harmful"].marker.color == charts.COLOURS[HARMFUL]
-        assert "harmful, other splits" not in shown
-
-    def test_other_splits_are_hollow(self, view: View, prompts: PromptSet) -> None:
-        shown = traces(charts.projection(view, prompts, margins=view.base[:, 0], others=True))
-        assert [data[1] for data in shown["harmful, other splits"].customdata] == [4, 6, 8, 10]
-        assert shown["harmful, other splits"].marker.symbol == "diamond-open"
-        assert shown["harmful"].marker.symbol == "diamond"
-
-    def test_nothing_fades_when_something_is_selected(self, view: View, prompts: PromptSet) -> None:
-        for trace in charts.projection(view, prompts, margins=view.base[:, 0], others=True).data:
-            if trace.customdata is not None:
-                assert trace.unselected.marker.opacity == trace.marker.opacity
-
-    def test_selected_are_ringed_and_joined_to_their_twins(self, view: View, prompts: PromptSet) -> None:
-        shown = traces(charts.projection(view, prompts, margins=view.base[:, 0], selected=(2, 4)))
-        assert list(shown["selected"].x) == [view.base[2, 0]], "row 4 is of another split and not shown"
-        assert list(shown["twins"].x) == [view.base[2, 0], view.base[3, 0], None]
-
-    def test_many_selected_are_not_joined(self, view: View, prompts: PromptSet) -> None:
-        many = [0, 1] * charts.MAX_TWINS
-        assert "twins" not in traces(charts.projection(view, prompts, margins=view.base[:, 0], selected=many))
-
-    def test_the_boundary_is_drawn_where_it_is(self, view: View, prompts: PromptSet) -> None:
-        figure = charts.projection(view, prompts, margins=view.base[:, 0])
-        assert [(shape.x0, shape.x1) for shape in figure.layout.shapes] == [(0, 0)]
-        low, high = figure.layout.xaxis.range
-        assert low == -high
-        pca = View("pca", view.base, None, view.axes, (0.4, 0.2))
-        figure = charts.projection(pca, prompts, margins=view.base[:, 0])
-        assert not figure.layout.shapes
-        assert figure.layout.yaxis.scaleanchor == "x"
-
-    def test_hover_tells_what_is_known(self, view: View, prompts: PromptSet) -> None:
-        label = traces(charts.projection(view, prompts, margins=view.base[:, 0]))["harmful"].hovertext[0]
-        for part in ("harmful 0", "locks", "test split", "pair-0", f"{view.base[0, 0]:+.3f}"):
-            assert part in label
-
-
 class TestHistogram:
     def test_every_prompt_is_counted_once(self) -> None:
         rng = np.random.default_rng(2)
@@ -245,13 +198,13 @@ class TestCostCurve:
 
 @given(st.floats(min_value=1e-9, max_value=1e9))
 def test_nice_limit_covers_and_wastes_little(value: float) -> None:
-    assert value <= charts.nice_limit(value) * (1 + 1e-6)
-    assert charts.nice_limit(value) <= 1.7 * value
+    assert value <= canvas.nice_limit(value) * (1 + 1e-6)
+    assert canvas.nice_limit(value) <= 1.7 * value
 
 
 @given(st.floats(min_value=0.01, max_value=100), st.floats(min_value=0.99, max_value=1.01))
 def test_nice_limit_moves_rarely(value: float, change: float) -> None:
-    steps = {charts.nice_limit(value * factor) for factor in np.linspace(1, change, 20)}
+    steps = {canvas.nice_limit(value * factor) for factor in np.linspace(1, change, 20)}
     assert len(steps) <= 2
 
 
@@ -266,5 +219,5 @@ def test_every_number_is_explained_once() -> None:
 
 
 def test_rounded_zero_has_no_sign() -> None:
-    assert BY_NAME["margin_mean"].value(Interval(-0.0001, -0.2, 0.1)) == "0.000"
-    assert BY_NAME["margin_mean"].range(Interval(0.0, -0.2, 1234.5)) == "−0.200 to 1,234.500"
+    assert BY_NAME["margin_mean"].value(Interval(-0.00001, -0.2, 0.1)) == "0.0000"
+    assert BY_NAME["margin_mean"].range(Interval(0.0, -0.2, 1234.5)) == "−0.2000 to 1,234.5000"

@@ -13,7 +13,7 @@ import pandas as pd
 import streamlit as st
 from jaxtyping import Float
 
-from app import artifacts, charts, jobs_panel, state, text
+from app import artifacts, canvas, charts, jobs_panel, projection_chart, state, text
 from app.artifacts import Opened
 from app.glossary import BY_NAME, TERMS, TWO_MARGINS
 from app.state import Choice
@@ -94,7 +94,7 @@ def header(opened: Opened, layer: int) -> None:
         st.subheader(text.markdown(activations.model), anchor=False)
         test = opened.analysis.n_prompts["test"]
         st.caption(
-            f"{len(prompts):,} prompts from {text.markdown(prompts.name)} · {n_layers} layers · "
+            f"{len(prompts):,} prompts ({text.markdown(prompts.name)}) · {n_layers} layers · "
             f"{activations.d_model:,} dimensions · every number is of the {sum(test.values()):,} prompts of the "
             f"test split, probes are fitted on {sum(opened.analysis.n_prompts['probe'].values()):,} others"
         )
@@ -177,7 +177,7 @@ def projection(choice: Choice, opened: Opened, layer: int, margins: Float[np.nda
         st.session_state["tool"] = state.tool()
         st.segmented_control(
             "Select by",
-            list(charts.TOOLS),
+            list(projection_chart.TOOLS),
             key="tool",
             format_func=TOOL_ICONS.__getitem__,
             required=True,
@@ -198,7 +198,7 @@ def projection(choice: Choice, opened: Opened, layer: int, margins: Float[np.nda
     if view is None:
         umap_missing(choice, opened)
         return
-    figure = charts.projection(
+    figure = projection_chart.projection(
         view,
         prompts,
         margins=margins,
@@ -220,7 +220,9 @@ def umap_missing(choice: Choice, opened: Opened) -> None:
     """Say what UMAP needs, and start it or show how far it is."""
     config = artifacts.job_config(choice)
     job = jobs_panel.latest("project", config)
-    with st.container(border=True, height=charts.PROJECTION_HEIGHT, key="umap_missing", vertical_alignment="center"):
+    with st.container(
+        border=True, height=projection_chart.PROJECTION_HEIGHT, key="umap_missing", vertical_alignment="center"
+    ):
         st.markdown("**UMAP is computed once for all layers and kept on disk.**")
         st.markdown(
             "It places prompts that are near each other in the model's space near each other in the plane. That "
@@ -238,7 +240,7 @@ def umap_missing(choice: Choice, opened: Opened) -> None:
 def distribution(choice: Choice, opened: Opened, margins: Float[np.ndarray, "prompt"]) -> None:
     """How the test prompts spread along the separating direction, on the separation view's own axis."""
     test = opened.prompts.in_split("test")
-    limit = charts.margin_limit(margins if choice.others else margins[test])
+    limit = canvas.margin_limit(margins if choice.others else margins[test])
     st.plotly_chart(
         charts.histogram(margins[test], opened.prompts.labels[test], limit=limit),
         key="histogram",
@@ -281,13 +283,13 @@ def prompt_table(opened: Opened, margins: Float[np.ndarray, "prompt"]) -> None:
             height=min(TABLE_HEIGHT, ROW_HEIGHT * len(rows) + HEAD_HEIGHT),
             row_height=ROW_HEIGHT,
             column_config={
-                "prompt": st.column_config.TextColumn("Prompt", width=215),
-                "label": st.column_config.TextColumn("Label", width=72),
+                "prompt": st.column_config.TextColumn("Prompt", width=236),
+                "label": st.column_config.TextColumn("Label", width=70),
                 "margin": st.column_config.NumberColumn(
-                    "Margin", format="%+.3f", width=68, help="Signed distance to the boundary, + on the harmful side."
+                    "Margin", format="%+.4f", width=72, help="Signed distance to the boundary, + on the harmful side."
                 ),
                 "side": st.column_config.TextColumn(
-                    "Side", width=64, help="Whether it stands on its own label's side."
+                    "Side", width=62, help="Whether it stands on its own label's side."
                 ),
                 "category": st.column_config.TextColumn("Category", width=110),
                 "split": st.column_config.TextColumn("Split", width=60),
@@ -302,11 +304,11 @@ def prompt_card(opened: Opened, row: int, margins: Float[np.ndarray, "prompt"]) 
     prompts = opened.prompts
     own = correct_side(opened, margins)
     with st.container(border=True, key="prompt_card", gap="xsmall"):
-        for shown in (row, *(twin for _, twin in charts.twins_of(prompts, [row]))):
+        for shown in (row, *(twin for _, twin in projection_chart.twins_of(prompts, [row]))):
             side = "correct" if own[shown] > 0 else "wrong"
             name = LABEL_NAMES[int(prompts.labels[shown])]
             head = name if shown == row else f"its twin, {name}"
-            st.caption(f"**{head}** · margin {margins[shown]:+.3f}, on the {side} side")
+            st.caption(f"**{head}** · margin {margins[shown]:+.4f}, on the {side} side")
             st.text(prompts.texts[shown], width="stretch")
 
 

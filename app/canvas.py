@@ -1,0 +1,106 @@
+"""What all figures share: colours, symbols, sizes, and the one way to make a figure of traces.
+
+One colour means one thing in every figure, and no figure asks for the theme: each colour was chosen to stand out on
+white and on near-black alike (contrast of at least 3 to both) and to stay apart for colour-blind readers, and labels
+differ in marker shape besides. That keeps a figure the same object when the theme changes, and spares the page a wrong
+first frame, since the browser tells the theme late. Text, grid and background come from Streamlit's plotly theme.
+Margins are equal everywhere, so that charts above each other line up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+from es2.prompts import HARMFUL, HARMLESS
+
+COLOURS = {HARMFUL: "#d95f02", HARMLESS: "#2b83ba"}
+"""Vermilion and blue: the pair that every kind of colour blindness tells apart."""
+BASE = "#159588"
+TUNED = "#a463c4"
+NEUTRAL = "#85898f"
+"""Controls, chance, boundaries, the chosen layer: what is no model and no label."""
+SYMBOLS = {HARMFUL: "diamond", HARMLESS: "circle"}
+MARKER_SIZES = {HARMFUL: 8, HARMLESS: 7.5}
+
+LEFT, RIGHT, TOP = 64, 14, 26
+BOTTOM, BOTTOM_TITLED = 22, 44
+
+_LEGEND: dict[str, Any] = {
+    "orientation": "h",
+    "x": 0,
+    "xanchor": "left",
+    "y": 1.02,
+    "yanchor": "bottom",
+    "itemclick": False,
+    "itemdoubleclick": False,
+}
+
+
+def translucent(colour: str, alpha: float) -> str:
+    """`#rrggbb` as an `rgba(…)` of this opacity."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha})"
+
+
+def nice_limit(value: float) -> float:
+    """The next larger of …, 0.1, 0.2, 0.3, 0.5, 1, …, so that an axis moves rarely when the layer changes."""
+    if not np.isfinite(value) or value <= 0:
+        return 1.0
+    power = 10.0 ** np.floor(np.log10(value))
+    return float(next(step * power for step in (1, 1.5, 2, 3, 5, 7, 10) if value <= step * power * (1 + 1e-9)))
+
+
+def figure(
+    traces: Sequence[go.Scatter],
+    height: int,
+    *,
+    revision: str,
+    x: dict[str, Any],
+    y: dict[str, Any],
+    bottom: int = BOTTOM_TITLED,
+    top: int = TOP,
+    **layout: Any,
+) -> go.Figure:
+    """Traces in a layout whose margins are the same everywhere and never automatic, so that charts line up.
+
+    Made in one go: every later `update` of a plotly figure costs as much as the figure itself.
+    """
+    axis = {"zeroline": False, "automargin": False}
+    return go.Figure(
+        list(traces),
+        {
+            "height": height,
+            "margin": {"l": LEFT, "r": RIGHT, "t": top, "b": bottom, "pad": 0},
+            "legend": _LEGEND,
+            "uirevision": revision,
+            "hoverlabel": {"align": "left", "namelength": -1},
+            "xaxis": axis | x,
+            "yaxis": axis | y,
+            **layout,
+        },
+    )
+
+
+def title(words: str | None) -> dict[str, Any]:
+    """An axis title."""
+    return {"text": words, "standoff": 6}
+
+
+def vertical(x: float, *, width: float = 2, dash: str = "solid") -> dict[str, Any]:
+    """A line over the whole height: the chosen layer, a boundary, the chosen C."""
+    line = {"color": NEUTRAL, "width": width, "dash": dash}
+    return {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": line, "layer": "below"}
+
+
+BOUNDARY = vertical(0, width=1.5, dash="dash")
+"""The probe's boundary, where the x axis is the distance to it."""
+
+
+def margin_limit(margins: Float[np.ndarray, "prompt"]) -> float:
+    """How far an axis of margins reaches to either side, so that the projection and the histogram line up."""
+    return nice_limit(1.05 * float(np.abs(margins).max(initial=0)))

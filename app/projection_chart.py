@@ -1,0 +1,195 @@
+"""The projection: the prompts of one layer as points in a plane.
+
+Its points are what a person reads and selects, so three things matter more here than in other figures: a hover label
+shows a prompt as it was written and interprets nothing in it, each point says which prompt it is, and what is selected
+stays marked whatever is redrawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Bool, Float, Int
+
+from app import canvas, text
+from es2.projection import View
+from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
+
+PROJECTION_HEIGHT = 520
+TOP_WITH_TOOLS = 56
+"""Room for plotly's buttons above the legend."""
+MAX_TWINS = 12
+"""With more prompts selected than this, lines to their twins would hide the points."""
+TOOLS = {"click": "pan", "lasso": "lasso", "box": "select"}
+"""Ways to select, and plotly's mode for each; one at a time, since Streamlit ignores clicks while dragging selects."""
+
+
+def projection(
+    view: View,
+    prompts: PromptSet,
+    *,
+    margins: Float[np.ndarray, "prompt"],
+    others: bool = False,
+    selected: Sequence[int] = (),
+    tool: str = "click",
+) -> go.Figure:
+    """The prompts of one layer in a plane, coloured by label; test prompts filled, other splits hollow.
+
+    Args:
+        view: where each prompt stands; `separation`, `pca` or `umap`.
+        prompts: the prompt set, in the order of the view's rows.
+        margins: signed distance of each prompt to the probe's boundary, + on the harmful side, for the hover text.
+        others: whether to show the other splits too.
+        selected: rows to ring; up to `MAX_TWINS` of them are joined to their contrast twins.
+        tool: what a press of the mouse does, one of `TOOLS`.
+
+    Returns:
+        A figure whose points carry `["base", row]` as `customdata`.
+    """
+    coordinates = np.asarray(view.base, dtype=np.float64)
+    test = prompts.in_split("test")
+    shown = np.ones(len(prompts), dtype=bool) if others else test
+    traces = []
+    for hollow in (True, False) if others else (False,):
+        for label in (HARMLESS, HARMFUL):
+            rows = np.flatnonzero((test != hollow) & (prompts.labels == label))
+            traces.append(_cloud(coordinates, rows, prompts, margins, label, hollow=hollow))
+    ringed = [row for row in selected if shown[row]]
+    if len(ringed) <= MAX_TWINS:
+        traces.append(_twins(coordinates, ringed, prompts, shown))
+    traces.append(_rings(coordinates[ringed]))
+
+    x: dict[str, Any] = {"title": canvas.title(text.label(view.axes[0])), "showgrid": True}
+    y: dict[str, Any] = {"title": canvas.title(text.label(view.axes[1]))}
+    marks: dict[str, Any] = {}
+    if view.kind == "separation":
+        limit = canvas.margin_limit(coordinates[shown, 0])
+        x["range"] = [-limit, limit]
+        marks = {"shapes": [canvas.BOUNDARY], "annotations": [_side(HARMLESS), _side(HARMFUL)]}
+    else:
+        y |= {"scaleanchor": "x", "scaleratio": 1}
+    if view.kind == "umap":
+        x["showticklabels"] = y["showticklabels"] = False
+    return canvas.figure(
+        traces,
+        PROJECTION_HEIGHT,
+        revision=view.kind,
+        top=TOP_WITH_TOOLS,
+        x=x,
+        y=y,
+        dragmode=TOOLS[tool],
+        hovermode="closest",
+        newselection={"line": {"color": canvas.NEUTRAL, "width": 1.5, "dash": "dot"}},
+        **marks,
+    )
+
+
+def _rings(points: Float[np.ndarray, "row 2"]) -> go.Scatter:
+    """Rings around what is selected, thinner when there are many."""
+    few = len(points) <= MAX_TWINS
+    return go.Scatter(
+        x=points[:, 0],
+        y=points[:, 1],
+        mode="markers",
+        marker={
+            "symbol": "circle-open",
+            "size": 17 if few else 13,
+            "color": canvas.NEUTRAL,
+            "line": {"width": 2.5 if few else 1.5},
+        },
+        hoverinfo="skip",
+        showlegend=False,
+        name="selected",
+        unselected={"marker": {"opacity": 1}},
+    )
+
+
+def _cloud(
+    coordinates: Float[np.ndarray, "prompt 2"],
+    rows: Int[np.ndarray, "row"],
+    prompts: PromptSet,
+    margins: Float[np.ndarray, "prompt"],
+    label: int,
+    *,
+    hollow: bool,
+) -> go.Scatter:
+    colour, name = canvas.COLOURS[label], LABEL_NAMES[label]
+    line = {"width": 1.2 if hollow else 0.6, "color": colour if hollow else "rgba(255,255,255,0.65)"}
+    return go.Scatter(
+        x=coordinates[rows, 0],
+        y=coordinates[rows, 1],
+        mode="markers",
+        name=f"{name}, other splits" if hollow else name,
+        marker={
+            "symbol": canvas.SYMBOLS[label] + ("-open" if hollow else ""),
+            "size": canvas.MARKER_SIZES[label],
+            "color": colour,
+            "opacity": 0.45 if hollow else 0.85,
+            "line": line,
+        },
+        selected={"marker": {"opacity": 0.45 if hollow else 0.85}},
+        unselected={"marker": {"opacity": 0.45 if hollow else 0.85}},
+        customdata=[["base", int(row)] for row in rows],
+        hovertext=[hover_text(prompts, int(row), float(margins[row])) for row in rows],
+        hoverinfo="text",
+    )
+
+
+def hover_text(prompts: PromptSet, row: int, margin: float) -> str:
+    """A prompt and what is known about it, safe to show in a plotly label."""
+    known = (LABEL_NAMES[int(prompts.labels[row])], prompts.categories[row], f"{prompts.splits[row]} split")
+    pair = text.hover(prompts.pairs[row], limit=40)
+    about = " · ".join(text.hover(part, limit=60) for part in known)
+    return f"{text.hover(prompts.texts[row])}<br><i>{about}</i><br><i>margin {margin:+.4f} · pair {pair}</i>"
+
+
+def twins_of(prompts: PromptSet, rows: Sequence[int]) -> list[tuple[int, int]]:
+    """For each of `rows` the rows of the same pair under the other label, as (row, twin)."""
+    return [
+        (row, twin)
+        for row in rows
+        for twin in range(len(prompts))
+        if prompts.pairs[twin] == prompts.pairs[row] and prompts.labels[twin] != prompts.labels[row]
+    ]
+
+
+def _twins(
+    coordinates: Float[np.ndarray, "prompt 2"],
+    rows: Sequence[int],
+    prompts: PromptSet,
+    shown: Bool[np.ndarray, "prompt"],
+) -> go.Scatter:
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for row, twin in twins_of(prompts, rows):
+        if shown[twin]:
+            x += [float(coordinates[row, 0]), float(coordinates[twin, 0]), None]
+            y += [float(coordinates[row, 1]), float(coordinates[twin, 1]), None]
+    return go.Scatter(
+        x=x,
+        y=y,
+        mode="lines",
+        line={"color": canvas.NEUTRAL, "width": 1.2, "dash": "dot"},
+        hoverinfo="skip",
+        showlegend=False,
+        name="twins",
+    )
+
+
+def _side(label: int) -> dict[str, Any]:
+    """The name of one side of the boundary, at the top of the plot."""
+    harmful = label == HARMFUL
+    return {
+        "x": 0,
+        "y": 1,
+        "yref": "paper",
+        "xanchor": "left" if harmful else "right",
+        "yanchor": "top",
+        "xshift": 8 if harmful else -8,
+        "showarrow": False,
+        "text": f"read as {LABEL_NAMES[label]}",
+        "font": {"color": canvas.COLOURS[label], "size": 12},
+    }
