@@ -242,7 +242,7 @@ def histogram(
         x={
             "range": [-limit, limit],
             "fixedrange": True,
-            "title": canvas.title("Distance to the probe's boundary, + = harmful (in units of the scale)"),
+            "title": canvas.title("Distance to the probe's boundary, + = harmful (scale-free units)"),
         },
         y={"fixedrange": True, "rangemode": "tozero", "title": canvas.title("prompts"), "nticks": 5},
         shapes=[canvas.BOUNDARY],

@@ -99,7 +99,7 @@ def separation_view(
     chosen = slice(None) if fit is None else fit
     along, beside = xs[0][chosen].var(), ys[0][chosen].var()
     total = along + rests[0][chosen].var(axis=0).sum()
-    where = "the model's own units" if raw else "in units of the scale"
+    where = "the model's own units" if raw else "scale-free units"
     points = [np.stack([x, y], axis=1) for x, y in zip(xs, ys, strict=True)]
     return View(
         "separation",
@@ -130,7 +130,7 @@ def pca_view(
     """
     models = _models(base, probes, tuned, tuned_probes)
     zs = [own.frame(layer).normalise(embeddings) * (own.scale[layer] if raw else 1.0) for embeddings, own in models]
-    return _pca(zs, probes.normal(layer), fit, fit_on, "the model's own units" if raw else "in units of the scale")
+    return _pca(zs, probes.normal(layer), fit, fit_on, "the model's own units" if raw else "scale-free units")
 
 
 def umap_view(
@@ -151,7 +151,7 @@ def umap_view(
     models = _models(base, probes, tuned, tuned_probes)
     zs = [own.frame(layer).normalise(embeddings) for embeddings, own in models]
     if len(base) < MIN_UMAP_POINTS:
-        return _pca(zs, probes.normal(layer), None, fit_on, "in units of the scale")
+        return _pca(zs, probes.normal(layer), None, fit_on, "scale-free units")
     return _umap_view(_umap_points(zs, fit_on, seed), fit_on)
 
 

@@ -106,7 +106,7 @@ def test_raw_views_keep_the_models_own_lengths(probes) -> None:
         raw = draw(BASE[0], base_probes, 0, raw=True)
         np.testing.assert_allclose(raw.base, free.base * base_probes.scale[0], atol=1e-9)
         assert "own units" in raw.axes[0]
-        assert "units of the scale" in free.axes[0]
+        assert "scale-free units" in free.axes[0]
     both = separation_view(BASE[0], base_probes, 0, tuned=TUNED[0], tuned_probes=tuned_probes, raw=True)
     assert both.tuned is not None
     np.testing.assert_allclose(both.tuned[:, 0], tuned_probes.margin(TUNED[0], 0) * tuned_probes.scale[0])
