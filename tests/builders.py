@@ -7,12 +7,13 @@ user's model does, because an in-memory tokenizer or model takes other paths thr
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from es2.prompts import HARMFUL, HARMLESS, PromptSet, split_of
+from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, split_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -103,6 +104,16 @@ def save_tiny_model(
     tiny_model(architecture, **settings).save_pretrained(folder)
     tiny_tokenizer(chat_template=chat_template).save_pretrained(folder)
     return folder
+
+
+def write_prompts(path: Path, prompts: PromptSet) -> Path:
+    """Write a prompt set as a CSV file with its pairs; returns the path."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "label", "pair"])
+        for text, label, pair in zip(prompts.texts, prompts.labels.tolist(), prompts.pairs, strict=True):
+            writer.writerow([text, LABEL_NAMES[label], pair])
+    return path
 
 
 def tiny_prompts(n_pairs: int = 4, *, name: str = "tiny") -> PromptSet:

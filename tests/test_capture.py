@@ -221,9 +221,9 @@ def test_equal_to_plain_transformers(
     folder_of: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert architecture in capture_module._SHARING_VERIFIED
+    assert architecture in capture_module.SHARING_VERIFIED
     if not sharing:
-        monkeypatch.setattr(capture_module, "_SHARING_VERIFIED", ())
+        monkeypatch.setattr(capture_module, "SHARING_VERIFIED", ())
     folder = folder_of(architecture)
     rendered = render(load_tokenizer(folder), TEXTS)
     bridge = load_bridge(folder, dtype="float32", device="cpu")
@@ -344,7 +344,7 @@ def test_the_shared_tokens_are_run_once(llama: Path, monkeypatch: pytest.MonkeyP
     assert head > 20
     assert widths[0] == head
     assert max(widths[1:]) == max(map(len, rendered.token_ids)) - head
-    monkeypatch.setattr(capture_module, "_SHARING_VERIFIED", ())
+    monkeypatch.setattr(capture_module, "SHARING_VERIFIED", ())
     apart = capture_residuals(bridge, rendered, max_tokens_per_batch=100)
     assert max(largest_error(shared[position], apart[position]) for position in POSITIONS) < 1e-5
     assert max(widths) == max(map(len, rendered.token_ids))

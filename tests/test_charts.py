@@ -16,6 +16,7 @@ from app.glossary import BY_NAME, TERMS
 from es2.projection import View
 from es2.prompts import HARMFUL, HARMLESS, PromptSet
 from es2.results import NUMBERS, CostPoint, Interval, LayerNumbers
+from tests.figures import random_view, six_pairs, traces
 
 N_LAYERS = 7
 
@@ -43,26 +44,12 @@ def layers() -> list[LayerNumbers]:
 
 @pytest.fixture
 def prompts() -> PromptSet:
-    """Six pairs: two of test, one of each other split but for tune, which has two."""
-    splits = ("test", "test", "probe", "watch", "tune", "tune")
-    return PromptSet(
-        name="six",
-        texts=tuple(f"{label} {pair}" for pair in range(6) for label in ("harmful", "harmless")),
-        labels=np.array([HARMFUL, HARMLESS] * 6, dtype=np.int8),
-        categories=("locks",) * 12,
-        pairs=tuple(f"pair-{pair}" for pair in range(6) for _ in range(2)),
-        splits=tuple(split for split in splits for _ in range(2)),
-    )
+    return six_pairs()
 
 
 @pytest.fixture
 def view() -> View:
-    points = np.random.default_rng(1).normal(size=(12, 2))
-    return View("separation", points, None, ("x (no unit)", "y (no unit)"), None)
-
-
-def traces(figure: go.Figure) -> dict[str, go.Scatter]:
-    return {trace.name: trace for trace in figure.data}
+    return random_view()
 
 
 def every_figure(layers: list[LayerNumbers], prompts: PromptSet, view: View) -> list[go.Figure]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import subprocess
@@ -12,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from es2 import cli
-from es2.prompts import LABEL_NAMES
-from tests.builders import D_MODEL, N_LAYERS, save_tiny_model, tiny_prompts
+from tests.builders import D_MODEL, N_LAYERS, save_tiny_model, tiny_prompts, write_prompts
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 contrast pairs as a CSV file."""
-    path = tmp_path_factory.mktemp("prompts") / "locks.csv"
-    made = tiny_prompts(60)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["prompt", "label", "pair"])
-        for text, label, pair in zip(made.texts, made.labels.tolist(), made.pairs, strict=True):
-            writer.writerow([text, LABEL_NAMES[label], pair])
-    return path
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "locks.csv", tiny_prompts(60))
 
 
 @pytest.fixture(autouse=True)

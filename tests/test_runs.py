@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -17,10 +16,9 @@ import pytest
 
 from es2 import cli
 from es2.jobs import Job
-from es2.prompts import LABEL_NAMES
 from es2.runs import list_runs, open_run, tuned_weights
 from es2.store import Store
-from tests.builders import N_LAYERS, save_tiny_model, tiny_prompts
+from tests.builders import N_LAYERS, save_tiny_model, tiny_prompts, write_prompts
 
 SHORT = ("--layers", "1,2", "--steps", "4", "--pairs-per-step", "4", "--watch-every", "2")
 
@@ -32,16 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "locks.csv"
-    made = tiny_prompts(60)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["prompt", "label", "pair"])
-        writer.writerows(
-            [text, LABEL_NAMES[label], pair]
-            for text, label, pair in zip(made.texts, made.labels.tolist(), made.pairs, strict=True)
-        )
-    return path
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "locks.csv", tiny_prompts(60))
 
 
 @pytest.fixture(scope="module")
