@@ -67,7 +67,7 @@ def finetune(
         n_layers = count_layers(model_folder(spec, report))
         given = None if layers is None else _layer_list(layers)
         config = FinetuneConfig(
-            layers=given or (0, n_layers - 1),
+            layers=given or (0,),  # stands in until there is a recommendation
             model=model if spec.kind in ("catalogue", "hub") else spec.location,
             objective=objective,
             steps=steps,
