@@ -95,16 +95,6 @@ def capture(
             report=report,
         )
     activations = captured.activations
-    document = {
-        "key": activations.key,
-        "path": str(activations.path),
-        "n_prompts": activations.n_prompts,
-        "n_layers": activations.n_layers,
-        "d_model": activations.d_model,
-        "seconds": captured.seconds,
-        "tokens": captured.tokens,
-        "computed": captured.computed,
-    }
 
     def show() -> None:
         how = f"captured in {captured.seconds:.1f} s" if captured.computed else "already cached"
@@ -115,7 +105,7 @@ def capture(
             markup=False,
         )
 
-    emit(document, json_, show)
+    emit(captured.to_dict(), json_, show)
 
 
 @app.command()

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from es2.errors import InputError, MachineError
-from es2.finetune import FinetuneConfig
+from es2.finetune import FinetuneConfig, count_layers
 from es2.jobs import Job
 from es2.models import DEFAULT_MODEL
 from es2.terminal import AsJson, Device, Dtype, Model, Prompts, emit, out, progress
@@ -54,7 +54,6 @@ def finetune(
     json_: AsJson = False,
 ) -> None:
     """Fine-tune a model with ES2, compare it with its base on prompts it never saw, and say what became of it."""
-    from es2.finetune import count_layers
     from es2.jobs import lay_down, run_job
     from es2.models import model_folder, resolve
     from es2.prompts import load_prompts

@@ -36,6 +36,7 @@ from es2.models import (
 from es2.objective import MARGIN_TARGET, parse_objective, running_direction, separation, total_loss
 from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 from es2.training_data import count_tune, held_out_rows, make_plan
+from es2.verdict import KL_BUDGET
 from es2.watch import WatchPoint
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class FinetuneConfig:
     warmup_steps: int = 4
     clip: float = 1.0
     kl_weight: float = 2.0
-    kl_budget: float = 0.1
+    kl_budget: float = KL_BUDGET
     reply_tokens: int = 32
     margin_target: float = MARGIN_TARGET
     watch_every: int = 5

@@ -18,12 +18,7 @@ from jaxtyping import Float
 from es2.geometry import cloud_numbers, fit_frame
 from es2.prompts import HARMFUL, PromptSet
 from es2.resampling import RATIO_LIMIT, resample_pairs
-
-COLLAPSED_RANK = 0.5
-"""An effective rank of at most this part of the base's is a collapse."""
-
-HOPELESS_BUDGETS = 4.0
-"""A KL of this many budgets is beyond recovery."""
+from es2.verdict import COLLAPSED_KL_BUDGETS, COLLAPSED_RANK_RATIO
 
 PATIENCE = 3
 """So many measurements in a row over the KL budget, the KL weight doubled after each, and the run stops."""
@@ -148,16 +143,16 @@ def reason_to_stop(point: WatchPoint, base: WatchPoint, kl_budget: float, times_
     """
     for layer, numbers in point.layers.items():
         rank, rank_before = numbers["effective_rank"], base.layers[layer]["effective_rank"]
-        if rank <= COLLAPSED_RANK * rank_before and rank_before > 0:
+        if rank <= COLLAPSED_RANK_RATIO * rank_before and rank_before > 0:
             return (
                 f"The embeddings of layer {layer} collapsed at step {point.step}: their effective rank fell from "
                 f"{rank_before:.1f} to {rank:.1f}; tune fewer layers, lower the learning rate or raise the KL weight."
             )
     advice = "lower the learning rate or raise the KL weight"
-    if point.kl > HOPELESS_BUDGETS * kl_budget:
+    if point.kl > COLLAPSED_KL_BUDGETS * kl_budget:
         return (
             f"The KL on harmless prompts reached {point.kl:.2f} nats at step {point.step}, over "
-            f"{HOPELESS_BUDGETS:g} budgets of {kl_budget:g}; {advice}."
+            f"{COLLAPSED_KL_BUDGETS:g} budgets of {kl_budget:g}; {advice}."
         )
     if times_over >= PATIENCE:
         return (

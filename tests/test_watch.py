@@ -9,7 +9,7 @@ import pytest
 
 from es2.checkpoint import Progress
 from es2.prompts import HARMFUL, PromptSet
-from es2.watch import HOPELESS_BUDGETS, PATIENCE, WatchPoint, held_out_margin, reason_to_stop, watch_numbers
+from es2.watch import COLLAPSED_KL_BUDGETS, PATIENCE, WatchPoint, held_out_margin, reason_to_stop, watch_numbers
 from tests.builders import tiny_prompts
 
 BUDGET = 0.1
@@ -83,7 +83,7 @@ class TestRule:
         assert reason_to_stop(point(kl=0.09), base, BUDGET, 0) is None
         assert reason_to_stop(point(kl=0.11), base, BUDGET, PATIENCE - 1) is None
         assert "stayed above the budget" in (reason_to_stop(point(kl=0.11), base, BUDGET, PATIENCE) or "")
-        assert "budgets" in (reason_to_stop(point(kl=1.01 * HOPELESS_BUDGETS * BUDGET), base, BUDGET, 1) or "")
+        assert "budgets" in (reason_to_stop(point(kl=1.01 * COLLAPSED_KL_BUDGETS * BUDGET), base, BUDGET, 1) or "")
 
     def test_the_best_is_the_highest_score_within_the_budget(self) -> None:
         progress = Progress(kl_weight=2.0, watched=[point(0, score=0.1)])

@@ -22,11 +22,6 @@ from es2.prompts import HARMFUL, LABEL_NAMES
 from es2.results import Analysis, LayerNumbers
 
 VIEW_NAMES = {"separation": "Separation", "pca": "PCA", "umap": "UMAP"}
-VIEW_HELP = (
-    "**Separation**: left to right the distance to the probe's boundary, bottom to top the direction in which what is "
-    "left varies most. **PCA**: the two directions of largest variance, labels unseen. **UMAP**: neighbours stay "
-    "neighbours; distances between clusters mean little."
-)
 COLUMNS = (1.35, 1)
 TOOL_ICONS = {"click": ":material/arrow_selector_tool:", "lasso": ":material/lasso_select:", "box": ":material/select:"}
 N_HARDEST = 15
