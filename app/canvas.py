@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from es2.palette import BASE, COLOURS, NEUTRAL, SYMBOLS, TUNED, translucent  # noqa: F401 (figures take them from here)
 from es2.prompts import HARMFUL, HARMLESS
+from es2.results import Interval
 
 MARKER_SIZES = {HARMFUL: 8, HARMLESS: 7.5}
 
@@ -95,6 +96,38 @@ def vertical(x: float, *, width: float = 2, dash: str = "solid") -> dict[str, An
     """A line over the whole height: the chosen layer, a boundary, the chosen C."""
     line = {"color": NEUTRAL, "width": width, "dash": dash}
     return {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": line, "layer": "below"}
+
+
+LAYERS = "layer (residual stream after the block)"
+"""What an axis of layers is called."""
+
+
+def layer_axis(n_layers: int, words: str | None = LAYERS) -> dict[str, Any]:
+    """The x axis of everything that is drawn over layers, so that charts above each other line up."""
+    return {
+        "range": [-0.6, n_layers - 0.4],
+        "fixedrange": True,
+        "title": title(words),
+        "tickmode": "linear",
+        "tick0": 0,
+        "dtick": 1 if n_layers <= 40 else 5,
+        "showgrid": False,
+    }
+
+
+def band(x: Sequence[int], intervals: Sequence[Interval], colour: str, name: str) -> go.Scatter:
+    """Intervals over `x` as a band behind their line."""
+    return go.Scatter(
+        x=[*x, *x[::-1]],
+        y=[interval.high for interval in intervals] + [interval.low for interval in intervals][::-1],
+        mode="lines",
+        line={"width": 0},
+        fill="toself",
+        fillcolor=translucent(colour, 0.16),
+        hoverinfo="skip",
+        showlegend=False,
+        name=f"{name} interval",
+    )
 
 
 def column(layer: int) -> dict[str, Any]:

@@ -29,19 +29,7 @@ MAIN_LINE: dict[str, Any] = {"mode": "lines+markers", "marker": {"size": 7, "col
 
 def band(layers: Sequence[LayerNumbers], name: str, colour: str) -> go.Scatter:
     """The intervals of one number as a band behind its line."""
-    x = [layer.layer for layer in layers]
-    intervals = [layer.numbers[name] for layer in layers]
-    return go.Scatter(
-        x=x + x[::-1],
-        y=[interval.high for interval in intervals] + [interval.low for interval in intervals][::-1],
-        mode="lines",
-        line={"width": 0},
-        fill="toself",
-        fillcolor=canvas.translucent(colour, 0.16),
-        hoverinfo="skip",
-        showlegend=False,
-        name=f"{name} interval",
-    )
+    return canvas.band([layer.layer for layer in layers], [layer.numbers[name] for layer in layers], colour, name)
 
 
 def curve(layers: Sequence[LayerNumbers], name: str, title: str, colour: str, **settings: Any) -> go.Scatter:
@@ -107,15 +95,7 @@ def strip(
         height,
         revision=revision,
         bottom=canvas.BOTTOM_TITLED if titled else canvas.BOTTOM,
-        x={
-            "range": [-0.6, n_layers - 0.4],
-            "fixedrange": True,
-            "title": canvas.title("layer (residual stream after the block)" if titled else None),
-            "tickmode": "linear",
-            "tick0": 0,
-            "dtick": 1 if n_layers <= 40 else 5,
-            "showgrid": False,
-        },
+        x=canvas.layer_axis(n_layers, canvas.LAYERS if titled else None),
         y={"range": [low, high], "fixedrange": True, "title": canvas.title(title), "nticks": 6},
         shapes=[canvas.vertical(chosen)],
         hovermode="x",

@@ -207,15 +207,7 @@ def overview(
         traces,
         _ROW_HEIGHT * len(rows) + canvas.TOP + canvas.BOTTOM_TITLED,
         revision="overview",
-        x={
-            "range": [-0.6, n_layers - 0.4],
-            "fixedrange": True,
-            "title": canvas.title("layer (residual stream after the block)"),
-            "tickmode": "linear",
-            "tick0": 0,
-            "dtick": 1 if n_layers <= 40 else 5,
-            "showgrid": False,
-        },
+        x=canvas.layer_axis(n_layers),
         y={
             "range": [-len(rows) + 0.4, 0.6],
             "fixedrange": True,

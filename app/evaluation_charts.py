@@ -260,17 +260,7 @@ def needed_strip(attack: Numbers, p0: float) -> go.Figure:
         colour = MODEL_COLOURS[model]
         x = [layer for layer, _ in found]
         traces += [
-            go.Scatter(
-                x=x + x[::-1],
-                y=[number.high for _, number in found] + [number.low for _, number in found][::-1],
-                mode="lines",
-                line={"width": 0},
-                fill="toself",
-                fillcolor=canvas.translucent(colour, 0.16),
-                hoverinfo="skip",
-                showlegend=False,
-                name=f"{model} interval",
-            ),
+            canvas.band(x, [number for _, number in found], colour, model),
             go.Scatter(
                 x=x,
                 y=[record[model]["relative_q1"]["value"] for record in records],
@@ -295,15 +285,7 @@ def needed_strip(attack: Numbers, p0: float) -> go.Figure:
         traces,
         NEEDED_HEIGHT,
         revision=f"needed {p0:g}",
-        x={
-            "range": [-0.6, last + 0.6],
-            "fixedrange": True,
-            "title": canvas.title("layer (residual stream after the block)"),
-            "tickmode": "linear",
-            "tick0": 0,
-            "dtick": 1 if last < 40 else 5,
-            "showgrid": False,
-        },
+        x=canvas.layer_axis(last + 1),
         y={
             "range": [0, canvas.nice_limit(1.05 * highest)],
             "fixedrange": True,

@@ -266,15 +266,7 @@ def target_strip(
         traces,
         STRIP_HEIGHT if layers else STRIP_HEIGHT - 40,
         revision="target strip",
-        x={
-            "range": [-0.6, n_layers - 0.4],
-            "fixedrange": True,
-            "title": canvas.title("layer (click to take it in, or out)"),
-            "tickmode": "linear",
-            "tick0": 0,
-            "dtick": 1 if n_layers <= 40 else 5,
-            "showgrid": False,
-        },
+        x=canvas.layer_axis(n_layers, "layer (click to take it in, or out)"),
         y={
             "range": [low, high],
             "fixedrange": True,

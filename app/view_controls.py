@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import streamlit as st
 
 from app import projection_chart, state
@@ -39,13 +41,18 @@ def tool_control() -> None:
 
 def view_control(choice: Choice) -> None:
     """Which plane is shown."""
-    st.session_state["view"] = choice.view
+    choice_control(choice, "view", state.VIEWS, VIEW_NAMES)
+
+
+def choice_control(choice: Choice, name: str, options: Sequence[str], names: Mapping[str, str]) -> None:
+    """One field of the choice as a row of buttons, under the words in `names`."""
+    st.session_state[name] = getattr(choice, name)
     st.segmented_control(
-        "View",
-        state.VIEWS,
-        key="view",
-        format_func=VIEW_NAMES.__getitem__,
+        name.capitalize(),
+        options,
+        key=name,
+        format_func=names.__getitem__,
         required=True,
         label_visibility="collapsed",
-        on_change=lambda: state.update(view=st.session_state["view"]),
+        on_change=lambda: state.update(**{name: st.session_state[name]}),
     )

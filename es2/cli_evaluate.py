@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from es2.errors import InputError, MachineError
+from es2.errors import InputError
 from es2.evaluate import EvaluateConfig
 from es2.judge import KEY_VARIABLE
 from es2.models import DEFAULT_MODEL
@@ -55,7 +55,7 @@ def evaluate(
     Interrupted, the same command goes on from the replies that it has.
     """
     from es2.benchmark_sets import absolute_source
-    from es2.jobs import lay_down, reopen, run_job
+    from es2.jobs import lay_down, reopen, result_of, run_job
     from es2.models import resolve
     from es2.prompts import load_prompts
     from es2.runs import open_run, tuned_weights
@@ -96,10 +96,8 @@ def evaluate(
         reopen(job)
     with progress() as report:
         exit_code = run_job(job.path, JOBS, report)
-    result = job.result()
-    if result is None:
-        sentence = job.error() or f"The evaluation was {job.status()}; the same command goes on from what it has."
-        raise InputError(sentence) if exit_code == InputError.exit_code else MachineError(sentence)
+    again = f"The evaluation was {job.status()}; the same command goes on from what it has."
+    result = result_of(job, exit_code, again)
     emit(result, json_, lambda: _show(result))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from es2.errors import InputError, MachineError
+from es2.errors import InputError
 from es2.finetune import FinetuneConfig, count_layers
 from es2.jobs import Job
 from es2.models import DEFAULT_MODEL
@@ -55,7 +55,7 @@ def finetune(
 ) -> None:
     """Fine-tune a model with ES2, compare it with its base on prompts it never saw, and say what became of it."""
     from es2.benchmark_sets import absolute_source
-    from es2.jobs import lay_down, run_job
+    from es2.jobs import lay_down, result_of, run_job
     from es2.models import model_folder, resolve
     from es2.prompts import load_prompts
     from es2.tasks import JOBS, prepare
@@ -97,10 +97,7 @@ def finetune(
         source = absolute_source(prompts)
         run = lay_down("finetune", config.to_dict() | {"prompts": source})
         exit_code = run_job(run.path, JOBS, report)
-    result = run.result()
-    if result is None:
-        sentence = run.error() or f"Run {run.id} was {run.status()}; `es2 runs resume {run.id}` goes on."
-        raise InputError(sentence) if exit_code == InputError.exit_code else MachineError(sentence)
+    result = result_of(run, exit_code, f"Run {run.id} was {run.status()}; `es2 runs resume {run.id}` goes on.")
     emit(result, json_, lambda: _show_run(result))
 
 

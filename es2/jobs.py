@@ -237,6 +237,24 @@ def run_job(folder: Path, tasks: Mapping[str, Task], also: Reporter = silent) ->
     return exit_code
 
 
+def result_of(job: Job, exit_code: int, otherwise: str) -> dict[str, Any]:
+    """What a job that `run_job` ran in the foreground returned.
+
+    Args:
+        job: the job.
+        exit_code: what `run_job` returned.
+        otherwise: the sentence for one that has neither a result nor an error, such as a cancelled one.
+
+    Raises:
+        InputError, MachineError: with the job's sentence when it has no result; which of them, the exit code says.
+    """
+    result = job.result()
+    if result is None:
+        sentence = job.error() or otherwise
+        raise InputError(sentence) if exit_code == InputError.exit_code else MachineError(sentence)
+    return result
+
+
 def _attempt(job: Job, tasks: Mapping[str, Task], life: _Life) -> tuple[dict[str, Any], int]:
     """Run the task; return what `result.json` says, and the exit code."""
     try:

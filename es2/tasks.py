@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,11 +167,7 @@ def prepare(
         if one is not None:
             check_run(one, model)
 
-    def captured(part: PromptSet) -> Captured:
-        base = _activations(model, part, config.position, against, device, dtype, store, report)
-        tuned = _activations(model, part, config.position, run, device, dtype, store, report) if run else None
-        return Captured(part, base, tuned)
-
+    captured = partial(_captured, model, config.position, run, against, device, dtype, store, report)
     # First what may be refused: an empty rest, before minutes of work.
     rest = without_shared(test_prompts, prompts) if test_prompts is not None else None
     check_prompts(prompts, rest)
@@ -198,6 +195,23 @@ def check_run(run: Job, model: str) -> None:
     of = config_of(run).model
     if resolve(of).location != resolve(model).location:
         raise InputError(f"Run {run.id} tuned the model {of!r}, not {model!r}; give --model {of}.")
+
+
+def _captured(
+    model: str,
+    position: str,
+    run: Job | None,
+    against: Job | None,
+    device: str | None,
+    dtype: str | None,
+    store: Store,
+    report: Reporter,
+    prompts: PromptSet,
+) -> Captured:
+    """The prompts under base, or under the run in its place, and under the tuned model if there is a run."""
+    base = _activations(model, prompts, position, against, device, dtype, store, report)
+    tuned = _activations(model, prompts, position, run, device, dtype, store, report) if run else None
+    return Captured(prompts, base, tuned)
 
 
 def _activations(
@@ -270,8 +284,8 @@ def project(
     for one in (run, against):
         if one is not None:
             check_run(one, model)
-    base = _activations(model, prompts, position, against, device, dtype, store, report)
-    tuned = _activations(model, prompts, position, run, device, dtype, store, report) if run else None
+    own = _captured(model, position, run, against, device, dtype, store, report, prompts)
+    base, tuned = own.base, own.tuned
     holder = tuned or base
     key = umap_key(base, prompts, position, tuned)
     with store.lock(key, lambda: report("wait", 0, 1)):

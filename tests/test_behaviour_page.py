@@ -6,12 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
@@ -36,12 +35,7 @@ NO_DEFENCE = ([REFUSAL, ANSWER] * 2 + [ANSWER, ANSWER] * 6, [REFUSAL, NASTY] * 2
 DEFENCE = ([ANSWER, ANSWER] * 8, [REFUSAL, ANSWER] * 5 + [REFUSAL, REFUSAL] * 2 + [BABBLE, BABBLE])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

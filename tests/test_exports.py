@@ -19,17 +19,7 @@ from app.exports import chart, file_name, report, table
 from app.state import Choice
 from tests.builders_artifacts import Compared, write_comparison
 
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(autouse=True)
-def _places(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ES2_HOME", str(home))
-    monkeypatch.setenv("ES2_CACHE", str(home / "cache"))
-    monkeypatch.setenv("ES2_SHOWCASE", str(home / "none"))
+pytestmark = pytest.mark.usefixtures("places")
 
 
 @pytest.fixture(scope="module")

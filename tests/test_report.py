@@ -40,16 +40,7 @@ NASTY = (
 PLAIN = tuple("a plain prompt" for _ in NASTY)
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(autouse=True)
-def _places(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ES2_HOME", str(home))
-    monkeypatch.setenv("ES2_CACHE", str(home / "cache"))
-    monkeypatch.setenv("ES2_SHOWCASE", str(home / "none"))
+pytestmark = pytest.mark.usefixtures("places")
 
 
 @pytest.fixture(scope="module")

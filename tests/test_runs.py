@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from es2 import cli
 from es2.errors import InputError
 from es2.finetune import FinetuneConfig
 from es2.jobs import Job, run_job
@@ -36,29 +35,11 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_prompts(tmp_path_factory.mktemp("prompts") / "locks.csv", tiny_prompts(60))
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
 @pytest.fixture(autouse=True)
 def _places(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ES2_HOME", str(home))
     monkeypatch.setenv("ES2_CACHE", str(home / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture
-def es2(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """Run the command line in this process; returns the exit code and the JSON document."""
-
-    def run(*arguments: str | Path) -> tuple[int, dict[str, Any]]:
-        monkeypatch.setattr(sys, "argv", ["es2", *map(str, arguments), "--json"])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        return int(end.value.code or 0), json.loads(capsys.readouterr().out)
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from es2 import cli, showcase
+from es2 import showcase
 from es2.errors import InputError, MachineError
 from es2.files import content_key
 from es2.finetune import FinetuneConfig
@@ -49,11 +49,6 @@ class World:
     @property
     def measured(self) -> PromptSet:
         return load_prompts(self.prompts).measured()
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
 
 
 @pytest.fixture(scope="module")
@@ -317,16 +312,6 @@ class TestChoosePairs:
 
 
 class TestCommand:
-    @pytest.fixture
-    def es2(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-        def run(*arguments: str | Path) -> tuple[int, dict[str, Any]]:
-            monkeypatch.setattr(sys, "argv", ["es2", *map(str, arguments), "--json"])
-            with pytest.raises(SystemExit) as end:
-                cli.main()
-            return int(end.value.code or 0), json.loads(capsys.readouterr().out)
-
-        return run
-
     def test_is_of_the_shipped_defaults_whatever_run_is_given(self, es2: Any, world: World) -> None:
         code, document = es2("showcase", "--run", world.run.id)
         assert code == 2

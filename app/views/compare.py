@@ -22,7 +22,7 @@ from app.layer_control import layer_control, with_layer
 from app.linked import linked
 from app.state import Choice
 from app.umap_offer import umap_offer
-from app.view_controls import VIEW_NAMES, others_toggle, tool_control, view_control
+from app.view_controls import VIEW_NAMES, choice_control, others_toggle, tool_control, view_control
 from app.views.welcome import no_comparison
 from es2 import verdict as rules
 from es2.comparison import Comparison
@@ -236,16 +236,7 @@ def projection(choice: Choice, comparison: Comparison, layer: int, margins: Marg
         with st.popover("Axes", type="tertiary"):
             axes_controls(choice)
         tool_control()
-        st.session_state["arrangement"] = choice.arrangement
-        st.segmented_control(
-            "Arrangement",
-            state.ARRANGEMENTS,
-            key="arrangement",
-            format_func=ARRANGEMENT_NAMES.__getitem__,
-            required=True,
-            label_visibility="collapsed",
-            on_change=lambda: state.update(arrangement=st.session_state["arrangement"]),
-        )
+        choice_control(choice, "arrangement", state.ARRANGEMENTS, ARRANGEMENT_NAMES)
         view_control(choice)
     view = artifacts.pair_view(comparison, layer, choice.view, fit_on=choice.fit_on, raw=choice.raw)
     if view is None or view.tuned is None:
