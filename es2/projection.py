@@ -19,17 +19,22 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
-from es2.errors import InputError
+from es2.errors import InputError, one_line
+from es2.files import parse_json
 from es2.geometry import fit_frame
 from es2.jobs import Reporter, silent
 from es2.probes import Probes
 from es2.prompts import PromptSet
 from es2.resampling import canonical
 from es2.sources import LayerSource
+from es2.versions import format_of
 
 PROJECTION_FORMAT = 1
 MIN_UMAP_POINTS = 10
 UMAP_NEIGHBOURS = 15
+LANCZOS_FROM = 1000
+"""With more prompts and dimensions than this, a person who waits for a picture gets the two axes asked for alone."""
+LANCZOS_VECTORS = 24
 
 FitOn = Literal["base", "both"]
 Embeddings = Float[np.ndarray, "prompt d_model"]
@@ -192,19 +197,27 @@ class UmapCoordinates:
         """Read what `save` wrote.
 
         Raises:
-            InputError: when the folder holds no coordinates of this format.
+            InputError: when the folder holds no coordinates, or some of a newer format.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
+        path = folder / "umap.json"
         try:
-            about = json.loads((folder / "umap.json").read_text(encoding="utf-8"))
-            if about["format"] != PROJECTION_FORMAT:
-                raise ValueError(f"format {about['format']}")
-            return cls(load_file(folder / "umap.safetensors")["points"], about["kind"], about["fit_on"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            about = parse_json(path.read_bytes())
+            if format_of(about.get("format"), PROJECTION_FORMAT, str(path)) is None:
+                raise ValueError("no format version")
+            kind, fit_on = about["kind"], about["fit_on"]
+            points = load_file(folder / "umap.safetensors")["points"]
+            known = kind in ("umap", "pca") and fit_on in ("base", "both")
+            shaped = points.ndim == 4 and points.shape[1] in (1, 2) and points.shape[3] == 2
+            if not (known and shaped and points.dtype.kind == "f" and np.isfinite(points).all()):
+                raise ValueError("not what was written")
+            return cls(points, kind, fit_on)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise InputError(
-                f"There are no readable UMAP coordinates in {str(folder)!r} ({error}); run `es2 project` again."
+                f"There are no readable UMAP coordinates in {str(folder)!r} ({one_line(error)}); "
+                "run `es2 project` again."
             ) from error
 
 
@@ -266,20 +279,18 @@ def principal_axes(
 ) -> tuple[Float[np.ndarray, "d_model"], Float[np.ndarray, "axis d_model"], Float[np.ndarray, "axis"]]:
     """The mean, the first `n_axes` principal axes (unit rows) and the part of the variance that each carries.
 
-    Worked out in min(prompts, dimensions). Axes without variance, or beyond the number of dimensions, are zero.
+    Worked out in min(prompts, dimensions), above `LANCZOS_FROM` to six digits. Axes without variance, or beyond the
+    number of dimensions, are zero.
     """
-    from scipy.linalg import eigh
-
     mean = embeddings.mean(axis=0)
     centred = embeddings - mean
     wide = len(centred) < centred.shape[1]
-    moments = centred @ centred.T if wide else centred.T @ centred
-    total = float(np.trace(moments))
-    size = len(moments)
-    found = min(n_axes, size)
-    values, vectors = eigh(moments, subset_by_index=(size - found, size - 1))
+    total = float(np.square(centred).sum())
     axes = np.zeros((n_axes, centred.shape[1]))
     parts = np.zeros(n_axes)
+    if total == 0:
+        return mean, axes, parts
+    values, vectors = _largest(centred if wide else centred.T, min(n_axes, *centred.shape))
     for index, (value, vector) in enumerate(zip(values[::-1], vectors.T[::-1], strict=True)):
         # Below this an eigenvalue is the rounding of the others, and its axis points anywhere.
         if value <= 1e-13 * total:
@@ -287,6 +298,22 @@ def principal_axes(
         axis = vector @ centred if wide else vector
         axes[index], parts[index] = axis / np.linalg.norm(axis), value / total
     return mean, axes, parts
+
+
+def _largest(
+    rows: Float[np.ndarray, "row column"], n_found: int
+) -> tuple[Float[np.ndarray, "found"], Float[np.ndarray, "row found"]]:
+    """The largest eigenvalues of `rows @ rows.T`, ascending, and their unit eigenvectors."""
+    size = len(rows)
+    if size <= LANCZOS_FROM:
+        from scipy.linalg import eigh
+
+        return eigh(rows @ rows.T, subset_by_index=(size - n_found, size - 1))
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    moments = LinearOperator((size, size), matvec=lambda vector: rows @ (vector.ravel() @ rows), dtype=rows.dtype)
+    start = np.random.default_rng(0).normal(size=size)
+    return eigsh(moments, n_found, v0=start, ncv=LANCZOS_VECTORS, tol=1e-6)
 
 
 def _models(

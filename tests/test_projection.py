@@ -40,6 +40,19 @@ def test_principal_axes_equal_sklearn_up_to_sign(n_prompts: int, d_model: int) -
     np.testing.assert_allclose(np.abs(axes @ reference.components_.T), np.eye(2), atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
+def test_the_quick_way_for_many_prompts_finds_the_same_axes(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embeddings = np.random.default_rng(0).normal(size=shape) * np.linspace(1, 5, shape[1]) ** 2
+    exact = principal_axes(embeddings, 2)
+    monkeypatch.setattr("es2.projection.LANCZOS_FROM", 30)
+    quick = principal_axes(embeddings, 2)
+    np.testing.assert_allclose(quick[2], exact[2], rtol=1e-5)
+    np.testing.assert_allclose(np.abs(quick[1] @ exact[1].T), np.eye(2), atol=1e-3)
+    np.testing.assert_array_equal(principal_axes(np.ones(shape), 2)[1], 0)
+
+
 def test_principal_axes_of_flat_clouds_are_zero_where_nothing_varies() -> None:
     line = np.outer(np.arange(5.0), [3.0, 4.0, 0.0])
     _, axes, parts = principal_axes(line, 2)
