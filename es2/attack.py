@@ -60,7 +60,8 @@ def perturbation(work: Work, prompts: PromptSet) -> tuple[dict[str, Any], list[d
         n_bootstrap=BOOTSTRAP,
         seed=config.seed,
     )
-    layers = config.layers or (config_of(work.run).targets if work.run is not None else analysis.recommended)
+    targets = config_of(work.run).targets if work.run is not None else ()
+    layers = config.layers or targets or analysis.recommended
     attackers = {name: make_attacker(measured, sources[name], probes[name], layers) for name in work.models}
     sample = choose_prompts(measured.select(measured.in_split("test")), config.push_limit, HARMFUL)
     sweep = pushes(config.directions, config.budgets, config.p0s)

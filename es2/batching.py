@@ -7,6 +7,7 @@ Imports no torch by itself.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +35,65 @@ def batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]
         batch.append(row)
     if batch:
         yield batch
+
+
+def reply_batches(lengths: Sequence[int], budget: int, pads: bool) -> Iterator[list[int]]:
+    """Indices of prompts that reply together: as `batches_by_length`, or without `pads` those of equal length only."""
+    if pads:
+        yield from batches_by_length(lengths, budget)
+        return
+    for length in sorted(set(lengths), reverse=True):
+        rows = [row for row, n in enumerate(lengths) if n == length]
+        size = max(1, budget // length)
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+@dataclass
+class Tree:
+    """Prompts that share a row: what some of them begin with alike stands there once, as the beginning of a branch.
+
+    Attributes:
+        tokens: of the row.
+        parents: for each token, where the one before it stands; −1 for a first one.
+        depths: for each token, how many come before it in its prompt.
+        slots: for each prompt, by its index, where its tokens stand.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    slots: dict[int, list[int]] = field(default_factory=dict)
+
+    def grow(self, prompt: int, tokens: Sequence[int], stem: Sequence[int]) -> None:
+        """Add a prompt that begins with the tokens at `stem`, slots that are there already."""
+        path = list(stem)
+        for depth in range(len(stem), len(tokens)):
+            self.parents.append(path[-1] if path else -1)
+            path.append(len(self.tokens))
+            self.tokens.append(tokens[depth])
+            self.depths.append(depth)
+        self.slots[prompt] = path
+
+
+def plant(prompts: Sequence[Sequence[int]], width: int) -> list[Tree]:
+    """Prompts in rows of at most `width` tokens (a longer prompt has its own), neighbours in the dictionary together.
+
+    Contrast twins begin alike, and half of all questions begin like another one. A token that sees only its own branch
+    is the same token in every prompt of that branch, so it is run once; and rows of many prompts fill up evenly.
+    """
+    trees: list[Tree] = []
+    before: Sequence[int] = ()
+    path: list[int] = []
+    for index in sorted(range(len(prompts)), key=lambda index: tuple(prompts[index])):
+        tokens = prompts[index]
+        limit = min(len(before), len(tokens))
+        alike = next((i for i in range(limit) if before[i] != tokens[i]), limit)
+        if not trees or len(trees[-1].tokens) + len(tokens) - alike > width:
+            trees.append(Tree())
+            alike = 0
+        trees[-1].grow(index, tokens, path[:alike])
+        before, path = tokens, trees[-1].slots[index]
+    return trees
 
 
 def keys_and_values(decoder: Any, tokens: Sequence[int], device: torch.device) -> KeysAndValues:

@@ -21,7 +21,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from es2.batching import SHARING_VERIFIED, KeysAndValues, batches_by_length, cache_of, keys_and_values, until_end
+from es2.batching import (
+    SHARING_VERIFIED,
+    KeysAndValues,
+    batches_by_length,
+    cache_of,
+    keys_and_values,
+    reply_batches,
+    until_end,
+)
 from es2.errors import InputError, MachineError
 from es2.jobs import Reporter, silent
 from es2.model_files import first_line
@@ -109,7 +117,7 @@ def greedy_replies(
     budget = tokens_at_once or _TOKENS_AT_ONCE.get(model.device.type, _TOKENS_AT_ONCE_ACCELERATED)
     waiting = [
         [row for row in batch if row not in done]
-        for batch in _reply_batches([len(prompt) + n_tokens for prompt in prompts], budget, pads)
+        for batch in reply_batches([len(prompt) + n_tokens for prompt in prompts], budget, pads)
     ]
     waiting = [batch for batch in waiting if batch]
     total = n_tokens * sum(map(len, waiting))
@@ -142,18 +150,6 @@ def greedy_replies(
             finished += n_tokens * len(batch)
             report(stage, finished, total)
             yield ReplyBatch(tuple(batch), tuple(replies), seen)
-
-
-def _reply_batches(lengths: list[int], budget: int, pads: bool) -> list[list[int]]:
-    """Indices of prompts that reply together."""
-    if pads:
-        return list(batches_by_length(lengths, budget))
-    batches = []
-    for length in sorted(set(lengths), reverse=True):
-        rows = [row for row, n in enumerate(lengths) if n == length]
-        size = max(1, budget // length)
-        batches += [rows[start : start + size] for start in range(0, len(rows), size)]
-    return batches
 
 
 def _reply(

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from es2.errors import InputError
-from es2.prompts import PromptSet, Row, from_rows, read_hub_rows, read_table
+from es2.files import expanded
+from es2.prompts import PromptSet, Row, from_rows, read_bounded, read_hub_rows, read_table
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,8 @@ def absolute_source(source: str) -> str:
     if source == "builtin" or source.startswith("hf:"):
         return source
     if is_benchmark(source):
-        return f"{name.lower()}:{Path(path).expanduser().absolute()}" if path else name.lower()
-    return str(Path(source).expanduser().absolute())
+        return f"{name.lower()}:{Path(expanded(path)).absolute()}" if path else name.lower()
+    return str(Path(expanded(source)).absolute())
 
 
 def load_benchmark(source: str) -> PromptSet:
@@ -209,7 +210,7 @@ def load_benchmark(source: str) -> PromptSet:
         raise InputError(f"There is no benchmark {name[:40]!r}; there are: {', '.join(_BY_NAME)}.")
     benchmark = _BY_NAME[name.lower()]
     if path:
-        rows = list(_path_rows(benchmark, Path(path).expanduser()))
+        rows = list(_path_rows(benchmark, Path(expanded(path))))
         return from_rows(benchmark.name, rows, where=f"{benchmark.title} ({Path(path).name!r})")
     if benchmark.hub is None:
         raise InputError(f"{benchmark.title} is not on the Hub; get {benchmark.source} and give {name}:PATH.")
@@ -232,7 +233,7 @@ def _path_rows(benchmark: Benchmark, path: Path) -> Iterator[Row]:
         else:
             raise InputError(f"There is no file {shown}; get {benchmark.source} and give its path.")
         for file in files:
-            for place, row in read_table(file.read_bytes(), file.name):
+            for place, row in read_table(read_bounded(file), file.name):
                 place = f"{file.name}, {place}" if len(files) > 1 else place
                 yield _row(benchmark, place, row, file.name)
     except OSError as error:

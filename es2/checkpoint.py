@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from es2.errors import InputError, MachineError
-from es2.files import machine_error, numbered
+from es2.errors import InputError, MachineError, one_line
+from es2.files import DamagedError, machine_error, numbered, parse_json, unreadable
+from es2.versions import format_of
 from es2.watch import WatchPoint, reason_to_stop
 
 if TYPE_CHECKING:
@@ -112,14 +113,19 @@ class State:
             raise InputError(f"The checkpoint {str(path)!r} is of another config or other prompts; start a new run.")
         if missing := [name for name in self.trained if f"trained/{name}" not in tensors]:
             raise InputError(f"The checkpoint {str(path)!r} has no weights {missing[0]}; start a new run.")
-        self.progress.restore(document["progress"])
-        self.directions.copy_(tensors["directions"])
-        self.best = {name: tensors[f"best/{name}"] for name in self.trained}
-        assign(self.trained, {name: tensors[f"trained/{name}"] for name in self.trained})
-        for name, weight in self.trained.items():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                moment = tensors[f"optimizer/{key}/{name}"]
-                self.optimizer.state[weight][key] = moment if key == "step" else moment.to(weight.device)
+        try:
+            self.progress.restore(document["progress"])
+            self.directions.copy_(tensors["directions"])
+            self.best = {name: tensors[f"best/{name}"] for name in self.trained}
+            assign(self.trained, {name: tensors[f"trained/{name}"] for name in self.trained})
+            for name, weight in self.trained.items():
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    moment = tensors[f"optimizer/{key}/{name}"]
+                    self.optimizer.state[weight][key] = moment if key == "step" else moment.to(weight.device)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"The checkpoint {str(path)!r} lacks a part ({one_line(repr(error))}); start a new run."
+            ) from error
 
 
 def copies(trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -167,23 +173,29 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote.
 
     Raises:
-        InputError: when the file is damaged, cut short, or of a newer format.
+        InputError: when the file is damaged or cut short (`DamagedError`), or of a newer format.
+        MachineError: when it cannot be read.
     """
     from safetensors import SafetensorError, safe_open
 
     damaged = f"The file {str(path)!r} is damaged"
     try:
+        path.open("rb").close()  # safetensors tells a missing permission from damage by its text alone
+    except OSError as error:
+        raise unreadable(error, path) from error
+    try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        version, document = int(header["format"]), header["state"]
-        if version > CHECKPOINT_FORMAT:
-            raise InputError(f"{str(path)!r} was written by a newer version of es2; update es2.")
+        format_of(int(header["format"]), CHECKPOINT_FORMAT, str(path))
+        document = header["state"]
         if header["digest"] != _digest(tensors, document):
-            raise InputError(f"{damaged} (its digest does not match); start the run again.")
-        state = json.loads(document)
+            raise DamagedError(f"{damaged} (its digest does not match); start the run again.")
+        state = parse_json(document)
+        if not isinstance(state, dict):
+            raise ValueError("its state is no object")
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{damaged} or cannot be read ({str(error)[:100]}); start the run again.") from error
+        raise DamagedError(f"{damaged} ({one_line(error)}); start the run again.") from error
     return tensors, state
 
 

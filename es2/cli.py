@@ -19,11 +19,25 @@ from typing import Annotated, NoReturn
 import typer
 from rich.table import Table
 
-from es2 import cli_evaluate, cli_plan, cli_runs, cli_share
+from es2 import cli_evaluate, cli_plan, cli_reproduce, cli_runs, cli_share
 from es2.errors import Es2Error, InputError, MachineError
 from es2.jobs import Cancelled
 from es2.models import DEFAULT_MODEL
-from es2.terminal import AsJson, Device, Dtype, Model, Position, Prompts, Run, emit, errors, out, progress
+from es2.terminal import (
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    PlainFormatter,
+    Position,
+    Prompts,
+    Run,
+    emit,
+    errors,
+    interval_cell,
+    out,
+    progress,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -79,14 +93,17 @@ def capture(
     dtype: Dtype = None,
     json_: AsJson = False,
 ) -> None:
-    """Cache the residual-stream embeddings of prompts at every layer of a model."""
-    from es2.capture import capture as capture_embeddings
+    """Cache the residual-stream embeddings of prompts at every layer of a model.
+
+    Under `accelerate launch --multi_gpu -m es2 capture …` the processes share the prompts out.
+    """
     from es2.prompts import load_prompts
     from es2.sources import POSITIONS
+    from es2.together import capture_together
 
     prompt_set = load_prompts(prompts)
     with progress() as report:
-        captured = capture_embeddings(
+        captured = capture_together(
             model,
             prompt_set,
             positions=tuple(position) if position else POSITIONS,
@@ -94,15 +111,18 @@ def capture(
             dtype=dtype,
             report=report,
         )
+    if captured is None:
+        return  # the first process of several tells
     activations = captured.activations
 
     def show() -> None:
         how = f"captured in {captured.seconds:.1f} s" if captured.computed else "already cached"
+        if captured.rounding is not None:
+            how += f"; {100 * captured.rounding:.2g} % away from float32 on average"
         out.print(
             f"{activations.n_prompts} prompts × {activations.n_layers} layers × {activations.d_model} dimensions "
             f"({how}): {activations.path}",
             soft_wrap=True,
-            markup=False,
         )
 
     emit(captured.to_dict(), json_, show)
@@ -157,10 +177,10 @@ def analyze(
             cells = [layer[column] for column in columns]
             table.add_row(
                 f"{layer['layer']}{mark}",
-                *(f"{cell['value']:.3f} [dim]({cell['low']:.3f}–{cell['high']:.3f})[/dim]" for cell in cells),
+                *map(interval_cell, cells),
             )
         out.print(table)
-        out.print(analysis.reason, markup=False)
+        out.print(analysis.reason)
 
     emit(document, json_, show)
 
@@ -168,8 +188,10 @@ def analyze(
 app.command()(cli_evaluate.evaluate)
 app.command()(cli_plan.plan)
 app.command()(cli_runs.finetune)
+app.command("import")(cli_runs.import_)
 app.command()(cli_runs.runs)
 app.command()(cli_runs.export)
+app.command()(cli_reproduce.reproduce)
 app.command()(cli_share.showcase)
 app.command()(cli_share.report)
 
@@ -200,7 +222,7 @@ def project(
         )
     seconds = time.perf_counter() - begun
     path = activations.path / "derived" / key
-    emit({"key": key, "seconds": seconds}, json_, lambda: out.print(f"UMAP of every layer: {path}", markup=False))
+    emit({"key": key, "seconds": seconds}, json_, lambda: out.print(f"UMAP of every layer: {path}"))
 
 
 @app.command(name="app", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -209,7 +231,7 @@ def open_app(context: typer.Context) -> None:
     script = Path(__file__).resolve().parents[1] / "app" / "main.py"
     if not script.is_file():
         raise InputError("The app stands beside the package in a clone of the project; run it from there.")
-    os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", str(script), *context.args])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "streamlit", "run", str(script), *context.args])
 
 
 @app.command(hidden=True)
@@ -223,7 +245,9 @@ def job(folder: Path) -> None:
 
 def main() -> NoReturn:
     """Run the command line; the one place where an error becomes a sentence and an exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log = logging.StreamHandler(sys.stderr)
+    log.setFormatter(PlainFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[log])
     try:
         app()
     except Es2Error as error:
@@ -240,7 +264,7 @@ def main() -> NoReturn:
 
 
 def _fail(error: Es2Error) -> NoReturn:
-    if "--json" in sys.argv:
+    if "--json" in sys.argv and os.environ.get("RANK", "0") == "0":  # one document, however many processes fail
         sys.stdout.write(json.dumps({"error": str(error), "exit_code": error.exit_code}) + "\n")
-    errors.print(str(error), style="red", markup=False, soft_wrap=True)
+    errors.print(str(error), style="red", soft_wrap=True)
     sys.exit(error.exit_code)

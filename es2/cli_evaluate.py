@@ -12,7 +12,7 @@ from es2.errors import InputError
 from es2.evaluate import EvaluateConfig
 from es2.judge import KEY_VARIABLE
 from es2.models import DEFAULT_MODEL
-from es2.terminal import AsJson, Device, Dtype, Model, Run, emit, out, progress
+from es2.terminal import AsJson, Device, Dtype, Model, Run, emit, interval_cell, out, progress
 
 _DEFAULT = EvaluateConfig()  # where the shipped defaults are written
 _BUDGETS = ",".join(f"{budget:g}" for budget in _DEFAULT.budgets)
@@ -55,16 +55,15 @@ def evaluate(
     Interrupted, the same command goes on from the replies that it has.
     """
     from es2.benchmark_sets import absolute_source
-    from es2.jobs import lay_down, reopen, result_of, run_job
     from es2.models import resolve
     from es2.prompts import load_prompts
     from es2.runs import open_run, tuned_weights
-    from es2.tasks import JOBS, check_run
+    from es2.tasks import check_run, run_here
 
     # Everything is checked before anything heavy is done.
     spec = resolve(model)
     config = EvaluateConfig(
-        model=model if spec.kind in ("catalogue", "hub") else spec.location,
+        model=spec.name,
         prompts=absolute_source(prompts),
         run=run,
         suite=suite,
@@ -89,15 +88,8 @@ def evaluate(
     load_prompts(config.prompts)
     from es2.evaluate import KIND, unfinished_job
 
-    job = unfinished_job(config)
-    if job is None:
-        job = lay_down(KIND, config.to_dict())
-    else:
-        reopen(job)
     with progress() as report:
-        exit_code = run_job(job.path, JOBS, report)
-    again = f"The evaluation was {job.status()}; the same command goes on from what it has."
-    result = result_of(job, exit_code, again)
+        result = run_here(KIND, config.to_dict(), unfinished_job(config), report)
     emit(result, json_, lambda: _show(result))
 
 
@@ -108,17 +100,11 @@ def _numbers(text: str, option: str, kind: type) -> list[Any]:
         raise InputError(f"--{option} {text[:40]!r} is no list of numbers; separate them by commas.") from None
 
 
-def _cell(number: Mapping[str, float] | None) -> str:
-    if number is None:
-        return ""
-    return f"{number['value']:.3f} [dim]({number['low']:.3f} to {number['high']:.3f})[/dim]"
-
-
 def _show(result: Mapping[str, Any]) -> None:
     suite = result["suite"]
     for name, part in suite.items():
         if "problem" in part:
-            out.print(f"{name}: {part['problem']}", markup=False)
+            out.print(f"{name}: {part['problem']}")
     table = Table("number", "base", "tuned", "tuned − base")
     if (refusal := suite.get("refusal")) and "problem" not in refusal:
         counts = refusal["n_prompts"]
@@ -126,20 +112,22 @@ def _show(result: Mapping[str, Any]) -> None:
                   f"{result['settings']['new_tokens']} tokens.")  # fmt: skip
         for name in ("dsr", "harmful_degenerate", "harmful_empty", "over_refusal", "harmless_degenerate"):
             cells = [(refusal[model] or {}).get(name) for model in ("base", "tuned", "change")]
-            table.add_row(name, *map(_cell, cells))
+            table.add_row(name, *map(interval_cell, cells))
         if refusal["judge"]:
             judge = refusal["judge"]
             for name in ("dsr", "over_refusal"):
                 cells = [(judge.get(model) or {}).get(name) for model in ("base", "tuned", "change")]
                 if any(cells):
-                    table.add_row(f"{name} (judge)", *map(_cell, cells))
+                    table.add_row(f"{name} (judge)", *map(interval_cell, cells))
             if judge["problem"]:
-                out.print(judge["problem"], markup=False)
+                out.print(judge["problem"])
     if (ability := suite.get("kl")) and "problem" not in ability:
         for name in ("kl_prompt", "kl_reply", "agreement"):
-            table.add_row(name, "", _cell(ability[name]), "")
+            table.add_row(name, "", interval_cell(ability[name]), "")
         perplexity = ability["perplexity"]
-        table.add_row("perplexity of base's replies", _cell(perplexity["base"]), _cell(perplexity["tuned"]), "")
+        table.add_row(
+            "perplexity of base's replies", interval_cell(perplexity["base"]), interval_cell(perplexity["tuned"]), ""
+        )
     if table.row_count:
         out.print(table)
     if (attack := suite.get("perturbation")) and "problem" not in attack:
@@ -149,7 +137,7 @@ def _show(result: Mapping[str, Any]) -> None:
         for point in attack["curve"]:
             budget = f"to p = {point['p0']:g}" if point["p0"] is not None else f"{point['budget']:g}"
             models = [point[model] or {} for model in ("base", "tuned")]
-            cells = [_cell(model.get(name)) for name in ("dsr", "degenerate") for model in models]
+            cells = [interval_cell(model.get(name)) for name in ("dsr", "degenerate") for model in models]
             swept.add_row(point["direction"], budget, *cells)
         out.print(swept)
         needs = Table("layer", "p₀", "needed / ‖e‖ base", "tuned", "ratio")
@@ -157,8 +145,8 @@ def _show(result: Mapping[str, Any]) -> None:
             if record["layer"] in attack["layers"]:
                 cells = [(record[model] or {}).get("relative") for model in ("base", "tuned")]
                 ratio = (record["change"] or {}).get("relative_ratio")
-                needs.add_row(str(record["layer"]), f"{record['p0']:g}", *map(_cell, [*cells, ratio]))
+                needs.add_row(str(record["layer"]), f"{record['p0']:g}", *map(interval_cell, [*cells, ratio]))
         out.print(needs)
     if result["note"]:
-        out.print(result["note"], markup=False)
-    out.print(f"Kept with its replies: {result['path']}", markup=False, soft_wrap=True)
+        out.print(result["note"])
+    out.print(f"Kept with its replies: {result['path']}", soft_wrap=True)

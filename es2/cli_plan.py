@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from es2.cli_runs import read_layers
+from es2.cli_runs import (
+    USUAL,
+    Accumulate,
+    Checkpointing,
+    FirstBlock,
+    ManyLayers,
+    Method,
+    Objective,
+    PairsPerStep,
+    Quantize,
+    Rank,
+    Steps,
+    WatchEvery,
+    read_layers,
+)
 from es2.errors import InputError
 from es2.finetune import FinetuneConfig
 from es2.models import DEFAULT_MODEL, resolve
 from es2.terminal import AsJson, Device, Dtype, Model, Prompts, emit, out
-
-_FINETUNE = FinetuneConfig(layers=())  # where the shipped defaults are written
 
 
 def plan(
@@ -24,24 +37,29 @@ def plan(
         str | None,
         typer.Option(help="Target layers, such as 12,18. Default: what the analysis on disk recommends, else a guess."),
     ] = None,
-    objective: Annotated[str, typer.Option(help="As for `es2 finetune`.")] = _FINETUNE.objective,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = _FINETUNE.steps,
-    pairs_per_step: Annotated[
-        int, typer.Option(help="Harmful prompts, and as many harmless ones, per step.")
-    ] = _FINETUNE.pairs_per_step,
-    method: Annotated[str, typer.Option(help="lora, or full (the blocks themselves).")] = _FINETUNE.method,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA matrices.")] = _FINETUNE.rank,
-    first_block: Annotated[int | None, typer.Option(help="First trained block; the last is the last target.")] = None,
-    watch_every: Annotated[int, typer.Option(help="Steps between looks at `watch`.")] = _FINETUNE.watch_every,
-    accumulate: Annotated[int, typer.Option(help="Parts of a step, to save memory.")] = _FINETUNE.accumulate,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Save more memory, at the cost of time.")] = False,
-    allow_many_layers: Annotated[bool, typer.Option(help="Allow three or more target layers.")] = False,
+    objective: Objective = USUAL.objective,
+    steps: Steps = USUAL.steps,
+    pairs_per_step: PairsPerStep = USUAL.pairs_per_step,
+    method: Method = USUAL.method,
+    rank: Rank = USUAL.rank,
+    first_block: FirstBlock = None,
+    watch_every: WatchEvery = USUAL.watch_every,
+    accumulate: Accumulate = USUAL.accumulate,
+    gradient_checkpointing: Checkpointing = False,
+    quantize: Quantize = None,
+    allow_many_layers: ManyLayers = False,
     device: Device = None,
+    gpus: Annotated[
+        str | None, typer.Option(help="Plan for GPUs that are not here: 24 for one of 24 GB, 8x80 for eight of 80 GB.")
+    ] = None,
     dtype: Dtype = None,
     json_: AsJson = False,
 ) -> None:
-    """How long a fine-tune will take, stage by stage, and how much memory; nothing heavy is loaded."""
-    from es2.plan import Shape, guessed_layers, local_folder
+    """How long a fine-tune will take, whether it fits into memory and disk, and what to type so that it does.
+
+    Nothing heavy is loaded: a folder with a config.json is enough of a model.
+    """
+    from es2.plan import Machine, Shape, guessed_layers, local_folder, this_machine
     from es2.plan import plan as estimate
     from es2.prompts import load_prompts
     from es2.tasks import find_activations, find_analysis
@@ -50,7 +68,7 @@ def plan(
     spec = resolve(model)
     config = FinetuneConfig(
         layers=(0,),
-        model=model if spec.kind in ("catalogue", "hub") else spec.location,
+        model=spec.name,
         objective=objective,
         steps=steps,
         pairs_per_step=pairs_per_step,
@@ -59,6 +77,7 @@ def plan(
         watch_every=watch_every,
         accumulate=accumulate,
         gradient_checkpointing=gradient_checkpointing,
+        quantize=quantize,
         allow_many_layers=allow_many_layers,
         device=device,
         dtype=dtype,
@@ -73,7 +92,8 @@ def plan(
     if not targets:
         raise InputError("No target layer is given; give two, such as --layers 12,18.")
     config = replace(config, layers=targets, first_block=first_block)
-    made = estimate(config, prompt_set, local_folder(config.model))
+    machine = this_machine(device) if gpus is None else Machine.elsewhere(gpus)
+    made = estimate(config, prompt_set, local_folder(config.model), machine=machine)
 
     def show() -> None:
         table = Table("stage", "minutes")
@@ -81,12 +101,24 @@ def plan(
             table.add_row(stage, f"{seconds / 60:.1f}")
         table.add_row("all", f"{made.total_seconds / 60:.1f}", style="bold")
         out.print(table)
-        memory = f"{made.memory_gb:.1f} GB of memory"
-        if made.machine.free_gb is not None:
-            memory += f"; {made.machine.free_gb:.1f} GB are free here" + ("" if made.fits else ", which is too little")
-        out.print(f"{memory}. Target layers {', '.join(map(str, config.targets))}, on an idle {made.machine.device}.")
+        free = made.machine.free_gb
+        needs = Table("memory, peak", "GB", "" if free is None else f"of {free:.1f} GB")
+        for part, size in made.needs_gb.items():
+            needs.add_row(part, f"{size:.1f}", "" if free is None else "fits" if size <= free else "too much")
+        out.print(needs)
+        where = f"{made.machine.n_devices} {made.machine.device}" + " that is elsewhere" * made.machine.assumed
+        pace = "a speed that is assumed" if made.machine.assumed else "the speed that was measured"
+        out.print(f"Target layers {', '.join(map(str, config.targets))}, on an idle machine ({where}), at {pace}.")
+        out.print(f"Disk: {made.disk_gb:.1f} GB of {made.free_disk_gb:.1f} GB that are free.")
         if made.fetch_gb:
             out.print(f"The model is fetched first: about {made.fetch_gb:.1f} GB, whose time is not counted.")
+        for sentence in made.advice:
+            out.print(sentence)
+        for command in commands:
+            out.print(f"    {command}", soft_wrap=True)
 
+    source = "" if prompts == "builtin" else f" --prompts {shlex.quote(prompts)}"
+    commands = [command + source for command in made.commands]
     document = {"model": spec.name, "prompts": prompts, "target_layers": list(config.targets)} | made.to_dict()
+    document["commands"] = commands
     emit(document, json_, show)

@@ -1,4 +1,4 @@
-"""The commands about fine-tuning runs: `finetune`, `runs`, `export`; `es2.cli` registers them."""
+"""The commands about fine-tuning runs: `finetune`, `import`, `runs`, `export`; `es2.cli` registers them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,31 @@ from rich.table import Table
 
 from es2.errors import InputError
 from es2.finetune import FinetuneConfig, count_layers
-from es2.jobs import Job
+from es2.jobs import Job, Reporter, jobs_ahead
 from es2.models import DEFAULT_MODEL
 from es2.terminal import AsJson, Device, Dtype, Model, Prompts, emit, out, progress
 
 if TYPE_CHECKING:
     from es2.prompts import PromptSet
 
-_FINETUNE = FinetuneConfig(layers=())  # where the shipped defaults are written
+USUAL = FinetuneConfig(layers=())
+"""Where the shipped defaults are written."""
+
+Objective = Annotated[
+    str, typer.Option(help="distance, anchored, fisher, margin, or a mixture such as 1.0*margin+0.5*fisher.")
+]
+Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
+PairsPerStep = Annotated[int, typer.Option(help="Harmful prompts, and as many harmless ones, per step.")]
+Method = Annotated[str, typer.Option(help="lora, or full (the blocks themselves).")]
+Rank = Annotated[int, typer.Option(help="Rank of the LoRA matrices.")]
+FirstBlock = Annotated[int | None, typer.Option(help="First trained block; the last is the last target.")]
+WatchEvery = Annotated[int, typer.Option(help="Steps between looks at `watch`.")]
+Accumulate = Annotated[int, typer.Option(help="Parts of a step, to save memory.")]
+Checkpointing = Annotated[bool, typer.Option(help="Save more memory, at the cost of time.")]
+Quantize = Annotated[
+    str | None, typer.Option(help="4bit: frozen weights of four bits, on CUDA with bitsandbytes (es2[quantize]).")
+]
+ManyLayers = Annotated[bool, typer.Option(help="Allow three or more target layers; the paper saw models collapse.")]
 
 
 def finetune(
@@ -29,36 +46,31 @@ def finetune(
     layers: Annotated[
         str | None, typer.Option(help="Target layers, such as 12,18. Default: the two that `analyze` recommends.")
     ] = None,
-    objective: Annotated[
-        str, typer.Option(help="distance, anchored, fisher, margin, or a mixture such as 1.0*margin+0.5*fisher.")
-    ] = _FINETUNE.objective,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = _FINETUNE.steps,
-    kl_weight: Annotated[float, typer.Option(help="λ, of the KL on harmless prompts.")] = _FINETUNE.kl_weight,
-    learning_rate: Annotated[float, typer.Option(help="Its peak, after the warm-up.")] = _FINETUNE.learning_rate,
-    pairs_per_step: Annotated[
-        int, typer.Option(help="Harmful prompts, and as many harmless ones, per step.")
-    ] = _FINETUNE.pairs_per_step,
-    method: Annotated[str, typer.Option(help="lora, or full (the blocks themselves).")] = _FINETUNE.method,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA matrices.")] = _FINETUNE.rank,
-    alpha: Annotated[int, typer.Option(help="LoRA's scaling.")] = _FINETUNE.alpha,
-    first_block: Annotated[int | None, typer.Option(help="First trained block; the last is the last target.")] = None,
-    watch_every: Annotated[int, typer.Option(help="Steps between looks at `watch`.")] = _FINETUNE.watch_every,
-    accumulate: Annotated[int, typer.Option(help="Parts of a step, to save memory.")] = _FINETUNE.accumulate,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Save more memory, at the cost of time.")] = False,
-    allow_many_layers: Annotated[
-        bool, typer.Option(help="Allow three or more target layers; the paper saw models collapse.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of the adapter's first weights and of the batches.")] = _FINETUNE.seed,
+    objective: Objective = USUAL.objective,
+    steps: Steps = USUAL.steps,
+    kl_weight: Annotated[float, typer.Option(help="λ, of the KL on harmless prompts.")] = USUAL.kl_weight,
+    learning_rate: Annotated[float, typer.Option(help="Its peak, after the warm-up.")] = USUAL.learning_rate,
+    pairs_per_step: PairsPerStep = USUAL.pairs_per_step,
+    method: Method = USUAL.method,
+    rank: Rank = USUAL.rank,
+    alpha: Annotated[int, typer.Option(help="LoRA's scaling.")] = USUAL.alpha,
+    first_block: FirstBlock = None,
+    watch_every: WatchEvery = USUAL.watch_every,
+    accumulate: Accumulate = USUAL.accumulate,
+    gradient_checkpointing: Checkpointing = False,
+    quantize: Quantize = None,
+    allow_many_layers: ManyLayers = False,
+    seed: Annotated[int, typer.Option(help="Of the adapter's first weights and of the batches.")] = USUAL.seed,
     device: Device = None,
     dtype: Dtype = None,
     json_: AsJson = False,
 ) -> None:
     """Fine-tune a model with ES2, compare it with its base on prompts it never saw, and say what became of it."""
     from es2.benchmark_sets import absolute_source
-    from es2.jobs import lay_down, result_of, run_job
+    from es2.jobs import lay_down
     from es2.models import model_folder, resolve
     from es2.prompts import load_prompts
-    from es2.tasks import JOBS, prepare
+    from es2.tasks import prepare
 
     prompt_set = load_prompts(prompts)
     with progress() as report:
@@ -68,7 +80,7 @@ def finetune(
         given = None if layers is None else read_layers(layers)
         config = FinetuneConfig(
             layers=given or (0,),  # stands in until there is a recommendation
-            model=model if spec.kind in ("catalogue", "hub") else spec.location,
+            model=spec.name,
             objective=objective,
             steps=steps,
             kl_weight=kl_weight,
@@ -81,6 +93,7 @@ def finetune(
             watch_every=watch_every,
             accumulate=accumulate,
             gradient_checkpointing=gradient_checkpointing,
+            quantize=quantize,
             allow_many_layers=allow_many_layers,
             seed=seed,
             device=device,
@@ -95,18 +108,59 @@ def finetune(
             _help_finetune(config, prompt_set)
             return
         source = absolute_source(prompts)
-        run = lay_down("finetune", config.to_dict() | {"prompts": source})
-        exit_code = run_job(run.path, JOBS, report)
-    result = result_of(run, exit_code, f"Run {run.id} was {run.status()}; `es2 runs resume {run.id}` goes on.")
+        result = _result_of(lay_down("finetune", config.to_dict() | {"prompts": source}), report)
     emit(result, json_, lambda: _show_run(result))
+
+
+def import_(
+    adapter: Annotated[Path, typer.Option(help="The folder that peft's save_pretrained wrote; it is copied.")],
+    model: Model = DEFAULT_MODEL,
+    prompts: Prompts = "builtin",
+    layers: Annotated[
+        str | None, typer.Option(help="Its target layers, such as 12,18. Default: the two that `analyze` recommends.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="What to call the run.")] = "",
+    device: Device = None,
+    dtype: Dtype = None,
+    json_: AsJson = False,
+) -> None:
+    """Take in an adapter that was trained elsewhere as a run, and compare the tuned model with its base."""
+    from es2.benchmark_sets import absolute_source
+    from es2.models import model_folder, resolve
+    from es2.prompts import load_prompts
+    from es2.runs import import_adapter
+
+    load_prompts(prompts)
+    with progress() as report:
+        # Everything is checked before anything heavy is done.
+        spec = resolve(model)
+        targets = () if layers is None else read_layers(layers)
+        n_layers = count_layers(model_folder(spec, report))
+        if outside := [layer for layer in targets if not 0 <= layer < n_layers]:
+            raise InputError(f"There is no layer {outside[0]}: the model's layers are 0 to {n_layers - 1}.")
+        source = absolute_source(prompts)
+        run = import_adapter(adapter, spec.name, source, targets, name=name, device=device, dtype=dtype)
+        result = _result_of(run, report)
+    emit(result, json_, lambda: _show_run(result))
+
+
+def _result_of(run: Job, report: Reporter) -> dict[str, Any]:
+    """Run a job that was laid down, in this process; raises the job's sentence when it comes to no result."""
+    from es2.jobs import result_of, run_job
+    from es2.tasks import JOBS
+
+    exit_code = run_job(run.path, JOBS, report)
+    return result_of(run, exit_code, f"Run {run.id} was {run.status()}; `es2 runs resume {run.id}` goes on.")
 
 
 def _help_finetune(config: FinetuneConfig, prompts: PromptSet) -> None:
     """Take part in the fine-tune of another process (`accelerate launch`), which writes and reports."""
+    import signal
     import tempfile
 
     from es2.finetune import finetune as tune
 
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the other process hears it too, and takes this one along
     with tempfile.TemporaryDirectory() as folder:
         tune(config, prompts, Path(folder))
 
@@ -132,10 +186,10 @@ def _show_run(result: Mapping[str, Any]) -> None:
     out.print(table)
     kl = result["kl_harmless_test"] or {}
     out.print(f"KL on harmless test prompts, nats per token: {', '.join(f'{k} {v:.3f}' for k, v in kl.items())}")
-    out.print(f"{result['verdict']}. {result['verdict_reason']}", markup=False)
+    out.print(f"{result['verdict']}. {result['verdict_reason']}")
     if result["reason"]:
-        out.print(result["reason"], markup=False)
-    out.print(f"Run {result['run']}: {result['path']}", markup=False, soft_wrap=True)
+        out.print(result["reason"])
+    out.print(f"Run {result['run']}: {result['path']}", soft_wrap=True)
 
 
 def runs(
@@ -165,7 +219,7 @@ def runs(
         run.rename(name)
     elif action == "delete":
         run.delete()
-        emit({"run": id, "deleted": True}, json_, lambda: out.print(f"Run {id} is deleted.", markup=False))
+        emit({"run": id, "deleted": True}, json_, lambda: out.print(f"Run {id} is deleted."))
         return
     elif action == "resume":
         reopen(run)
@@ -188,6 +242,7 @@ def _run_row(run: Job) -> dict[str, Any]:
         "name": run.name,
         "path": str(run.path),
         "status": run.status(),
+        "jobs_ahead": len(jobs_ahead(run)) if run.status() == "queued" else None,
         "created": run.created,
         "model": run.config.get("model"),
         "layers": run.config.get("layers"),
@@ -205,11 +260,13 @@ def _show_runs(rows: list[dict[str, Any]]) -> None:
     table = Table("run", "name", "status", "model", "layers", "objective", "verdict")
     for row in rows:
         cells = row | {"layers": ",".join(map(str, row["layers"] or ()))}
+        if row["jobs_ahead"]:
+            cells["status"] = f"queued, {row['jobs_ahead']} before it"
         table.add_row(*(str(cells[str(column.header)] or "") for column in table.columns))
     out.print(table)
     for row in rows:
         if row["error"]:
-            out.print(f"{row['run']}: {row['error']}", markup=False)
+            out.print(f"{row['run']}: {row['error']}")
 
 
 def export(
@@ -224,4 +281,4 @@ def export(
 
     folder = write(open_run(run), out_folder, merged=merged)
     show = f"{'Merged model' if merged else 'Adapter'} of run {run}: {folder}"
-    emit({"run": run, "path": str(folder), "merged": merged}, json_, lambda: out.print(show, markup=False))
+    emit({"run": run, "path": str(folder), "merged": merged}, json_, lambda: out.print(show))

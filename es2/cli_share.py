@@ -36,7 +36,6 @@ def showcase(
         out.print(
             f"Showcase of run {document['run']} ({document['verdict']}), embeddings of {counts['part']} of "
             f"{counts['measured']} measured prompts, {document['bytes'] / 1e6:.1f} MB: {document['path']}",
-            markup=False,
             soft_wrap=True,
         )
 
@@ -56,5 +55,5 @@ def report(
     emit(
         {"run": run, "path": str(path), "bytes": path.stat().st_size},
         json_,
-        lambda: out.print(f"Report of run {run}: {path}", markup=False, soft_wrap=True),
+        lambda: out.print(f"Report of run {run}: {path}", soft_wrap=True),
     )

@@ -24,3 +24,8 @@ class MachineError(Es2Error):
     """The machine or the network refused: no space, no memory, no permission, no connection."""
 
     exit_code = 1
+
+
+def one_line(error: object) -> str:
+    """An error's message as a part of a sentence: on one line, not long, without its own full stop."""
+    return " ".join(str(error).split())[:200].rstrip(". ")

@@ -18,9 +18,9 @@ from typing import Any
 
 from es2.attack import perturbation
 from es2.errors import InputError
-from es2.files import content_key, machine_error, read_json, write_json
-from es2.jobs import Job, Reporter, list_jobs, silent
-from es2.judge import KEY_VARIABLE, Judge, classifier_judge, endpoint_judge
+from es2.files import content_key, expanded, is_whole, machine_error, read_json, sealed, write_json
+from es2.jobs import Job, Reporter, find_jobs, silent
+from es2.judge import KEY_VARIABLE, Judge, check_endpoint, classifier_judge, endpoint_judge
 from es2.models import DEFAULT_MODEL, choose_device, choose_dtype, fingerprint, model_folder, resolve
 from es2.prompts import PromptSet, load_prompts
 from es2.push import BUDGETS, pushes
@@ -28,11 +28,13 @@ from es2.reply_log import ReplyLog
 from es2.robustness import DIRECTIONS, P0, logit
 from es2.store import Store
 from es2.suites import Work, behaviour, held_out
+from es2.versions import format_of
 
 KIND = "evaluate"
 SUITES = ("refusal", "kl", "perturbation")
 EVALUATION_FORMAT = 1
 
+_LAST_SECOND = 2**37  # years from now, before what a calendar can say
 _FOLDER, _LOG = "evaluation", "replies.jsonl"
 
 
@@ -104,6 +106,8 @@ class EvaluateConfig:
             raise InputError("Give one judge: an endpoint (--judge-url) or a classifier's folder (--judge-folder).")
         if self.judge_url and not self.judge_model:
             raise InputError("A judge behind an endpoint needs its model's name there (--judge-model).")
+        if self.judge_url:  # here, before anything of it is written down
+            check_endpoint(self.judge_url, self.judge_key_variable)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -192,7 +196,7 @@ def evaluate(
             suite[name] = {"problem": str(error)}
     if all("problem" in part for part in suite.values()):
         raise InputError(suite["refusal"]["problem"])
-    key = content_key({"config": config.to_dict(), "prompts": prompts.digest, "identity": work.identity})
+    path = _kept_at(place, config, prompts, work.identity)
     document = {
         "suite": suite,
         "model": spec.name,
@@ -200,26 +204,31 @@ def evaluate(
         "prompts": prompts.name,
         "note": note,
         "settings": config.to_dict(),
-        "path": str(place / f"{key}.json"),
+        "path": str(path),
         "seconds": time.perf_counter() - begun,
         "generated": work.generated
         | {"tokens_per_second": work.generated["tokens"] / max(work.generated["seconds"], 1e-9)},
     }
     try:
         place.mkdir(parents=True, exist_ok=True)
-        write_json(
-            place / f"{key}.json", {"format": EVALUATION_FORMAT, "created": time.time()} | document | {"rows": rows}
-        )
+        kept = {"format": EVALUATION_FORMAT, "created": time.time()} | document | {"rows": rows}
+        write_json(path, sealed(kept))
     except OSError as error:
         raise machine_error(error, place) from error
     return document
+
+
+def _kept_at(place: Path, config: EvaluateConfig, prompts: PromptSet, identity: Mapping[str, Any]) -> Path:
+    """Where a result is kept: under a key of everything that decides it."""
+    key = content_key({"config": config.to_dict(), "prompts": prompts.digest, "identity": identity})
+    return place / f"{key}.json"
 
 
 def _make_judge(config: EvaluateConfig) -> Judge | None:
     if config.judge_url:
         return endpoint_judge(config.judge_url, config.judge_model or "", key_variable=config.judge_key_variable)
     if config.judge_folder:
-        return classifier_judge(Path(config.judge_folder).expanduser(), config.judge_label)
+        return classifier_judge(Path(expanded(config.judge_folder)), config.judge_label)
     return None
 
 
@@ -230,22 +239,44 @@ def find_evaluations(owner: Job) -> list[Path]:
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
+def find_evaluation(config: EvaluateConfig, prompts: PromptSet, run: Job) -> dict[str, Any] | None:
+    """The kept result of exactly this evaluation of a run, with its replies and where it lies; None if there is none.
+
+    Raises:
+        InputError, MachineError: when the model or the run cannot be used, or the result cannot be read.
+    """
+    from es2.runs import tuned_weights
+
+    identity = fingerprint(model_folder(resolve(config.model)), tuned_weights(run)).to_dict()
+    path = _kept_at(run.path / _FOLDER, config, prompts, identity)
+    return read_evaluation(path) | {"path": str(path)} if path.is_file() else None
+
+
 def read_evaluation(path: Path) -> dict[str, Any]:
     """A kept result with its replies: `suite`, `settings`, … and `rows` by suite.
 
     Raises:
-        InputError: when the file holds none of this format.
+        InputError: when the file holds none, a damaged one, or one of a newer format.
     """
     document = read_json(path)
-    if document is None or document.get("format") != EVALUATION_FORMAT:
-        raise InputError(f"{str(path)!r} holds no evaluation that this version reads; run `es2 evaluate` again.")
+    whole = document is not None and is_whole(document)
+    known = document is not None and whole and format_of(document.get("format"), EVALUATION_FORMAT, str(path))
+    if document is None or not known or not _is_evaluation(document):
+        raise InputError(f"{str(path)!r} holds no evaluation, or a damaged one; run `es2 evaluate` again.")
     return document
+
+
+def _is_evaluation(document: Mapping[str, Any]) -> bool:
+    kinds = {"suite": dict, "rows": dict, "settings": dict, "prompts": str, "created": (int, float)}
+    if not all(isinstance(document.get(name), kind) for name, kind in kinds.items()):  # type: ignore[arg-type]
+        return False
+    parts, rows = document["suite"].values(), document["rows"].values()
+    if not ("limit" in document["settings"] and 0 <= document["created"] < _LAST_SECOND):
+        return False
+    return all(isinstance(part, dict) for part in parts) and all(isinstance(row, list) for row in rows)
 
 
 def unfinished_job(config: EvaluateConfig, root: Path | None = None) -> Job | None:
     """The newest evaluation of exactly this config that ended before its time, so that it can be gone on with."""
-    wanted = config.to_dict()
-    for job in list_jobs(root, KIND):
-        if {name: job.config.get(name) for name in wanted} == wanted:
-            return job if job.status() in ("cancelled", "interrupted", "failed") else None
-    return None
+    newest = next(iter(find_jobs(KIND, config.to_dict(), root)), None)
+    return newest if newest and newest.status() in ("cancelled", "interrupted", "failed") else None

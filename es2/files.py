@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -19,6 +20,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,17 @@ import platformdirs
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from es2.errors import InputError, MachineError
+from es2.errors import InputError, MachineError, one_line
 
 logger = logging.getLogger(__name__)
 
+MAX_JSON_BYTES = 2**28
+MAX_JSON_LEVELS = 64
+
 _KEY = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_MAX_DIGITS = 20
+_MAX_NAME_BYTES = 200  # the system's 255, less what a temporary name adds
+_HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _REMEMBER_FROM_BYTES = 2**20  # smaller files are hashed again faster than a memo is looked up
 _CLOCK_GRAIN_NS = 2 * 10**9  # a file that changed this recently can change again without a new modification time
 
@@ -47,6 +55,14 @@ def home() -> Path:
 def user_cache() -> Path:
     """The folder for what every project of one user shares (models, digests): `$ES2_CACHE`, or the system's choice."""
     return Path(os.environ.get("ES2_CACHE") or platformdirs.user_cache_dir("es2")).absolute()
+
+
+def expanded(path: str | Path) -> str:
+    """A path as it was typed, with the home folder for `~`; as it is where that is nobody's."""
+    try:
+        return os.path.expanduser(path)
+    except ValueError:  # a NUL byte; whoever opens it says so
+        return str(path)
 
 
 def machine_error(error: OSError, path: Path) -> MachineError:
@@ -70,6 +86,22 @@ def unreadable(error: OSError, path: Path) -> MachineError:
     return MachineError(f"Cannot read {path} ({error.strerror or error}); check the disk and the file's permissions.")
 
 
+def output_path(path: Path) -> Path:
+    """The absolute path of what somebody wants written.
+
+    Raises:
+        InputError: for what cannot be the name of a file or a folder.
+    """
+    try:
+        absolute = os.path.abspath(os.path.expanduser(path))
+        length = len(os.fsencode(os.path.basename(absolute)))
+    except ValueError:
+        length = 0
+    if not 0 < length <= _MAX_NAME_BYTES or "\0" in absolute:
+        raise InputError(f"{str(path)[:80]!r} cannot be the name of a file or folder; give another one.")
+    return Path(absolute)
+
+
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON file so that readers see the old content or the new, never a part.
 
@@ -90,19 +122,72 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
         raise
 
 
+def parse_json(data: bytes | str) -> Any:
+    """The JSON value in `data`, read strictly: what no writer here writes would make its readers stumble later.
+
+    Raises:
+        ValueError: for what is no JSON; for numbers that are not finite or have more than twenty digits, half of a
+            surrogate pair, or more than `MAX_JSON_LEVELS` levels of nesting.
+    """
+    try:
+        value = json.loads(data, parse_float=_finite, parse_constant=_finite, parse_int=_whole)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_LEVELS):
+        inside = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = list(chain.from_iterable(inside))
+    if level:
+        raise ValueError("nested too deeply")
+    if _HALF_SURROGATE.search(data if isinstance(data, str) else data.decode("utf-8", "replace")):
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"{text[:20]}… is too large")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is no number")
+    return number
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if the file is absent or holds anything else.
+    """The JSON object in a file; None if the file is absent, larger than `MAX_JSON_BYTES`, or holds anything else.
 
     Raises:
         MachineError: when the file is there and cannot be read: not the same as damaged.
     """
     try:
-        document = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        if path.stat().st_size > MAX_JSON_BYTES:
+            return None
+        document = parse_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     except OSError as error:
         raise unreadable(error, path) from error
     return document if isinstance(document, dict) else None
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a `digest` of all its other entries, for `is_whole`; one that it has already is replaced.
+
+    The digest is worked out alike in all versions of a format, so that a damaged version is told from a newer one.
+    """
+    rest = {name: entry for name, entry in document.items() if name != "digest"}
+    plain = json.loads(json.dumps(rest, allow_nan=False))  # keys as they will be read
+    return plain | {"digest": content_key(plain)}
+
+
+def is_whole(document: Mapping[str, Any]) -> bool:
+    """Whether an object is what was `sealed`; one without a digest is from before there were any, and believed."""
+    rest = {name: entry for name, entry in document.items() if name != "digest"}
+    return "digest" not in document or document["digest"] == content_key(rest)
 
 
 def content_key(parts: Mapping[str, Any]) -> str:
@@ -192,6 +277,7 @@ def new_folder(parent: Path, root: Path, key: str, *, replace: bool = False) -> 
         temporary = parent / f".tmp-{key}-{secrets.token_hex(4)}"
         try:
             parent.mkdir(exist_ok=True)
+            bring_back(final, root)
             _sweep(parent, root)
             temporary.mkdir()
             yield temporary
@@ -210,7 +296,7 @@ def new_folder(parent: Path, root: Path, key: str, *, replace: bool = False) -> 
 
 
 def _swap(final: Path, successor: Path) -> None:
-    """Put `successor` in the place of `final`; whatever goes wrong, one of them stands there or beside it."""
+    """Put `successor` in the place of `final`; whatever goes wrong, one of them stands there or can be brought back."""
     former = final.with_name(f".former-{final.name}-{secrets.token_hex(4)}")
     final.rename(former)
     try:
@@ -219,6 +305,26 @@ def _swap(final: Path, successor: Path) -> None:
         former.rename(final)
         raise
     shutil.rmtree(former, ignore_errors=True)
+
+
+def bring_back(final: Path, root: Path) -> None:
+    """Put a folder back in its place where the process that was replacing it was killed in between.
+
+    Raises:
+        MachineError: when the machine refuses.
+    """
+    formers = sorted(final.parent.glob(f".former-{final.name}-*"))
+    if not formers:
+        return
+    with lock(root, final.name):
+        for former in formers:
+            try:
+                if final.exists():
+                    shutil.rmtree(former, ignore_errors=True)
+                else:
+                    former.rename(final)
+            except OSError as error:
+                raise machine_error(error, final) from error
 
 
 def numbered(error: Exception, folder: Path) -> OSError:
@@ -265,7 +371,7 @@ def set_aside(path: Path, inode: int, problem: str) -> DamagedError:
         pass  # another process set it aside
     except OSError as error:
         where = f"cannot be set aside ({error.strerror})"
-    return DamagedError(f"The artifact {what} is damaged ({problem}) and {where}; compute it again.")
+    return DamagedError(f"The artifact {what} is damaged ({one_line(problem)}) and {where}; compute it again.")
 
 
 def is_key(name: str) -> bool:

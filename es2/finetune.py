@@ -29,11 +29,13 @@ from es2.models import (
     context_length,
     is_out_of_memory,
     load_model,
+    load_sharded,
     load_tokenizer,
     model_folder,
     resolve,
 )
 from es2.objective import MARGIN_TARGET, parse_objective, running_direction, separation, total_loss
+from es2.placement import is_sharded_launch, processes_of_launch
 from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 from es2.training_data import count_tune, held_out_rows, make_plan
 from es2.verdict import KL_BUDGET
@@ -82,6 +84,7 @@ class FinetuneConfig:
         seed: of the adapter's first weights and of the batches.
         device: a torch device; by default the best there is.
         dtype: `float32` or `bfloat16` for the frozen weights; by default what suits the device.
+        quantize: `4bit` for frozen weights of four bits (NF4 of bitsandbytes, on CUDA); only for an adapter.
     """
 
     layers: tuple[int, ...]
@@ -109,6 +112,7 @@ class FinetuneConfig:
     seed: int = 0
     device: str | None = None
     dtype: str | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))  # JSON has lists only
@@ -169,7 +173,12 @@ class FinetuneConfig:
             raise InputError(f"Unknown method {str(self.method)[:40]!r}; one of {', '.join(METHODS)}.")
         if self.dtype not in (None, "float32", "bfloat16"):
             raise InputError(f"Training in {str(self.dtype)[:40]!r} is not possible; use float32 or bfloat16.")
-        if self.first_block is not None and not (_is_whole(self.first_block, 0) and self.blocks[0] <= self.targets[0]):
+        if self.quantize not in (None, "4bit"):
+            raise InputError(f"Unknown quantisation {str(self.quantize)[:40]!r}; only 4bit is known.")
+        if self.quantize and self.method != "lora":
+            raise InputError("Weights of four bits cannot be trained themselves; use --method lora with them.")
+        first = self.first_block
+        if first is not None and not (_is_whole(first, 0) and first <= self.targets[0]):
             raise InputError(
                 f"The first trained block must be one of 0 to {self.targets[0]}, the first target layer, "
                 f"not {self.first_block!r}."
@@ -318,12 +327,11 @@ def finetune(
     spec = resolve(config.model)
     model_files = model_folder(spec, report)
     config.check(count_layers(model_files), prompts)
-    _check_launcher()
+    _check_launcher(config)
     terms = parse_objective(config.objective)
     plan = make_plan(prompts, config.pairs_per_step, config.steps, config.seed, config.watch_prompts, config.kl_prompts)
 
     import torch
-    from accelerate import PartialState
 
     from es2.passes import Network
     from es2.trainable import make_trainable
@@ -331,14 +339,15 @@ def finetune(
 
     # The base: its embeddings, its replies and the states they were read from, before anything is trained.
     tokens, template_head = _tokens(model_files, prompts, plan, config.reply_tokens)
-    processes = PartialState(cpu=config.device == "cpu")
+    processes = processes_of_launch(config.device)
     report = report if processes.is_main_process else silent
     report("load", 0, 1)
-    model = load_model(
-        model_files,
-        dtype=config.dtype,
-        device=str(processes.device) if processes.num_processes > 1 else config.device,
-    ).requires_grad_(False)
+    device = str(processes.device) if processes.num_processes > 1 else config.device
+    if is_sharded_launch() and processes.num_processes > 1:
+        model = load_sharded(model_files, config.dtype, str(device))
+    else:
+        model = load_model(model_files, dtype=config.dtype, device=device, quantize=config.quantize)
+    model.requires_grad_(False)
     network = Network(
         model,
         template_head=template_head,
@@ -475,13 +484,19 @@ def finetune(
 # -------------------------------------------------------------------------------------------------------- its parts
 
 
-def _check_launcher() -> None:
-    """Every process holds the whole model; under a launcher that shards models most would load no weights at all."""
-    for plugin in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+def _check_launcher(config: FinetuneConfig) -> None:
+    """Refuse launchers that would take the model apart in ways that are not known here."""
+    for plugin in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("1", "true"):
             raise InputError(
-                f"The fine-tune runs data-parallel, not under {plugin}; launch it with `accelerate launch --multi_gpu`."
+                f"The fine-tune runs data-parallel or under FSDP, not under {plugin}; launch it with "
+                "`accelerate launch --multi_gpu` or `--use_fsdp`."
             )
+    if is_sharded_launch() and (config.method != "lora" or config.quantize):
+        raise InputError(
+            "Under FSDP the weights lie in shards and only an adapter is trained; leave out --method full and "
+            "--quantize, or launch it with `accelerate launch --multi_gpu`."
+        )
 
 
 def _tokens(

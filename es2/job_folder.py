@@ -10,7 +10,6 @@ nor a live process was interrupted.
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import math
 import os
@@ -21,13 +20,15 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from es2.errors import InputError
-from es2.files import machine_error, read_json, write_json
+from es2.files import is_whole, machine_error, parse_json, read_json, sealed, write_json
+from es2.versions import format_of
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class Job:
 
     Attributes:
         path: its folder, whose name is the job's id.
-        config: what `config.json` says: `kind`, `created`, `heavy`, and what the caller of `launch` gave.
+        config: what `config.json` says: `kind`, `created`, `heavy`, `host` and `pid` of who laid it down, and what the
+            caller of `launch` gave.
     """
 
     path: Path
@@ -113,8 +115,8 @@ class Job:
         return self.status() in ACTIVE
 
     def result(self) -> dict[str, Any] | None:
-        """What the task returned; None before the end and after any end but `done` or `stopped`."""
-        result = (read_json(self.path / "result.json") or {}).get("result")
+        """What the task returned; None before the end and after any end but `done`, `stopped` or one disowned."""
+        result = (_read_end(self.path / "result.json") or {}).get("result")
         return result if isinstance(result, dict) else None
 
     def error(self) -> str | None:
@@ -123,9 +125,10 @@ class Job:
         if status == "interrupted":
             if not self.path.is_dir():
                 return f"The folder of job {self.id} was removed."
+            if (self.path / "result.json").exists():
+                return self._why_no_end()
             return f"The process of job {self.id} ended without a result (killed, or out of memory); see its log."
-        error = (read_json(self.path / "result.json") or {}).get("error")
-        return error if isinstance(error, str) else None
+        return self._end()[1]
 
     def events(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
         """The events from byte `offset` on, and the offset to ask from next time.
@@ -147,7 +150,7 @@ class Job:
         path = self.path / "events.jsonl"
         data = tail(path)
         events = _parse_events(data[: data.rfind(b"\n") + 1], path)
-        steps = [event for event in events if event.get("event") == "progress"]
+        steps = [event for event in events if event["event"] == "progress"]
         return {**steps[-1], "seconds_left": seconds_left(steps)} if steps else None
 
     def log_tail(self, n: int = 20) -> list[str]:
@@ -187,6 +190,8 @@ class Job:
         try:
             self.path.rename(aside)
             shutil.rmtree(aside)
+            for stale in aside.parent.glob(".deleted-*"):
+                shutil.rmtree(stale, ignore_errors=True)  # of a process that was killed here
         except FileNotFoundError:
             return
         except OSError as error:
@@ -194,8 +199,42 @@ class Job:
 
     def ending(self) -> str | None:
         """How it ended; None before."""
-        status = (read_json(self.path / "result.json") or {}).get("status")
-        return status if status in STATUSES else None
+        return self._end()[0]
+
+    def disown(self, error: str) -> str:
+        """Let a job that is done count as failed, since what it made is lost; its result can still be read.
+
+        Returns:
+            `error`, the sentence that says so, for the caller to raise.
+
+        Raises:
+            MachineError: when the folder cannot be written.
+        """
+        path = self.path / "result.json"
+        try:
+            write_json(path, sealed((_read_end(path) or {}) | {"status": "failed", "error": error}))
+        except OSError as failure:
+            raise machine_error(failure, path) from failure
+        return error
+
+    def _end(self) -> tuple[str | None, str | None]:
+        """Status and error in `result.json`; None twice when it is absent, damaged or of a newer format."""
+        path = self.path / "result.json"
+        try:
+            stat = path.stat()
+        except OSError:
+            return None, None
+        return _ending(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+    def _why_no_end(self) -> str:
+        path = self.path / "result.json"
+        document = read_json(path) or {}
+        try:
+            if is_whole(document):
+                format_of(document.get("format"), FORMAT_VERSION, str(path))
+        except InputError as error:
+            return str(error)
+        return f"The result of job {self.id} is damaged; do the same again, or `es2 runs resume {self.id}` for a run."
 
     def _active(self) -> str | None:
         """`queued` or `running` while a process lives, or is on its way to the lock; else None."""
@@ -212,14 +251,19 @@ class Job:
         """Whether its process was launched, has not taken the lock yet, and is not gone."""
         record_path = self.path / "launched.json"
         if (record := read_json(record_path)) is None:
-            return _age(self.path / "config.json") < STALE_SECONDS
+            pid = self.config.get("pid")
+            known = self.config.get("host") == HOST and isinstance(pid, int) and 0 < pid < 2**31
+            gone = known and not psutil.pid_exists(pid)  # who laid it down and would have started it
+            return not gone and _age(self.path / "config.json") < STALE_SECONDS
         if record.get("host") != HOST:
             return _age(record_path) < STALE_SECONDS
         try:
             process = psutil.Process(int(record["pid"]))
-            successor = process.create_time() > float(record["time"]) + 2  # another process was given the pid
+            # Another process was given the pid if it is younger, unless the clock was set: then its command line tells.
+            younger = process.create_time() > float(record["time"]) + 2
+            successor = younger and str(self.path) not in process.cmdline()
             return not successor and process.status() != psutil.STATUS_ZOMBIE
-        except (psutil.Error, KeyError, ValueError):
+        except (psutil.Error, KeyError, ValueError, TypeError, OverflowError):
             return False
 
     def _pid(self) -> int | None:
@@ -229,7 +273,10 @@ class Job:
             record = read_json(self.path / "launched.json") if self._starting() else None
         elif not _is_held(self.path / "lock"):
             return None
-        return int(record["pid"]) if record and record.get("host") == HOST else None
+        if record is None or record.get("host") != HOST:
+            return None
+        pid = record.get("pid")
+        return pid if isinstance(pid, int) and pid > 1 else None  # 0 and -1 would be whole groups of processes
 
     def is_ahead_of(self, other: Job) -> bool:
         """Whether it was launched before `other` on this host, and both have to take turns."""
@@ -266,22 +313,43 @@ def read_job(path: Path) -> Job:
     """The job in this folder.
 
     Raises:
-        InputError: when it holds none, or one of a newer format.
+        InputError: when it holds none, or one of a newer format. The version in `config.json` is that of everything
+            in the folder but `result.json`, which states its own.
     """
     config = read_json(path / "config.json")
-    if config is None or not isinstance(config.get("kind"), str) or not isinstance(config.get("created"), str):
+    sound = config is not None and is_whole(config) and _is_config(config)
+    if config is None or not sound or format_of(config.get("format"), FORMAT_VERSION, str(path)) is None:
         raise InputError(f"{path} is no job: its config.json is missing or damaged; delete the folder.")
-    version = config.get("format")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise InputError(
-            f"{path} was written by a newer ES2 Workbench (format {version}, this one reads up to {FORMAT_VERSION}); "
-            f"update ES2 Workbench."
-        )
     return Job(path, config)
 
 
+def _is_config(config: Mapping[str, Any]) -> bool:
+    """Whether the entries that every onlooker reads are there and of their kind; the rest is for the task to check."""
+    texts = all(isinstance(config.get(name, ""), str) for name in ("model", "prompts", "objective", "position"))
+    ids = all(isinstance(config.get(name), str | None) for name in ("run", "against", "imported"))
+    layers = config.get("layers") or []
+    numbers = isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)
+    return texts and ids and numbers and all(isinstance(config.get(name), str) for name in ("kind", "created"))
+
+
+def _read_end(path: Path) -> dict[str, Any] | None:
+    """What `result.json` says; None when it is absent, damaged or of a newer format."""
+    document = read_json(path)
+    if document is None or document.get("format", 1) != FORMAT_VERSION or not is_whole(document):
+        return None
+    return document
+
+
+@lru_cache(maxsize=1024)
+def _ending(path: Path, *stamp: int) -> tuple[str | None, str | None]:
+    """Status and error of a file with this inode, time and size: lists of jobs ask often, and results are large."""
+    end = _read_end(path) or {}
+    status, error = end.get("status"), end.get("error")
+    return status if status in STATUSES else None, error if isinstance(error, str) else None
+
+
 def reap() -> None:
-    """Let the system forget the children that have ended: an app lives long, and each would stay as a zombie."""
+    """Forget the children that have ended."""
     for path, child in list(children.items()):
         if child.poll() is not None:
             children.pop(path, None)
@@ -341,11 +409,23 @@ def _parse_events(lines: bytes, path: Path) -> list[dict[str, Any]]:
     events = []
     for line in lines.splitlines():
         try:
-            event = json.loads(line)
-        except (ValueError, RecursionError):
+            event = parse_json(line)
+        except ValueError:
             event = None
-        if isinstance(event, dict):
+        if isinstance(event, dict) and _is_event(event):
             events.append(event)
         else:
             logger.warning("Skipped a damaged line in %s.", path)
     return events
+
+
+def _is_event(event: Mapping[str, Any]) -> bool:
+    """Whether a line is an event; of one with a stage all but `event` and `stage` are numbers, or None."""
+    if not isinstance(event.get("event"), str):
+        return False
+    if event["event"] != "progress" and "stage" not in event:
+        return True
+    numbers = {name: entry for name, entry in event.items() if name not in ("event", "stage")}
+    needed = all(isinstance(event.get(name), (int, float)) for name in ("time", "done", "total"))
+    kinds = all(entry is None or isinstance(entry, (int, float)) for entry in numbers.values())
+    return needed and kinds and isinstance(event.get("stage"), str)

@@ -2,8 +2,9 @@
 
 Whatever needs torch runs apart from the app, so that a crash cannot take the app down, closing the browser stops
 nothing, and a job started by a scheduler on another machine looks the same as one started by a click. What the two
-sides share is a folder under `runs/` (`es2.job_folder`). Heavy jobs take turns, first come first served, one per host;
-the waiting is done by the jobs themselves, before they import anything large, so there is no scheduler that could die.
+sides share is a folder under `runs/` (`es2.job_folder`). Heavy jobs take turns, first come first served, one at a time
+on each host or as many as `$ES2_HEAVY_JOBS` says; the waiting is done by the jobs themselves, before they import
+anything large, so there is no scheduler that could die.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from es2.errors import Es2Error, InputError, MachineError
-from es2.files import home, machine_error, write_json
+from es2.files import home, machine_error, sealed, write_json
 from es2.job_folder import ACTIVE, FORMAT_VERSION, HOST, STATUSES, Job, children, read_job, reap, seconds_left, tail
 
 __all__ = [
@@ -40,6 +41,9 @@ __all__ = [
     "Job",
     "Reporter",
     "Task",
+    "find_jobs",
+    "heavy_limit",
+    "jobs_ahead",
     "launch",
     "lay_down",
     "list_jobs",
@@ -54,9 +58,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 2.0
-_ID = re.compile(r"\d{8}-\d{6}-\d{6}-[a-z][a-z0-9]*-[0-9a-f]{6}")
-_KIND = re.compile(r"[a-z][a-z0-9]*")
-_OWN_ENTRIES = ("format", "kind", "created", "heavy")
+_COMMAND = (sys.executable, "-P", "-m", "es2", "job")  # -P: no module of the current folder is taken for a library
+_ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9]{6}-[a-z][a-z0-9]{0,31}-[0-9a-f]{6}")
+_KIND = re.compile(r"[a-z][a-z0-9]{0,31}")
+_OWN_ENTRIES = ("format", "kind", "created", "heavy", "host", "pid", "digest")
 
 
 class Cancelled(Exception):  # noqa: N818 (a request that was followed, not an error)
@@ -99,9 +104,10 @@ def lay_down(kind: str, config: Mapping[str, Any], *, root: Path | None = None, 
     now = datetime.now(UTC)
     path = _root(root) / f"{now:%Y%m%d-%H%M%S-%f}-{kind}-{secrets.token_hex(3)}"
     own = {"format": FORMAT_VERSION, "kind": kind, "created": now.isoformat(), "heavy": heavy}
+    own |= {"host": HOST, "pid": os.getpid()}
     try:
         path.mkdir(parents=True)
-        write_json(path / "config.json", own | dict(config))
+        write_json(path / "config.json", sealed(own | dict(config)))
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)
         raise machine_error(error, path) from error
@@ -123,7 +129,7 @@ def start(job: Job, command: Sequence[str] | None = None) -> None:
     try:
         with (job.path / "log.txt").open("ab") as log:
             child = subprocess.Popen(
-                [*(command or (sys.executable, "-m", "es2", "job")), str(job.path)],
+                [*(command or _COMMAND), str(job.path)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -136,6 +142,12 @@ def start(job: Job, command: Sequence[str] | None = None) -> None:
             child.wait()
         raise machine_error(error, job.path) from error
     children[job.path] = child
+    _collect(child)
+
+
+def _collect(child: subprocess.Popen[bytes]) -> None:
+    """Wait for a child in the background, so that its end leaves no zombie although nobody may look any more."""
+    threading.Thread(target=child.wait, daemon=True).start()
 
 
 def launch(
@@ -191,6 +203,11 @@ def list_jobs(root: Path | None = None, kind: str | None = None) -> list[Job]:
     return jobs
 
 
+def find_jobs(kind: str, config: Mapping[str, Any], root: Path | None = None) -> list[Job]:
+    """The jobs of this kind whose config says all that `config` says, newest first."""
+    return [job for job in list_jobs(root, kind) if {name: job.config.get(name) for name in config} == dict(config)]
+
+
 def open_job(id: str, root: Path | None = None) -> Job:
     """The job of this id.
 
@@ -230,7 +247,7 @@ def run_job(folder: Path, tasks: Mapping[str, Task], also: Reporter = silent) ->
         end, exit_code = _attempt(job, tasks, life)
         try:
             life.write_event(event="status", status=end["status"])
-            write_json(job.path / "result.json", {"format": FORMAT_VERSION, "finished": time.time()} | end)
+            write_json(job.path / "result.json", sealed({"format": FORMAT_VERSION, "finished": time.time()} | end))
         except (OSError, MachineError) as error:
             logger.error("Job %s cannot record that it is %s: %s", job.id, end["status"], error)
             return 1
@@ -283,25 +300,56 @@ def _attempt(job: Job, tasks: Mapping[str, Task], life: _Life) -> tuple[dict[str
         return {"status": "failed", "result": None, "error": sentence}, 1
 
 
+def heavy_limit() -> int:
+    """How many heavy jobs of one host may run at once: `$ES2_HEAVY_JOBS`, or 1.
+
+    Raises:
+        InputError: when the variable holds anything but a whole number of at least 1.
+    """
+    stated = os.environ.get("ES2_HEAVY_JOBS") or "1"
+    if not (stated.isascii() and stated.isdigit() and int(stated[:9]) >= 1):
+        raise InputError(f"ES2_HEAVY_JOBS must be a whole number of at least 1, not {stated[:40]!r}.")
+    return int(stated[:9])
+
+
+def jobs_ahead(job: Job) -> list[Job]:
+    """The heavy jobs of this host that were launched before a heavy one and have not ended; none for a light one."""
+    if not job.config.get("heavy", True):
+        return []
+    unended = (other for other in list_jobs(job.path.parent) if not (other.path / "result.json").exists())
+    return [other for other in unended if other.is_ahead_of(job) and other.is_active()]
+
+
 @contextmanager
 def _turn(job: Job, life: _Life) -> Iterator[None]:
-    """Wait until no earlier heavy job of this host is left, and none runs."""
-    ahead = [other for other in list_jobs(job.path.parent) if other.is_ahead_of(job)]
-    turn = FileLock(job.path.parent / f".turn-{HOST}.lock")
+    """Wait until there is room: fewer earlier heavy jobs of this host are left than may run, and so few run."""
+    names = [f".turn-{HOST}.lock", *(f".turn-{HOST}-{number}.lock" for number in range(2, heavy_limit() + 1))]
+    turns = [FileLock(job.path.parent / name) for name in names]
+    ahead = jobs_ahead(job)
+    n_at_first = len(ahead)
     while True:
         life.check()
         ahead = [other for other in ahead if other.is_active()]
-        if not ahead:
-            try:
-                turn.acquire(timeout=0)
-                break
-            except Timeout:
-                pass  # a later job took its turn before this one was resumed
+        # A turn may be taken by a later job, of before this one was resumed.
+        if len(ahead) < len(turns) and (turn := next(filter(_try, turns), None)) is not None:
+            break
+        life.also("queue", n_at_first - len(ahead), n_at_first)
         time.sleep(0.2)
     try:
         yield
     finally:
         turn.release()
+
+
+def _try(lock: FileLock) -> bool:
+    """Take a lock, unless another process holds it. Raises `MachineError`."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    except OSError as error:
+        raise machine_error(error, Path(lock.lock_file)) from error
+    return True
 
 
 class _Life:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from es2.errors import InputError
 from es2.jobs import Reporter, silent
@@ -91,6 +91,33 @@ def judge_replies(
 # ------------------------------------------------------------------------------------------------------------- endpoint
 
 
+def check_endpoint(url: str, key_variable: str) -> SplitResult:
+    """The parts of an endpoint's URL. What is wrong with it is never quoted: it may be a key in the wrong place.
+
+    Raises:
+        InputError: for a URL that is none, or that holds a secret of its own; for a variable whose name is none.
+    """
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and url.isprintable() and " " not in url
+        _ = parts.port
+    except ValueError:
+        sound = False
+    if not sound:
+        raise InputError("The judge's URL must be like https://host/v1; give the endpoint's base.")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise InputError(
+            "The judge's URL holds a name, a password, a query or a fragment; give the key in the environment variable "
+            "that --judge-key-variable names."
+        )
+    if not re.fullmatch(r"[A-Z][A-Z0-9_]{0,99}", key_variable):
+        raise InputError(
+            "--judge-key-variable takes the name of an environment variable, in capitals such as "
+            f"{KEY_VARIABLE}, not the key itself."
+        )
+    return parts
+
+
 def endpoint_judge(url: str, model: str, *, key_variable: str = KEY_VARIABLE, timeout: float = 20.0) -> Judge:
     """A judge behind an OpenAI-compatible endpoint.
 
@@ -101,15 +128,9 @@ def endpoint_judge(url: str, model: str, *, key_variable: str = KEY_VARIABLE, ti
         timeout: seconds after which an answer is given up, however it dribbles in.
 
     Raises:
-        InputError: for a URL that is none, or that holds a secret of its own.
+        InputError: as `check_endpoint`.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(f"The judge's URL must begin with http:// or https://, not {url[:60]!r}.")
-    if parts.username or parts.password or parts.query:
-        raise InputError(
-            f"The judge's URL holds a name, a password or a query; give the key in the variable {key_variable}."
-        )
+    parts = check_endpoint(url, key_variable)
     address = url.rstrip("/") + ("" if parts.path.rstrip("/").endswith("/chat/completions") else "/chat/completions")
     opener = urllib.request.build_opener(_NoRedirect)
 
@@ -120,7 +141,7 @@ def endpoint_judge(url: str, model: str, *, key_variable: str = KEY_VARIABLE, ti
         ]
         body = json.dumps({"model": model, "messages": messages, "temperature": 0, "max_tokens": 16}).encode()
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(key_variable):
+        if key := os.environ.get(key_variable, "").strip():
             headers["Authorization"] = f"Bearer {key}"
         try:
             call = urllib.request.Request(address, body, headers, method="POST")

@@ -1,12 +1,27 @@
-"""Text from outside as labels of plotly, which read tags, entities and formulas; the app and reports share this."""
+"""Text from outside, for places that would obey it: plotly's labels read tags, entities and formulas, a terminal reads
+control characters. The app, the reports and the command line share this.
+"""
 
 from __future__ import annotations
 
 import html
+import re
 import textwrap
 
 HOVER_WIDTH = 60
 HOVER_CHARACTERS = 400
+
+_COLOUR_CODE = re.compile(r"\x1b\[[0-9;]*m")
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+_OTHER_CONTROLS = dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
+_SHOWN = _PICTURES | _OTHER_CONTROLS
+
+
+def plain(text: str) -> str:
+    """`text` as a terminal or a log may show it: line breaks and tabs stay, colour codes go, and what would steer the
+    terminal or turn the direction of what follows becomes a visible sign, such as ␛ for an escape.
+    """
+    return _COLOUR_CODE.sub("", text).translate(_SHOWN)
 
 
 def label(text: str) -> str:

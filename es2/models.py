@@ -19,8 +19,9 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from es2.adapters import ADAPTER_CONFIG, merge_adapter
 from es2.errors import InputError, MachineError
-from es2.files import file_digest
+from es2.files import expanded, file_digest
 from es2.jobs import Reporter, silent
 from es2.model_files import (
     convert_gguf,
@@ -35,6 +36,7 @@ from es2.model_files import (
     read_config,
     weight_files,
 )
+from es2.placement import AUTO, all_or_none, free_bytes, quantized, shard, spread
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -46,6 +48,7 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """The number formats a model may run in, and the bytes of one weight in each."""
 
 _RUNTIME_BYTES = 10**9  # interpreter, torch, TransformerLens and one batch: 0.9 GB on the default model
+_FOUR_BIT_BYTES = 0.6  # of one weight, with the scales and the parts that stay as they are
 _WORKING_SHARE = 1.2  # the weights once more for a moment, shard by shard, while they are read and cast
 
 
@@ -173,7 +176,7 @@ def resolve(model: str) -> ModelSpec:
     if model.lower() in entries:
         entry = entries[model.lower()]
         return ModelSpec(entry.name, "catalogue", entry.hub_id)
-    path = os.path.expanduser(model)
+    path = expanded(model)
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, "config.json")):
             if os.path.isfile(os.path.join(path, "adapter_config.json")):
@@ -196,7 +199,7 @@ def resolve(model: str) -> ModelSpec:
         return ModelSpec(model, "hub", model)
     if model.startswith((".", "/", "~")):
         raise InputError(f"There is no model folder {shown}; check the path.")
-    near = difflib.get_close_matches(model.lower(), entries, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(model[:80].lower(), entries, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise InputError(
         f"There is no model {shown}; {hint}`es2 models` lists the known ones, "
@@ -233,7 +236,7 @@ def model_folder(spec: ModelSpec, report: Reporter = silent) -> Path:
 
 
 def _convert(gguf: Path, folder: Path, report: Reporter) -> None:
-    _require_memory(count_gguf_parameters(gguf), "float32", "cpu", gguf.name)
+    _require_memory(count_gguf_parameters(gguf) * DTYPES["float32"] * _WORKING_SHARE, "float32", "cpu", gguf.name)
     convert_gguf(gguf, folder, report)
 
 
@@ -333,13 +336,22 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def load_model(folder: Path, *, dtype: str | None = None, device: str | None = None) -> PreTrainedModel:
+def load_model(
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    may_spread: bool = False,
+    quantize: str | None = None,
+) -> PreTrainedModel:
     """Load the plain transformers model of a folder, in evaluation mode.
 
     Args:
         folder: what `model_folder` returned.
         dtype: one of `DTYPES`; by default what suits the device.
         device: a torch device; by default the best there is.
+        may_spread: whether it may lie on several devices: where the one GPU is too small, or with the device `auto`.
+        quantize: `4bit` for weights of four bits (bitsandbytes, on CUDA only).
 
     Raises:
         InputError: when the folder is no causal language model, is damaged or incomplete, or needs code of its own.
@@ -349,13 +361,31 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str | None = N
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    device = device or choose_device()
-    dtype = dtype or choose_dtype(device)
+    dtype = dtype or choose_dtype(choose_device() if device in (None, AUTO) else device)
     if dtype not in DTYPES:
         raise InputError(f"Unknown dtype {dtype[:40]!r}; one of {', '.join(DTYPES)}.")
-    _check_device(device)
-    _require_memory(_count_parameters(folder), dtype, device, folder.name)
+    if (folder / ADAPTER_CONFIG).exists():  # transformers would load the model that the adapter names instead
+        raise InputError(
+            f"The model folder {str(folder)!r} also holds an adapter, so it is unclear which model is meant; move its "
+            f"{ADAPTER_CONFIG} elsewhere, and import the adapter as a run if it is to be compared."
+        )
+    parameters = _count_parameters(folder)
+    needed = parameters * (_FOUR_BIT_BYTES if quantize else DTYPES[dtype]) * _WORKING_SHARE
+    placed: dict[str, Any] = {}
+    if device == AUTO and not may_spread:
+        raise InputError("The device auto is for capture; give cuda or cpu here.")
+    one_gpu = device in (None, "cuda") and choose_device() == "cuda"
+    if device == AUTO or (may_spread and one_gpu and needed > free_bytes("cuda") and torch.cuda.device_count() > 1):
+        placed = spread(needed, folder.name)
+    else:
+        device = device or choose_device()
+        _check_device(device)
+        _require_memory(needed, dtype, device, folder.name)
+    if quantize is not None:
+        placed = quantized(str(device), dtype)
+    offload = placed.pop("offload_folder", None)
     _quiet_transformers()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all processes but one would get no weights
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -364,9 +394,12 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str | None = N
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **placed | ({} if offload is None else {"offload_folder": offload.name}),
         )
         model, loading = loaded
-        model = model.to(device)
+        model = model if placed else model.to(device)
+        if offload is not None:
+            model.offload_folder = offload  # which lives as long as the model
     except (
         MemoryError,
         OSError,
@@ -392,12 +425,52 @@ def load_model(folder: Path, *, dtype: str | None = None, device: str | None = N
     return model.eval()
 
 
+def load_sharded(folder: Path, dtype: str | None, device: str) -> PreTrainedModel:
+    """Load a model whose blocks are split over the processes of an FSDP launch; each process calls it.
+
+    The first process reads the weights into the machine's memory and hands them out block by block.
+
+    Args:
+        folder: what `model_folder` returned.
+        dtype: one of `DTYPES`; by default what suits the device.
+        device: this process's.
+
+    Raises:
+        InputError, MachineError: as `load_model`, in every process.
+    """
+    import torch
+    from accelerate import PartialState, init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from es2.passes import find_blocks
+
+    dtype = dtype or choose_dtype(device)
+
+    def load() -> Any:
+        if PartialState().is_main_process:
+            return load_model(folder, dtype=dtype, device="cpu")
+        with init_empty_weights(include_buffers=False):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+    model = all_or_none(load).requires_grad_(False)
+    shard(model, find_blocks(model)[1], torch.device(device))
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
 def load_bridge(
-    folder: Path, *, adapter: Path | None = None, dtype: str | None = None, device: str | None = None
+    folder: Path,
+    *,
+    adapter: Path | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    may_spread: bool = False,
 ) -> TransformerBridge:
     """Load a model folder, its adapter merged into its weights, behind TransformerLens hooks.
 
-    The bridge computes what transformers computes (no weight processing), with eager attention.
+    The bridge computes what transformers computes (no weight processing), with eager attention. With `may_spread` its
+    blocks may lie on several devices, and so do what its hooks give.
 
     Raises:
         InputError, MachineError: as `load_model`; also when the adapter does not fit the model, and when
@@ -406,7 +479,7 @@ def load_bridge(
     from transformer_lens.model_bridge import TransformerBridge
 
     # Merged before the bridge: once wrapped, a model takes no adapter any more.
-    model = load_tuned(folder, adapter, dtype=dtype, device=device)
+    model = load_tuned(folder, adapter, dtype=dtype, device=device, may_spread=may_spread)
     try:
         bridge = TransformerBridge.boot_transformers(
             str(folder),
@@ -425,32 +498,31 @@ def load_bridge(
 
 
 def load_tuned(
-    folder: Path, adapter: Path | None, *, dtype: str | None = None, device: str | None = None
+    folder: Path,
+    adapter: Path | None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    may_spread: bool = False,
 ) -> PreTrainedModel:
     """Load a model folder with a fine-tune merged into its weights: a peft adapter, or the blocks that were changed.
 
     Raises:
         InputError, MachineError: as `load_model`; also when the adapter does not fit the model.
     """
-    model = load_model(folder, dtype=dtype, device=device)
+    model = load_model(folder, dtype=dtype, device=device, may_spread=may_spread)
     if adapter is None:
         return model
-    from safetensors import SafetensorError
-
     _adapter_files(adapter)
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise MachineError(
+            f"The model {folder.name!r} lies partly on the disk, where no fine-tune can be merged into it; export it "
+            "merged (`es2 export --merged`) where there is memory enough, and capture that folder."
+        )
     if adapter.is_file():
         load_blocks(model, adapter)
         return model
-    from peft import PeftModel
-
-    try:
-        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-        return merged
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"The adapter {str(adapter)!r} does not fit the model ({first_line(error)}); "
-            "give the model it was trained on."
-        ) from error
+    return merge_adapter(model, adapter)
 
 
 def load_blocks(model: PreTrainedModel, weights: Path) -> None:
@@ -498,16 +570,8 @@ def _check_device(device: str) -> None:
         raise InputError(f"The device {device[:40]!r} cannot be used ({first_line(error)}); use cpu.") from error
 
 
-def _require_memory(parameters: int, dtype: str, device: str, name: str) -> None:
-    import psutil
-
-    needed = parameters * DTYPES[dtype] * _WORKING_SHARE
-    if device.startswith("cuda"):
-        import torch
-
-        available = torch.cuda.mem_get_info(device)[0]
-    else:
-        available = psutil.virtual_memory().available
+def _require_memory(needed: float, dtype: str, device: str, name: str) -> None:
+    available = free_bytes(device)
     if needed > available:
         raise MachineError(
             f"{_too_large(name)} ({needed / 1e9:.1f} GB needed in {dtype} on {device}, {available / 1e9:.1f} GB free)."
@@ -522,7 +586,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of torch or Python means that memory ran out."""
     import torch
 
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 def _quiet_transformers() -> None:

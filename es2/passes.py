@@ -19,8 +19,17 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from es2.batching import SHARING_VERIFIED, KeysAndValues, batches_by_length, cache_of, keys_and_values, until_end
+from es2.batching import (
+    SHARING_VERIFIED,
+    KeysAndValues,
+    batches_by_length,
+    cache_of,
+    keys_and_values,
+    reply_batches,
+    until_end,
+)
 from es2.errors import InputError
 from es2.kl import Head, read_head, token_kl
 
@@ -28,6 +37,8 @@ _TOKENS_AT_ONCE = {"cpu": 640}  # more is slower there: the batch outgrows the c
 _TOKENS_AT_ONCE_ACCELERATED = 16_384
 
 _REPLIES_AT_ONCE = 3  # times as many prompts reply together: token by token there is less to do for each
+
+_STAND_IN = (0,)
 
 Tokens = Sequence[int]
 
@@ -86,11 +97,13 @@ class Network:
     """A causal language model, with or without an adapter inside, as the fine-tune runs it.
 
     Args:
-        model: from `es2.models.load_model`. An adapter may be put into it later; passes then run with it.
+        model: from `es2.models.load_model`, or `load_sharded`: then all processes call the same methods in the same
+            order, with as many prompts as they happen to have. An adapter may be put into it later; passes then run
+            with it.
         template_head: the tokens that every prompt begins with.
         layers: the target layers, ascending.
         gradient_checkpointing: whether blocks are run again in the backward pass instead of keeping what it needs. The
-            template's head is not shared then, since checkpointed blocks have no cache.
+            template's head is not shared then, since checkpointed blocks have no cache, nor between shards.
         tokens_at_once: padded tokens per forward pass, at least one prompt; by default what suits the device.
 
     Raises:
@@ -113,7 +126,10 @@ class Network:
         self.list_name, self.blocks = find_blocks(model)
         self.template_head = tuple(template_head)
         self._verified = model.config.model_type in SHARING_VERIFIED
-        self._n_shared = len(self.template_head) if self._verified and not gradient_checkpointing else 0
+        self.in_step = isinstance(self.blocks[0], FSDPModule)
+        # Shards are gone by the time that gradients come back through keys and values alone.
+        shares = self._verified and not gradient_checkpointing and not self.in_step
+        self._n_shared = len(self.template_head) if shares else 0
         self._deep = model.base_model
         self._shallow = _first_blocks(model.base_model, self.list_name, self.layers[-1] + 1)
         self._tokens_at_once = tokens_at_once or _TOKENS_AT_ONCE.get(self.device.type, _TOKENS_AT_ONCE_ACCELERATED)
@@ -131,7 +147,7 @@ class Network:
         sequences = [tuple(tokens[self._n_shared :]) for tokens in prompts]
         rows: list[int] = []
         parts: list[Tensor] = []
-        for batch in batches_by_length([len(tokens) for tokens in sequences], self._tokens_at_once):
+        for batch in self._together(batches_by_length([len(tokens) for tokens in sequences], self._tokens_at_once)):
             chosen = [sequences[row] for row in batch]
             embeddings, _ = self._run(self._shallow, chosen, [len(tokens) - 1 for tokens in chosen], shared)
             rows += batch
@@ -150,11 +166,14 @@ class Network:
         rows: list[int] = []
         parts: list[Tensor] = []
         kl_prompt = kl_reply = torch.zeros((), device=self.device)
-        for batch in batches_by_length([len(tokens) for tokens in sequences], self._tokens_at_once):
+        for batch in self._together(batches_by_length([len(tokens) for tokens in sequences], self._tokens_at_once)):
             last = [len(prompts[row]) - self._n_shared - 1 for row in batch]
             embeddings, states = self._run(self._deep, [sequences[row] for row in batch], last, shared)
             rows += batch
             parts.append(embeddings)
+            if not batch:
+                kl_prompt = kl_prompt + states.sum()  # nothing, but the way back leads through every block
+                continue
             tuned = torch.cat([states[i, own : len(sequences[row])] for i, row in enumerate(batch)])
             of_base = torch.cat([base[row].states for row in batch]).to(self.device)
             divergences = token_kl(tuned, of_base, self.head).split([len(base[row].states) for row in batch])
@@ -184,21 +203,22 @@ class Network:
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         longest = max(map(len, prompts), default=0) + n_tokens
         pads = self._verified and (window is None or longest <= window)
-        for batch in self._reply_batches([len(tokens) for tokens in sequences], pads):
-            chosen = [sequences[row] for row in batch]
+        budget = _REPLIES_AT_ONCE * self._tokens_at_once
+        for batch in self._together(reply_batches([len(tokens) for tokens in sequences], budget, pads)):
+            chosen = [sequences[row] for row in batch] or [_STAND_IN]
             lengths = torch.tensor([len(tokens) for tokens in chosen])
-            cache = cache_of(shared, len(batch))
+            cache = cache_of(shared, len(chosen))
             embeddings, states = self._run(self._deep, chosen, (lengths - 1).tolist(), shared, cache)
             read = [states]
-            ahead = states[torch.arange(len(batch)), lengths - 1]
+            ahead = states[torch.arange(len(chosen)), lengths - 1]
             replies = [[token] for token in self.head.next_tokens(ahead)]
-            mask = torch.ones(len(batch), self._n_shared + int(lengths.max()), dtype=torch.long)
+            mask = torch.ones(len(chosen), self._n_shared + int(lengths.max()), dtype=torch.long)
             mask[:, self._n_shared :] = torch.arange(int(lengths.max())) < lengths[:, None]
             for count in range(n_tokens - 1):
-                if all(reply[-1] in end_tokens for reply in replies):
+                if self._most(any(reply[-1] not in end_tokens for reply in replies)) == 0:
                     break
                 latest = torch.tensor([reply[-1:] for reply in replies], device=self.device)
-                mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
+                mask = torch.cat([mask, mask.new_ones(len(chosen), 1)], dim=1)
                 inputs: dict[str, Any] = {}
                 if pads:
                     positions = (self._n_shared + lengths + count)[:, None]
@@ -217,16 +237,22 @@ class Network:
                     counted = torch.cat([counted, later[i, : len(ended) - 1]])
                 yield row, BaseReply(ended, counted.clone()), embeddings[i]
 
-    def _reply_batches(self, lengths: list[int], pads: bool) -> Iterator[list[int]]:
-        """Indices of prompts that reply together."""
-        budget = _REPLIES_AT_ONCE * self._tokens_at_once
-        if pads:
-            yield from batches_by_length(lengths, budget)
-            return
-        for length in sorted(set(lengths), reverse=True):
-            rows = [row for row, n in enumerate(lengths) if n == length]
-            size = max(1, budget // length)
-            yield from (rows[start : start + size] for start in range(0, len(rows), size))
+    def _together(self, batches: Iterator[list[int]]) -> Iterator[list[int]]:
+        """The batches; where processes hold shards, empty ones after them until every process has as many.
+
+        Each pass brings the blocks together from all processes, so all have to run it, forward and back.
+        """
+        own = list(batches)
+        idle: list[list[int]] = [[]] * (self._most(len(own)) - len(own))
+        yield from (*own, *idle)
+
+    def _most(self, number: int) -> int:
+        """The largest of all processes' numbers where they hold shards, else this one."""
+        if not self.in_step:
+            return number
+        largest = torch.tensor(number, device=self.device)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return int(largest)
 
     def run_template_head(self) -> KeysAndValues:
         """Keys and values of the template's head in every block, for all prompts of a step; empty if not shared."""
@@ -243,8 +269,12 @@ class Network:
     ) -> tuple[Float[Tensor, "prompt layer d_model"], Float[Tensor, "prompt token d_model"]]:
         """One forward pass of prompts that all follow `shared`: embeddings at `last`, and the final states.
 
-        What will be gone on from needs a `cache`, which holds `shared` already.
+        What will be gone on from needs a `cache`, which holds `shared` already. For no prompts the blocks run all the
+        same, over a token that stands in.
         """
+        n_prompts = len(sequences)
+        if not sequences:
+            sequences, last = [_STAND_IN], [0]
         width = max(map(len, sequences))
         tokens = torch.zeros(len(sequences), width, dtype=torch.long)
         mask = torch.zeros_like(tokens)
@@ -265,7 +295,8 @@ class Network:
             block.training = self._checkpoints and torch.is_grad_enabled()
         with self._hooks() as kept, self._precision():
             states = decoder(tokens.to(self.device), use_cache="past_key_values" in inputs, **inputs).last_hidden_state
-        return torch.stack([kept[layer][rows, columns] for layer in self.layers], dim=1).float(), states
+        embeddings = torch.stack([kept[layer][rows, columns] for layer in self.layers], dim=1).float()
+        return embeddings[:n_prompts], states[:n_prompts]
 
     def _in_order(self, parts: list[Tensor], rows: list[int]) -> Float[Tensor, "prompt layer d_model"]:
         """The embeddings of all batches in the order of the prompts."""

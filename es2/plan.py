@@ -1,4 +1,4 @@
-"""What a fine-tune will take, before anything heavy is loaded: time by stage, and memory.
+"""What a fine-tune will take, before anything heavy is loaded: time by stage, memory, disk, and what to type.
 
 Whoever presses a button wants to know whether to wait or to go home, and whether the memory suffices. Both follow from
 few numbers: nearly all the work is matrix products, so it is counted (tokens × weights × 2, block by block, as
@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import shlex
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +26,21 @@ import numpy as np
 import psutil
 
 from es2.errors import InputError
-from es2.files import content_key, machine_error, read_json, user_cache, write_json
+from es2.files import content_key, home, machine_error, read_json, user_cache, write_json
 from es2.finetune import FinetuneConfig, count_layers
 from es2.layers import AnalysisConfig
+from es2.memory import (
+    ALONE,
+    SHARDED,
+    TEMPLATE_HEAD,
+    TOGETHER,
+    Way,
+    disk_bytes,
+    find_way,
+    gpus_needed,
+    needs,
+    number_format,
+)
 from es2.model_files import read_config
 from es2.models import CATALOGUE, DTYPES, is_cached, model_folder, resolve
 from es2.objective import parse_objective
@@ -40,25 +56,25 @@ _UNGATED = ("gpt2", "gpt_neox", "gptj", "gpt_neo", "opt", "phi", "bloom", "falco
 _TIED = ("gpt2", "gemma", "gemma2", "gemma3_text", "opt", "bloom")  # where the configuration leaves it out
 
 _CHARACTERS_PER_TOKEN = 4
-_TEMPLATE_HEAD = 24  # tokens; run once for all prompts of a step
 _TEMPLATE_TAIL = 8  # tokens after the user's text, of every prompt
 
-# Chosen by one cold default run of SmolLM2-135M on two idle cores (`es2 finetune --seed 1`): 543 s and 4.06 GB in all,
-# of which capture 88 s each, base 84 s, steps and looks 191 s, analyses about 50 s.
+# Chosen by one cold default run of SmolLM2-135M on two idle cores (`es2 finetune --seed 1`): 543 s in all, of which
+# capture 88 s each, base 84 s, steps and looks 191 s, analyses about 50 s.
 _EFFICIENCY = 0.6
-_EAGER_ATTENTION = 1.2  # capture goes through TransformerLens
-_WEIGHT_BYTES_PER_SECOND = 1e10  # every decoded token reads all weights, however few prompts reply together
-_REPLY_TOKENS_AT_ONCE = 1920
+_CAPTURE_EFFICIENCY = 0.85  # large batches of like length, nothing kept for a way back
+_WEIGHT_BYTES_PER_SECOND = {"cpu": 1e10}  # every decoded token reads all weights, however few prompts reply together
+_WEIGHT_BYTES_PER_SECOND_ACCELERATED = 1e12  # what cards of 24 GB state; not measured
+_REPLY_TOKENS_AT_ONCE = {"cpu": 1920}
+_REPLY_TOKENS_AT_ONCE_ACCELERATED = 49_152
 _START_SECONDS = 8.0  # of one process or bridge: imports and set-up
 _LOAD_BYTES_PER_SECOND = 1e9
 _ANALYSIS_PRODUCTS = 150  # products per prompt, dimension and resample, over all numbers of both models
 
-_RUNTIME_BYTES = 2e9  # interpreter, torch, TransformerLens
-_LOAD_SHARE = 1.2  # the weights once more for a moment, shard by shard, while they are read
-_KEPT_PER_TOKEN = (12, 5)  # numbers that autograd keeps of a block, in units of d_model and of d_ff
-_LOGIT_BYTES = 5 * 2**25  # a chunk of logits, and what is made of it (`es2.kl`)
+_ASSUMED_FLOPS = 1e14  # of a GPU that is elsewhere: between a card of 24 GB and one of 80
+_ASSUMED_CPU_FLOPS = 1e11  # of the cores beside a GPU, which do the analysis
 
 _MEASURED_SECONDS = 0.3
+_REMEMBERED_SECONDS = 3600.0
 _MOST_CORES = 16  # products of this size gain little from more
 
 
@@ -73,6 +89,7 @@ class Shape:
         block_parameters: weights of one block.
         head_parameters: weights of the output head, vocabulary × d_model.
         parameters: weights in all.
+        d_kv: numbers that a block keeps of a token as its key, and as many as its value.
     """
 
     n_layers: int
@@ -81,6 +98,7 @@ class Shape:
     block_parameters: int
     head_parameters: int
     parameters: int
+    d_kv: int = 0
 
     @classmethod
     def of_folder(cls, folder: Path) -> Shape:
@@ -103,11 +121,12 @@ class Shape:
         d_head = size("head_dim") or d_model // heads
         d_ff = size("intermediate_size", "n_inner", "ffn_dim") or 4 * d_model
         family = str(config.get("model_type"))
-        attention = d_model * d_head * 2 * (heads + (size("num_key_value_heads") or heads))
+        d_kv = d_head * (size("num_key_value_heads") or heads)
+        attention = 2 * d_model * (d_head * heads + d_kv)
         block = attention + (2 if family in _UNGATED else 3) * d_model * d_ff
         head = vocabulary * d_model
         tied = whole.get("tie_word_embeddings", config.get("tie_word_embeddings", family in _TIED))
-        return cls(n_layers, d_model, d_ff, block, head, n_layers * block + (1 if tied else 2) * head)
+        return cls(n_layers, d_model, d_ff, block, head, n_layers * block + (1 if tied else 2) * head, d_kv)
 
     @classmethod
     def of_model(cls, model: str) -> Shape:
@@ -127,7 +146,7 @@ class Shape:
             )
         block = min(12 * entry.d_model**2, entry.parameters // entry.n_layers)  # the usual ratio of the sizes
         head = entry.parameters - entry.n_layers * block
-        return cls(entry.n_layers, entry.d_model, 3 * entry.d_model, block, head, entry.parameters)
+        return cls(entry.n_layers, entry.d_model, 3 * entry.d_model, block, head, entry.parameters, entry.d_model)
 
 
 def local_folder(model: str) -> Path | None:
@@ -149,17 +168,35 @@ class Machine:
 
     Attributes:
         device: `cpu`, or the torch device that was measured.
-        flops: multiplications and additions per second in large matrix products.
-        free_gb: memory that is free now, in GB (10⁹ bytes); None where it is the device's own and not asked for.
+        flops: multiplications and additions per second in large matrix products, of one device.
+        free_gb: memory that is free now on one device, in GB (10⁹ bytes); None where it is not known.
+        n_devices: how many of them there are.
+        assumed: whether `flops` was stated, not measured.
     """
 
     device: str
     flops: float
     free_gb: float | None
+    n_devices: int = 1
+    assumed: bool = False
+
+    @classmethod
+    def elsewhere(cls, gpus: str) -> Machine:
+        """Of GPUs that are not here: `24` for one of 24 GB, `8x80` for eight of 80 GB.
+
+        Raises:
+            InputError: for anything else.
+        """
+        found = re.fullmatch(r"(?:(\d{1,3})x)?(\d{1,4})", gpus.strip().lower())
+        if not found or not int(found[1] or 1) or not int(found[2]):
+            raise InputError(f"--gpus {gpus[:40]!r} is not understood; write 24 for one GPU of 24 GB, 8x80 for eight.")
+        return cls("cuda", _ASSUMED_FLOPS, float(found[2]), int(found[1] or 1), assumed=True)
 
 
 def this_machine(device: str | None = None) -> Machine:
-    """This machine's speed, measured once and remembered by host, number of cores and device.
+    """This machine's speed, measured once an hour at most and remembered by host, number of cores and device.
+
+    The fastest that was ever measured is kept: a machine that is at work seems slower than it is.
 
     Args:
         device: `cpu` is measured with numpy. Any other is measured with torch. By default what is known of a `cuda`
@@ -171,17 +208,32 @@ def this_machine(device: str | None = None) -> Machine:
     """
     if device is None:
         device = "cuda" if _memo("cuda").exists() else "cpu"
-    known = (read_json(_memo(device)) or {}).get("flops")
-    if not isinstance(known, (int, float)) or not known > 0:
-        known = _measure_cpu() if device == "cpu" else _measure_torch(device)
-        memo = _memo(device)
+    memo = _memo(device)
+    remembered = (read_json(memo) or {}).get("flops")
+    known = float(remembered) if isinstance(remembered, (int, float)) and remembered > 0 else 0.0
+    if not known or time.time() - memo.stat().st_mtime > _REMEMBERED_SECONDS:
+        known = max(known, _measure_cpu() if device == "cpu" else _measure_torch(device))
         try:
             memo.parent.mkdir(parents=True, exist_ok=True)
             write_json(memo, {"flops": known, "device": device})
         except OSError as error:
             raise machine_error(error, memo) from error
-    free = psutil.virtual_memory().available / 1e9 if device == "cpu" else None
-    return Machine(device, float(known), free)
+    if device == "cpu":
+        return Machine(device, known, psutil.virtual_memory().available / 1e9)
+    free = _free_on_gpus() if device.startswith("cuda") else []
+    return Machine(device.partition(":")[0], known, min(free, default=None), 1 if ":" in device else max(1, len(free)))
+
+
+def _free_on_gpus() -> list[float]:
+    """Free memory of every visible GPU in GB, as the driver's own tool tells; empty where it does not."""
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--id={visible}")
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return [int(line) * 2**20 / 1e9 for line in told.split()]
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return []
 
 
 def _memo(device: str) -> Path:
@@ -240,15 +292,28 @@ class Plan:
 
     Attributes:
         seconds: by stage, in the order of `STAGES`; what is on disk already takes none.
-        memory_gb: at its peak, in GB (10⁹ bytes).
+        needs_gb: memory at the peak of each part (`capture`, `replies`, `steps`) in GB (10⁹ bytes), of one process.
         machine: where.
         fetch_gb: what has to be fetched first; 0 for a model that is here. Its time is not in `seconds`.
+        disk_gb: what is written to the disk beside that.
+        free_disk_gb: what is free there.
+        commands: what to type so that it fits; empty where nothing does.
+        advice: what else there is to know about whether it fits, in sentences.
     """
 
     seconds: Mapping[str, float]
-    memory_gb: float
+    needs_gb: Mapping[str, float]
     machine: Machine
     fetch_gb: float
+    disk_gb: float
+    free_disk_gb: float
+    commands: tuple[str, ...]
+    advice: tuple[str, ...]
+
+    @property
+    def memory_gb(self) -> float:
+        """At the peak of all parts, as asked for, in GB."""
+        return max(self.needs_gb.values())
 
     @property
     def total_seconds(self) -> float:
@@ -266,8 +331,13 @@ class Plan:
             "total_seconds": self.total_seconds,
             "seconds": dict(self.seconds),
             "memory_gb": self.memory_gb,
+            "needs_gb": dict(self.needs_gb),
             "fits": self.fits,
             "fetch_gb": self.fetch_gb,
+            "disk_gb": self.disk_gb,
+            "free_disk_gb": self.free_disk_gb,
+            "commands": list(self.commands),
+            "advice": list(self.advice),
             "machine": asdict(self.machine),
         }
 
@@ -288,7 +358,7 @@ def plan(
         prompts: the prompt set.
         folder: the model's folder (`local_folder`); None for one that is not here, of which the catalogue knows enough.
         lengths: tokens of every prompt (`token_counts`, which is asked if not given).
-        machine: where; `this_machine` of the config's device if not given.
+        machine: where; one device of `this_machine` if not given.
         store: where activation sets lie.
 
     Raises:
@@ -297,15 +367,14 @@ def plan(
     """
     shape = Shape.of_folder(folder) if folder is not None else Shape.of_model(config.model)
     config.check(shape.n_layers, prompts)
-    machine = machine or this_machine(config.device)
-    dtype = config.dtype or ("float32" if machine.device in ("cpu", "mps") else "bfloat16")
-    weight_bytes = shape.parameters * DTYPES[dtype]
+    machine = machine or replace(this_machine(config.device), n_devices=1)
+    weight_bytes = shape.parameters * DTYPES[number_format(config, machine)]
     lengths = token_counts(folder, prompts) if lengths is None else lengths
     own = [length + _TEMPLATE_TAIL for length in lengths]
-    products, idle = _work(config, prompts, shape, own, weight_bytes)
+    products, idle = _work(config, prompts, shape, own, weight_bytes, machine)
 
     def captured(tokens: int) -> float:
-        return _EAGER_ATTENTION * 2.0 * tokens * shape.n_layers * shape.block_parameters
+        return 2.0 * tokens * shape.n_layers * shape.block_parameters
 
     measured = prompts.in_split("probe") | prompts.in_split("test")
     tokens = sum(length for length, keep in zip(own, measured.tolist(), strict=True) if keep)
@@ -318,12 +387,104 @@ def plan(
     }
     idle["start"] = (2 if known else 3) * (_START_SECONDS + weight_bytes / _LOAD_BYTES_PER_SECOND)
     rate = machine.flops * _EFFICIENCY
+    together = {"replies": machine.n_devices, "steps": machine.n_devices, "watching": machine.n_devices}
+    rates = {stage: rate * together.get(stage, 1) for stage in STAGES}
+    rates |= dict.fromkeys(("base capture", "tuned capture"), machine.flops * _CAPTURE_EFFICIENCY)
+    if machine.device != "cpu":
+        rates["analysis"] = _ASSUMED_CPU_FLOPS * _EFFICIENCY
+    n_measured = int(measured.sum())
+    launch = ALONE if machine.n_devices == 1 else TOGETHER
+    of_parts = needs(config, shape, own, n_measured, machine, launch)
+    fetch = 0.0 if folder is not None else shape.parameters * DTYPES["bfloat16"] / 1e9
+    disk = disk_bytes(config, shape, n_measured, machine) / 1e9
+    free_disk = _free_disk() / 1e9
+    commands, advice = _advise(config, shape, own, n_measured, machine, of_parts)
+    if fetch + disk > free_disk:
+        advice.append(
+            f"The disk is too small: {fetch + disk:.1f} GB are written and {free_disk:.1f} GB are free; set ES2_HOME "
+            "and ES2_CACHE to folders on another disk."
+        )
     return Plan(
-        seconds={stage: products.get(stage, 0.0) / rate + idle.get(stage, 0.0) for stage in STAGES},
-        memory_gb=_memory(config, prompts, shape, own, weight_bytes, dtype) / 1e9,
+        seconds={stage: products.get(stage, 0.0) / rates[stage] + idle.get(stage, 0.0) for stage in STAGES},
+        needs_gb={part: size / 1e9 for part, size in of_parts.items()},
         machine=machine,
-        fetch_gb=0.0 if folder is not None else shape.parameters * DTYPES["bfloat16"] / 1e9,
+        fetch_gb=fetch,
+        disk_gb=disk,
+        free_disk_gb=free_disk,
+        commands=tuple(commands),
+        advice=tuple(advice),
     )
+
+
+def _free_disk() -> int:
+    """Bytes that are free where artifacts are kept, or will be."""
+    place = home()
+    while not place.is_dir():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _advise(
+    config: FinetuneConfig,
+    shape: Shape,
+    own: Sequence[int],
+    n_measured: int,
+    machine: Machine,
+    of_parts: Mapping[str, float],
+) -> tuple[list[str], list[str]]:
+    """What to type so that capture and fine-tune fit, and what else to say about it."""
+    if machine.free_gb is None:
+        return [], []
+    free, advice, commands = machine.free_gb * 1e9, [], []
+    of_device = f"{machine.free_gb:.0f} GB" if machine.device == "cpu" else f"a GPU of {machine.free_gb:.0f} GB"
+    model = f"--model {shlex.quote(config.model)}"
+    if of_parts["capture"] <= free:
+        several = f"accelerate launch --multi_gpu --num_processes {machine.n_devices} -m " * (machine.n_devices > 1)
+        commands.append(f"{several}es2 capture {model}")
+    elif machine.device == "cuda" and of_parts["capture"] <= 0.9 * free * machine.n_devices:
+        commands.append(f"es2 capture {model}")
+        advice.append(f"The model is larger than {of_device}; capture, in one process, lays it over all of them.")
+    elif machine.device == "cpu":
+        commands.append(f"es2 capture {model} --device auto")
+        advice.append(f"The model is larger than {of_device}; with --device auto the rest is read from disk, slowly.")
+    else:
+        n = math.ceil(of_parts["capture"] / (0.9 * free))
+        advice.append(f"Capture needs {of_parts['capture'] / 1e9:.0f} GB: {n} such GPUs, or a smaller model.")
+
+    way = find_way(config, shape, own, n_measured, machine)
+    if way is None:
+        enough = gpus_needed(config, shape, own, n_measured, machine) if machine.device == "cuda" else None
+        more = (
+            f"{enough} such GPUs under FSDP would do"
+            if enough
+            else "take a smaller model, fewer pairs per step, or a GPU"
+        )
+        advice.append(f"No setting makes the fine-tune fit into {of_device}: {more}.")
+        return commands, advice
+    commands.append(_command(way, config, machine))
+    if way.config != config or way.launch == SHARDED:
+        asked = max(of_parts["replies"], of_parts["steps"]) / 1e9
+        advice.append(
+            f"As asked for, the fine-tune needs {asked:.1f} GB; as below about {way.finetune_bytes / 1e9:.1f} GB."
+        )
+    if way.launch == SHARDED:
+        weights = shape.parameters * DTYPES[number_format(config, machine)] / 1e9
+        advice.append(f"The first process reads all weights into the machine's memory: {weights:.0f} GB.")
+    return commands, advice
+
+
+def _command(way: Way, config: FinetuneConfig, machine: Machine) -> str:
+    """What to type for a fine-tune."""
+    words = ["es2 finetune", f"--model {shlex.quote(config.model)}", f"--layers {','.join(map(str, config.targets))}"]
+    if way.launch:
+        words[0] = f"accelerate launch {way.launch} --num_processes {machine.n_devices} -m es2 finetune"
+    for name in ("method", "steps", "pairs_per_step", "rank", "accumulate", "quantize", "dtype"):
+        value = getattr(way.config, name)
+        if value != getattr(FinetuneConfig(layers=()), name):
+            words.append(f"--{name.replace('_', '-')} {value}")
+    if way.config.gradient_checkpointing:
+        words.append("--gradient-checkpointing")
+    return " ".join(words)
 
 
 def token_counts(folder: Path | None, prompts: PromptSet) -> list[int]:
@@ -341,7 +502,12 @@ def token_counts(folder: Path | None, prompts: PromptSet) -> list[int]:
 
 
 def _work(
-    config: FinetuneConfig, prompts: PromptSet, shape: Shape, own: Sequence[int], weight_bytes: float
+    config: FinetuneConfig,
+    prompts: PromptSet,
+    shape: Shape,
+    own: Sequence[int],
+    weight_bytes: float,
+    machine: Machine,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Floating-point operations of the fine-tune itself by stage, and seconds that no faster product would save."""
     drawn = make_plan(
@@ -369,19 +535,21 @@ def _work(
     decoded = len(replied) * n_decoded
     replies = blocks(tokens_of(replied) + decoded, n_deep) + head(decoded + len(replied), 1)
     replies += blocks(tokens_of(known - replied), n_shallow)
-    n_batches = math.ceil(tokens_of(replied) / _REPLY_TOKENS_AT_ONCE)
+    at_once = _REPLY_TOKENS_AT_ONCE.get(machine.device, _REPLY_TOKENS_AT_ONCE_ACCELERATED)
+    n_batches = math.ceil(tokens_of(replied) / at_once)
+    reading = _WEIGHT_BYTES_PER_SECOND.get(machine.device, _WEIGHT_BYTES_PER_SECOND_ACCELERATED)
 
     # A step: everyone's embeddings, the KL of some, and back to the first trained block. Weights that are trained
     # themselves cost a second product of the backward pass; LoRA's are too small to count.
     full = int(config.method == "full")
     again = int(config.gradient_checkpointing)
     steps = 0.0
-    template = _TEMPLATE_HEAD if config.gradient_checkpointing else 0  # not shared then
+    template = TEMPLATE_HEAD if config.gradient_checkpointing else 0  # not shared then
     for batch in drawn.batches:
         with_kl, without = batch.harmless[: batch.n_kl], (*batch.harmful, *batch.harmless[batch.n_kl :])
         shallow, deep = tokens_of(without, template), tokens_of(with_kl, template + n_decoded)
         if not template:
-            deep += _TEMPLATE_HEAD * config.accumulate
+            deep += TEMPLATE_HEAD * config.accumulate
         steps += blocks(shallow, n_shallow + (1 + full + again) * n_trained)
         steps += blocks(deep, n_deep + (1 + again) * n_above_first + full * n_trained) + head(deep, 3)
         if config.accumulate > 1:  # the embeddings are needed before the parts can be run
@@ -396,37 +564,8 @@ def _work(
     watching = n_looks * look + blocks(tested, n_deep) + head(tested, 2)
     return (
         {"replies": replies, "steps": steps, "watching": watching},
-        {"replies": n_batches * n_decoded * weight_bytes / _WEIGHT_BYTES_PER_SECOND},
+        {"replies": n_batches * n_decoded * weight_bytes / reading},
     )
-
-
-def _memory(
-    config: FinetuneConfig, prompts: PromptSet, shape: Shape, own: Sequence[int], weight_bytes: float, dtype: str
-) -> float:
-    """Bytes at the peak: in a step, or in a capture, whichever needs more."""
-    mean = float(np.mean(own))
-    n_trained = len(config.blocks)
-    tokens = 2 * config.pairs_per_step * mean + min(config.kl_prompts, config.pairs_per_step) * config.reply_tokens
-    tokens = tokens / config.accumulate + _TEMPLATE_HEAD
-    of_d, of_ff = _KEPT_PER_TOKEN
-    kept = tokens * (of_d * shape.d_model + of_ff * shape.d_ff) * DTYPES[dtype]
-    held = kept * n_trained
-    if config.gradient_checkpointing:  # blocks keep their input alone, and the one that is recomputed everything
-        held = kept + tokens * shape.d_model * DTYPES[dtype] * n_trained
-    # Trained weights are float32 whatever the rest is in; an adapter's come on top, a block's replace what was there.
-    if config.method == "full":
-        trained = float(n_trained * shape.block_parameters)
-        added = trained * (4 - DTYPES[dtype])
-    else:
-        trained = float(n_trained * config.rank * (11 * shape.d_model + 3 * shape.d_ff))
-        added = trained * 4
-    optimizer = trained * 4 * 4  # gradient, two moments, the best weights so far
-    n_replies = 2 * config.watch_prompts + config.steps * config.kl_prompts
-    states = n_replies * (mean + config.reply_tokens) * shape.d_model * DTYPES[dtype]
-    step = weight_bytes + added + optimizer + held + states + _LOGIT_BYTES
-    measured = int((prompts.in_split("probe") | prompts.in_split("test")).sum())
-    capture = weight_bytes * _LOAD_SHARE + 2 * 4 * shape.n_layers * measured * shape.d_model
-    return _RUNTIME_BYTES + max(step, capture)
 
 
 def guessed_layers(n_layers: int) -> tuple[int, ...]:

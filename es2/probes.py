@@ -22,9 +22,9 @@ from es2.resampling import Replicates
 
 MAX_NEWTON_STEPS = 100
 SMALLEST_STEP = 1e-10
-SOLVED = 1e-9
+SOLVED = 1e-6
 """Squared Newton decrement, relative to ‖w‖², at which the step at hand is the last; what is left after it is smaller
-still by as much again, convergence being quadratic."""
+still by as much again, convergence being quadratic: a millionth of ‖w‖."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,22 @@ def _sigmoid(logits: Float[np.ndarray, "prompt"]) -> Float[np.ndarray, "prompt"]
     return np.exp(-np.logaddexp(0, -logits))
 
 
+def inner_products(features: Float[np.ndarray, "prompt d"]) -> Float[np.ndarray, "prompt prompt"] | None:
+    """K = XXᵀ, in which a fit is worked out; `None` where prompts outnumber dimensions and d × d is smaller."""
+    return features @ features.T if len(features) <= features.shape[1] else None
+
+
 def fit_path(
-    features: Float[np.ndarray, "prompt d"], labels: Int[np.ndarray, "prompt"], costs: Sequence[float]
+    features: Float[np.ndarray, "prompt d"],
+    labels: Int[np.ndarray, "prompt"],
+    costs: Sequence[float],
+    kernel: Float[np.ndarray, "prompt prompt"] | None = None,
 ) -> tuple[Float[np.ndarray, "cost d"], Float[np.ndarray, "cost"]]:
     """Balanced L2-regularised logistic regression at each of ascending `costs` (scikit-learn's C).
 
     Minimises ½‖w‖² + C Σᵢ sᵢ log(1 + exp(−yᵢ(w·xᵢ + b))), yᵢ = ±1 and sᵢ = n / (2 n_class), the intercept unpenalised:
-    what `sklearn.linear_model.LogisticRegression(C=C, class_weight="balanced")` minimises.
+    what `sklearn.linear_model.LogisticRegression(C=C, class_weight="balanced")` minimises. `kernel` may be given where
+    `inner_products` of the same features is at hand.
 
     Returns:
         Weights `[cost, d]` and intercepts `[cost]`. Features without any variance give zero weights.
@@ -110,12 +119,15 @@ def fit_path(
     Raises:
         ValueError: when a label is missing.
     """
-    fits = list(_fits(features, labels, costs))
+    fits = list(_fits(features, labels, costs, inner_products(features) if kernel is None else kernel))
     return np.stack([weights for weights, _ in fits]), np.array([bias for _, bias in fits])
 
 
 def _fits(
-    features: Float[np.ndarray, "prompt d"], labels: Int[np.ndarray, "prompt"], costs: Sequence[float]
+    features: Float[np.ndarray, "prompt d"],
+    labels: Int[np.ndarray, "prompt"],
+    costs: Sequence[float],
+    kernel: Float[np.ndarray, "prompt prompt"] | None,
 ) -> Iterator[tuple[Float[np.ndarray, "d"], float]]:
     """`fit_path`, one cost at a time, each fit started from the one before."""
     n_harmful = int((labels == HARMFUL).sum())
@@ -124,7 +136,6 @@ def _fits(
         raise ValueError("A probe needs prompts of both labels.")
     targets = (labels == HARMFUL).astype(np.float64)
     importance = np.where(targets == 1, len(labels) / (2 * n_harmful), len(labels) / (2 * n_harmless))
-    kernel = features @ features.T if len(features) <= features.shape[1] else None
     duals, intercept = np.zeros(len(labels)), 0.0
     for cost in costs:
         duals, intercept = _newton(features, kernel, targets, importance * cost, duals, intercept)
@@ -193,15 +204,22 @@ def _solve(
     values: Float[np.ndarray, "prompt column"],
 ) -> Float[np.ndarray, "prompt column"]:
     """B⁻¹ values for B = 1 + S K S: in n × n, or where there are more prompts than dimensions in d × d (Woodbury)."""
-    from scipy.linalg import cho_factor, cho_solve
+    from scipy.linalg import LinAlgError
+    from scipy.linalg.lapack import dpotrf, dpotrs
 
-    weighted = rooted * features
-    matrix = weighted.T @ weighted if kernel is None else rooted * kernel * rooted.T
-    matrix[np.diag_indices_from(matrix)] += 1
-    factor = cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
-    if kernel is not None:
-        return cho_solve(factor, values, check_finite=False)
-    return values - weighted @ cho_solve(factor, weighted.T @ values, check_finite=False)
+    if kernel is None:
+        weighted = rooted * features
+        matrix, wanted = weighted.T @ weighted, weighted.T @ values
+    else:
+        matrix, wanted = rooted * kernel, values
+        matrix *= rooted.T
+    matrix.flat[:: len(matrix) + 1] += 1
+    # Symmetric, so its transpose is the same matrix in the order in which LAPACK works without a copy.
+    factor, failed = dpotrf(matrix.T, lower=1, clean=0, overwrite_a=1)
+    if failed:
+        raise LinAlgError("The curvature of a probe's loss is not positive definite.")
+    solved = dpotrs(factor, wanted, lower=1)[0]
+    return solved if kernel is not None else values - weighted @ solved
 
 
 @dataclass(frozen=True)
@@ -244,10 +262,15 @@ def cross_validate(
             f"{len(labels)} prompts are too few to cross-validate a probe: held-out prompts of both labels are needed; "
             "add prompts (a few dozen of each label at least)."
         )
+    kernel = inner_products(features)
+    kernels = [inner_products(features[~out]) if kernel is None else kernel[np.ix_(~out, ~out)] for out in held_out]
+    fits_of_folds = [
+        _fits(features[~out], labels[~out], costs, own) for out, own in zip(held_out, kernels, strict=True)
+    ]
     signs = np.where(labels == HARMFUL, 1.0, -1.0)
     every_logits: list[Float[np.ndarray, "prompt"]] = []
     losses: list[float] = []
-    for fits in zip(*(_fits(features[~out], labels[~out], costs) for out in held_out), strict=True):
+    for fits in zip(*fits_of_folds, strict=True):
         logits = np.full(len(labels), np.nan)
         for out, (weights, bias) in zip(held_out, fits, strict=True):
             logits[out] = features[out] @ weights + bias

@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int8
 
-from es2.errors import InputError, MachineError
+from es2.errors import InputError, MachineError, one_line
+from es2.files import parse_json
+from es2.likeness import near_duplicates
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,10 @@ _SPLIT_ENDS = (0.5, 0.6, 0.8, 1.0)
 
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_FILE_BYTES = 200 * 2**20
+MAX_ROWS = 1_000_000
+MAX_CELL_CHARACTERS = 1_000
+"""Of a pair's id or a category, which stand beside prompts in every table."""
+_PARQUET_BATCH = 256
 
 Row = tuple[str, Mapping[str, Any]]
 """Where a row stands (`row 7`), and its cells by column."""
@@ -79,6 +85,18 @@ class PromptSet:
     def texts_digest(self) -> str:
         """Identifies the texts in their order: what an activation set depends on."""
         return _digest(self.texts)
+
+    @cached_property
+    def leak(self) -> str | None:
+        """A warning, when prompts say nearly the same as others in another split; None when none do."""
+        found = near_duplicates(self.texts, self.splits)
+        if not found:
+            return None
+        first, second = (f"{self.texts[row][:80]!r} in {self.splits[row]}" for row in found[0])
+        return (
+            f"{len(found)} prompt(s) of {self.name!r} say nearly the same as one in another split, so that numbers on "
+            f"`test` may flatter; give such prompts one pair id (the first: {first}, {second})."
+        )
 
     def in_split(self, split: str) -> Bool[np.ndarray, "prompt"]:
         """Which prompts stand in `split`."""
@@ -134,6 +152,23 @@ def own_pair(text: str) -> str:
     return "text:" + hashlib.blake2b(normalised(text).encode(), digest_size=8).hexdigest()
 
 
+def warn_of_likeness(prompts: PromptSet, others: PromptSet) -> None:
+    """Log a warning when some of `prompts`, which are to judge by, say nearly the same as some of `others`."""
+    groups = ["others"] * len(others) + ["prompts"] * len(prompts)
+    texts = (*others.texts, *prompts.texts)
+    found = [pair for pair in near_duplicates(texts, groups) if pair[0] >= len(others)]
+    if found:
+        first, second = (repr(texts[row][:80]) for row in found[0])
+        logger.warning(
+            "%d prompt(s) of %r say nearly the same as one of %r, so numbers on them may flatter (the first: %s, %s).",
+            len(found),
+            prompts.name,
+            others.name,
+            first,
+            second,
+        )
+
+
 def load_prompts(source: str) -> PromptSet:
     """Read a prompt set.
 
@@ -181,9 +216,7 @@ def load_file(path: Path) -> PromptSet:
             )
         if path.is_dir():
             raise InputError(f"{shown} is a folder; give the .csv, .jsonl or .parquet file inside it.")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{shown} is larger than {MAX_FILE_BYTES >> 20} MB; give a smaller file of short prompts.")
-        data = path.read_bytes()
+        data = read_bounded(path)
     except OSError as error:
         raise InputError(
             f"{shown} cannot be read ({error.strerror or error}); check its name and permissions."
@@ -191,11 +224,30 @@ def load_file(path: Path) -> PromptSet:
     return parse_prompts(data, path.name)
 
 
+def read_bounded(path: Path) -> bytes:
+    """The content of a file of prompts: a plain one (a device or a pipe need never end) that is not too large.
+
+    Raises:
+        InputError: for any other.
+        OSError: as the machine gives it.
+    """
+    shown = repr(str(path)[:300])
+    if not path.is_file():
+        raise InputError(f"{shown} is no plain file; give a .csv, .jsonl or .parquet file.")
+    with path.open("rb") as file:
+        data = file.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise InputError(f"{shown} is larger than {MAX_FILE_BYTES >> 20} MB; give a smaller file of short prompts.")
+    return data
+
+
 def parse_prompts(data: bytes, file_name: str) -> PromptSet:
     """Read prompts from a file's content; the ending of `file_name` tells the format. Raises as `load_prompts` does."""
     suffix = Path(file_name).suffix.lower()
     if suffix not in _READERS:
-        raise InputError(f"{file_name!r} is no prompt file: its name must end in {', '.join(_READERS)}.")
+        raise InputError(f"{file_name[:200]!r} is no prompt file: its name must end in {', '.join(_READERS)}.")
+    if len(data) > MAX_FILE_BYTES:
+        raise InputError(f"{file_name[:200]!r} is larger than {MAX_FILE_BYTES >> 20} MB; give fewer, shorter prompts.")
     if not data.strip():
         raise InputError(f"{file_name!r} is empty; it needs rows with the columns prompt and label.")
     return from_rows(Path(file_name).stem, _READERS[suffix](data, file_name), where=repr(file_name))
@@ -226,7 +278,7 @@ def _csv_rows(data: bytes, where: str, needed: Sequence[str] = ("prompt", "label
                 raise InputError(f"{where!r}, {place}: more cells than the header has; quote prompts that hold commas.")
             yield place, row
     except csv.Error as error:
-        raise InputError(f"{where!r}, row {reader.line_num + 1}: not valid CSV ({error}).") from error
+        raise InputError(f"{where!r}, row {reader.line_num + 1}: not valid CSV ({one_line(error)}).") from error
 
 
 def _jsonl_rows(data: bytes, where: str) -> Iterator[Row]:
@@ -234,9 +286,9 @@ def _jsonl_rows(data: bytes, where: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where!r}, row {number}: not valid JSON ({error}).") from error
+            row = parse_json(line)
+        except ValueError as error:
+            raise InputError(f"{where!r}, row {number}: not valid JSON ({one_line(error)}).") from error
         if not isinstance(row, dict):
             raise InputError(f"{where!r}, row {number}: expected an object with the keys prompt and label.")
         yield f"row {number}", {str(key).strip().lower(): cell for key, cell in row.items()}
@@ -246,14 +298,20 @@ def _parquet_rows(data: bytes, where: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet
 
+    number = 0
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(data))
-        columns = [name.strip().lower() for name in table.column_names]
-        rows = table.rename_columns(columns).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{where!r} is not a readable Parquet file ({str(error)[:200]}).") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
+        sizes = (file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups))
+        if sum(sizes) > MAX_FILE_BYTES or file.metadata.num_rows > MAX_ROWS:
+            raise InputError(f"{where!r} is too large once unpacked; give a smaller file of short prompts.")
+        # In small batches: one long text that stands in a million rows takes little room in a file.
+        for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
+            columns = [name.strip().lower() for name in batch.schema.names]
+            for row in batch.rename_columns(columns).to_pylist():
+                number += 1
+                yield f"row {number}", row
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise InputError(f"{where!r} is not a readable Parquet file ({one_line(error)}).") from error
 
 
 _READERS = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
@@ -270,9 +328,9 @@ def read_table(data: bytes, file_name: str) -> Iterator[Row]:
         yield from _csv_rows(data, file_name, needed=())
     elif suffix == ".json" and data.lstrip().startswith(b"["):
         try:
-            rows = json.loads(_text(data, file_name))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{file_name!r}: not valid JSON ({error}).") from error
+            rows = parse_json(_text(data, file_name))
+        except ValueError as error:
+            raise InputError(f"{file_name!r}: not valid JSON ({one_line(error)}).") from error
         for number, row in enumerate(rows, start=1):
             if not isinstance(row, dict):
                 raise InputError(f"{file_name!r}, row {number}: expected an object.")
@@ -337,7 +395,8 @@ def from_rows(name: str, rows: Iterable[Row], *, where: str) -> PromptSet:
         where: the source as an error message should call it.
 
     Returns:
-        The set: texts stripped, exact duplicates merged with a warning, splits assigned.
+        The set: texts stripped, exact duplicates merged with a warning, splits assigned. Prompts that say nearly the
+        same in different splits are warned of, too.
 
     Raises:
         InputError: for the first row that is wrong, with its place and column; when one text stands under both
@@ -351,7 +410,11 @@ def from_rows(name: str, rows: Iterable[Row], *, where: str) -> PromptSet:
     if taken.merged:
         logger.warning("%s: %d exact duplicate(s) merged.", where, taken.merged)
     labels = np.array(taken.labels, dtype=np.int8)
-    return PromptSet(name, tuple(taken.texts), labels, tuple(taken.categories), tuple(taken.pairs), tuple(taken.splits))
+    columns = (tuple(column) for column in (taken.categories, taken.pairs, taken.splits))
+    prompts = PromptSet(name, tuple(taken.texts), labels, *columns)
+    if prompts.leak:
+        logger.warning("%s", prompts.leak)
+    return prompts
 
 
 def find_problems(data: bytes, file_name: str, limit: int = 50) -> list[str]:
@@ -395,6 +458,8 @@ class _Rows:
     def take(self, place: str, row: Mapping[str, Any]) -> None:
         """Take in one more row, or raise `InputError` and leave it out."""
         at = f"{self.where}, {place}"
+        if len(self.texts) + self.merged >= MAX_ROWS:
+            raise InputError(f"{at}: more than {MAX_ROWS:,} rows are not read; give fewer prompts.")
         text = _cell(row, "prompt", at)
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise InputError(
@@ -424,6 +489,9 @@ class _Rows:
                 f"{other_place}; both members of a pair belong to one split."
             )
         category = _cell(row, "category", at, needed=False) or "unspecified"
+        for column, cell in (("pair", pair), ("category", category)):
+            if len(cell) > MAX_CELL_CHARACTERS:
+                raise InputError(f"{at}, column {column}: at most {MAX_CELL_CHARACTERS:,} characters; shorten it.")
         self._exact.add(text)
         self.texts.append(text)
         self.labels.append(label)

@@ -8,7 +8,6 @@ stop it: it ends by itself when it was not asked for a while, and gives the memo
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Mapping
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from es2.errors import Es2Error, InputError
-from es2.files import machine_error, read_json, write_json
+from es2.errors import Es2Error, InputError, one_line
+from es2.files import machine_error, parse_json, read_json, write_json
 from es2.jobs import Job, Reporter, launch, list_jobs, open_job
 from es2.sources import POSITIONS
 
@@ -103,17 +102,17 @@ def answer(reader: Job, id: str) -> Reading | None:
             raise InputError(reader.error() or "The model was let go of before it answered; ask again.")
         return None
     if document.get("error"):
-        raise InputError(str(document["error"]))
+        raise InputError(f"{one_line(document['error'])}.")
     try:
         arrays = load_file(path.with_suffix(".safetensors"))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"The answer in {str(path)!r} cannot be read ({error}); ask again.") from error
-    models = {
-        name: {position: arrays[f"{name}.{position}"] for position in POSITIONS}
-        for name in ("base", "tuned")
-        if f"{name}.{POSITIONS[0]}" in arrays
-    }
-    return Reading(str(document["text"]), models["base"], models.get("tuned"), int(document["n_tokens"]))
+        models = {
+            name: {position: arrays[f"{name}.{position}"] for position in POSITIONS}
+            for name in ("base", "tuned")
+            if f"{name}.{POSITIONS[0]}" in arrays
+        }
+        return Reading(str(document["text"]), models["base"], models.get("tuned"), int(document["n_tokens"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"The answer in {str(path)!r} cannot be read ({one_line(error)}); ask again.") from error
 
 
 def read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
@@ -158,7 +157,7 @@ def _answer(bridges: Mapping[str, TransformerBridge], tokenizer: Any, question: 
 
     document: dict[str, Any]
     try:
-        text = str(json.loads(question.read_text(encoding="utf-8"))["text"])
+        text = str(parse_json(question.read_bytes())["text"])
         rendered = render(tokenizer, [text])
         arrays = {
             f"{name}.{position}": np.ascontiguousarray(values[:, 0])
@@ -167,7 +166,7 @@ def _answer(bridges: Mapping[str, TransformerBridge], tokenizer: Any, question: 
         }
         save_file(arrays, answers / f"{question.stem}.safetensors")
         document = {"text": text, "n_tokens": rendered.n_tokens, "error": None}
-    except (Es2Error, ValueError, KeyError) as error:
+    except (Es2Error, ValueError, KeyError, TypeError) as error:
         document = {"error": str(error)}
     write_json(answers / question.name, document)
     question.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from es2 import showcase
 from es2.errors import InputError
-from es2.files import machine_error
+from es2.files import machine_error, output_path
 from es2.jobs import Job
 from es2.prompts import load_prompts
 from es2.report_page import Compared, report_html
@@ -95,7 +95,7 @@ def write_report(compared: Compared, out: Path, *, force: bool = False) -> Path:
         InputError: when the file exists and is not to be replaced, or is a folder.
         MachineError: when the machine refuses; an old file stays as it was.
     """
-    out = out.expanduser().absolute()
+    out = output_path(out)
     if out.is_dir():
         raise InputError(f"{str(out)!r} is a folder; give the name of an HTML file.")
     if out.exists() and not force:

@@ -8,17 +8,21 @@ layer, each number under its own name with its interval, is what all of them see
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from es2.errors import InputError
+from es2.files import parse_json
 from es2.probes import Probes
 from es2.resampling import Interval
+from es2.settings import check_settings
 from es2.sources import POSITIONS
+from es2.versions import format_of
 
 ANALYSIS_FORMAT = 1
 
@@ -111,7 +115,7 @@ class CostPoint:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CostPoint:
         """The inverse of `to_dict`."""
-        return cls(data["C"], data["log_loss"], _intervals(data))
+        return cls(float(data["C"]), _or_none(data["log_loss"]), _intervals(data))
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,7 @@ class Change:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Change:
         """The inverse of `to_dict`."""
-        return cls(Interval(**data["difference"]), Interval(**data["ratio"]) if data["ratio"] else None)
+        return cls(_interval(data["difference"]), None if data["ratio"] is None else _interval(data["ratio"]))
 
 
 @dataclass(frozen=True)
@@ -178,11 +182,11 @@ class LayerNumbers:
     def from_dict(cls, data: Mapping[str, Any]) -> LayerNumbers:
         """The inverse of `to_dict`."""
         return cls(
-            data["layer"],
-            data["C"],
-            data["scale"],
-            data["log_loss"],
-            data["cv_accuracy"],
+            index(data["layer"]),
+            float(data["C"]),
+            float(data["scale"]),
+            _or_none(data["log_loss"]),
+            _or_none(data["cv_accuracy"]),
             _intervals(data),
             tuple(CostPoint.from_dict(point) for point in data["by_cost"]),
             data["change"] and {name: Change.from_dict(change) for name, change in data["change"].items()},
@@ -190,7 +194,15 @@ class LayerNumbers:
 
 
 def _intervals(data: Mapping[str, Any]) -> dict[str, Interval]:
-    return {name: Interval(**data[name]) for name in NUMBERS if name in data}
+    return {name: _interval(data[name]) for name in NUMBERS if name in data}
+
+
+def _interval(data: Mapping[str, Any]) -> Interval:
+    return Interval(float(data["value"]), float(data["low"]), float(data["high"]))
+
+
+def _or_none(number: float | None) -> float | None:
+    return None if number is None else float(number)
 
 
 @dataclass(frozen=True)
@@ -257,39 +269,65 @@ class Analysis:
         """Read what `save` wrote.
 
         Raises:
-            InputError: when the folder holds no analysis of this format.
+            InputError: when the folder holds no analysis, or one of a newer format.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
+        path = folder / "analysis.json"
         try:
-            document = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))
-            if document["format"] != ANALYSIS_FORMAT:
-                raise InputError(
-                    f"The analysis in {str(folder)!r} has format {document['format']}, this version reads "
-                    f"{ANALYSIS_FORMAT}; run `es2 analyze` again."
-                )
+            document = parse_json(path.read_bytes())
+            if format_of(document.get("format"), ANALYSIS_FORMAT, str(path)) is None:
+                raise ValueError("no format version")
             tensors = load_file(folder / "probes.safetensors")
             layers = tuple(LayerNumbers.from_dict(layer) for layer in document["layers"])
             base_layers = tuple(LayerNumbers.from_dict(layer) for layer in document.get("base_layers", ()))
+            _check_layers(layers, base_layers, (*document["recommended"], document["best_layer"]))
             config = document["config"]
+            check_settings(AnalysisConfig, config, str(path))
+            base_probes = _probes(tensors, "base", len(layers))
             return cls(
                 base_layers=base_layers or layers,
                 tuned_layers=layers if base_layers else None,
-                recommended=tuple(document["recommended"]),
-                best_layer=document["best_layer"],
-                reason=document["reason"],
-                base_probes=_probes(tensors, "base"),
-                tuned_probes=_probes(tensors, "tuned") if base_layers else None,
-                test_name=document["test_name"],
-                n_prompts=document["n_prompts"],
+                recommended=tuple(map(index, document["recommended"])),
+                best_layer=index(document["best_layer"]),
+                reason=str(document["reason"]),
+                base_probes=base_probes,
+                tuned_probes=_probes(tensors, "tuned", len(base_layers)) if base_layers else None,
+                test_name=str(document["test_name"]),
+                n_prompts={
+                    split: {label: index(count) for label, count in counts.items()}
+                    for split, counts in document["n_prompts"].items()
+                },
                 config=AnalysisConfig(**config | {"costs": tuple(config["costs"])}),
             )
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             raise InputError(
                 f"There is no readable analysis in {str(folder)!r} ({type(error).__name__}); run `es2 analyze` again."
             ) from error
 
 
-def _probes(tensors: Mapping[str, np.ndarray], model: str) -> Probes:
-    return Probes(**{field.name: tensors[f"{model}.{field.name}"] for field in fields(Probes)})
+def _check_layers(layers: Sequence[LayerNumbers], base_layers: Sequence[LayerNumbers], named: Sequence[int]) -> None:
+    """Raise `ValueError` where a layer or a number is missing; only a test set of other origin has `self_…`."""
+    needed = {name for name in NUMBERS if not name.startswith("self_")}
+    for model in (layers, base_layers or layers):
+        sound = [layer.layer for layer in model] == list(range(len(layers))) and set(named) <= set(range(len(layers)))
+        if not sound or any(needed - layer.numbers.keys() for layer in model):
+            raise ValueError("a layer or a number is missing")
+    if not 1 <= len(named) - 1 <= len(layers):
+        raise ValueError("no layer is recommended")
+    changed = needed - {"norm_ratio", "rest_ratio", "direction_cosine"}  # which are changes themselves
+    for layer in layers if base_layers else ():
+        change = layer.change or {}
+        if changed - change.keys() or any(change[name].ratio is None for name in LENGTHS):
+            raise ValueError("a change is missing")
+
+
+def _probes(tensors: Mapping[str, np.ndarray], model: str, n_layers: int) -> Probes:
+    found = {field.name: tensors[f"{model}.{field.name}"] for field in fields(Probes)}
+    wide = found["weights"].shape[1:]
+    for name, array in found.items():
+        shape = (n_layers, *wide) if name in ("weights", "centre", "direction") else (n_layers,)
+        if array.shape != shape or len(wide) != 1 or array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise ValueError(f"the probes' {name} is not what it should be")
+    return Probes(**found)

@@ -6,18 +6,25 @@ command line can list, show and export runs without importing torch (except to m
 
 from __future__ import annotations
 
+import glob
+import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from es2.errors import InputError
-from es2.files import machine_error, read_json
+import psutil
+from safetensors import SafetensorError
+
+from es2.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from es2.errors import Es2Error, InputError
+from es2.files import content_key, expanded, file_digest, machine_error, numbered, output_path, set_aside, unreadable
 from es2.finetune import FinetuneConfig
 from es2.jobs import Job, lay_down, list_jobs, open_job
+from es2.settings import check_settings
 
 KIND = "finetune"
 ADAPTER, WEIGHTS = "adapter", "weights.safetensors"
-_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def list_runs(root: Path | None = None) -> list[Job]:
@@ -38,7 +45,8 @@ def open_run(id: str, root: Path | None = None) -> Job:
 
 
 def config_of(run: Job) -> FinetuneConfig:
-    """The run's settings."""
+    """The run's settings; raises `InputError` where they are damaged."""
+    check_settings(FinetuneConfig, run.config, f"The config.json of run {run.id}")
     return FinetuneConfig.from_dict(run.config)
 
 
@@ -46,15 +54,46 @@ def tuned_weights(run: Job) -> Path:
     """What the run trained: the folder of its adapter, or the file of the blocks it changed.
 
     Raises:
-        InputError: when it has left none (yet).
+        InputError: when it has left none (yet), or has lost them: damaged ones are set aside, and the run then counts
+            as failed, so that it can be resumed.
+        MachineError: when they cannot be read.
     """
-    for name in (ADAPTER, WEIGHTS):
-        if (run.path / name).exists():
-            return run.path / name
-    raise InputError(f"Run {run.id} is {run.status()} and has left no weights; `es2 runs resume {run.id}` goes on.")
+    found = next((run.path / name for name in (ADAPTER, WEIGHTS) if (run.path / name).exists()), None)
+    result = run.result()
+    if result is None:
+        if found is None:
+            raise InputError(
+                f"Run {run.id} is {run.status()} and has left no weights; `es2 runs resume {run.id}` goes on."
+            )
+        return found
+    stated = result.get("weights")
+    if found is not None and stated in (None, weights_digest(found)):
+        return found
+    if found is not None:
+        set_aside(found, found.stat().st_ino, "not what was written")
+    again = f"`es2 runs resume {run.id}` makes them again"
+    raise InputError(run.disown(f"The weights of run {run.id} are {'damaged' if found else 'gone'}; {again}."))
 
 
-def import_adapter(adapter: Path, model: str, prompts: str, layers: Sequence[int] = ()) -> Job:
+def weights_digest(weights: Path) -> str:
+    """A digest of what `tuned_weights` gave. Raises `MachineError` when it cannot be read."""
+    files = [weights] if weights.is_file() else sorted(path for path in weights.rglob("*") if path.is_file())
+    try:
+        return content_key({path.name: file_digest(path) for path in files})
+    except OSError as error:
+        raise unreadable(error, weights) from error
+
+
+def import_adapter(
+    adapter: Path,
+    model: str,
+    prompts: str,
+    layers: Sequence[int] = (),
+    *,
+    name: str = "",
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Job:
     """Lay down a run whose adapter was made elsewhere; run as a job, it captures the tuned model and compares it.
 
     Args:
@@ -62,31 +101,38 @@ def import_adapter(adapter: Path, model: str, prompts: str, layers: Sequence[int
         model: the model it is for.
         prompts: the source of the prompts to compare on.
         layers: its target layers, if it had any; else those that the base's analysis recommends.
+        name: what to call the run.
+        device: where the model runs.
+        dtype: the model's number format.
 
     Raises:
-        InputError: when the folder holds no such adapter. Whether it fits the model shows when it is loaded.
+        InputError: when the folder holds no such adapter. Whether it fits the model shows when it is loaded. For a name
+            that cannot be one, as `Job.rename`.
         MachineError: when the disk refuses; nothing is left behind.
     """
-    adapter = adapter.expanduser().absolute()
-    config = read_json(adapter / _ADAPTER_CONFIG)
-    if config is None or not isinstance(config.get("peft_type"), str):
-        raise InputError(f"{str(adapter)!r} holds no peft adapter: it needs a readable {_ADAPTER_CONFIG}.")
-    if not (adapter / _ADAPTER_WEIGHTS).is_file():
-        raise InputError(
-            f"{str(adapter)!r} has no {_ADAPTER_WEIGHTS}; save the adapter again with peft's save_pretrained, which "
-            "writes safetensors. Nothing else is read."
-        )
-    run = lay_down(KIND, FinetuneConfig(layers=tuple(layers), model=model).to_dict() | {
-        "prompts": prompts, "imported": str(adapter), "steps": 0, "objective": "imported",
-    })  # fmt: skip
+    adapter = Path(expanded(adapter)).absolute()
+    check_adapter(adapter)
+    config = FinetuneConfig(layers=tuple(layers), model=model, device=device, dtype=dtype).to_dict()
+    imported = {"prompts": prompts, "imported": str(adapter), "steps": 0, "objective": "imported"}
+    run = lay_down(KIND, config | imported)
     try:
+        if name:
+            run.rename(name)
         (run.path / ADAPTER).mkdir()
-        for name in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS):
-            shutil.copyfile(adapter / name, run.path / ADAPTER / name)
+        _copy_adapter(adapter, run.path / ADAPTER)
     except OSError as error:
         shutil.rmtree(run.path, ignore_errors=True)
         raise machine_error(error, run.path) from error
+    except Es2Error:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
     return run
+
+
+def _copy_adapter(source: Path, folder: Path) -> None:
+    """Copy an adapter's two files and nothing else: a folder from elsewhere may hold links to what is not its own."""
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        shutil.copyfile(source / name, folder / name)
 
 
 def export(run: Job, out: Path, *, merged: bool = False) -> Path:
@@ -107,30 +153,41 @@ def export(run: Job, out: Path, *, merged: bool = False) -> Path:
     weights = tuned_weights(run)
     if not merged and weights.name == WEIGHTS:
         raise InputError(f"Run {run.id} trained whole blocks and has no adapter; export it with --merged.")
-    out = out.expanduser().absolute()
-    temporary = out.with_name(f".tmp-{out.name}")
+    out = output_path(out)
+    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{str(out)!r} exists and is not an empty folder; give another one.")
         out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
+        _sweep(out)
         if merged:
             _write_merged(run, weights, temporary)
         else:
-            shutil.copytree(weights, temporary)
+            check_adapter(weights)
+            temporary.mkdir()
+            _copy_adapter(weights, temporary)
         if out.is_dir():
             out.rmdir()
         temporary.rename(out)
-    except OSError as error:
-        raise machine_error(error, out) from error
+    except (OSError, SafetensorError) as error:
+        raise machine_error(numbered(error, out.parent), out) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return out
 
 
+def _sweep(out: Path) -> None:
+    """Remove what exports to the same place left behind that were killed: their names end in a pid that is gone."""
+    for stale in out.parent.glob(f".tmp-{glob.escape(out.name)}-*"):
+        pid = stale.name.rpartition("-")[2]
+        if re.fullmatch(r"[0-9]{1,9}", pid) and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
 def _write_merged(run: Job, weights: Path, folder: Path) -> None:
+    from es2.model_files import save_tokenizer
     from es2.models import load_tokenizer, load_tuned, model_folder, resolve
 
     base = model_folder(resolve(config_of(run).model))
     load_tuned(base, weights, device="cpu").save_pretrained(folder)
-    load_tokenizer(base).save_pretrained(folder)
+    save_tokenizer(load_tokenizer(base), folder)

@@ -27,14 +27,25 @@ from jaxtyping import Bool, Float
 
 from es2.comparison import Comparison
 from es2.errors import InputError, MachineError
-from es2.files import content_key, file_digest, home, new_folder, read_json, unreadable, write_json
+from es2.files import (
+    bring_back,
+    content_key,
+    file_digest,
+    home,
+    is_whole,
+    new_folder,
+    read_json,
+    sealed,
+    unreadable,
+    write_json,
+)
 from es2.jobs import Job, Reporter, lay_down, run_job, silent
 from es2.models import DEFAULT_MODEL
 from es2.projection import UmapCoordinates
 from es2.prompts import PromptSet, load_prompts, stable_hash
 from es2.results import Analysis
 from es2.store import SHOWCASE, ActivationSet, Store
-from es2.versions import installed_versions
+from es2.versions import format_of, installed_versions
 
 if TYPE_CHECKING:
     from es2.finetune import FinetuneConfig
@@ -117,18 +128,25 @@ def load(path: Path | None = None) -> Showcase | None:
         MachineError: when it cannot be read.
     """
     path = path or folder()
+    if not path.exists():
+        bring_back(path, path.parent)
     if not (path / DOCUMENT).exists():
         return None
     document = read_json(path / DOCUMENT)
     if document is None:
         raise _damaged(path, f"{DOCUMENT} is no JSON object")
-    version = document.get("format")
-    if version != SHOWCASE_FORMAT:
-        newer = isinstance(version, int) and version > SHOWCASE_FORMAT
-        fix = "update ES2 Workbench" if newer else "`es2 showcase` rebuilds it"
-        raise InputError(f"The showcase in {path} has format {version}, this version reads {SHOWCASE_FORMAT}; {fix}.")
-    if document.pop("digest", None) != content_key(document):
+    if not is_whole(document):
         raise _damaged(path, f"{DOCUMENT} is not what was written")
+    if format_of(document.get("format"), SHOWCASE_FORMAT, f"The showcase in {path}") is None:
+        raise _damaged(path, f"{DOCUMENT} states no format version")
+    try:
+        return _read(path, document)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(path, f"{DOCUMENT} lacks an entry, or has one that cannot be") from error
+
+
+def _read(path: Path, document: Mapping[str, Any]) -> Showcase:
+    """What `document`, of the folder `path`, describes; an exception of Python's own where it describes nothing."""
     _check_files(path, document["files"])
 
     measured = load_prompts(document["prompts"]).measured()
@@ -317,7 +335,7 @@ def _write(
         "keys": keys,
         "files": {file.relative_to(new).as_posix(): file_digest(file) for file in files},
     }
-    write_json(new / DOCUMENT, complete | {"digest": content_key(complete)})
+    write_json(new / DOCUMENT, sealed(complete))
 
 
 def choose_pairs(prompts: PromptSet, n_prompts: int) -> Bool[np.ndarray, "prompt"]:

@@ -10,7 +10,9 @@ believed. Locks keep two processes from computing the same thing; they are the k
 
 from __future__ import annotations
 
+import json
 import logging
+import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +24,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from es2.errors import Es2Error, InputError
 from es2.files import (
@@ -32,15 +33,18 @@ from es2.files import (
     file_digest,
     home,
     is_key,
+    is_whole,
     lock,
     machine_error,
     new_folder,
     read_json,
+    sealed,
     set_aside,
     unreadable,
     user_cache,
     write_json,
 )
+from es2.versions import format_of
 
 __all__ = [
     "ActivationSet",
@@ -103,6 +107,12 @@ class ActivationSet:
         return self.meta.get("run")
 
     @property
+    def runs(self) -> tuple[str | None, ...]:
+        """Every run whose adapter is this one, `run` first: two equal fine-tunes leave equal weights."""
+        others = self.meta.get("other_runs")
+        return (self.run, *(id for id in others or () if isinstance(id, str)))
+
+    @property
     def positions(self) -> tuple[str, ...]:
         """The token positions that were kept."""
         return tuple(self.meta["positions"])
@@ -140,11 +150,13 @@ class ActivationSet:
 
         self.check()
         try:
-            texts = tuple(pq.read_table(self.path / _TEXTS, columns=["text"])["text"].to_pylist())
-        except (pa.ArrowException, KeyError) as error:
-            raise set_aside(self.path, self.inode, f"{_TEXTS}: {error}") from error
+            data = (self.path / _TEXTS).read_bytes()
         except OSError as error:
             raise self._unreadable(error) from error
+        try:
+            texts = tuple(pq.read_table(pa.BufferReader(data), columns=["text"])["text"].to_pylist())
+        except (pa.ArrowException, KeyError, OSError, ValueError) as error:
+            raise set_aside(self.path, self.inode, f"{_TEXTS}: {error}") from error
         if len(texts) != self.n_prompts:
             raise set_aside(self.path, self.inode, f"{len(texts)} texts for {self.n_prompts} prompts")
         return texts
@@ -228,6 +240,8 @@ class ActivationSet:
             return None
         document = read_json(path / _DIGESTS) or {}
         try:
+            if not is_whole(document):
+                raise _UnsoundError(f"{_DIGESTS} is not what was written")
             _check_format(document.get("format"), path)
             if _digests(path) != document.get("files"):
                 raise _UnsoundError("its files are not what was written")
@@ -250,17 +264,12 @@ class ActivationSet:
             raise self._removed()
         with new_folder(self.path / "derived", self.path.parent, key) as folder:
             yield folder
-            write_json(folder / _DIGESTS, {"format": FORMAT_VERSION, "files": _digests(folder)})
+            write_json(folder / _DIGESTS, sealed({"format": FORMAT_VERSION, "files": _digests(folder)}))
 
 
 def _check_format(version: object, path: Path) -> None:
-    if not isinstance(version, int) or version < 1:
+    if format_of(version, FORMAT_VERSION, str(path)) is None:
         raise _UnsoundError("it has no format version")
-    if version > FORMAT_VERSION:
-        raise InputError(
-            f"{path} was written by a newer ES2 Workbench (format {version}, this one reads up to {FORMAT_VERSION}); "
-            f"update ES2 Workbench, or move that folder away."
-        )
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -274,6 +283,8 @@ def _read_meta(path: Path) -> ActivationSet:
     meta = read_json(path / _META)
     if meta is None:
         raise _UnsoundError(f"{_META} is missing or no JSON object")
+    if not is_whole(meta):
+        raise _UnsoundError(f"{_META} is not what was written")
     _check_format(meta.get("format"), path)
     positions = meta.get("positions")
     sound = (
@@ -282,7 +293,7 @@ def _read_meta(path: Path) -> ActivationSet:
         and isinstance(positions, list)
         and all(isinstance(position, str) for position in positions)
         and isinstance(meta.get("files"), dict)
-        and isinstance(meta.get("aliases", []), list)
+        and all(isinstance(meta.get(name, []), list) for name in ("aliases", "other_runs"))
         and meta.get("key", path.name) == path.name
     )
     if not sound:
@@ -347,22 +358,26 @@ class Store:
     def find(self, *, model: str, texts_digest: str, position: str, run: str | None = None) -> ActivationSet | None:
         """The newest checked set of these prompts under this model and run that holds `position`; None if none does."""
         for activations in self.list():
-            wanted = model in activations.models and (activations.texts_digest, activations.run) == (texts_digest, run)
-            if wanted and position in activations.positions and (checked := self.get(activations.key)):
+            of_it = model in activations.models and run in activations.runs
+            wanted = of_it and activations.texts_digest == texts_digest and position in activations.positions
+            if wanted and (checked := self.get(activations.key)):
                 return checked
         return None
 
-    def add_name(self, activations: ActivationSet, model: str) -> ActivationSet:
-        """Let `find` know a set under one more name of its model; the same set again when it knows it.
+    def add_name(self, activations: ActivationSet, model: str, run: str | None = None) -> ActivationSet:
+        """Let `find` know a set under one more name of its model, or one more run; the same set when it knows them.
 
         Raises:
             MachineError: when the machine refuses.
         """
-        if model in activations.models:
+        models = [] if model in activations.models else [model]
+        runs = [] if run is None or run in activations.runs else [run]
+        if not models and not runs:
             return activations
-        meta = activations.meta | {"aliases": [*activations.models[1:], model]}
+        names = {"aliases": [*activations.models[1:], *models], "other_runs": [*activations.runs[1:], *runs]}
+        meta = activations.meta | names
         try:
-            write_json(activations.path / _META, meta)
+            write_json(activations.path / _META, sealed(meta))
         except OSError as error:
             raise machine_error(error, activations.path) from error
         return _read_meta(activations.path)
@@ -412,7 +427,7 @@ class Store:
             if existing := self.get(key):
                 return existing
             with new_folder(self.root, self.root, key) as folder:
-                save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / _ACTIVATIONS)
+                _save(arrays, folder / _ACTIVATIONS)
                 pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), folder / _TEXTS)
                 own = {
                     "format": FORMAT_VERSION,
@@ -425,8 +440,32 @@ class Store:
                     "dtype": dtype,
                     "files": _digests(folder),
                 }
-                write_json(folder / _META, dict(meta) | own)
+                write_json(folder / _META, sealed(dict(meta) | own))
             return _read_meta(self.root / key)
+
+
+def _save(arrays: Mapping[str, Float[np.ndarray, "layer prompt d_model"]], path: Path) -> None:
+    """Write a safetensors file layer by layer: the library's own function holds everything in memory once more."""
+    header, end = {}, 0
+    for name, array in arrays.items():
+        kind = next(kind for kind, dtype in _STORED_DTYPES.items() if dtype == array.dtype.name)
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            for layer in array:
+                file.write(np.ascontiguousarray(layer).data)
+                let_go(array)
+
+
+def let_go(array: np.ndarray) -> None:
+    """What was read from a mapped file, or written to it, is the disk's and counts as this process's memory no more."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _shape_and_dtype(arrays: Mapping[str, np.ndarray]) -> tuple[tuple[int, int, int], str]:

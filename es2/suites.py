@@ -28,7 +28,7 @@ from es2.files import content_key
 from es2.jobs import Job, Reporter
 from es2.judge import Judge, judge_replies
 from es2.models import context_length, load_model, load_tokenizer
-from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, normalised, stable_hash
+from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, normalised, stable_hash, warn_of_likeness
 from es2.refusal import judge_reply
 from es2.reply_log import ReplyLog
 from es2.resampling import canonical, resample_pairs
@@ -57,6 +57,8 @@ def choose_prompts(prompts: PromptSet, limit: int, label: int | None = None) -> 
 def held_out(prompts: PromptSet, tuned_on: PromptSet | None, *, probing: bool = False) -> PromptSet:
     """The prompts that a run may be judged by: none that also stands in a split that it was tuned, watched or read on.
 
+    Those that say nearly the same as one there are warned of.
+
     Args:
         prompts: the prompts to evaluate on.
         tuned_on: those that the run was tuned on; None without a run.
@@ -80,7 +82,10 @@ def held_out(prompts: PromptSet, tuned_on: PromptSet | None, *, probing: bool = 
         raise InputError(
             f"Every prompt of {prompts.name!r} also stands in the run's own prompts outside `test`; give other prompts."
         )
-    return prompts if keep.all() else prompts.select(keep)
+    rest = prompts if keep.all() else prompts.select(keep)
+    tuned = np.array([split not in allowed for split in tuned_on.splits], dtype=bool)
+    warn_of_likeness(rest, tuned_on.select(tuned))
+    return rest
 
 
 @dataclass

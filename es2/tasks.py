@@ -8,6 +8,7 @@ a folder of artifacts.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,15 +18,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from es2.errors import InputError
-from es2.jobs import Job, Reporter, Task, open_job, silent
+from es2.files import DamagedError
+from es2.jobs import Job, Reporter, Task, lay_down, open_job, reopen, result_of, run_job, silent
 from es2.layers import ANALYSIS_FORMAT, Analysis, AnalysisConfig, TestSet, analyze, check_prompts
 from es2.projection import PROJECTION_FORMAT, UmapCoordinates, umap_all_layers
-from es2.prompts import PromptSet, load_prompts, normalised
+from es2.prompts import PromptSet, load_prompts, normalised, warn_of_likeness
 from es2.results import LayerNumbers
+from es2.settings import check_settings
 from es2.store import ActivationSet, Store, content_key
 
 if TYPE_CHECKING:
     from es2.finetune import FinetuneConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,7 @@ def _activations(
 
 
 def without_shared(prompts: PromptSet, others: PromptSet) -> PromptSet:
-    """`prompts` less those whose normalised text also stands in `others`.
+    """`prompts` less those whose normalised text also stands in `others`; nearly equal ones are warned of.
 
     Raises:
         InputError: when nothing is left.
@@ -258,7 +263,9 @@ def without_shared(prompts: PromptSet, others: PromptSet) -> PromptSet:
         raise InputError(
             f"Every test prompt of {prompts.name!r} also stands in {others.name!r}; give other test prompts."
         )
-    return prompts if keep.all() else prompts.select(keep)
+    rest = prompts if keep.all() else prompts.select(keep)
+    warn_of_likeness(rest, others)
+    return rest
 
 
 def project(
@@ -302,7 +309,7 @@ def finetune_run(
     """Fine-tune, capture the tuned model, compare it with base, and judge. What `es2 finetune` prints.
 
     Args:
-        config: the fine-tune's settings; it goes on from a checkpoint in `folder` if there is one.
+        config: the fine-tune's settings; it goes on from a checkpoint in `folder` if there is a whole one.
         prompts: the prompt set.
         folder: the run folder, whose name is the run's id.
         report: told about progress.
@@ -317,8 +324,12 @@ def finetune_run(
     """
     from es2.finetune import finetune
 
-    result = finetune(config, prompts, folder, report, resume=True).to_dict()
-    return _compared(config, prompts, folder, result, report, store)
+    try:
+        result = finetune(config, prompts, folder, report, resume=True)
+    except DamagedError as error:
+        logger.warning("%s", error)
+        result = finetune(config, prompts, folder, report)
+    return _compared(config, prompts, folder, result.to_dict(), report, store)
 
 
 def imported_run(
@@ -339,9 +350,11 @@ def _compared(
     store: Store | None,
 ) -> dict[str, Any]:
     """Capture the tuned model, compare it with base, and add the numbers and the verdict to how the run went."""
+    from es2.runs import tuned_weights, weights_digest
     from es2.verdict import layer_verdict, run_verdict
 
     run = open_job(folder.name, folder.parent)
+    weights = weights_digest(tuned_weights(run))
     prepared = prepare(
         config.model, prompts, run=run, device=config.device, dtype=config.dtype, store=store, report=report
     )
@@ -355,6 +368,7 @@ def _compared(
         "path": str(folder),
         "target_layers": list(targets),
         "kl_harmless_test": kl,
+        "weights": weights,
         "verdict": verdict.name,
         "verdict_reason": verdict.reason,
         "verdicts": {str(layer.layer): layer_verdict(layer, kl).to_dict() for layer in tuned_layers},
@@ -399,10 +413,10 @@ def _runs(config: dict[str, Any], folder: Path) -> tuple[Job | None, Job | None]
 
 
 def _finetune_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
-    from es2.finetune import FinetuneConfig
+    from es2.runs import config_of
 
     do = imported_run if config.get("imported") else finetune_run
-    return do(FinetuneConfig.from_dict(config), load_prompts(config["prompts"]), folder, report)
+    return do(config_of(Job(folder, config)), load_prompts(config["prompts"]), folder, report)
 
 
 def _read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
@@ -414,6 +428,7 @@ def _read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[st
 def _evaluate_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
     from es2.evaluate import EvaluateConfig, evaluate
 
+    check_settings(EvaluateConfig, config, f"The config.json of job {folder.name}")
     settings = EvaluateConfig.from_dict(config)
     run, _ = _runs(config, folder)
     return evaluate(settings, load_prompts(settings.prompts), folder, run=run, report=report)
@@ -427,3 +442,21 @@ JOBS: Mapping[str, Task] = {
     "evaluate": _evaluate_job,
 }
 """What `es2 job` can run: a job's kind and the function that does it."""
+
+
+def run_here(kind: str, config: Mapping[str, Any], unfinished: Job | None, report: Reporter = silent) -> dict[str, Any]:
+    """Run a job in this process: one of this config that ended before its time, or else a new one.
+
+    Returns:
+        Its result.
+
+    Raises:
+        InputError, MachineError: with the job's sentence when it comes to none.
+    """
+    if unfinished is None:
+        job = lay_down(kind, config)
+    else:
+        job = unfinished
+        reopen(job)
+    exit_code = run_job(job.path, JOBS, report)
+    return result_of(job, exit_code, f"Job {job.id} was {job.status()}; the same command goes on from what it has.")

@@ -1,8 +1,13 @@
-"""What the commands share: options that mean the same everywhere, and how a result and progress are shown."""
+"""What the commands share: options that mean the same everywhere, and how a result and progress are shown.
+
+A terminal obeys what it prints, and Rich has a markup of its own; names, prompts and errors come from anywhere. So the
+consoles here take every string as text, in a table too, and what is to look special is a `Text`.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,18 +16,41 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from es2.jobs import Reporter
+from es2.labels import plain
 
-errors = Console(stderr=True, highlight=False)
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+class PlainConsole(Console):
+    """A console on which a string is what it reads like: no markup, no emoji codes, no control characters."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        return super().render_str(plain(text), **settings)
+
+
+class PlainFormatter(logging.Formatter):
+    """Log records without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
+errors = PlainConsole(stderr=True)
+out = PlainConsole(width=None if sys.stdout.isatty() else 160)
 
 Model = Annotated[str, typer.Option(help="A catalogue name (`es2 models`), a Hub id, a local folder or a .gguf file.")]
 Prompts = Annotated[str, typer.Option(help="builtin, a CSV, JSONL or Parquet file, or hf:<dataset>[:split].")]
 Position = Annotated[
     str, typer.Option(help="last (last prompt token) or last_instruction (last token of the request).")
 ]
-Device = Annotated[str | None, typer.Option(help="cuda, mps or cpu; chosen by what the machine has if not given.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cuda, mps or cpu, or for capture auto (all GPUs); chosen by what there is if not given."),
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on cuda, else float32.")]
 Run = Annotated[str | None, typer.Option(help="A fine-tuning run (`es2 runs`) to compare with its base.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
@@ -34,6 +62,13 @@ def emit(document: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -
         sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
     else:
         show()
+
+
+def interval_cell(number: Mapping[str, float] | None) -> Text:
+    """A number with its interval for a table; nothing for none."""
+    if number is None:
+        return Text()
+    return Text.assemble(f"{number['value']:.3f} ", (f"({number['low']:.3f} to {number['high']:.3f})", "dim"))
 
 
 @contextmanager

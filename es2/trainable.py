@@ -8,6 +8,7 @@ a thousandth of a weight vanish in bfloat16.
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
+from es2.adapters import ADAPTER_CONFIG
 from es2.checkpoint import disk_refused, save_tensors
+from es2.files import write_json
 from es2.passes import Network
 
 if TYPE_CHECKING:
@@ -79,6 +82,9 @@ def make_trainable(
             shutil.rmtree(temporary, ignore_errors=True)
             # "auto" would ask the Hub whether the vocabulary was resized.
             adapted.save_pretrained(str(temporary), save_embedding_layers=False)
+            # peft holds the names in a set, whose order is another one in every process.
+            kept = json.loads((temporary / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+            write_json(temporary / ADAPTER_CONFIG, kept | {"target_modules": sorted(kept["target_modules"])})
             shutil.rmtree(output, ignore_errors=True)
             temporary.rename(output)
         except (OSError, SafetensorError) as error:

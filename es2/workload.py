@@ -120,12 +120,12 @@ class Workload:
     # ------------------------------------------------------------------------------------------------ one step
 
     def parts(self, batch: Batch, n: int) -> list[Part]:
-        """This process's share of a batch in `n` parts, fewer where it has fewer prompts."""
+        """This process's share of a batch in `n` parts, or fewer where it has fewer prompts and need not keep step."""
         harmful, harmless = self._own_places(batch.harmful), self._own_places(batch.harmless, batch.n_kl)
         parts = []
         for start in range(n):
             some, others = harmful[start::n], harmless[start::n]
-            if some or others:
+            if some or others or self.network.in_step:
                 part = Part(
                     harmful=tuple(batch.harmful[place] for place in some),
                     harmless=tuple(batch.harmless[place] for place in others),

@@ -14,7 +14,7 @@ from typing import Any
 
 from es2.behaviour import refusal_numbers
 from es2.evaluate import EVALUATION_FORMAT, EvaluateConfig, evaluate, read_evaluation
-from es2.files import write_json
+from es2.files import sealed, write_json
 from es2.finetune import FinetuneConfig
 from es2.jobs import Job, Reporter, lay_down, open_job, run_job
 from es2.prompts import HARMFUL, LABEL_NAMES, PromptSet, load_prompts
@@ -139,5 +139,6 @@ def write_by_hand(evaluated: Evaluated, name: str, base: Sequence[str], tuned: S
             ]
         },
     }
-    write_json(path, document)
+    document.pop("digest", None)
+    write_json(path, sealed(document))
     return document

@@ -15,17 +15,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from es2 import capture as capture_module
-from es2.batching import batches_by_length
+from es2.batching import batches_by_length, plant
 from es2.capture import (
     PINNED_DATE,
     POSITIONS,
     Rendered,
     _shared_tokens,
     _storable,
+    _ways,
     capture,
     capture_residuals,
     render,
@@ -294,8 +296,119 @@ def test_memory_that_runs_out_is_one_sentence(llama: Path, monkeypatch: pytest.M
 
     bridge = load_bridge(llama)
     monkeypatch.setattr(bridge.original_model.base_model, "forward", fail)
-    with pytest.raises(MachineError, match="Memory ran out on a batch of prompts of up to"):
+    with pytest.raises(MachineError, match=r"Memory ran out on a single prompt of \d+ tokens"):
         capture_residuals(bridge, render(load_tokenizer(llama), TEXTS))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])  # rows of many prompts, and rows of one
+def test_batches_are_halved_when_memory_runs_out(
+    architecture: str,
+    folder_of: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bridge = load_bridge(folder_of(architecture))
+    rendered = render(load_tokenizer(folder_of(architecture)), TEXTS)
+    expected = capture_residuals(bridge, rendered)
+    body = bridge.original_model.base_model
+    forward, sizes = body.forward, []
+
+    def small(*args: Any, **inputs: Any) -> Any:
+        if args:
+            return forward(*args, **inputs)  # what all prompts begin with
+        sizes.append(inputs["input_ids"].numel())
+        if sizes[-1] > 70:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return forward(**inputs)
+
+    monkeypatch.setattr(body, "forward", small)
+    found = capture_residuals(bridge, rendered)
+    assert max(largest_error(found[position], expected[position]) for position in POSITIONS) < 1e-5
+    assert sizes[0] > 140
+    assert max(sizes[-3:]) <= 70
+    assert "Memory ran out; capture goes on with batches of" in caplog.text
+
+
+def test_embeddings_on_disk_are_the_same_and_vanish(llama: Path, tmp_path: Path) -> None:
+    rendered = render(load_tokenizer(llama), TEXTS)
+    bridge = load_bridge(llama)
+    kept = capture_residuals(bridge, rendered, scratch=tmp_path / "scratch", max_tokens_per_batch=60)
+    held = capture_residuals(bridge, rendered, max_tokens_per_batch=60)
+    for position in POSITIONS:
+        assert isinstance(kept[position], np.memmap)
+        np.testing.assert_array_equal(kept[position], held[position])
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+def test_a_disk_without_room_for_the_embeddings_is_one_sentence(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("es2.capture.os.posix_fallocate", full, raising=False)
+    with pytest.raises(MachineError, match="No space is left"):
+        capture_residuals(load_bridge(llama), render(load_tokenizer(llama), TEXTS), scratch=tmp_path)
+
+
+def test_common_beginnings_are_run_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ("How do I pick the lock of a door?", "How do I pick the lock of a safe?", "How do I pick apples?", "Why?")
+    rendered = render(load_tokenizer(llama), texts)
+    bridge = load_bridge(llama)
+    apart = [capture_residuals(bridge, rendered.select([row])) for row in range(len(texts))]
+    sizes: list[int] = []
+    body = bridge.original_model.base_model
+    forward = body.forward
+
+    def count(*args: Any, **inputs: Any) -> Any:
+        sizes.append((args[0] if args else inputs["input_ids"]).numel())
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(body, "forward", count)
+    together = capture_residuals(bridge, rendered)
+    assert sum(sizes) == len({tokens[: n + 1] for tokens in rendered.token_ids for n in range(len(tokens))})
+    for position in POSITIONS:
+        assert largest_error(together[position], np.concatenate([one[position] for one in apart], axis=1)) < 1e-5
+
+
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=1, max_size=20),
+    width=st.integers(1, 30),
+)
+def test_every_planted_prompt_can_be_read_off_its_branch(prompts: list[list[int]], width: int) -> None:
+    trees = plant(prompts, width)
+    assert sorted(index for tree in trees for index in tree.slots) == list(range(len(prompts)))
+    for tree in trees:
+        assert len(tree.tokens) <= width or len(tree.slots) == 1
+        for index, slots in tree.slots.items():
+            assert [tree.tokens[slot] for slot in slots] == prompts[index]
+            assert [tree.parents[slot] for slot in slots] == [-1, *slots[:-1]]
+            assert [tree.depths[slot] for slot in slots] == list(range(len(slots)))
+
+
+def test_an_architecture_nobody_looked_at_is_tried_out(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered = render(load_tokenizer(llama), TEXTS)
+    bridge = load_bridge(llama)
+    columns = np.array([rendered.last_instruction]).T
+    known = _ways(bridge, rendered, columns)
+    assert known[0] > 20
+    assert known[1]
+    expected = capture_residuals(bridge, rendered)
+    monkeypatch.setattr(capture_module, "SHARING_VERIFIED", ())
+    assert _ways(bridge, rendered, columns) == known
+    body = bridge.original_model.base_model
+    forward = body.forward
+
+    def forgetful(*args: Any, **inputs: Any) -> Any:
+        """As a recurrent state would: what came before in the cache is not seen."""
+        if not args and inputs.get("past_key_values") is not None:
+            inputs["attention_mask"][..., : inputs["past_key_values"].get_seq_length()] = torch.finfo(torch.float32).min
+        return forward(*args, **inputs)
+
+    monkeypatch.setattr(body, "forward", forgetful)
+    assert _ways(bridge, rendered, columns) == (0, False)
+    found = capture_residuals(bridge, rendered)
+    assert max(largest_error(found[position], expected[position]) for position in POSITIONS) < 1e-5
 
 
 def test_progress_counts_tokens_and_can_cancel(llama: Path) -> None:
@@ -339,13 +452,13 @@ def test_the_shared_tokens_are_run_once(llama: Path, monkeypatch: pytest.MonkeyP
         return forward(*args, **inputs)
 
     monkeypatch.setattr(body, "forward", count)
-    shared = capture_residuals(bridge, rendered, max_tokens_per_batch=100)
+    shared = capture_residuals(bridge, rendered, max_tokens_per_batch=1)
     head = _shared_tokens(rendered, np.array([rendered.last_instruction]))
     assert head > 20
     assert widths[0] == head
     assert max(widths[1:]) == max(map(len, rendered.token_ids)) - head
-    monkeypatch.setattr(capture_module, "SHARING_VERIFIED", ())
-    apart = capture_residuals(bridge, rendered, max_tokens_per_batch=100)
+    monkeypatch.setattr(capture_module, "_ways", lambda *_: (0, False))
+    apart = capture_residuals(bridge, rendered, max_tokens_per_batch=1)
     assert max(largest_error(shared[position], apart[position]) for position in POSITIONS) < 1e-5
     assert max(widths) == max(map(len, rendered.token_ids))
 
@@ -482,6 +595,14 @@ def test_half_precision_is_stored_in_half(llama: Path) -> None:
     assert half.meta["dtype"] == "float16"
     assert half.layer(1).dtype == np.float32
     assert 1e-6 < largest_error(half.layer(1), exact.layer(1)) < 0.1  # bfloat16 has eight bits
+    errors = [
+        np.linalg.norm(half.layer(layer, position) - exact.layer(layer, position), axis=-1)
+        / np.linalg.norm(exact.layer(layer, position), axis=-1)
+        for layer in range(N_LAYERS)
+        for position in POSITIONS
+    ]
+    assert half.meta["rounding"] == pytest.approx(np.mean(errors), rel=0.3)  # of some prompts, before float16
+    assert "rounding" not in exact.meta
 
 
 def test_float16_only_where_every_value_fits() -> None:
@@ -491,7 +612,8 @@ def test_float16_only_where_every_value_fits() -> None:
     assert _storable(large, "bfloat16")["last"].dtype == np.float32
     assert _storable(small, "float32")["last"].dtype == np.float32
     for wrong in (np.inf, np.nan):
-        large["last"][0, 0, 0] = wrong
+        large["last"] = np.ones((2, 2, 3), dtype=np.float32)
+        large["last"][1, 0, 0] = wrong
         with pytest.raises(InputError, match="not finite in float16"):
             _storable(large, "float16")
 

@@ -70,7 +70,7 @@ def test_a_newer_format_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("es2.checkpoint.CHECKPOINT_FORMAT", 2)
     save_tensors(path, TENSORS, STATE)
     monkeypatch.undo()
-    with pytest.raises(InputError, match="newer version"):
+    with pytest.raises(InputError, match="newer ES2 Workbench"):
         load_tensors(path)
 
 

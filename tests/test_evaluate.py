@@ -26,7 +26,7 @@ from es2.prompts import PromptSet, load_prompts
 from es2.reply_log import ReplyLog
 from es2.store import Store
 from es2.suites import choose_prompts, held_out
-from es2.tasks import JOBS
+from es2.tasks import JOBS, prepare
 from tests.builders import save_tiny_adapter, save_tiny_model, tiny_prompts, tiny_tokenizer, write_prompts
 
 SMALL: dict[str, Any] = {
@@ -143,6 +143,16 @@ def test_everything_of_a_run_against_its_base(model: Path, run: Job, tmp_path: P
     assert without_times(again) == without_times(document)
     assert again["generated"]["replies"] == 0
     assert document["generated"]["tokens_per_second"] > 0
+
+
+def test_an_adapter_without_target_layers_is_attacked_at_the_recommended_ones(
+    model: Path, run: Job, tmp_path: Path, shared_store: Store
+) -> None:
+    imported = replace(run, config=run.config | {"layers": []})
+    config = EvaluateConfig(model=str(model), run=run.id, suite="perturbation", **SMALL)
+    document = evaluate(config, other_prompts(), tmp_path / "job", run=imported, store=shared_store)
+    recommended = prepare(str(model), other_prompts(), device="cpu", store=shared_store).analysis.recommended
+    assert document["suite"]["perturbation"]["layers"] == list(recommended)
 
 
 def test_killed_and_resumed_generates_nothing_twice_and_ends_alike(

@@ -14,6 +14,7 @@ import pytest
 
 from es2.errors import InputError, MachineError
 from es2.files import (
+    bring_back,
     checked_key,
     content_key,
     file_digest,
@@ -160,6 +161,7 @@ def test_what_is_no_json_object_reads_as_none(tmp_path: Path, content: bytes | N
 
 
 def test_unreadable_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_text("{}")
     monkeypatch.setattr(Path, "read_bytes", refuse(errno.EACCES))
     with pytest.raises(MachineError, match=r"Cannot read .*permissions"):
         read_json(tmp_path / "a.json")
@@ -221,6 +223,18 @@ def test_a_folder_whose_block_fails_vanishes(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert [path.name for path in tmp_path.iterdir()] == [".locks"]
+
+
+def test_a_folder_that_was_being_replaced_is_brought_back(tmp_path: Path) -> None:
+    """A process that was killed after it had moved the old folder away, and one that was killed a moment later."""
+    for name in (".former-a-00112233", ".former-b-00112233", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "content").write_text(name)
+    for key in ("a", "b", "c"):
+        bring_back(tmp_path / key, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".locks", "a", "b"]
+    assert (tmp_path / "a" / "content").read_text() == ".former-a-00112233"
+    assert (tmp_path / "b" / "content").read_text() == "b"
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -586,11 +586,11 @@ class TestConfig:
         with pytest.raises(InputError, match="reads at most 256"):
             finetune(config_for(llama, reply_tokens=250), PROMPTS, tmp_path)
 
-    def test_a_launcher_that_shards_is_refused(
+    def test_a_launcher_that_is_not_known_is_refused(
         self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        with pytest.raises(InputError, match="data-parallel"):
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        with pytest.raises(InputError, match="not under DEEPSPEED"):
             finetune(config_for(llama), PROMPTS, tmp_path)
 
     def test_survives_json_and_leaves_other_entries_alone(self, llama: Path) -> None:

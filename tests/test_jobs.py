@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from es2 import job_folder, jobs
 from es2.errors import InputError, MachineError
-from es2.jobs import Cancelled, Job, Reporter, launch, list_jobs, open_job, run_job, silent
+from es2.jobs import Cancelled, Job, Reporter, jobs_ahead, launch, list_jobs, open_job, run_job, silent
 
 WORKER = """
 import subprocess, sys, time
@@ -204,7 +204,19 @@ def test_other_ends(start: Launch, kind: str, status: str, words: str, exit_code
     assert ("Traceback" in "\n".join(job.log_tail(50))) == (kind in ("breakdown", "nojson"))
 
 
-def test_killed_with_no_chance_to_say_so(start: Launch) -> None:
+def test_an_end_that_nobody_looks_at_leaves_no_zombie(start: Launch) -> None:
+    job = start("refuse")
+    pid = job_folder.children[job.path].pid
+    wait_for(lambda: not psutil.pid_exists(pid))
+
+
+def leave_zombies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another parent may."""
+    monkeypatch.setattr(jobs, "_collect", lambda child: None)
+
+
+def test_killed_with_no_chance_to_say_so(start: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_zombies(monkeypatch)
     job = start("work")
     wait_for_work(job)
     process = psutil.Process(job_folder.children[job.path].pid)
@@ -218,13 +230,23 @@ def test_killed_with_no_chance_to_say_so(start: Launch) -> None:
     assert job.status() == "interrupted"
 
 
-def test_a_process_that_never_reaches_the_lock(start: Launch) -> None:
+def test_a_process_that_never_reaches_the_lock(start: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_zombies(monkeypatch)
     job = start("work", command=SLEEPER)
     assert job.status() == seen_by_an_onlooker(job) == "queued"
     process = psutil.Process(job_folder.children[job.path].pid)
     process.kill()
     wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE)
     assert seen_by_an_onlooker(job) == "interrupted"
+    wait_until(job, "interrupted")
+
+
+def test_a_clock_that_is_set_back_after_the_launch(start: Launch) -> None:
+    job = start("work", command=[sys.executable, "-c", "import time; time.sleep(600)"])
+    record = json.loads((job.path / "launched.json").read_text())
+    (job.path / "launched.json").write_text(json.dumps(record | {"time": record["time"] - 3600}))
+    assert job.status() == seen_by_an_onlooker(job) == "queued"
+    job_folder.children[job.path].kill()
     wait_until(job, "interrupted")
 
 
@@ -279,6 +301,88 @@ def test_the_death_of_a_job_passes_the_turn_on(start: Launch, tmp_path: Path) ->
     wait_until(third, "done")
     assert [job.status() for job in (first, second)] == ["interrupted", "interrupted"]
     assert notes(tmp_path) == ["a", "c", "left c"]
+
+
+def test_as_many_run_at_once_as_the_environment_says(
+    start: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ES2_HEAVY_JOBS", "2")
+    jobs_ = [start("work", name) for name in "abcd"]
+    for job in jobs_[:2]:
+        wait_for_work(job)
+    wait_for(lambda: all("queued" in states(job) for job in jobs_))
+    assert [job.status() for job in jobs_] == ["running", "running", "queued", "queued"]
+    assert [len(jobs_ahead(job)) for job in jobs_] == [0, 1, 2, 3]
+    os.kill(job_folder.children[jobs_[0].path].pid, signal.SIGKILL)
+    wait_for_work(jobs_[2])
+    assert [job.status() for job in jobs_] == ["interrupted", "running", "running", "queued"]
+    open_gate(tmp_path)
+    for job in jobs_[1:]:
+        wait_until(job, "done")
+
+
+def test_light_jobs_and_those_of_other_hosts_are_not_waited_for(start: Launch, tmp_path: Path) -> None:
+    light = start("work", "light", heavy=False)
+    wait_for_work(light)
+    elsewhere = start("work", "elsewhere")
+    wait_for_work(elsewhere)
+    heartbeat = elsewhere.path / "heartbeat.json"
+    heartbeat.write_text(heartbeat.read_text().replace(job_folder.HOST, "another-host"))
+    job = start("work", "here")
+    wait_for(lambda: "queued" in states(job))
+    assert elsewhere.is_active()
+    assert jobs_ahead(job) == []
+    assert jobs_ahead(light) == []
+    open_gate(tmp_path)
+    wait_until(job, "done")
+
+
+@pytest.mark.parametrize("stated", ["0", "-1", "two", "1.5"])
+def test_a_limit_that_is_none(root: Path, monkeypatch: pytest.MonkeyPatch, stated: str) -> None:
+    monkeypatch.setenv("ES2_HEAVY_JOBS", stated)
+    path = lay_down(root)
+    assert run_job(path, {"work": lambda config, report, folder: {}}) == 2
+    assert f"ES2_HEAVY_JOBS must be a whole number of at least 1, not '{stated}'" in str(
+        open_job(path.name, root).error()
+    )
+
+
+def test_the_command_line_says_how_many_are_ahead(
+    start: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, es2: Callable[..., tuple[int, dict[str, Any]]]
+) -> None:
+    monkeypatch.setenv("ES2_HOME", str(tmp_path))
+    first, second = (start("finetune", name, command=SLEEPER) for name in "ab")
+    code, document = es2("runs")
+    assert code == 0
+    assert [(row["run"], row["status"], row["jobs_ahead"]) for row in document["runs"]] == [
+        (second.id, "queued", 1),
+        (first.id, "queued", 0),
+    ]
+
+
+def test_who_waits_in_the_foreground_is_told(root: Path, start: Launch, tmp_path: Path) -> None:
+    first = start("work")
+    wait_for_work(first)
+    told: list[tuple[str, int, int]] = []
+
+    def listen(stage: str, done: int, total: int, **numbers: float) -> None:
+        told.append((stage, done, total))
+        open_gate(tmp_path)
+
+    job = jobs.lay_down("work", {}, root=root)
+    assert run_job(job.path, {"work": lambda config, report, folder: {}}, listen) == 0
+    assert told[0] == ("queue", 0, 1)
+
+
+def test_laid_down_by_a_process_that_died(root: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from es2.jobs import lay_down\n"
+        "job = lay_down('work', {}, root=Path(sys.argv[1])); print(job.id, job.status())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)
+    id, seen = done.stdout.split()
+    assert seen == "queued"
+    assert open_job(id, root).status() == "interrupted"
 
 
 # --------------------------------------------------------------------------------------------------------- cancelling

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
-from es2.errors import InputError
+from es2.errors import InputError, MachineError
 from es2.finetune import FinetuneConfig
-from es2.jobs import Job, run_job
-from es2.runs import import_adapter, list_runs, open_run, tuned_weights
+from es2.jobs import Job, reopen, run_job
+from es2.model_files import save_tokenizer
+from es2.runs import export, import_adapter, list_runs, open_run, tuned_weights, weights_digest
 from es2.store import Store
 from es2.tasks import JOBS
 from tests.builders import N_LAYERS, save_tiny_model, tiny_prompts, write_prompts
@@ -160,6 +165,54 @@ def test_an_adapter_made_elsewhere_is_compared_like_a_run(
         import_adapter(tmp_path, str(model), str(prompts))
 
 
+class TestImport:
+    def test_afterwards_it_is_a_run_like_any_other(
+        self, done: dict[str, Any], model: Path, prompts: Path, es2, tmp_path: Path
+    ) -> None:
+        adapter = tuned_weights(open_run(done["run"]))
+        given = ("--model", model, "--prompts", prompts, "--adapter", adapter, "--layers", "1,2", "--name", "from afar")
+        code, document = es2("import", *given)
+        assert code == 0, document
+        assert document["run"] != done["run"]
+        assert (document["status"], document["steps"], document["target_layers"]) == ("done", 0, [1, 2])
+        assert document["activations"] == done["activations"], "it is the same adapter"
+        run = open_run(document["run"])
+        assert run.name == "from afar"
+        assert run.path.joinpath("adapter", "adapter_model.safetensors").is_file(), "it is copied, not linked"
+        code, document = es2("report", "--run", run.id, "--out", tmp_path / "report.html")
+        assert code == 0, document
+        assert "from afar" in (tmp_path / "report.html").read_text()
+
+    def test_the_app_compares_it(self, done: dict[str, Any]) -> None:
+        from app import artifacts
+        from app.state import Choice
+
+        imported = next(run for run in list_runs() if run.name == "from afar")
+        config = imported.config
+        comparison = artifacts.find_comparison(Choice(model=config["model"], prompts=config["prompts"]))
+        assert comparison is not None, "without being asked for: it is the newest of this model and these prompts"
+        assert (comparison.run, comparison.targets) == (imported.id, (1, 2))
+
+    @pytest.mark.parametrize(
+        ("more", "words"),
+        [
+            (("--layers", "1,9"), "no layer 9"),
+            (("--layers", "-1"), "no layer -1"),
+            (("--name", "two\x1b[31m"), "one line"),
+            (("--adapter", "/nowhere"), "holds no peft adapter"),
+        ],
+    )
+    def test_what_cannot_be_leaves_no_run(
+        self, done: dict[str, Any], model: Path, prompts: Path, es2, more: tuple[str, str], words: str
+    ) -> None:
+        before = [run.id for run in list_runs()]
+        adapter = tuned_weights(open_run(done["run"]))
+        code, document = es2("import", "--model", model, "--prompts", prompts, "--adapter", adapter, *more)
+        assert code == 2
+        assert words in document["error"]
+        assert [run.id for run in list_runs()] == before
+
+
 class TestRuns:
     def test_list_and_show(self, done: dict[str, Any], es2) -> None:
         code, document = es2("runs")
@@ -239,7 +292,86 @@ class TestRuns:
             time.sleep(0.2)
 
 
+class TestDamage:
+    """What the run trained is changed, or goes, after the run is done."""
+
+    @pytest.fixture
+    def own(self, done: dict[str, Any]) -> Iterator[Job]:
+        """The finished run, to be put back in order afterwards."""
+        run = open_run(done["run"])
+        kept = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file() and path.name != "lock"}
+        yield run
+        for path, content in kept.items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+
+    @pytest.mark.parametrize("loss", ["a flipped bit", "a changed setting", "gone"])
+    def test_lost_weights_are_made_again(self, own: Job, done: dict[str, Any], loss: str) -> None:
+        adapter = tuned_weights(own)
+        before = weights_digest(adapter)
+        if loss == "gone":
+            shutil.rmtree(adapter)
+        elif loss == "a changed setting":
+            settings = adapter / "adapter_config.json"
+            settings.write_text(settings.read_text().replace('"lora_alpha": 32', '"lora_alpha": 33'))
+        else:
+            weights = adapter / "adapter_model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+        with pytest.raises(InputError, match=f"The weights of run {own.id} are .*resume"):
+            tuned_weights(own)
+        assert own.status() == "failed"
+        assert "resume" in str(own.error())
+        assert (own.result() or {})["after"] == done["after"], "its numbers are of the sound weights"
+        reopen(own)
+        assert run_job(own.path, JOBS) == 0
+        assert weights_digest(tuned_weights(own)) == before
+        assert (own.result() or {})["activations"] == done["activations"]
+
+    def test_a_damaged_checkpoint_costs_time_only(self, own: Job, done: dict[str, Any]) -> None:
+        shutil.rmtree(tuned_weights(own))
+        checkpoint = own.path / "checkpoint" / "state.safetensors"
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-9])
+        with pytest.raises(InputError):
+            tuned_weights(own)
+        reopen(own)
+        assert run_job(own.path, JOBS) == 0
+        assert (own.result() or {})["steps"] == 4
+        for layer in ("1", "2"):  # not to the last digit: the first was made with another number of threads
+            found, expected = ((result or {})["after"][layer]["fisher_ratio"] for result in (own.result(), done))
+            assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
 class TestExport:
+    def test_a_tokenizer_that_finds_the_disk_full(self, tmp_path: Path) -> None:
+        class Full:
+            def save_pretrained(self, folder: Path) -> None:
+                raise Exception("No space left on device (os error 28)")  # as the tokenizers library says it
+
+        with pytest.raises(OSError, match="No space left") as error:
+            save_tokenizer(Full(), tmp_path)  # type: ignore[arg-type]
+        assert error.value.errno == errno.ENOSPC
+
+    def test_what_a_killed_export_left_is_removed_and_nothing_else(self, done: dict[str, Any], tmp_path: Path) -> None:
+        for name in (".tmp-out-999999999", ".tmp-out-mine", f".tmp-out-{os.getppid()}"):
+            (tmp_path / name).mkdir()
+        export(open_run(done["run"]), tmp_path / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            ".tmp-out-" + str(os.getppid()),
+            ".tmp-out-mine",
+            "out",
+        ]
+
+    def test_a_full_disk_is_a_sentence(
+        self, done: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*arguments: object) -> None:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr("es2.runs._write_merged", fail)
+        with pytest.raises(MachineError, match="No space is left"):
+            export(open_run(done["run"]), tmp_path / "out", merged=True)
+        assert list(tmp_path.iterdir()) == []
+
     def test_an_adapter_that_peft_loads(self, done: dict[str, Any], es2, model: Path, tmp_path: Path) -> None:
         out = tmp_path / "out" / "adapter"
         code, document = es2("export", "--run", done["run"], "--out", out)

@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from es2.errors import InputError, MachineError
-from es2.files import file_digest
+from es2.files import file_digest, sealed
 from es2.store import FORMAT_VERSION, ActivationSet, DamagedError, Store
 
 TEXTS = ("How do I pick a lock?", "Zeile\nzwei — ü", "x\x00y", "🧂")
@@ -52,7 +52,8 @@ def visible(store: Store) -> list[str]:
 
 def edit_meta(path: Path, **changes: Any) -> None:
     meta = json.loads((path / "meta.json").read_text()) | changes
-    (path / "meta.json").write_text(json.dumps({name: value for name, value in meta.items() if value is not ...}))
+    document = {name: value for name, value in meta.items() if value is not ...}
+    (path / "meta.json").write_text(json.dumps(sealed(document)))
 
 
 def redigest(path: Path) -> None:
@@ -171,6 +172,17 @@ def test_one_set_is_found_under_every_name_of_its_model(store: Store) -> None:
     np.testing.assert_array_equal(found.layer(0), arrays()["last"][0])
 
 
+def test_one_set_is_found_under_every_run_that_left_these_weights(store: Store) -> None:
+    written = write(store, run="one")
+    assert store.find(model="tiny", texts_digest="d1", position="last", run="another") is None
+    named = store.add_name(written, "tiny", "another")
+    assert store.add_name(named, "tiny", "one") is named
+    assert store.add_name(named, "tiny", None) is named, "no run is no run of that name"
+    for run in ("one", "another"):
+        assert store.find(model="tiny", texts_digest="d1", position="last", run=run) == written
+    assert store.find(model="tiny", texts_digest="d1", position="last") is None
+
+
 def test_list_and_find_give_the_newest(store: Store) -> None:
     for key in ("one", "two", "three"):
         write(store, key)
@@ -214,10 +226,19 @@ def test_list_skips_what_it_cannot_read_and_moves_nothing(store: Store, caplog: 
 # ------------------------------------------------------------------------------------------------ damage and forgery
 
 
+def flip(path: Path, before: bytes, after: bytes) -> None:
+    path.write_bytes(path.read_bytes().replace(before, after))
+
+
 def flip_a_byte(path: Path) -> None:
     data = bytearray((path / "activations.safetensors").read_bytes())
     data[-3] ^= 1
     (path / "activations.safetensors").write_bytes(data)
+
+
+def flip_a_letter_of_meta(path: Path) -> None:
+    text = (path / "meta.json").read_text()
+    (path / "meta.json").write_text(text.replace('"tiny"', '"tinx"'))
 
 
 def truncate(path: Path) -> None:
@@ -297,6 +318,7 @@ def endless_header(path: Path) -> None:
 
 DAMAGE = [
     flip_a_byte,
+    flip_a_letter_of_meta,
     truncate,
     empty_texts,
     lose_a_file,
@@ -600,6 +622,7 @@ def test_a_derived_folder_that_fails_is_removed(store: Store) -> None:
         lambda path: (path / "extra").touch(),
         lambda path: (path / "digests.json").unlink(),
         lambda path: (path / "digests.json").write_text('{"format": 1}'),
+        lambda path: flip(path / "digests.json", b'"format": 1', b'"format": 3'),
     ],
 )
 def test_derived_damage_is_set_aside(store: Store, damage: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -614,6 +637,6 @@ def test_derived_damage_is_set_aside(store: Store, damage: Any, caplog: pytest.L
 def test_a_newer_derived_folder_is_refused(store: Store) -> None:
     activations = write(store)
     digests = write_derived(activations) / "digests.json"
-    digests.write_text(json.dumps(json.loads(digests.read_text()) | {"format": 2}))
+    digests.write_text(json.dumps(sealed(json.loads(digests.read_text()) | {"format": 2})))
     with pytest.raises(InputError, match="newer ES2 Workbench"):
         activations.derived("d1")
