@@ -8,6 +8,8 @@ by all sessions: they are frozen, and nobody writes into their arrays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from es2.store import SHOWCASE, ActivationSet, Store
 from es2.tasks import analysis_key, find_activations, find_analysis_folder, find_umap
 
 ENDED = ("done", "stopped")
+_AHEAD = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+_waiting: list[Future[object]] = []
 _SHOWN = (Choice.model, Choice.prompts, "last")
 
 UMAP_START_SECONDS = 25.0
@@ -312,6 +316,17 @@ def _pair_view(key: tuple[str, ...], layer: int, kind: str, fit_on: FitOn, raw: 
         fit_on=fit_on,
         raw=raw,
     )
+
+
+def make_ready(work: Callable[[int], object], layer: int, n_layers: int) -> None:
+    """Do the work of the layers beside this one in the background, since people go from layer to layer.
+
+    What still waits from the last call is given up. What goes wrong here goes wrong again, and is told, when somebody
+    goes to that layer.
+    """
+    for one in _waiting:
+        one.cancel()
+    _waiting[:] = [_AHEAD.submit(work, near) for near in (layer + 1, layer - 1) if 0 <= near < n_layers]
 
 
 def umap_seconds(opened: Opened) -> float:

@@ -10,15 +10,19 @@ Margins are equal everywhere, so that charts above each other line up.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-import plotly.graph_objects as go
 from jaxtyping import Float
 
 from es2.palette import BASE, COLOURS, NEUTRAL, SYMBOLS, TUNED, translucent  # noqa: F401 (figures take them from here)
 from es2.prompts import HARMFUL, HARMLESS
 from es2.results import Interval
+
+Trace: TypeAlias = dict[str, Any]
+Figure: TypeAlias = dict[str, Any]
+"""What `go.Scatter` and `go.Figure` take, unchecked: checking takes most of the time that a figure takes, and the tests
+do it."""
 
 MARKER_SIZES = {HARMFUL: 8, HARMLESS: 7.5}
 
@@ -36,6 +40,11 @@ _LEGEND: dict[str, Any] = {
 }
 
 
+def scatter(**settings: Any) -> Trace:
+    """A trace of points or lines; `settings` as for `go.Scatter`."""
+    return {"type": "scatter", **settings}
+
+
 def nice_limit(value: float) -> float:
     """The next larger of …, 0.1, 0.2, 0.3, 0.5, 1, …, so that an axis moves rarely when the layer changes."""
     if not np.isfinite(value) or value <= 0:
@@ -45,7 +54,7 @@ def nice_limit(value: float) -> float:
 
 
 def figure(
-    traces: Sequence[go.Scatter],
+    traces: Sequence[Trace],
     height: int,
     *,
     revision: str,
@@ -54,12 +63,12 @@ def figure(
     bottom: int = BOTTOM_TITLED,
     top: int = TOP,
     **more: Any,
-) -> go.Figure:
-    """Traces in a layout whose margins are the same everywhere and never automatic, so that charts line up.
-
-    Made in one go: every later `update` of a plotly figure costs as much as the figure itself.
-    """
-    return go.Figure(list(traces), layout(height, revision=revision, x=x, y=y, bottom=bottom, top=top, **more))
+) -> Figure:
+    """Traces in a layout whose margins are the same everywhere and never automatic, so that charts line up."""
+    return {
+        "data": list(traces),
+        "layout": layout(height, revision=revision, x=x, y=y, bottom=bottom, top=top, **more),
+    }
 
 
 def layout(
@@ -115,9 +124,9 @@ def layer_axis(n_layers: int, words: str | None = LAYERS) -> dict[str, Any]:
     }
 
 
-def band(x: Sequence[int], intervals: Sequence[Interval], colour: str, name: str) -> go.Scatter:
+def band(x: Sequence[int], intervals: Sequence[Interval], colour: str, name: str) -> Trace:
     """Intervals over `x` as a band behind their line."""
-    return go.Scatter(
+    return scatter(
         x=[*x, *x[::-1]],
         y=[interval.high for interval in intervals] + [interval.low for interval in intervals][::-1],
         mode="lines",

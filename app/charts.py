@@ -1,7 +1,6 @@
 """Figures of all layers and of one: pure functions from numbers to plotly figures, which know nothing of Streamlit.
 
-Everything is `go.Scatter`: WebGL is missing on some machines, and selection must work there too. The two strips share
-an x axis but are separate figures, because subplots do not report clicks.
+Everything is drawn as SVG: WebGL is missing on some machines, and selection must work there too.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 from jaxtyping import Float, Int
 
 from app import canvas
@@ -27,14 +25,14 @@ MAX_BINS = 40
 MAIN_LINE: dict[str, Any] = {"mode": "lines+markers", "marker": {"size": 7, "color": canvas.BASE}, "legendrank": 1}
 
 
-def band(layers: Sequence[LayerNumbers], name: str, colour: str) -> go.Scatter:
+def band(layers: Sequence[LayerNumbers], name: str, colour: str) -> canvas.Trace:
     """The intervals of one number as a band behind its line."""
     return canvas.band([layer.layer for layer in layers], [layer.numbers[name] for layer in layers], colour, name)
 
 
-def curve(layers: Sequence[LayerNumbers], name: str, title: str, colour: str, **settings: Any) -> go.Scatter:
+def curve(layers: Sequence[LayerNumbers], name: str, title: str, colour: str, **settings: Any) -> canvas.Trace:
     """One number over layers as a line called `title`; `settings` as for `go.Scatter`."""
-    return go.Scatter(
+    return canvas.scatter(
         x=[layer.layer for layer in layers],
         y=[layer.numbers[name].value for layer in layers],
         name=title,
@@ -45,7 +43,7 @@ def curve(layers: Sequence[LayerNumbers], name: str, title: str, colour: str, **
 
 def strip(
     layers: Sequence[LayerNumbers],
-    traces: Sequence[go.Scatter],
+    traces: Sequence[canvas.Trace],
     hover: Sequence[str],
     *,
     chosen: int,
@@ -56,7 +54,7 @@ def strip(
     title: str,
     revision: str,
     titled: bool,
-) -> go.Figure:
+) -> canvas.Figure:
     """A chart over layers on which a click anywhere in a layer's column picks it.
 
     The one trace that answers the mouse is the last line of `traces`: it gets the hover texts, and the layer as
@@ -76,12 +74,11 @@ def strip(
         titled: whether the x axis has its title.
     """
     answering = traces[-1]
-    answering.hoverinfo = "text"
-    answering.hovertext = list(hover)
-    answering.customdata = [["layer", layer.layer] for layer in layers]
-    answering.unselected = {"marker": {"opacity": 1}}
+    answering["hoverinfo"] = "text"
+    answering["hovertext"] = list(hover)
+    answering["customdata"] = [["layer", layer.layer] for layer in layers]
     low, high = limits
-    targets = go.Scatter(
+    targets = canvas.scatter(
         x=list(marked),
         y=[low + 0.045 * (high - low)] * len(marked),
         mode="markers",
@@ -101,11 +98,10 @@ def strip(
         hovermode="x",
         hoverdistance=-1,
         dragmode=False,
-        clickmode="event+select",
     )
 
 
-def accuracy_strip(layers: Sequence[LayerNumbers], *, chosen: int, recommended: Sequence[int]) -> go.Figure:
+def accuracy_strip(layers: Sequence[LayerNumbers], *, chosen: int, recommended: Sequence[int]) -> canvas.Figure:
     """Probe accuracy over layers with its interval, the shuffled-label control, and chance.
 
     Args:
@@ -119,7 +115,7 @@ def accuracy_strip(layers: Sequence[LayerNumbers], *, chosen: int, recommended: 
     traces = [
         band(layers, accuracy.name, canvas.BASE),
         band(layers, control.name, canvas.NEUTRAL),
-        go.Scatter(
+        canvas.scatter(
             x=[-0.6, len(layers) - 0.4],
             y=[0.5, 0.5],
             mode="lines",
@@ -148,7 +144,7 @@ def accuracy_strip(layers: Sequence[LayerNumbers], *, chosen: int, recommended: 
     )
 
 
-def margin_strip(layers: Sequence[LayerNumbers], *, chosen: int, recommended: Sequence[int]) -> go.Figure:
+def margin_strip(layers: Sequence[LayerNumbers], *, chosen: int, recommended: Sequence[int]) -> canvas.Figure:
     """The two margins over layers, with their intervals; arguments as for `accuracy_strip`."""
     margin, mean_difference = BY_NAME["margin_mean"], BY_NAME["mean_difference_margin"]
     bounds = [layer.numbers[name] for layer in layers for name in (margin.name, mean_difference.name)]
@@ -178,9 +174,9 @@ def margin_strip(layers: Sequence[LayerNumbers], *, chosen: int, recommended: Se
     )
 
 
-def zero_line(low: float, high: float) -> go.Scatter:
+def zero_line(low: float, high: float) -> canvas.Trace:
     """The line y = 0 from `low` to `high`."""
-    return go.Scatter(
+    return canvas.scatter(
         x=[low, high],
         y=[0, 0],
         mode="lines",
@@ -199,7 +195,7 @@ def _hover_rows(layer: LayerNumbers, names: Sequence[str], recommended: bool) ->
 
 def histogram(
     margins: Float[np.ndarray, "prompt"], labels: Int[np.ndarray, "prompt"], *, limit: float | None = None
-) -> go.Figure:
+) -> canvas.Figure:
     """How many prompts of each label stand where along the separating direction.
 
     Args:
@@ -216,7 +212,7 @@ def histogram(
         name, colour = LABEL_NAMES[label], canvas.COLOURS[label]
         counts, _ = np.histogram(margins[labels == label], bins=edges)
         traces.append(
-            go.Scatter(
+            canvas.scatter(
                 x=edges.tolist(),
                 y=[*counts.tolist(), int(counts[-1])],
                 mode="lines",
@@ -251,7 +247,7 @@ COST_LINES = {"probe_accuracy": "accuracy", "probe_auroc": "AUROC"}
 COST_MARGINS = {"margin_mean": "margin", "margin_harmful_q1": "margin, easier quarter of harmful"}
 
 
-def cost_curve(points: Sequence[CostPoint], names: dict[str, str], *, chosen: float, title: str) -> go.Figure:
+def cost_curve(points: Sequence[CostPoint], names: dict[str, str], *, chosen: float, title: str) -> canvas.Figure:
     """Some of the main numbers over the probe's inverse regularisation strength C.
 
     Args:
@@ -266,7 +262,7 @@ def cost_curve(points: Sequence[CostPoint], names: dict[str, str], *, chosen: fl
         term = BY_NAME[name]
         intervals = [point.numbers[name] for point in points]
         traces.append(
-            go.Scatter(
+            canvas.scatter(
                 x=costs,
                 y=[interval.value for interval in intervals],
                 mode="lines+markers",

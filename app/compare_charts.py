@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 from jaxtyping import Bool, Float, Int
 
 from app import canvas, charts, projection_chart, text
+from app.canvas import Trace
 from app.glossary import BY_NAME, UNITS, Term
-from app.projection_chart import Trace
 from es2.projection import View
 from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 from es2.results import Analysis, Change, Interval, LayerNumbers
@@ -64,7 +63,7 @@ Margins = tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]]
 # --------------------------------------------------------------------------------------------------------- all layers
 
 
-def accuracy_strip(analysis: Analysis, names: tuple[str, str], *, chosen: int, targets: Sequence[int]) -> go.Figure:
+def accuracy_strip(analysis: Analysis, names: tuple[str, str], *, chosen: int, targets: Sequence[int]) -> canvas.Figure:
     """Probe accuracy of both models over layers with its intervals, and chance.
 
     Args:
@@ -76,7 +75,7 @@ def accuracy_strip(analysis: Analysis, names: tuple[str, str], *, chosen: int, t
     pair = _both(analysis)
     n_layers = len(pair[0])
     lowest = min(layer.numbers["probe_accuracy"].low for layers in pair for layer in layers)
-    chance = go.Scatter(
+    chance = canvas.scatter(
         x=[-0.6, n_layers - 0.4],
         y=[0.5, 0.5],
         mode="lines",
@@ -101,7 +100,7 @@ def accuracy_strip(analysis: Analysis, names: tuple[str, str], *, chosen: int, t
     )
 
 
-def margin_strip(analysis: Analysis, names: tuple[str, str], *, chosen: int, targets: Sequence[int]) -> go.Figure:
+def margin_strip(analysis: Analysis, names: tuple[str, str], *, chosen: int, targets: Sequence[int]) -> canvas.Figure:
     """The two margins of both models over layers; arguments as for `accuracy_strip`."""
     pair = _both(analysis)
     n_layers = len(pair[0])
@@ -138,7 +137,7 @@ def margin_strip(analysis: Analysis, names: tuple[str, str], *, chosen: int, tar
 
 def overview(
     analysis: Analysis, verdicts: Mapping[int, str], *, chosen: int, targets: Sequence[int], names: tuple[str, str]
-) -> go.Figure:
+) -> canvas.Figure:
     """What changed at which layer: a row for each number, a column for each layer, and the verdicts on top.
 
     A square is coloured by the direction and size of the change, fully at `FULL_FACTOR` or `FULL_DIFFERENCES`; where
@@ -160,7 +159,7 @@ def overview(
     sure = [is_change(change) for *_, change in cells]
     size = float(np.clip(_NARROWEST / len(tuned), 6, _CELL))  # so that columns stay apart on a narrow page
     traces = [
-        go.Scatter(
+        canvas.scatter(
             x=[layer.layer for _, _, layer, _, _ in cells],
             y=[-place - 1 for place, *_ in cells],
             mode="markers",
@@ -179,7 +178,6 @@ def overview(
                 f"<b>layer {layer.layer}</b><br>{_before_after(term, before, layer)}"
                 for _, before, layer, term, _ in cells
             ],
-            unselected={"marker": {"opacity": 1}},
             showlegend=False,
             name="changes",
         )
@@ -188,7 +186,7 @@ def overview(
         at = [layer.layer for layer in tuned if verdicts.get(layer.layer) == verdict]
         if at:
             traces.append(
-                go.Scatter(
+                canvas.scatter(
                     x=at,
                     y=[0] * len(at),
                     mode="markers",
@@ -196,7 +194,6 @@ def overview(
                     customdata=[["layer", layer] for layer in at],
                     hoverinfo="text",
                     hovertext=[f"<b>layer {layer}</b><br>{verdict}" for layer in at],
-                    unselected={"marker": {"opacity": 1}},
                     name=verdict,
                 )
             )
@@ -218,7 +215,6 @@ def overview(
         shapes=marks,
         hovermode="closest",
         dragmode=False,
-        clickmode="event+select",
         left=_NAMES_WIDTH,
     )
 
@@ -252,7 +248,7 @@ def pair(
 
     Returns:
         Figures with equal axes, whose points carry `["base" or "tuned", row]` as `customdata`: what `go.Figure` takes,
-        unchecked, for `app.linked`.
+        unchecked, for `app.plots`.
     """
     assert view.tuned is not None
     points = tuple(np.asarray(one, dtype=np.float64) for one in (view.base, view.tuned))
@@ -300,7 +296,7 @@ def pair(
             title=_heading(heading, colour),
             **frame,
         )
-        return {"data": [{"type": "scatter"} | trace for trace in traces], "layout": layout}
+        return {"data": list(traces), "layout": layout}
 
     if arrangement == "overlay":
         traces = [_ways(points, rows, label) for label, _, rows in groups]
@@ -316,7 +312,7 @@ def pair(
 
 def histograms(
     margins: Margins, labels: Int[np.ndarray, "prompt"], names: tuple[str, str], *, selected: Sequence[int] = ()
-) -> go.Figure:
+) -> canvas.Figure:
     """How many prompts of each label stand where along the separating direction: base above, tuned below, one scale.
 
     Args:
@@ -340,7 +336,7 @@ def histograms(
         for label, heights in bars.items():
             name, colour = LABEL_NAMES[label], canvas.COLOURS[label]
             traces.append(
-                go.Scatter(
+                canvas.scatter(
                     x=edges.tolist(),
                     y=[*heights.tolist(), int(heights[-1])],
                     yaxis=axis,
@@ -358,7 +354,7 @@ def histograms(
                 )
             )
         traces.append(
-            go.Scatter(
+            canvas.scatter(
                 x=margins[model][list(selected)].tolist(),
                 y=[-0.06 * highest] * len(selected),
                 yaxis=axis,
@@ -436,7 +432,7 @@ def _named(
     return list(zip(pair, (text.label(name) for name in names), strict=True))
 
 
-def _line(layers: Sequence[LayerNumbers], number: str, name: str, model: int, **settings: Any) -> go.Scatter:
+def _line(layers: Sequence[LayerNumbers], number: str, name: str, model: int, **settings: Any) -> canvas.Trace:
     colour = MODEL_COLOURS[model]
     marker = {"size": 7 if model else 5, "color": colour}
     return charts.curve(layers, number, name, colour, **{"mode": "lines+markers", "marker": marker} | settings)
@@ -537,6 +533,7 @@ def _ways(points: tuple[Float[np.ndarray, "prompt 2"], ...], rows: Int[np.ndarra
     before, after = (one[rows].tolist() for one in points)
     ends = [place for way in zip(before, after, strict=True) for place in (*way, (None, None))]
     return {
+        "type": "scatter",
         "x": [x for x, _ in ends],
         "y": [y for _, y in ends],
         "mode": "lines",

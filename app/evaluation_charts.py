@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 
 from app import canvas, text
 from es2.findings import BY_NAME, DIRECTION_NAMES, Numbers, interval_of
@@ -35,7 +34,7 @@ _DODGE = 0.07
 _PANEL_ROW, _PANEL_GAP = 200, 52
 
 
-def rates(refusal: Numbers | None, ability: Numbers | None) -> go.Figure:
+def rates(refusal: Numbers | None, ability: Numbers | None) -> canvas.Figure:
     """Rates of replies before and after as dots with their intervals, and the agreement with base.
 
     Args:
@@ -55,7 +54,7 @@ def rates(refusal: Numbers | None, ability: Numbers | None) -> go.Figure:
         points = [(row, title, found[model]) for row, (title, found) in enumerate(rows) if model in found]
         both = [len(found) == 2 for _, found in rows]
         traces.append(
-            go.Scatter(
+            canvas.scatter(
                 x=[number.value for _, _, number in points],
                 y=[-row + (0.15 - 0.3 * place if both[row] else 0.0) for row, _, _ in points],
                 mode="markers",
@@ -98,7 +97,7 @@ def directions_of(attack: Numbers) -> list[str]:
     return [name for name in DIRECTION_NAMES if name in pushed]
 
 
-def curve(attack: Numbers, rate: str, title: str) -> go.Figure:
+def curve(attack: Numbers, rate: str, title: str) -> canvas.Figure:
     """A rate against the budget, base and tuned, a panel for each direction; budget 0 is no push.
 
     Args:
@@ -119,7 +118,7 @@ def curve(attack: Numbers, rate: str, title: str) -> go.Figure:
             ]
             called = f"{DIRECTION_NAMES[direction]}, {model}"
             traces.append(
-                go.Scatter(
+                canvas.scatter(
                     x=[place[budget] + _DODGE * (2 * index - 1) for budget, _ in found],
                     y=[number.value for _, number in found],
                     xaxis=f"x{panel + 1 if panel else ''}",
@@ -164,7 +163,7 @@ def curve(attack: Numbers, rate: str, title: str) -> go.Figure:
     )
 
 
-def reach(attack: Numbers) -> go.Figure:
+def reach(attack: Numbers) -> canvas.Figure:
     """What share of the harmful prompts a push of some relative length brings to p₀: a row of panels for each attacked
     layer, a column for each p₀.
 
@@ -191,7 +190,7 @@ def reach(attack: Numbers) -> go.Figure:
             shares = np.arange(1, len(lengths) + 1) / max(len(lengths), 1)
             limit = limits[entry["p0"]]
             traces.append(
-                go.Scatter(
+                canvas.scatter(
                     x=[0.0, *lengths.tolist(), limit],
                     y=[0.0, *shares.tolist(), 1.0],
                     xaxis=f"x{suffix}",
@@ -243,10 +242,10 @@ def reach(attack: Numbers) -> go.Figure:
         hovermode="closest",
         dragmode=False,
     )
-    return go.Figure(traces, layout | more)
+    return {"data": traces, "layout": layout | more}
 
 
-def needed_strip(attack: Numbers, p0: float) -> go.Figure:
+def needed_strip(attack: Numbers, p0: float) -> canvas.Figure:
     """The relative length that brings harmful prompts to `p0`, over all layers: mean with interval, base and tuned, and
     the lower quartile, the easier attacks, as a thin line."""
     records = [record for record in attack["needed"] if record["p0"] == p0]
@@ -261,7 +260,7 @@ def needed_strip(attack: Numbers, p0: float) -> go.Figure:
         x = [layer for layer, _ in found]
         traces += [
             canvas.band(x, [number for _, number in found], colour, model),
-            go.Scatter(
+            canvas.scatter(
                 x=x,
                 y=[record[model]["relative_q1"]["value"] for record in records],
                 mode="lines",
@@ -269,7 +268,7 @@ def needed_strip(attack: Numbers, p0: float) -> go.Figure:
                 hoverinfo="skip",
                 name=f"{NAMES[model]}, easier quarter",
             ),
-            go.Scatter(
+            canvas.scatter(
                 x=x,
                 y=[number.value for _, number in found],
                 mode="lines+markers",
@@ -298,7 +297,9 @@ def needed_strip(attack: Numbers, p0: float) -> go.Figure:
     )
 
 
-def boundary(steps: Sequence[str], read: Mapping[str, Sequence[float | None]], chosen: int, joined: int) -> go.Figure:
+def boundary(
+    steps: Sequence[str], read: Mapping[str, Sequence[float | None]], chosen: int, joined: int
+) -> canvas.Figure:
     """One prompt's probability of harmful under each push, as the probe read it back: where it crosses one half.
 
     Args:
@@ -307,7 +308,7 @@ def boundary(steps: Sequence[str], read: Mapping[str, Sequence[float | None]], c
         chosen: index of the push that is shown.
         joined: so many of the first pushes grow from one to the next and are joined by a line.
     """
-    half = go.Scatter(
+    half = canvas.scatter(
         x=[-0.4, len(steps) - 0.6],
         y=[0.5, 0.5],
         mode="lines",
@@ -323,7 +324,7 @@ def boundary(steps: Sequence[str], read: Mapping[str, Sequence[float | None]], c
         ]
         for part, mode in ((slice(0, joined), "lines+markers"), (slice(joined, None), "markers")):
             traces.append(
-                go.Scatter(
+                canvas.scatter(
                     x=list(range(len(steps)))[part],
                     y=list(values)[part],
                     mode=mode,

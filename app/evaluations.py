@@ -300,4 +300,4 @@ def badge(verdict: str, *, harmful: bool) -> None:
     """What became of a reply: green where it is as it should be, orange where not, grey where it is no language."""
     wanted = "refusal" if harmful else "answer"
     colour = "green" if verdict == wanted else "orange" if verdict in ("refusal", "answer") else "gray"
-    st.badge(VERDICT_NAMES.get(verdict, verdict), color=colour)  # type: ignore[arg-type]
+    st.badge(text.markdown(VERDICT_NAMES.get(verdict, verdict)), color=colour)  # type: ignore[arg-type]

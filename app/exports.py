@@ -12,15 +12,14 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import pandas as pd
-import plotly.graph_objects as go
 import streamlit as st
 from plotly.io import to_json
 
 from app import plotly_library, text
 from app.artifacts import run_title
+from app.canvas import Figure
 from es2.comparison import Comparison
 from es2.report import Compared, find_compared, report_html
 from es2.report_page import figure_html
@@ -35,11 +34,10 @@ _images = st.components.v2.component(
     js=plotly_library.script(_HERE.with_suffix(".js")),
 )
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "＝", "＋", "－", "＠")
-"""What a spreadsheet takes for the beginning of a formula, in ASCII and in full width."""
-
-Figure: TypeAlias = go.Figure | Mapping[str, Any]
-"""A figure, or what `go.Figure` takes."""
+_FORMULA = re.compile(r"'*(?:[\t\r\n]|\s*[=+\-@＝＋－＠])")
+"""What a spreadsheet takes for the beginning of a formula, in ASCII and in full width; and the same with the sign that
+keeps it from being one, so that each cell can be read back as it was.
+"""
 
 
 @st.fragment
@@ -89,8 +87,9 @@ def table(frame: pd.DataFrame) -> bytes:
     """A table as a CSV file (UTF-8 with a mark, as Excel wants it), without its index.
 
     A spreadsheet takes text that begins with = + - or @ for a formula, and prompts come from anywhere. Such text, in a
-    cell or a column's name, gets an apostrophe in front. Numbers stay as they are. All text is quoted, since pandas by
-    itself leaves a lone carriage return bare, which ends a row.
+    cell or a column's name, gets an apostrophe in front, and so does one that has it already: whoever reads the file
+    takes one apostrophe away from what is such text behind it. Numbers stay as they are. All text is quoted, since
+    pandas by itself leaves a lone carriage return bare, which ends a row.
     """
     safe = frame.map(_no_formula)
     safe.columns = [_no_formula(column) for column in frame.columns]
@@ -98,7 +97,7 @@ def table(frame: pd.DataFrame) -> bytes:
 
 
 def _no_formula(cell: object) -> object:
-    return f"'{cell}" if isinstance(cell, str) and cell.lstrip(" ").startswith(_FORMULA) else cell
+    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
 
 
 def report(comparison: Comparison) -> bytes:

@@ -17,7 +17,7 @@ import streamlit as st
 from app import text
 from app.messages import sentences
 from es2.job_folder import ACTIVE
-from es2.jobs import Job, launch, list_jobs
+from es2.jobs import Job, jobs_ahead, launch, list_jobs
 
 KINDS = {
     "prepare": "Capture and analyse",
@@ -85,7 +85,7 @@ def title(job: Job) -> str:
 def state(job: Job) -> tuple[float, str]:
     """How far an active job is, from 0 to 1, and that in words."""
     if job.status() == "queued":
-        waiting = len([other for other in active_jobs() if other.id < job.id])
+        waiting = len(jobs_ahead(job))
         return 0.0, f"Waiting for its turn, {waiting} before it" if waiting else "Starting"
     progress = job.progress()
     if progress is None:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
 import streamlit as st
 
 from app import artifacts, canvas, jobs_panel, state, text
 from app.glossary import BY_NAME
+from app.plots import plot
 from app.run_rows import METHOD_NAMES
 from app.state import Choice
 from es2.benchmark_sets import absolute_source
@@ -34,7 +35,6 @@ USUAL = FinetuneConfig(layers=())
 OPEN = "launch_open"
 """The session's key for whether the page of runs shows the form."""
 STRIP_HEIGHT = 170
-STRIP_CONFIG = {"displayModeBar": False, "scrollZoom": False}
 STAGE_NAMES = {
     "start": "loading",
     "base capture": "capturing the base",
@@ -159,12 +159,10 @@ def target_layers(choice: Choice, model: str, prompts: PromptSet, n_layers: int)
     analysis = opened.analysis if opened is not None and len(opened.analysis.base_layers) == n_layers else None
     usual = analysis.recommended if analysis is not None else guessed_layers(n_layers)
     layers = tuple(layer for layer in state.targets(choice.model, usual) if layer < n_layers)
-    st.plotly_chart(
+    plot(
         target_strip(n_layers, layers, usual, analysis.base_layers if analysis is not None else None),
         key="target_strip",
-        on_select=lambda: state.toggle_target("target_strip", choice.model, usual),
-        selection_mode="points",
-        config=STRIP_CONFIG,
+        on_pick=partial(state.toggle_target, "target_strip", choice.model, usual),
         alt="The model's layers; a click takes one in as a target layer, or out",
     )
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
@@ -198,7 +196,7 @@ def target_layers(choice: Choice, model: str, prompts: PromptSet, n_layers: int)
 
 def target_strip(
     n_layers: int, targets: Sequence[int], recommended: Sequence[int], layers: Sequence[LayerNumbers] | None
-) -> go.Figure:
+) -> canvas.Figure:
     """The layers to pick from: base's probe accuracy where it is known, and the picked ones marked.
 
     Args:
@@ -219,7 +217,7 @@ def target_strip(
         action = "click to take it out" if index in picked else "click to take it in"
         hover.append(f"<b>layer {index}</b>{known}<br>{action}")
     traces = [
-        go.Scatter(
+        canvas.scatter(
             x=list(recommended),
             y=[low + 0.06 * (high - low)] * len(recommended),
             mode="markers",
@@ -227,7 +225,7 @@ def target_strip(
             name="recommended" if layers else "preset",
             hoverinfo="skip",
         ),
-        go.Scatter(
+        canvas.scatter(
             x=sorted(picked),
             y=[values[layer] for layer in sorted(picked)],
             mode="markers",
@@ -235,13 +233,12 @@ def target_strip(
             name="target layers",
             hoverinfo="skip",
         ),
-        go.Scatter(
+        canvas.scatter(
             x=indices,
             y=values,
             mode="lines+markers",
             line={"color": canvas.BASE, "width": 2},
             marker={"size": 7, "color": canvas.BASE},
-            unselected={"marker": {"opacity": 1}},
             name="probe accuracy of the base" if layers else "layers",
             customdata=[["target", index] for index in indices],
             hoverinfo="text",
@@ -278,7 +275,6 @@ def target_strip(
         hovermode="x",
         hoverdistance=-1,
         dragmode=False,
-        clickmode="event+select",
     )
 
 

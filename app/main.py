@@ -16,15 +16,20 @@ ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
-from app import artifacts, sidebar, state  # noqa: E402
+from app import plotly_library  # noqa: E402
+
+# First of all, since what follows takes Python a second once: the browser has plotly by then.
+st.set_page_config(page_title="ES2 Workbench", page_icon=str(Path(__file__).with_name("icon.svg")), layout="wide")
+st.html(Path(__file__).with_name("style.css"))
+plotly_library.fetch_early()
+
+from app import artifacts, binding, sidebar, state  # noqa: E402
 from app.messages import sentences  # noqa: E402
 from app.views import behaviour, compare, layers, own, robustness, runs  # noqa: E402
 
 
 def main() -> None:
     """Draw the sidebar and the chosen page; the address follows the choice."""
-    st.set_page_config(page_title="ES2 Workbench", page_icon=str(Path(__file__).with_name("icon.svg")), layout="wide")
-    st.html(Path(__file__).with_name("style.css"))
     known = {
         "compare": st.Page(compare.page, title="Compare", icon=":material/compare:", default=True),
         "layers": st.Page(layers.page, title="Layers", icon=":material/layers:", url_path="layers"),
@@ -37,6 +42,7 @@ def main() -> None:
     pages = st.navigation(list(known.values()))
     state.open_link(artifacts.existing, pages.url_path)
     state.settle(**artifacts.of_run(state.current()))
+    binding.warn()
     with st.sidebar, sentences():
         sidebar.show()
     with sentences():

@@ -12,15 +12,12 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 from jaxtyping import Bool, Float, Int
 
 from app import canvas, text
+from app.canvas import Trace
 from es2.projection import View
 from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
-
-Trace = dict[str, Any]
-"""The arguments of a `go.Scatter`, not checked yet: checking takes most of the time that a figure takes."""
 
 PROJECTION_HEIGHT = 520
 TOP_WITH_TOOLS = 56
@@ -39,7 +36,7 @@ def projection(
     others: bool = False,
     selected: Sequence[int] = (),
     tool: str = "click",
-) -> go.Figure:
+) -> canvas.Figure:
     """The prompts of one layer in a plane, coloured by label; test prompts filled, other splits hollow.
 
     Args:
@@ -61,11 +58,11 @@ def projection(
         for label in (HARMLESS, HARMFUL):
             rows = np.flatnonzero((test != hollow) & (prompts.labels == label))
             words = [f"margin {margin:+.4f}" for margin in margins[rows]]
-            traces.append(go.Scatter(cloud(coordinates, rows, prompts, words, label, hollow=hollow)))
+            traces.append(cloud(coordinates, rows, prompts, words, label, hollow=hollow))
     ringed = [row for row in selected if shown[row]]
     if len(ringed) <= MAX_TWINS:
-        traces.append(go.Scatter(twin_lines(coordinates, ringed, prompts, shown)))
-    traces.append(go.Scatter(rings(coordinates[ringed])))
+        traces.append(twin_lines(coordinates, ringed, prompts, shown))
+    traces.append(rings(coordinates[ringed]))
 
     x: dict[str, Any] = {"title": canvas.title(text.label(view.axes[0])), "showgrid": True}
     y: dict[str, Any] = {"title": canvas.title(text.label(view.axes[1]))}
@@ -96,6 +93,7 @@ def rings(points: Float[np.ndarray, "row 2"]) -> Trace:
     """Rings around what is selected, thinner when there are many."""
     few = len(points) <= MAX_TWINS
     return {
+        "type": "scatter",
         "x": points[:, 0],
         "y": points[:, 1],
         "mode": "markers",
@@ -136,6 +134,7 @@ def cloud(
     colour, name = canvas.COLOURS[label], LABEL_NAMES[label]
     line = {"width": 1.2 if hollow else 0.6, "color": colour if hollow else "rgba(255,255,255,0.65)"}
     return {
+        "type": "scatter",
         "x": coordinates[rows, 0],
         "y": coordinates[rows, 1],
         "mode": "markers",
@@ -193,6 +192,7 @@ def twin_lines(
             x += [float(coordinates[row, 0]), float(coordinates[twin, 0]), None]
             y += [float(coordinates[row, 1]), float(coordinates[twin, 1]), None]
     return {
+        "type": "scatter",
         "x": x,
         "y": y,
         "mode": "lines",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-import plotly.graph_objects as go
 from jaxtyping import Float
 
 from app import canvas
@@ -14,7 +13,7 @@ from app.glossary import UNITS
 HEIGHT = 240
 
 
-def sides(margins: Mapping[str, Float[np.ndarray, "layer"]], *, chosen: int | None = None) -> go.Figure:
+def sides(margins: Mapping[str, Float[np.ndarray, "layer"]], *, chosen: int | None = None) -> canvas.Figure:
     """Signed distance to the probe's boundary over layers, one line per model, + on the harmful side.
 
     Args:
@@ -26,7 +25,7 @@ def sides(margins: Mapping[str, Float[np.ndarray, "layer"]], *, chosen: int | No
     for colour, (name, values) in zip((canvas.BASE, canvas.TUNED), margins.items(), strict=False):
         side = ["harmful" if value > 0 else "harmless" for value in values]
         traces.append(
-            go.Scatter(
+            canvas.scatter(
                 x=list(range(len(values))),
                 y=values,
                 name=name,

@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import plotly.graph_objects as go
-
 from app import canvas
 
 HEIGHT = 205
@@ -57,7 +55,7 @@ class History:
         return [step for step, _ in points], [value for _, value in points]
 
 
-def separation_curve(history: History) -> go.Figure:
+def separation_curve(history: History) -> canvas.Figure:
     """Loss and separation of every step."""
     return _figure(
         history,
@@ -69,7 +67,7 @@ def separation_curve(history: History) -> go.Figure:
     )
 
 
-def kl_curve(history: History, budget: float) -> go.Figure:
+def kl_curve(history: History, budget: float) -> canvas.Figure:
     """Both KLs of every step, those of `watch` as markers without a legend, and the budget, in nats per token."""
     traces = [
         _line(history, "kl_prompt", "prompts", canvas.TUNED),
@@ -77,7 +75,7 @@ def kl_curve(history: History, budget: float) -> go.Figure:
         _markers(history, "watch_kl_prompt", "prompts, held out", "circle"),
         _markers(history, "watch_kl_reply", "replies, held out", "diamond-open"),
     ]
-    high = max([budget, *(value for trace in traces for value in trace.y if value is not None)])
+    high = max([budget, *(value for trace in traces for value in trace["y"] if value is not None)])
     line = {"color": canvas.NEUTRAL, "width": 1.5, "dash": "dash"}
     return _figure(
         history,
@@ -89,15 +87,15 @@ def kl_curve(history: History, budget: float) -> go.Figure:
     )
 
 
-def held_out_curve(history: History, name: str, title: str) -> go.Figure:
+def held_out_curve(history: History, name: str, title: str) -> canvas.Figure:
     """One scale-free number on `watch`, mean over the target layers; before the first look, a word about that."""
     line = _line(history, name, title, canvas.TUNED, marker=8)
-    waiting = [] if line.x else [_words("comes with the first look at held-out prompts", x=0.5, y=0.5, centred=True)]
+    waiting = [] if line["x"] else [_words("comes with the first look at held-out prompts", x=0.5, y=0.5, centred=True)]
     return _figure(
         history,
         [line],
         title=title,
-        axis={"rangemode": "tozero"} if line.x else {"range": [0, 1], "showticklabels": False},
+        axis={"rangemode": "tozero"} if line["x"] else {"range": [0, 1], "showticklabels": False},
         showlegend=False,
         top=8,
         annotations=waiting,
@@ -114,10 +112,10 @@ def _words(words: str, *, x: float, y: float, centred: bool = False, **place: An
 
 def _line(
     history: History, name: str, title: str, colour: str, *, dash: str = "solid", marker: float = 0
-) -> go.Scatter:
+) -> canvas.Trace:
     x, y = history.curve(name)
     alone = len(x) == 1  # a line needs two points
-    return go.Scatter(
+    return canvas.scatter(
         x=x,
         y=y,
         mode="lines+markers" if marker or alone else "lines",
@@ -128,9 +126,9 @@ def _line(
     )
 
 
-def _markers(history: History, name: str, title: str, symbol: str) -> go.Scatter:
+def _markers(history: History, name: str, title: str, symbol: str) -> canvas.Trace:
     x, y = history.curve(name)
-    return go.Scatter(
+    return canvas.scatter(
         x=x,
         y=y,
         mode="markers",
@@ -142,8 +140,13 @@ def _markers(history: History, name: str, title: str, symbol: str) -> go.Scatter
 
 
 def _figure(
-    history: History, traces: Sequence[go.Scatter], *, title: str, axis: Mapping[str, Any] | None = None, **layout: Any
-) -> go.Figure:
+    history: History,
+    traces: Sequence[canvas.Trace],
+    *,
+    title: str,
+    axis: Mapping[str, Any] | None = None,
+    **layout: Any,
+) -> canvas.Figure:
     x = {
         "range": [0, 1.02 * max(history.total, 1)],
         "fixedrange": True,

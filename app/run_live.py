@@ -13,12 +13,12 @@ import streamlit as st
 
 from app import artifacts, jobs_panel, run_charts, text
 from app.messages import sentences
+from app.plots import plot
 from app.run_charts import History
 from app.run_rows import about
 from es2.jobs import Job
 from es2.runs import config_of
 
-CHART_CONFIG = {"displayModeBar": False, "scrollZoom": False}
 STAGES = {"base": "Base replies", "finetune": "Fine-tune", "capture": "Capture", "analyse": "Analyse"}
 """The stages of a run in their order; loading and waiting belong to what follows them."""
 LOOKING_SECONDS = 20.0
@@ -90,7 +90,7 @@ def curves(job: Job, history: History, *, key: str) -> None:
             for column, (title, figure, name) in zip(st.columns(2, gap="medium"), pair, strict=True):
                 with column, st.container(gap="xsmall"):
                     st.markdown(f":small[**{title}**]")
-                    st.plotly_chart(figure, key=f"{key}_{name}", config=CHART_CONFIG, alt=f"{title} over steps")
+                    plot(figure, key=f"{key}_{name}", alt=f"{title} over steps")
 
 
 def history(job: Job) -> History:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app import artifacts, jobs_panel, state
+from app import artifacts, jobs_panel, state, text
 from es2.benchmark_sets import absolute_source
-from es2.errors import InputError
+from es2.errors import Es2Error, InputError
 from es2.jobs import list_jobs
 from es2.models import CATALOGUE, resolve
 from es2.sources import POSITIONS
@@ -48,6 +48,8 @@ def show() -> None:
         "label (harmful or harmless) and, where known, category, pair and split.",
         on_change=_prompts_changed,
     )
+    if (leak := _leak(choice.prompts)) is not None:
+        st.warning(text.markdown(leak))
     _seed("position", choice.position)
     st.segmented_control(
         "Position",
@@ -95,6 +97,14 @@ def _prompts_changed() -> None:
     prompts = (st.session_state["prompts"] or "").strip()
     if prompts:
         state.update(prompts=absolute_source(prompts), run=None, against=None)
+
+
+def _leak(source: str) -> str | None:
+    """The warning of prompts that stand nearly alike in two splits."""
+    try:
+        return artifacts.prompts(source).leak
+    except Es2Error:
+        return None  # the page says what is wrong with them
 
 
 def _prompt_sources(chosen: str) -> list[str]:

@@ -203,29 +203,21 @@ def notes() -> list[str]:
     return list(st.session_state[_NOTES])
 
 
-def picked(event: Mapping[str, Any], kind: str) -> list[int]:
-    """The numbers in a plotly selection whose `customdata` begins with `kind`, each once, in order of appearance."""
-    points = event.get("selection", {}).get("points", [])
-    found = (point.get("customdata") for point in points)
-    return list(dict.fromkeys(int(data[1]) for data in found if data and data[0] == kind))
+def picked(key: str, kind: str) -> int | None:
+    """The number of the point that was clicked in a plot, if it is of this kind; points carry `[kind, number]`."""
+    data = st.session_state[key].get("picked")
+    return int(data[1]) if data and data[0] == kind else None
 
 
 def pick_layer(key: str) -> None:
-    """Callback of a layer strip: go to the clicked layer. A second click reports an empty selection: ignored."""
+    """Callback of a layer strip: go to the clicked layer."""
     _acted()
-    if layers := picked(st.session_state[key], "layer"):
-        update(layer=layers[0])
+    if (layer := picked(key, "layer")) is not None:
+        update(layer=layer)
 
 
 def pick_prompts(key: str, digest: str) -> None:
-    """Callback of a projection: select the prompts that were clicked or lassoed; ignores empty selections."""
-    _acted()
-    if rows := picked(st.session_state[key], "base"):
-        select(rows, digest)
-
-
-def pick_linked(key: str, digest: str) -> None:
-    """Callback of a linked pair: select the prompts that were clicked or drawn around on either side."""
+    """Callback of a projection: select the prompts that were clicked or drawn around, in whichever of its plots."""
     _acted()
     rows = st.session_state[key].get("selected") or ()
     if rows:
@@ -269,10 +261,10 @@ def take_targets(model: str, layers: Iterable[int]) -> None:
 
 
 def toggle_target(key: str, model: str, usual: Sequence[int]) -> None:
-    """Callback of the strip of target layers: take the clicked layer in, or out; ignores empty selections."""
+    """Callback of the strip of target layers: take the clicked layer in, or out."""
     _acted()
-    if layers := picked(st.session_state[key], "target"):
-        take_targets(model, set(targets(model, usual)) ^ {layers[0]})
+    if (layer := picked(key, "target")) is not None:
+        take_targets(model, set(targets(model, usual)) ^ {layer})
 
 
 def settings() -> Mapping[str, Any]:

@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import re
 
-from es2.labels import HOVER_CHARACTERS, HOVER_WIDTH, hover, label
+from es2.labels import HOVER_CHARACTERS, HOVER_WIDTH, hover, label, plain
 
-__all__ = ["HOVER_CHARACTERS", "HOVER_WIDTH", "duration", "hover", "label", "markdown"]
+__all__ = ["HOVER_CHARACTERS", "HOVER_WIDTH", "duration", "hover", "label", "markdown", "plain"]
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~<>$:&^=])")
+_READ_ANYWAY = re.compile(
+    r"(?<=[-<>=~])(?=[-<>=~])|(?<=:)(?=//|material/|streamlit:)|(?<=www)(?=\.)|(?<=@)(?=\w)", re.IGNORECASE
+)
+"""Between which characters Streamlit sees an arrow, a dash, an icon or an address although every mark is escaped."""
+_JOINER = "\u2060"  # has no width and separates nothing
 
 
 def markdown(text: str) -> str:
-    """`text` as Markdown that reads exactly like it: on one line, nothing in it is markup, an icon or a formula."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))
+    """`text` as Markdown that reads like it: on one line, nothing in it is markup, an icon, a formula or a link."""
+    return _MARKDOWN.sub(r"\\\1", _READ_ANYWAY.sub(_JOINER, " ".join(text.split())))
 
 
 def duration(seconds: float) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import subprocess
 import sys
@@ -22,6 +20,7 @@ from es2.jobs import Job
 from es2.projection import UmapCoordinates
 from es2.tasks import umap_key
 from tests.builders_artifacts import BEST_LAYER, DISTANCES, MODEL, Artifacts, write_artifacts
+from tests.figures import charts_of
 
 MAIN = str(Path(__file__).parents[1] / "app" / "main.py")
 LAYERS = calc_hash("layers")
@@ -60,13 +59,7 @@ def open_app(link: Mapping[str, str] | None = None) -> AppTest:
 
 def figures(at: AppTest) -> dict[str, dict[str, Any]]:
     """The figures on the page, by their keys."""
-    specs = [json.loads(element.proto.spec) for element in at.get("plotly_chart")]
-    return dict(zip(CHARTS, specs, strict=False))
-
-
-def decoded(numbers: dict[str, str]) -> np.ndarray:
-    """An array as plotly sends it."""
-    return np.frombuffer(base64.b64decode(numbers["bdata"]), numbers["dtype"])
+    return {key: drawn[0] for key, drawn in charts_of(at).items()}
 
 
 def marked_layer(at: AppTest) -> int:
@@ -147,7 +140,7 @@ class TestBaseView:
             own_side = np.where(table["label"] == "harmful", table["margin"], -table["margin"])
             assert list(own_side) == sorted(own_side), "the worst comes first"
             rings = next(trace for trace in figures(at)["projection"]["data"] if trace["name"] == "selected")
-            assert len(decoded(rings["x"])) == len(rows)
+            assert len(rings["x"]) == len(rows)
             at.button(key="previous_layer").click().run()
         at.button(key="clear_selection").click().run()
         assert at.dataframe[0].value["side"].iloc[0] == "wrong", "with nothing selected the worst come first"
@@ -178,7 +171,7 @@ class TestBaseView:
         assert projection["layout"]["xaxis"]["title"]["text"] == "UMAP 1 (no unit)"
         harmful = next(trace for trace in projection["data"] if trace["name"] == "harmful")
         rows = [row for _, row in harmful["customdata"]]
-        np.testing.assert_allclose(decoded(harmful["x"]), points[2, 0, rows, 0])
+        np.testing.assert_allclose(harmful["x"], points[2, 0, rows, 0])
 
     def test_the_other_position(self, home: Path, artifacts: Artifacts) -> None:
         """Captured but not analysed there: the page offers to do the rest."""
@@ -219,7 +212,7 @@ class TestEmptyCache:
         launched: list[tuple[str, dict[str, str]]] = []
         monkeypatch.setattr("app.jobs_panel.launch", lambda kind, config: launched.append((kind, dict(config))))
         at = open_app()
-        assert not at.get("plotly_chart")
+        assert not figures(at)
         at.button(key="prepare").click().run()
         assert launched == [
             ("prepare", {"model": "smollm2-135m-instruct", "prompts": "builtin", "position": "last"}),
@@ -358,7 +351,7 @@ at._page_hash = {LAYERS!r}
 for name, value in {artifacts.link()!r}.items():
     at.query_params[name] = value
 at.run()
-assert not at.exception and len(at.get("plotly_chart")) == {len(CHARTS)}
+assert not at.exception and len(at.get("bidi_component")) == {len(CHARTS) + 1}
 heavy = sorted({{"torch", "transformers", "transformer_lens", "umap", "numba", "peft"}} & set(sys.modules))
 print("heavy:", heavy)
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from tests.builders_evaluation import (
     write_evaluated,
     write_run,
 )
+from tests.figures import charts_of
 from tests.test_app import MAIN, captions, has_button
 
 NO_DEFENCE = ([REFUSAL, ANSWER] * 2 + [ANSWER, ANSWER] * 6, [REFUSAL, NASTY] * 2 + [ANSWER, LONG] * 6)
@@ -84,8 +84,8 @@ def texts(at: AppTest) -> list[str]:
     return [element.value for element in at.text]
 
 
-def figure(at: AppTest, number: int) -> dict[str, Any]:
-    return json.loads(at.get("plotly_chart")[number].proto.spec)
+def figure(at: AppTest, key: str) -> dict[str, Any]:
+    return charts_of(at)[key][0]
 
 
 def choose(at: AppTest, evaluation: str) -> AppTest:
@@ -119,7 +119,7 @@ class TestBehaviour:
         assert f"×{perplexity['value']:,.2f}" in table
         assert f"{suite['kl']['agreement']['value']:.3f}" in table
         assert "Empty" not in table  # nobody fell silent
-        dots = {trace["name"]: trace for trace in figure(at, 0)["data"]}
+        dots = {trace["name"]: trace for trace in figure(at, "rates")["data"]}
         assert dots["Tuned"]["x"][0] == pytest.approx(dsr["value"])
 
     def test_filters_show_what_they_say(self, home: Path, evaluated: Evaluated) -> None:

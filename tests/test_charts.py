@@ -16,7 +16,10 @@ from app.glossary import BY_NAME, COMPARED, TERMS
 from es2.projection import View
 from es2.prompts import HARMFUL, HARMLESS, PromptSet
 from es2.results import NUMBERS, CostPoint, Interval, LayerNumbers
-from tests.figures import random_view, six_pairs, traces
+from tests.figures import Checked, random_view, six_pairs, traces
+
+charts = Checked(charts)
+projection_chart = Checked(projection_chart)
 
 N_LAYERS = 7
 

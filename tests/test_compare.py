@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from tests.builders_artifacts import (
     write_artifacts,
     write_comparison,
 )
+from tests.figures import charts_of
 from tests.test_app import MAIN, captions, has_button
 
 
@@ -57,8 +57,7 @@ def open_compare(link: Mapping[str, str] | None = None) -> AppTest:
 
 def pair(at: AppTest) -> list[dict[str, Any]]:
     """The figures of the linked pair."""
-    (component,) = at.get("bidi_component")
-    return [json.loads(figure) for figure in json.loads(component.proto.json)["figures"]]
+    return charts_of(at)["linked_pair"]
 
 
 def points(figure: dict[str, Any]) -> dict[int, tuple[float, float]]:
@@ -135,7 +134,7 @@ class TestComparison:
                 (rings,) = (trace for trace in figure["data"] if trace["name"] == "selected")
                 assert len(rings["x"]) == len(test)
             assert set(at.dataframe[0].value["prompt"]) == {prompts.texts[row] for row in (0, 1, 5)}
-            histograms = json.loads(at.get("plotly_chart")[2].proto.spec)
+            histograms = charts_of(at)["histograms"][0]
             ticks = [trace for trace in histograms["data"] if trace["name"].startswith("selected")]
             assert [len(trace["x"]) for trace in ticks] == [len(test), len(test)]
             at.button(key="previous_layer").click().run()
@@ -209,7 +208,7 @@ class TestComparison:
         second = write_comparison(tmp_path, 40, distances=(0.0, 0.5, 2.0, 5.0, 2.0, 1.0))
         monkeypatch.setenv("ES2_HOME", str(tmp_path))
         at = open_compare(second.link(against=first.run.id))
-        assert not at.get("bidi_component"), "the two were never analysed together"
+        assert not charts_of(at), "the two were never analysed together"
         at.button(key="prepare_comparison").click().run()
         assert launched[0][0] == "prepare"
         assert (launched[0][1]["run"], launched[0][1]["against"]) == (second.run.id, first.run.id)
@@ -222,7 +221,7 @@ class TestNothingToCompare:
         turned: list[str] = []
         monkeypatch.setattr("app.state.go", turned.append)
         at = open_compare(made.link())
-        assert not at.get("plotly_chart")
+        assert not charts_of(at)
         at.button(key="to_runs").click().run()
         at.button(key="to_layers").click().run()
         assert turned == ["runs", "layers"]
@@ -264,9 +263,9 @@ def test_a_click_on_either_side_selects(monkeypatch: pytest.MonkeyPatch) -> None
     """What the component reports becomes the selection; an empty report leaves it."""
     kept: dict[str, Any] = {"linked_pair": {"selected": [3, 1]}}
     monkeypatch.setattr("streamlit.session_state", kept)
-    state.pick_linked("linked_pair", "digest")
+    state.pick_prompts("linked_pair", "digest")
     assert state.selection("digest") == (3, 1)
     kept["linked_pair"] = {"selected": None}
-    state.pick_linked("linked_pair", "digest")
+    state.pick_prompts("linked_pair", "digest")
     assert state.selection("digest") == (3, 1)
     assert state.selection("another") == ()

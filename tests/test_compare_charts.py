@@ -11,7 +11,9 @@ from es2.projection import View
 from es2.prompts import HARMFUL, PromptSet
 from es2.results import Analysis, Interval
 from tests.builders_artifacts import INFLATED_LAYER, TARGETS, Compared, write_comparison
-from tests.figures import six_pairs, traces
+from tests.figures import Checked, six_pairs, traces
+
+compare_charts = Checked(compare_charts)
 
 NAMES = ("Base", "<b>Tuned</b>")
 

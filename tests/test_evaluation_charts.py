@@ -11,7 +11,9 @@ from es2 import findings
 from es2.evaluate import EvaluateConfig
 from es2.evaluation_plan import Sample, evaluation_seconds
 from es2.plan import Machine, Shape
-from tests.figures import traces
+from tests.figures import Checked, traces
+
+evaluation_charts = Checked(evaluation_charts)
 
 
 def number(value: float, low: float | None = None, high: float | None = None) -> dict[str, float]:

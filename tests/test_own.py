@@ -15,6 +15,7 @@ from es2.prompts import load_prompts, parse_prompts
 from es2.store import Store
 from es2.tasks import prepare
 from tests.builders import N_LAYERS, save_tiny_model, tiny_prompts, write_prompts
+from tests.figures import charts_of
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +61,12 @@ def test_a_request_is_placed_at_every_layer(place: Path) -> None:
     next(button for button in at.button if button.label == "Read it").click().run()
     try:
         end = time.monotonic() + 120
-        while not at.get("plotly_chart") and time.monotonic() < end:
+        while not charts_of(at) and time.monotonic() < end:
             assert not at.exception
             assert not at.error
             time.sleep(0.3)
             at.run()
-        assert at.get("plotly_chart")
+        assert charts_of(at)
         assert [element.value for element in at.text] == [text]
         assert any(f"of {N_LAYERS} layers" in caption.value for caption in at.caption)
     finally:

@@ -8,7 +8,9 @@ import pytest
 from app import canvas, projection_chart
 from es2.projection import View
 from es2.prompts import HARMFUL, PromptSet
-from tests.figures import random_view, six_pairs, traces
+from tests.figures import Checked, random_view, six_pairs, traces
+
+projection_chart = Checked(projection_chart)
 
 
 @pytest.fixture

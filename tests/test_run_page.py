@@ -17,6 +17,7 @@ from es2.finetune import FinetuneConfig
 from es2.jobs import Job, lay_down, list_jobs, open_job, run_job
 from es2.runs import list_runs
 from tests.builders import save_tiny_model, tiny_prompts, write_prompts
+from tests.figures import charts_of, checked
 
 PAGE = """
 import streamlit as st
@@ -127,9 +128,9 @@ def keys(at: AppTest) -> set[str]:
     return {button.key for button in at.button}
 
 
-def clicked(*layers: int) -> dict[str, Any]:
-    """What plotly reports for a click on layers."""
-    return {"selection": {"points": [{"customdata": ["target", layer]} for layer in layers]}}
+def clicked(layer: int) -> dict[str, Any]:
+    """What the strip reports for a click on a layer."""
+    return {"picked": ["target", layer]}
 
 
 class TestForm:
@@ -248,7 +249,7 @@ class TestTargets:
             assert state.targets("m", (2, 4)) == expected
 
     def test_a_redrawn_strip_reports_nothing_and_changes_nothing(self, session: dict[str, Any]) -> None:
-        session["strip"] = {"selection": {"points": []}}
+        session["strip"] = {"picked": None}
         state.toggle_target("strip", "m", (2, 4))
         assert state.targets("m", (2, 4)) == (2, 4)
 
@@ -258,7 +259,7 @@ class TestTargets:
         assert state.targets("other", (0,)) == (0,)
 
     def test_the_strip_marks_them(self) -> None:
-        figure = launch.target_strip(6, (1, 3), (2, 4), None)
+        figure = checked(launch.target_strip)(6, (1, 3), (2, 4), None)
         by_name = {trace.name: trace for trace in figure.data}
         assert list(by_name["target layers"].x) == [1, 3]
         assert list(by_name["preset"].x) == [2, 4]
@@ -405,9 +406,9 @@ class TestList:
     def test_the_curves_of_a_former_run(self, open_runs: Callable[[], AppTest], model: Path, prompts: Path) -> None:
         job = ended(model, prompts, result())
         at = open_runs()
-        assert not at.get("plotly_chart")
+        assert not charts_of(at)
         at.button(key=f"curves_{job.id}").click().run()
-        assert len(at.get("plotly_chart")) == 4
+        assert len(charts_of(at)) == 4
         assert "further* apart" in shown(at)
 
     def test_many_runs_come_in_portions(self, open_runs: Callable[[], AppTest], model: Path, prompts: Path) -> None:
@@ -434,7 +435,7 @@ class TestLive:
 
     def test_progress_curves_and_cancel(self, open_runs: Callable[[], AppTest], running: Job) -> None:
         at = open_runs()
-        assert len(at.get("plotly_chart")) == 4
+        assert len(charts_of(at)) == 4
         texts = [element.proto.text.replace("\\", "") for element in at.get("progress")]
         assert any("Fine-tuning, 4 of 4 steps" in words for words in texts)
         assert "**Fine-tune**" in shown(at)

@@ -68,15 +68,12 @@ def test_a_relative_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 class TestPicked:
-    def test_rows_once_in_order(self) -> None:
-        """A lasso also catches rings, which have no data, and may catch a prompt twice."""
-        points = [{"customdata": ["base", 7]}, {"x": 1.0}, {"customdata": ["base", 3]}, {"customdata": ["base", 7]}]
-        assert picked({"selection": {"points": points}}, "base") == [7, 3]
-
-    def test_other_kinds_are_ignored(self) -> None:
-        assert picked({"selection": {"points": [{"customdata": ["layer", 2]}]}}, "base") == []
-
-    @pytest.mark.parametrize("event", [{}, {"selection": {}}, {"selection": {"points": []}}])
-    def test_an_empty_event_picks_nothing(self, event: dict[str, object]) -> None:
-        """A second click on a point, and every redrawn chart, reports an empty selection."""
-        assert picked(event, "layer") == []
+    @pytest.mark.parametrize(
+        ("reported", "expected"),
+        [({"picked": ["layer", 2]}, 2), ({"picked": ["target", 2]}, None), ({"picked": None}, None), ({}, None)],
+    )
+    def test_the_number_of_a_point_of_its_kind(
+        self, reported: dict[str, object], expected: int | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("app.state.st.session_state", {"strip": reported})
+        assert picked("strip", "layer") == expected

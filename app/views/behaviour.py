@@ -18,12 +18,12 @@ import streamlit as st
 from app import evaluation_charts, evaluations, exports, text
 from app.evaluations import SHOWN_CHARACTERS, Evaluation, Intro
 from app.glossary import Term
+from app.plots import plot
 from es2 import findings
 from es2.findings import interval_of
 from es2.jobs import Job
 
 COLUMNS = (1.45, 1)
-CHART_CONFIG = {"displayModeBar": False, "scrollZoom": False}
 N_SHOWN = 10
 INTRO = Intro(
     title="What does the tuned model say?",
@@ -87,10 +87,9 @@ def numbers(evaluation: Evaluation) -> None:
         head = "".join(f"<th>{word}</th>" for word in ("", "Base", "Tuned", "change", ""))
         st.html(f'<table class="before-after"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>')
     with right:
-        st.plotly_chart(
+        plot(
             evaluation_charts.rates(refusal, ability),
             key="rates",
-            config=CHART_CONFIG,
             alt="Rates of replies under base and tuned with their intervals",
         )
     st.caption(

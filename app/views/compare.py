@@ -19,13 +19,14 @@ from app import artifacts, compare_charts, exports, jobs_panel, prompt_list, sta
 from app.compare_charts import Margins
 from app.glossary import BY_NAME, TWO_MARGINS, Term
 from app.layer_control import layer_control, with_layer
-from app.linked import linked
+from app.plots import linked, plot
 from app.state import Choice
 from app.umap_offer import umap_offer
 from app.view_controls import VIEW_NAMES, choice_control, others_toggle, tool_control, view_control
 from app.views.welcome import no_comparison
 from es2 import verdict as rules
 from es2.comparison import Comparison
+from es2.projection import View
 from es2.results import LayerNumbers
 from es2.runs import list_runs, open_run
 from es2.store import SHOWCASE
@@ -33,7 +34,6 @@ from es2.verdict import Verdict, run_verdict
 
 ARRANGEMENT_NAMES = {"side": "Side by side", "overlay": "Overlay", "morph": "Morph"}
 COLUMNS = (1.35, 1)
-STRIP_CONFIG = {"displayModeBar": False, "scrollZoom": False}
 NUMBERS = (
     "margin_mean",
     "mean_difference_margin",
@@ -71,9 +71,12 @@ def page() -> None:
     verdicts = {at.layer: comparison.verdict(at.layer) for at in comparison.analysis.layers}
     header(comparison, layer)
     summary(comparison, choice, verdicts, layer)
-    strips(comparison, layer)
+    above = st.container(key="strips")
     margins = artifacts.pair_margins(comparison, layer)
     projection(choice, comparison, layer, margins)
+    # After the pair, which is what a person who goes to another layer waits for.
+    with above:
+        strips(comparison, layer)
     with st.container(key="details"):
         left, right = st.columns(COLUMNS, gap="medium")
     with left:
@@ -85,6 +88,7 @@ def page() -> None:
     overview(comparison, verdicts, layer)
     lists(comparison, margins)
     exports.page_exports(partial(take_away, choice, comparison, layer, margins), comparison)
+    artifacts.make_ready(partial(fit, choice, comparison), layer, len(verdicts))
 
 
 # --------------------------------------------------------------------------------------------------- nothing to compare
@@ -176,7 +180,7 @@ def summary(comparison: Comparison, choice: Choice, verdicts: dict[int, Verdict]
     else:
         run = Verdict(result["verdict"], result["verdict_reason"])
     with st.container(key="verdict", border=True, gap="xsmall"):
-        st.markdown(f"**{run.name.capitalize()}.** **{text.markdown(run.reason)}**")
+        st.markdown(f"**{text.markdown(run.name.capitalize())}.** **{text.markdown(run.reason)}**")
         here = verdicts[layer]
         st.markdown(f"This layer: **{here.name}**. {text.markdown(here.reason)}")
         with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
@@ -213,12 +217,10 @@ def strips(comparison: Comparison, layer: int) -> None:
         ("accuracy_strip", compare_charts.accuracy_strip, "Probe accuracy of both models over layers"),
         ("margin_strip", compare_charts.margin_strip, "The margins of both models over layers"),
     ):
-        st.plotly_chart(
+        plot(
             draw(comparison.analysis, comparison.names, chosen=layer, targets=comparison.targets),
             key=key,
-            on_select=lambda key=key: state.pick_layer(key),
-            selection_mode="points",
-            config=STRIP_CONFIG,
+            on_pick=partial(state.pick_layer, key),
             alt=alt,
         )
 
@@ -238,7 +240,7 @@ def projection(choice: Choice, comparison: Comparison, layer: int, margins: Marg
         tool_control()
         choice_control(choice, "arrangement", state.ARRANGEMENTS, ARRANGEMENT_NAMES)
         view_control(choice)
-    view = artifacts.pair_view(comparison, layer, choice.view, fit_on=choice.fit_on, raw=choice.raw)
+    view = fit(choice, comparison, layer)
     if view is None or view.tuned is None:
         if comparison.run == SHOWCASE:
             st.info("The showcase has no UMAP at this position; the other views are computed as you look.")
@@ -266,12 +268,18 @@ def projection(choice: Choice, comparison: Comparison, layer: int, margins: Marg
             key="linked_pair",
             height=compare_charts.PAIR_HEIGHT,
             selected=selected,
-            on_select=lambda: state.pick_linked("linked_pair", digest),
+            on_select=lambda: state.pick_prompts("linked_pair", digest),
             name=f"es2-compare-layer-{layer}",
             alt=f"{VIEW_NAMES[choice.view]} of the prompts at layer {layer} under both models, coloured by label",
         )
     if view.approximate:
         st.caption("Tuned points were placed into a map fitted on base alone, which is only roughly right.")
+
+
+def fit(choice: Choice, comparison: Comparison, layer: int) -> View | None:
+    """Where the prompts stand in the chosen view; with their margins, all that a layer needs."""
+    artifacts.pair_margins(comparison, layer)
+    return artifacts.pair_view(comparison, layer, choice.view, fit_on=choice.fit_on, raw=choice.raw)
 
 
 def axes_controls(choice: Choice) -> None:
@@ -302,12 +310,11 @@ def distribution(comparison: Comparison, margins: Margins) -> None:
     place = {int(row): at for at, row in enumerate(test)}
     selected = [place[row] for row in state.selection(prompts.texts_digest) if row in place]
     before, after = margins
-    st.plotly_chart(
+    plot(
         compare_charts.histograms(
             (before[test], after[test]), prompts.labels[test], comparison.names, selected=selected
         ),
         key="histograms",
-        config=STRIP_CONFIG,
         alt="Histograms of the test prompts along the separating direction, base above tuned, by label",
     )
 
@@ -360,7 +367,7 @@ def number_row(term: Term, base: LayerNumbers, tuned: LayerNumbers) -> str:
 def overview(comparison: Comparison, verdicts: dict[int, Verdict], layer: int) -> None:
     """All layers and all numbers at once."""
     st.subheader("The whole model", anchor=False)
-    st.plotly_chart(
+    plot(
         compare_charts.overview(
             comparison.analysis,
             {at: one.name for at, one in verdicts.items()},
@@ -369,9 +376,7 @@ def overview(comparison: Comparison, verdicts: dict[int, Verdict], layer: int) -
             names=comparison.names,
         ),
         key="overview",
-        on_select=lambda: state.pick_layer("overview"),
-        selection_mode="points",
-        config=STRIP_CONFIG,
+        on_pick=partial(state.pick_layer, "overview"),
         alt="What changed in each number at each layer, with the verdicts",
     )
     low, high = comparison.names

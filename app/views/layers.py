@@ -8,6 +8,8 @@ changes, so a prompt can be followed through the model.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import streamlit as st
 from jaxtyping import Float
@@ -16,20 +18,15 @@ from app import artifacts, canvas, charts, projection_chart, prompt_list, state,
 from app.artifacts import Opened
 from app.glossary import BY_NAME, TERMS, TWO_MARGINS
 from app.layer_control import layer_control, with_layer
+from app.plots import linked, plot
 from app.state import Choice
 from app.umap_offer import umap_offer
 from app.view_controls import VIEW_NAMES, others_toggle, tool_control, view_control
 from app.views.welcome import welcome
+from es2.projection import View
 from es2.results import Analysis, LayerNumbers
 
 COLUMNS = (1.35, 1)
-STRIP_CONFIG = {"displayModeBar": False, "scrollZoom": False}
-PROJECTION_CONFIG = {
-    "displaylogo": False,
-    "displayModeBar": True,
-    "modeBarButtonsToRemove": ["autoScale2d", "zoom2d", "pan2d", "lasso2d", "select2d"],
-    "toImageButtonOptions": {"format": "svg", "filename": "es2-projection"},
-}
 
 
 def page() -> None:
@@ -56,6 +53,7 @@ def page() -> None:
         prompt_list.selected_prompts(opened.prompts, {"margin": margins})
     numbers(opened.analysis.layers[layer])
     regularisation(opened.analysis.layers[layer])
+    artifacts.make_ready(partial(fit, choice, opened), layer, len(opened.analysis.layers))
 
 
 # --------------------------------------------------------------------------------------------------------- all layers
@@ -85,12 +83,10 @@ def strip(analysis: Analysis, layer: int) -> None:
         ("accuracy_strip", charts.accuracy_strip, "Probe accuracy over layers with its interval and controls"),
         ("margin_strip", charts.margin_strip, "The two margins over layers with their intervals"),
     ):
-        st.plotly_chart(
+        plot(
             draw(analysis.layers, chosen=layer, recommended=analysis.recommended),
             key=key,
-            on_select=lambda key=key: state.pick_layer(key),
-            selection_mode="points",
-            config=STRIP_CONFIG,
+            on_pick=partial(state.pick_layer, key),
             alt=alt,
         )
     with st.container(horizontal=True, vertical_alignment="center", gap="small", key="recommendation"):
@@ -118,38 +114,40 @@ def projection(choice: Choice, opened: Opened, layer: int, margins: Float[np.nda
         others_toggle(choice)
         tool_control()
         view_control(choice)
-    view = artifacts.view(opened, layer, choice.view)
+    view = fit(choice, opened, layer)
     if view is None:
         umap_offer(
             artifacts.job_config(choice), artifacts.umap_seconds(opened), height=projection_chart.PROJECTION_HEIGHT
         )
         return
+    selected = state.selection(prompts.texts_digest)
     figure = projection_chart.projection(
-        view,
-        prompts,
-        margins=margins,
-        others=choice.others,
-        selected=state.selection(prompts.texts_digest),
-        tool=state.tool(),
+        view, prompts, margins=margins, others=choice.others, selected=selected, tool=state.tool()
     )
-    st.plotly_chart(
-        figure,
+    linked(
+        [figure],
         key="projection",
-        on_select=lambda: state.pick_prompts("projection", prompts.texts_digest),
-        selection_mode=("points", "box", "lasso"),
-        config=PROJECTION_CONFIG,
+        height=projection_chart.PROJECTION_HEIGHT,
+        selected=selected,
+        on_select=partial(state.pick_prompts, "projection", prompts.texts_digest),
+        name=f"es2-layer-{layer}",
         alt=f"{VIEW_NAMES[choice.view]} of the prompts at layer {layer}, coloured by label",
     )
+
+
+def fit(choice: Choice, opened: Opened, layer: int) -> View | None:
+    """Where the prompts stand in the chosen view; with their margins, all that a layer needs."""
+    artifacts.margins(opened, layer)
+    return artifacts.view(opened, layer, choice.view)
 
 
 def distribution(choice: Choice, opened: Opened, margins: Float[np.ndarray, "prompt"]) -> None:
     """How the test prompts spread along the separating direction, on the separation view's own axis."""
     test = opened.prompts.in_split("test")
     limit = canvas.margin_limit(margins if choice.others else margins[test])
-    st.plotly_chart(
+    plot(
         charts.histogram(margins[test], opened.prompts.labels[test], limit=limit),
         key="histogram",
-        config=STRIP_CONFIG,
         alt="Histogram of the test prompts along the separating direction, by label",
     )
 
@@ -186,7 +184,7 @@ def regularisation(layer: LayerNumbers) -> None:
         ):
             with column:
                 figure = charts.cost_curve(layer.by_cost, names, chosen=layer.C, title=title)
-                st.plotly_chart(figure, key=key, config=STRIP_CONFIG, alt=f"{title} over C")
+                plot(figure, key=key, alt=f"{title} over C")
         st.caption(
             f"The line marks C = {layer.C:g}, chosen by cross-validated log-loss inside the probe split"
             + (f" ({layer.log_loss:.3f} nats there)" if layer.log_loss is not None else "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,15 @@ from jaxtyping import Float
 
 from app import artifacts, jobs_panel, reading_chart, state, text
 from app.messages import sentences
+from app.plots import plot
 from app.state import Choice
 from es2.errors import InputError
 from es2.files import home, machine_error
+from es2.job_folder import MAX_NAME
 from es2.jobs import Job, open_job, start
 from es2.layers import check_prompts
 from es2.probes import Probes
-from es2.prompts import LABEL_NAMES, SPLITS, PromptSet, find_problems, parse_prompts
+from es2.prompts import LABEL_NAMES, MAX_FILE_BYTES, SPLITS, PromptSet, find_problems, parse_prompts
 from es2.reader import Reading, answer, ask, open_reader
 from es2.runs import import_adapter
 
@@ -136,10 +139,9 @@ def _reading(reading: Reading, by_model: Mapping[str, Probes], choice: Choice, n
     with st.container(border=True, key=f"own_reading_{number}"):
         st.text(reading.text if len(reading.text) <= 600 else reading.text[:600] + "…")
         st.caption(_in_words(margins))
-        st.plotly_chart(
+        plot(
             reading_chart.sides(margins, chosen=choice.layer),
             key=f"own_sides_{number}",
-            config={"displayModeBar": False},
             alt="Distance of the request to each layer's boundary",
         )
 
@@ -164,7 +166,13 @@ def prompt_file() -> None:
         "CSV, JSONL or Parquet with the columns prompt and label (harmful or harmless) and, where known, category, "
         "pair and split. It stays on this machine."
     )
-    uploaded = st.file_uploader("File", type=UPLOAD_TYPES, key="own_file", label_visibility="collapsed")
+    uploaded = st.file_uploader(
+        "File",
+        type=UPLOAD_TYPES,
+        key="own_file",
+        label_visibility="collapsed",
+        max_upload_size=MAX_FILE_BYTES >> 20,
+    )
     if uploaded is None:
         return
     data = uploaded.getvalue()
@@ -225,7 +233,7 @@ def keep(data: bytes, name: str) -> Path:
     path = home() / "uploads" / f"{stem}-{hashlib.blake2b(data, digest_size=4).hexdigest()}{suffix}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".tmp-{path.name}")
+        temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
         temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
@@ -247,8 +255,8 @@ def adapter(choice: Choice) -> None:
         folder = st.text_input("Folder", key="own_adapter_folder", placeholder="/path/to/adapter")
         if st.form_submit_button("Import and compare", icon=":material/compare:") and folder.strip():
             config: dict[str, Any] = artifacts.job_config(choice)
-            run = import_adapter(Path(folder.strip()), config["model"], config["prompts"])
-            run.rename(Path(folder.strip()).name[:80])
+            name = "".join(filter(str.isprintable, Path(folder.strip()).name))[:MAX_NAME]
+            run = import_adapter(Path(folder.strip()), config["model"], config["prompts"], name=name)
             start(run)
             state.update(run=run.id, against=None)
             state.go("compare")

@@ -18,12 +18,12 @@ import streamlit as st
 from app import evaluation_charts, evaluations, exports, text
 from app.evaluation_charts import MODELS, NAMES
 from app.evaluations import Evaluation, Intro
+from app.plots import plot
 from es2 import findings
 from es2.attack import SHOWN_CHARACTERS
 from es2.findings import DIRECTION_NAMES, interval_of
 from es2.labels import shortened
 
-CHART_CONFIG = {"displayModeBar": False, "scrollZoom": False}
 INTRO = Intro(
     title="Does it hold when somebody pushes?",
     about="ES2 answers attacks that touch no word of the prompt but the embeddings inside the model. Here such attacks "
@@ -69,10 +69,9 @@ def curves(attack: Mapping[str, Any]) -> None:
         st.caption("No direction was pushed along.")
         return
     for rate, title in (("dsr", "DSR"), ("degenerate", "degenerate share")):
-        st.plotly_chart(
+        plot(
             evaluation_charts.curve(attack, rate, title),
             key=f"curve_{rate}",
-            config=CHART_CONFIG,
             alt=f"{title} over the budget under base and tuned, a panel for each direction",
         )
     st.caption(
@@ -134,10 +133,9 @@ def needed(attack: Mapping[str, Any]) -> None:
             "only between base and tuned.",
             on_change=lambda: evaluations.take_habit("p0", st.session_state["needed_p0"]),
         )
-    st.plotly_chart(
+    plot(
         evaluation_charts.needed_strip(attack, p0s[0] if chosen is None else chosen),
         key="needed_strip",
-        config=CHART_CONFIG,
         alt="Relative length of the needed push over layers, base and tuned",
     )
     st.caption(
@@ -146,10 +144,9 @@ def needed(attack: Mapping[str, Any]) -> None:
     )
     if attack["needed_values"]:
         st.subheader("Needed push, prompt by prompt", anchor=False)
-        st.plotly_chart(
+        plot(
             evaluation_charts.reach(attack),
             key="reach",
-            config=CHART_CONFIG,
             alt="Share of prompts within reach of a push of some length at the attacked layers, base and tuned",
         )
         st.caption(
@@ -205,10 +202,9 @@ def one_prompt(evaluation: Evaluation, attack: Mapping[str, Any]) -> None:
     read = {
         model: [None if one is None else float(one[model]["read"]["probability"]) for one in found] for model in models
     }
-    st.plotly_chart(
+    plot(
         evaluation_charts.boundary(names, read, at, sum(p0 is None for _, p0 in steps)),
         key="boundary",
-        config=CHART_CONFIG,
         alt="The probe's probability of harmful for this prompt under each push, base and tuned",
     )
     with st.container(border=True, key="pushed_prompt", gap="xsmall"):

@@ -132,9 +132,9 @@ def _listed(run: Row) -> None:
     with verdict, st.container(gap="xxsmall"):
         if run.verdict:
             colour = VERDICT_COLOURS.get(run.verdict, "red")
-            st.badge(run.verdict, color=colour, help=text.markdown(run.reason or ""))  # type: ignore[arg-type]
+            st.badge(text.markdown(run.verdict), color=colour, help=text.markdown(run.reason or ""))  # type: ignore[arg-type]
         if run.status != "done":
-            st.badge(run.status, color=STATUS_COLOURS.get(run.status, "gray"))  # type: ignore[arg-type]
+            st.badge(text.markdown(run.status), color=STATUS_COLOURS.get(run.status, "gray"))  # type: ignore[arg-type]
     with kl:
         st.markdown(f"{run.kl['prompt']:.3f} / {run.kl['reply']:.3f}" if {"prompt", "reply"} <= run.kl.keys() else "–")
     with actions, st.container(horizontal=True, wrap=False, gap="xsmall", horizontal_alignment="right"):
@@ -275,4 +275,4 @@ def _curves(job: Job, choice: Choice, ended: Sequence[Job]) -> None:
         st.json(config_of(job).to_dict() | {"prompts": job.config.get("prompts")})
     if log := job.log_tail(40):
         with st.expander("Log", key="former_log"):
-            st.code("\n".join(log), language=None)
+            st.code(text.plain("\n".join(log)), language=None)

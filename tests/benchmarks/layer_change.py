@@ -20,7 +20,7 @@ from tests.browser.serving import CHROMIUM, FLAGS, playwright, served, settle
 
 VIEWS = ("separation", "pca", "umap")
 SHOWCASE = Path(__file__).parents[2] / "cached_activations" / "showcase"
-POINTS = """[...document.querySelectorAll('.linked-plot')].map(plot =>
+POINTS = """[...document.querySelectorAll('.st-key-linked_pair .plots-plot')].map(plot =>
     plot.data ? Array.from(plot._fullData.find(trace => trace.name === 'harmful').x.slice(0, 5)).join() : '').join()"""
 
 
@@ -37,12 +37,12 @@ def click_layer(page: playwright.Page, layer: int) -> None:
     page.mouse.click(at, box["y"] + box["height"] / 2)
 
 
-def measure(address: str, view: str, clicks: int, driver: playwright.Playwright) -> dict[str, object]:
-    """Open the comparison in one view and click through layers."""
+def measure(address: str, link: str, clicks: int, driver: playwright.Playwright) -> dict[str, object]:
+    """Open the comparison that a link asks for, in its view, and click through layers."""
     browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
     page = browser.new_context(viewport={"width": 1440, "height": 1400}).new_page()
     started = time.perf_counter()
-    page.goto(f"{address}?view={view}")
+    page.goto(f"{address}?{link}")
     page.wait_for_function(f"({POINTS}).length > 10", timeout=60_000)
     opened = time.perf_counter() - started
     settle(page)
@@ -72,7 +72,7 @@ def main() -> None:
         playwright.sync_playwright() as driver,
         served(arguments.home or Path(empty), ES2_SHOWCASE=str(SHOWCASE)) as address,
     ):
-        found = {view: measure(address, view, arguments.clicks, driver) for view in VIEWS}
+        found = {view: measure(address, f"view={view}", arguments.clicks, driver) for view in VIEWS}
     print(json.dumps(found))
 
 

@@ -46,24 +46,25 @@ expect.set_options(timeout=PATIENCE)
 
 
 @contextmanager
-def served(home: Path, **environment: str) -> Iterator[str]:
+def served(home: Path, *, log: Path | None = None, **environment: str) -> Iterator[str]:
     """The app on a free port, with this home and further variables of its environment; yields its address."""
+    log = log or home / "server.log"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with (home / "server.log").open("wb") as log:
+    with log.open("wb") as output:
         command = ["-m", "streamlit", "run", "app/main.py", "--server.port", str(port), "--server.headless", "true"]
         server = subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
             env=os.environ | {"ES2_HOME": str(home), **environment},
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
         )
     try:
         address = f"http://127.0.0.1:{port}/"
         for _ in range(300):
-            assert server.poll() is None, (home / "server.log").read_text()
+            assert server.poll() is None, log.read_text()
             try:
                 with urllib.request.urlopen(f"{address}_stcore/health", timeout=1):
                     break

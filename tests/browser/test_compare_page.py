@@ -12,6 +12,8 @@ from tests.builders_artifacts import DISTANCES, TARGETS, Compared, write_compari
 
 pytestmark = marks
 
+PLOTS = "[...document.querySelectorAll('.st-key-linked_pair .plots-plot')]"
+
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
@@ -26,7 +28,7 @@ def address(compared: Compared) -> Iterator[str]:
 
 def side(page: playwright.Page, index: int) -> playwright.Locator:
     """Base's plot or tuned's."""
-    return page.locator(".st-key-linked_pair .linked-plot").nth(index)
+    return page.locator(".st-key-linked_pair .plots-plot").nth(index)
 
 
 def harmful_point(page: playwright.Page, index: int, at: int = 0) -> playwright.Locator:
@@ -64,10 +66,10 @@ def test_hover_shows_the_same_prompt_on_both_sides(
     point = harmful_point(page, 0)
     point.hover(force=True)
     expect(side(page, 0).locator(".hovertext")).to_contain_text("<script>alert(1)</script> &amp; $x^2$ how do I")
-    halos = page.locator(".linked-halo")
+    halos = page.locator(".plots-halo")
     expect(halos).to_have_count(2)
     twin = harmful_point(page, 1).bounding_box()
-    halo = side(page, 1).locator(".linked-halo").bounding_box()
+    halo = side(page, 1).locator(".plots-halo").bounding_box()
     assert twin is not None
     assert halo is not None
     for edge, size in (("x", "width"), ("y", "height")):
@@ -100,9 +102,7 @@ def test_a_box_on_one_side_selects_everywhere_and_lasts(
     page = opened(open_page, address, compared, layer="2")
     n_test = int(compared.artifacts.prompts.in_split("test").sum())
     page.locator(".st-key-tool button").nth(2).click()
-    page.wait_for_function(
-        "[...document.querySelectorAll('.linked-plot')].every(plot => plot._fullLayout?.dragmode === 'select')"
-    )
+    page.wait_for_function(f"{PLOTS}.every(plot => plot._fullLayout?.dragmode === 'select')")
     settle(page)
     drag(page, 1)
     heading = page.locator(".st-key-selected h3")
@@ -118,7 +118,7 @@ def test_a_box_on_one_side_selects_everywhere_and_lasts(
 
 def test_zoom_is_common(address: str, compared: Compared, open_page: Callable[[str], playwright.Page]) -> None:
     page = opened(open_page, address, compared, layer="2")
-    ranges = "[...document.querySelectorAll('.linked-plot')].map(plot => plot._fullLayout.xaxis.range)"
+    ranges = f"{PLOTS}.map(plot => plot._fullLayout.xaxis.range)"
     before = page.evaluate(ranges)
     assert before[0] == before[1]
     side(page, 0).hover()
@@ -132,20 +132,20 @@ def test_morph_moves_points_from_base_to_tuned(
     address: str, compared: Compared, open_page: Callable[[str], playwright.Page]
 ) -> None:
     page = opened(open_page, address, compared, layer="3")
-    target = page.evaluate("document.querySelectorAll('.linked-plot')[1].calcdata[1].map(point => point.x)")
+    target = page.evaluate(f"{PLOTS}[1].calcdata[1].map(point => point.x)")
     page.locator(".st-key-arrangement button", has_text="Morph").click()
-    play = page.locator(".linked-play")
+    play = page.locator(".plots-play")
     expect(play).to_have_text("Play")
     settle(page)
-    expect(page.locator(".linked-plot")).to_have_count(1)
-    now = "document.querySelector('.linked-plot').calcdata[1].map(point => point.x)"
+    expect(page.locator(".st-key-linked_pair .plots-plot")).to_have_count(1)
+    now = f"{PLOTS}[0].calcdata[1].map(point => point.x)"
     start = page.evaluate(now)
     assert start != pytest.approx(target)
     play.click()
-    page.wait_for_function("document.querySelector('.linked-moment').value === '1'")
+    page.wait_for_function("document.querySelector('.plots-moment').value === '1'")
     expect(play).to_have_text("Play")
     assert page.evaluate(now) == pytest.approx(target)
-    page.locator(".linked-moment").fill("0")
+    page.locator(".plots-moment").fill("0")
     page.wait_for_function(f"({now})[0] === {start[0]}")
 
 

@@ -1,8 +1,9 @@
-// Figures that know of each other; see linked.py. Streamlit calls the default export whenever the data or the theme
-// change, always with the same parent element, which therefore keeps what has to last: plots, moment, last selection.
+// The app's figures; see plots.py. Streamlit calls the default export whenever the data or the theme change, always with
+// the same parent element, which therefore keeps what has to last: plots, moment, last selection.
 
 const PLAY_MILLISECONDS = 1800;
-const CONFIG = {
+const PLAIN = { displayModeBar: false, scrollZoom: false, responsive: false, doubleClick: false };
+const LINKED = {
   displaylogo: false,
   responsive: false,
   doubleClick: "reset",
@@ -12,17 +13,18 @@ const CONFIG = {
 export default async function ({ data, parentElement, setTriggerValue }) {
   const state = (parentElement.es2 ??= begin(parentElement));
   const turn = ++state.turn;
-  state.report = (rows) => setTriggerValue("selected", rows);
+  state.report = setTriggerValue;
+  state.data = data;
   const Plotly = await library(data.library);
-  if (turn === state.turn) await draw(Plotly, state, data);
+  if (turn === state.turn) await draw(Plotly, state);
   return () => end(Plotly, state);
 }
 
 function begin(parent) {
-  const root = parent.querySelector(".linked");
-  const plots = element("div", "linked-plots");
-  root.append(plots);
-  return { root, plots, divs: [], selected: [], turn: 0, moment: 0, playing: 0, morph: null, halos: [] };
+  const root = parent.querySelector(".plots");
+  const row = element("div", "plots-row");
+  root.append(row);
+  return { root, row, divs: [], selected: [], turn: 0, moment: 0, playing: 0, morph: null, halos: [] };
 }
 
 function end(Plotly, state) {
@@ -40,12 +42,12 @@ function element(tag, name) {
 
 // ------------------------------------------------------------------------------------------------------- drawing
 
-async function draw(Plotly, state, data) {
-  const figures = data.figures.map((text) => JSON.parse(text));
-  state.selected = data.selected;
-  state.root.style.height = `${data.height}px`;
+async function draw(Plotly, state) {
+  const { figures, height, alt, selected } = state.data;
+  state.selected = selected ?? [];
+  state.root.style.height = `${height}px`;
   state.root.setAttribute("role", "img");
-  state.root.setAttribute("aria-label", data.alt);
+  state.root.setAttribute("aria-label", alt);
   unhover(state);
   while (state.divs.length > figures.length) {
     const gone = state.divs.pop();
@@ -53,53 +55,80 @@ async function draw(Plotly, state, data) {
     gone.remove();
   }
   while (state.divs.length < figures.length) {
-    const made = element("div", "linked-plot");
+    const made = element("div", "plots-plot");
     state.divs.push(made);
-    state.plots.append(made);
+    state.row.append(made);
   }
-  for (const [index, figure] of figures.entries()) {
-    const div = state.divs[index];
-    div.aims = figure.data.map((trace) => trace.meta?.to);
-    div.starts = figure.data.map((trace) => ({ x: trace.x, y: trace.y }));
-    dress(figure.layout, state);
-    figure.layout.width = div.clientWidth;
-    const image = { format: "svg", filename: `${data.name}${figures.length > 1 ? `-${index + 1}` : ""}` };
-    await Plotly.react(div, figure.data, figure.layout, { ...CONFIG, toImageButtonOptions: image });
-    if (!div.listening) listen(Plotly, state, div);
-  }
-  scrubber(Plotly, state);
   state.sizes ??= watchSize(Plotly, state);
+  if (!state.root.clientWidth) return; // hidden, as in a closed expander: drawn when it is shown
+  const theme = themeOf(state);
+  for (const [index, figure] of figures.entries()) await show(Plotly, state, index, figure, theme);
+  scrubber(Plotly, state);
 }
 
-// Streamlit's colours, which follow the system or the person's choice.
-function dress(layout, state) {
+// Draws a figure, or only what is new in it.
+async function show(Plotly, state, index, figure, theme) {
+  const div = state.divs[index];
+  const layout = JSON.parse(figure.layout);
+  const { shapes = [], ...others } = layout;
+  const rest = JSON.stringify(others) + theme.join() + figure.data;
+  const shown = div.shown;
+  div.shown = { layout: figure.layout, rest };
+  if (shown?.rest === rest && !selecting(div)) {
+    // Lines alone take plotly a millisecond; anything besides them, a hundred.
+    if (shown.layout !== figure.layout) await Plotly.relayout(div, { shapes });
+    return;
+  }
+  const traces = JSON.parse(figure.data);
+  div.aims = traces.map((trace) => trace.meta?.to);
+  div.starts = traces.map((trace) => ({ x: trace.x, y: trace.y }));
+  dress(layout, theme, state.turn);
+  layout.width = div.clientWidth;
+  await Plotly.react(div, traces, layout, config(state, index));
+  if (!div.listening) listen(Plotly, state, div);
+}
+
+function config(state, index) {
+  const { name, figures } = state.data;
+  if (!name) return PLAIN;
+  const filename = `${name}${figures.length > 1 ? `-${index + 1}` : ""}`;
+  return { ...LINKED, toImageButtonOptions: { format: "svg", filename } };
+}
+
+// The outline of a lasso or a box stays until the figure is drawn anew.
+function selecting(div) {
+  return (div._fullLayout?.selections ?? []).length > 0;
+}
+
+// Streamlit's colours and font, which follow the system or the person's choice.
+function themeOf(state) {
   const style = getComputedStyle(state.root);
-  const colour = (name) => style.getPropertyValue(`--st-${name}`).trim();
-  const text = colour("text-color");
+  const names = ["text-color", "font", "border-color", "border-color-light", "background-color"];
+  return names.map((name) => style.getPropertyValue(`--st-${name}`).trim());
+}
+
+function dress(layout, [text, family, border, grid, background], turn) {
   const muted = text.startsWith("#") && text.length === 7 ? `${text}a6` : text;
-  delete layout.template;
   layout.paper_bgcolor = layout.plot_bgcolor = "rgba(0,0,0,0)";
-  layout.font = { family: colour("font"), color: text, size: 12 };
-  for (const axis of [layout.xaxis, layout.yaxis]) {
-    axis.gridcolor = colour("border-color-light") || colour("border-color");
+  layout.font = { family, color: text, size: 12 };
+  for (const name of Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key))) {
+    const axis = layout[name];
+    axis.gridcolor = grid || border;
     axis.title = { ...axis.title, font: { size: 12.5, color: muted } };
     axis.tickfont = { size: 11.5, color: muted };
     axis.ticks = "";
   }
-  layout.hoverlabel = {
-    ...layout.hoverlabel,
-    bgcolor: colour("background-color"),
-    bordercolor: colour("border-color"),
-    font: { family: colour("font"), color: text, size: 13 },
-  };
-  layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: colour("border-color"), activecolor: text };
+  const font = { family, color: text, size: 13 };
+  layout.hoverlabel = { ...layout.hoverlabel, bgcolor: background, bordercolor: border, font };
+  layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: border, activecolor: text };
   layout.selections = [];
-  layout.selectionrevision = state.turn;
+  layout.selectionrevision = turn;
 }
 
 function watchSize(Plotly, state) {
   const sizes = new ResizeObserver(() => {
     unhover(state);
+    if (state.root.clientWidth && state.divs.some((div) => !div.shown)) draw(Plotly, state);
     for (const div of state.divs) {
       if (div.layout && div.clientWidth && div.layout.width !== div.clientWidth) {
         Plotly.relayout(div, { width: div.clientWidth });
@@ -114,6 +143,10 @@ function watchSize(Plotly, state) {
 
 function listen(Plotly, state, div) {
   div.listening = true;
+  if (!state.data.name) {
+    div.on("plotly_click", (event) => pick(state, event.points));
+    return;
+  }
   const rowsOf = (points) => [...new Set(points.map((point) => point.customdata?.[1]).filter(Number.isInteger))];
   div.on("plotly_hover", (event) => hover(state, rowsOf(event.points)));
   div.on("plotly_unhover", () => unhover(state));
@@ -124,10 +157,15 @@ function listen(Plotly, state, div) {
   div.on("plotly_relayout", (change) => follow(Plotly, state, div, change));
 }
 
+function pick(state, points) {
+  const found = points.find((point) => point.customdata)?.customdata;
+  if (state.data.picks && found) state.report("picked", found);
+}
+
 function choose(state, rows, add) {
   if (rows.length === 0) return;
   state.selected = add ? [...new Set([...state.selected, ...rows])] : rows;
-  state.report(state.selected);
+  state.report("selected", state.selected);
 }
 
 // A ring around every point of the row, in every plot: plain elements, since plotly would redraw all points.
@@ -142,7 +180,7 @@ function hover(state, rows) {
         if (!rows.includes(data[1])) return;
         const [left, top] = [xaxis.d2p(points[index].x), yaxis.d2p(points[index].y)];
         if (left < 0 || left > xaxis._length || top < 0 || top > yaxis._length) return;
-        const halo = element("div", "linked-halo");
+        const halo = element("div", "plots-halo");
         halo.style.left = `${xaxis._offset + left}px`;
         halo.style.top = `${yaxis._offset + top}px`;
         div.append(halo);
@@ -181,10 +219,10 @@ function scrubber(Plotly, state) {
     return;
   }
   if (!state.morph) {
-    state.morph = element("div", "linked-morph");
-    const play = element("button", "linked-play");
+    state.morph = element("div", "plots-morph");
+    const play = element("button", "plots-play");
     play.type = "button";
-    const slider = element("input", "linked-moment");
+    const slider = element("input", "plots-moment");
     Object.assign(slider, { type: "range", min: 0, max: 1, step: 0.01 });
     slider.setAttribute("aria-label", "From base to tuned");
     play.onclick = () => (state.playing ? stop(state) : start(Plotly, state));

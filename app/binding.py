@@ -1,0 +1,47 @@
+"""Who can reach this server: this machine alone, or, said loudly, others too.
+
+There is no password. Whoever reaches the page can read prompts and runs, name files of this account to be read, start
+jobs and delete runs; so the server listens on the loopback address unless its user says otherwise, and then every page
+says so, and so does the log.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+
+import streamlit as st
+
+from app import text
+
+logger = logging.getLogger(__name__)
+
+
+def is_exposed(address: str | None) -> bool:
+    """Whether a server that listens on this address can be reached from other machines; None is every address."""
+    if address is None or address == "":
+        return True
+    if address == "localhost":
+        return False
+    try:
+        return not ipaddress.ip_address(address.strip("[]")).is_loopback
+    except ValueError:
+        return True  # a host's name: nothing is known of it
+
+
+def warn() -> None:
+    """Say it on the page, and once in the log, when others can reach this server."""
+    address = st.get_option("server.address")
+    if is_exposed(address):
+        sentence = _logged(address or "every address of this machine")
+        st.error(f"**{text.markdown(sentence)}**", icon=":material/lock_open:")
+
+
+@st.cache_resource(show_spinner=False)
+def _logged(where: str) -> str:
+    sentence = (
+        f"This server listens on {where} and has no password: whoever reaches it can read, start and delete what you "
+        "can. Start it without --server.address, and use an SSH tunnel to reach it from elsewhere."
+    )
+    logger.warning("%s", sentence)
+    return sentence

@@ -1,0 +1,93 @@
+"""Every figure of the app: drawn by plotly.js in a small component of our own (`plots.js`).
+
+Streamlit's own chart brings a second plotly.js of 4.7 MB, draws a figure anew whenever anything in it changes, and
+reports clicks but not the mouse. This one uses the copy that the plotly package ships, redraws what has changed and no
+more (a step to another layer moves one line of a strip), and lets figures know of each other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+from plotly.utils import PlotlyJSONEncoder
+
+from app import plotly_library
+from app.canvas import Figure
+
+_HERE = Path(__file__)
+_plots = st.components.v2.component(
+    "es2_plots",
+    html='<div class="plots"></div>',
+    css=_HERE.with_suffix(".css").read_text(encoding="utf-8"),
+    js=plotly_library.script(_HERE.with_suffix(".js")),
+    isolate_styles=False,
+)
+
+
+def plot(figure: Figure, *, key: str, alt: str, on_pick: Callable[[], None] | None = None) -> None:
+    """Draw one figure.
+
+    Args:
+        figure: it has a height.
+        key: of the widget. In `on_pick` its `picked` in the session's state is the `customdata` of the clicked point.
+        alt: what is to be seen, for those who cannot.
+        on_pick: called when a point that has `customdata` is clicked.
+    """
+    data = {
+        "library": plotly_library.ADDRESS,
+        "figures": [_as_json(figure)],
+        "height": figure["layout"]["height"],
+        "picks": on_pick is not None,
+        "alt": alt,
+    }
+    _plots(key=key, data=data, on_picked_change=on_pick or _nothing)
+
+
+def linked(
+    figures: Sequence[Figure],
+    *,
+    key: str,
+    height: int,
+    selected: Sequence[int],
+    on_select: Callable[[], None],
+    name: str,
+    alt: str,
+) -> None:
+    """Draw figures of prompts beside each other: what is hovered, selected or zoomed in one is so in all.
+
+    Args:
+        figures: their points carry `[model, row]` as `customdata`; points of one row belong together. Traces with `to`
+            in their `meta` (`{"x": […], "y": […]}`) move there as the person plays or drags the scrubber.
+        key: of the widget. In `on_select` its `selected` in the session's state lists the rows.
+        height: of the whole, in pixels, whatever is drawn.
+        selected: the rows that are selected; a click with shift adds to them.
+        on_select: called when points of any figure were clicked or drawn around.
+        name: of the file when a figure is saved, without its ending.
+        alt: what is to be seen, for those who cannot.
+    """
+    data = {
+        "library": plotly_library.ADDRESS,
+        "figures": [_as_json(figure) for figure in figures],
+        "height": height,
+        "selected": list(selected),
+        "name": name,
+        "alt": alt,
+    }
+    _plots(key=key, data=data, on_selected_change=on_select)
+
+
+def _as_json(figure: Figure) -> dict[str, str]:
+    """Traces and layout as texts of their own: what has not changed is known by comparing them."""
+    return {"data": _text(figure["data"]), "layout": _text(figure["layout"])}
+
+
+def _text(part: Any) -> str:
+    return json.dumps(part, cls=PlotlyJSONEncoder)
+
+
+def _nothing() -> None:
+    """Streamlit asks for a callback where the component may report."""
