@@ -478,10 +478,13 @@ def _command(way: Way, config: FinetuneConfig, machine: Machine) -> str:
     words = ["es2 finetune", f"--model {shlex.quote(config.model)}", f"--layers {','.join(map(str, config.targets))}"]
     if way.launch:
         words[0] = f"accelerate launch {way.launch} --num_processes {machine.n_devices} -m es2 finetune"
-    for name in ("method", "steps", "pairs_per_step", "rank", "accumulate", "quantize", "dtype"):
+    for name in (
+        "objective", "steps", "pairs_per_step", "method", "rank", "first_block", "watch_every", "accumulate",
+        "quantize", "dtype",
+    ):  # fmt: skip
         value = getattr(way.config, name)
         if value != getattr(FinetuneConfig(layers=()), name):
-            words.append(f"--{name.replace('_', '-')} {value}")
+            words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
     if way.config.gradient_checkpointing:
         words.append("--gradient-checkpointing")
     return " ".join(words)

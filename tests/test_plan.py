@@ -253,6 +253,10 @@ class TestOtherMachines:
         assert small.needs_gb["capture"] > 13.5, "bfloat16"
         assert [command.split()[:2] for command in large.commands] == [["es2", "capture"], ["es2", "finetune"]]
 
+    def test_what_to_type_says_all_that_was_asked_for(self, planned) -> None:
+        command = planned(7, "80", objective="fisher + 2*margin", first_block=3, watch_every=4).commands[-1]
+        assert "--objective 'fisher + 2*margin' --first-block 3 --watch-every 4" in command
+
     def test_a_card_that_is_tight_is_worked_in_parts(self, planned) -> None:
         roomy = planned(7, "80", pairs_per_step=256)
         assert roomy.needs_gb["steps"] > 24
