@@ -3,7 +3,8 @@
     python -m tests.benchmarks.large [--prompts 5000] [--layers 32] [--width 4096] [--clicks 6]
 
 Synthetic embeddings of base and tuned in float16, as a capture of a 7B model leaves them (5.4 GB with the defaults, in
-a temporary folder), analysed for real; 200 of the prompts are of `probe`, all others of `test` and so on screen.
+a temporary folder), analysed for real, which takes far longer than a quarter of an hour; 200 of the prompts are of `probe`, all others of
+`test` and so on screen.
 Printed as JSON: seconds until the first figure and from click to new points, for each view, and the server's peak
 memory in GB.
 """
