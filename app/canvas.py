@@ -15,7 +15,15 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Float
 
-from es2.palette import BASE, COLOURS, NEUTRAL, SYMBOLS, TUNED, translucent  # noqa: F401 (figures take them from here)
+from es2.palette import (  # noqa: F401 (figures take them from here)
+    BASE,
+    COLOURS,
+    NEUTRAL,
+    SYMBOLS,
+    TUNED,
+    interval_band,
+    translucent,
+)
 from es2.prompts import HARMFUL, HARMLESS
 from es2.results import Interval
 
@@ -126,17 +134,7 @@ def layer_axis(n_layers: int, words: str | None = LAYERS) -> dict[str, Any]:
 
 def band(x: Sequence[int], intervals: Sequence[Interval], colour: str, name: str) -> Trace:
     """Intervals over `x` as a band behind their line."""
-    return scatter(
-        x=[*x, *x[::-1]],
-        y=[interval.high for interval in intervals] + [interval.low for interval in intervals][::-1],
-        mode="lines",
-        line={"width": 0},
-        fill="toself",
-        fillcolor=translucent(colour, 0.16),
-        hoverinfo="skip",
-        showlegend=False,
-        name=f"{name} interval",
-    )
+    return interval_band(x, intervals, colour) | {"name": f"{name} interval"}
 
 
 def column(layer: int) -> dict[str, Any]:

@@ -26,13 +26,7 @@ from es2.report_page import figure_html
 from es2.runs import open_run
 from es2.store import SHOWCASE
 
-_HERE = Path(__file__)
-_images = st.components.v2.component(
-    "es2_images",
-    html='<div class="images"></div>',
-    css=_HERE.with_suffix(".css").read_text(encoding="utf-8"),
-    js=plotly_library.script(_HERE.with_suffix(".js")),
-)
+_images = plotly_library.component("es2_images", Path(__file__), '<div class="images"></div>')
 
 _FORMULA = re.compile(r"'*(?:[\t\r\n]|\s*[=+\-@＝＋－＠])")
 """What a spreadsheet takes for the beginning of a formula, in ASCII and in full width; and the same with the sign that

@@ -6,10 +6,14 @@ It is 4.8 MB: the server offers it under an address of its own and a page loads 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import plotly
 import streamlit as st
 from streamlit.components.v1 import declare_component
+
+if TYPE_CHECKING:
+    from streamlit.components.v2.types import ComponentRenderer
 
 # Never mounted: declaring it makes the server offer the files of its folder.
 _PACKAGE = declare_component("plotly", path=Path(plotly.__file__).with_name("package_data"))
@@ -27,6 +31,19 @@ def fetch_early() -> None:
     """Let the browser fetch and compile it while the page's figures are still on their way."""
     with st.container(key="plotly_library"):
         _early(key="plotly", data={"library": ADDRESS})
+
+
+def component(name: str, file: Path, html: str, **settings: Any) -> ComponentRenderer:
+    """A component whose script may call `library(address)`, which resolves to plotly.
+
+    Args:
+        name: of the component.
+        file: its script and its style stand beside this one, as `.js` and `.css`.
+        html: what it begins as.
+        settings: more for Streamlit.
+    """
+    css = file.with_suffix(".css").read_text(encoding="utf-8")
+    return st.components.v2.component(name, html=html, css=css, js=script(file.with_suffix(".js")), **settings)
 
 
 def script(path: Path) -> str:

@@ -12,20 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import streamlit as st
 from plotly.utils import PlotlyJSONEncoder
 
 from app import plotly_library
 from app.canvas import Figure
 
-_HERE = Path(__file__)
-_plots = st.components.v2.component(
-    "es2_plots",
-    html='<div class="plots"></div>',
-    css=_HERE.with_suffix(".css").read_text(encoding="utf-8"),
-    js=plotly_library.script(_HERE.with_suffix(".js")),
-    isolate_styles=False,
-)
+_plots = plotly_library.component("es2_plots", Path(__file__), '<div class="plots"></div>', isolate_styles=False)
 
 
 def plot(figure: Figure, *, key: str, alt: str, on_pick: Callable[[], None] | None = None) -> None:

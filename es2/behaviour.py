@@ -29,6 +29,7 @@ from es2.batching import (
     keys_and_values,
     reply_batches,
     until_end,
+    usual_tokens,
 )
 from es2.errors import InputError, MachineError
 from es2.jobs import Reporter, silent
@@ -48,7 +49,6 @@ Around = Callable[[list[int]], AbstractContextManager[Any]]
 
 _TOKENS_AT_ONCE = {"cpu": 9_600}  # prompts and replies together: a hundred short exchanges, about 0.5 GB of keys
 _TOKENS_AT_ONCE_ACCELERATED = 16_384
-_READ_AT_ONCE = {"cpu": 640}
 
 
 # -------------------------------------------------------------------------------------------------------------- replies
@@ -322,7 +322,7 @@ def exchange_states(
     import torch
 
     sequences = [(*prompt, *reply[:-1]) for prompt, reply in zip(prompts, replies, strict=True)]
-    budget = _READ_AT_ONCE.get(model.device.type, _TOKENS_AT_ONCE_ACCELERATED)
+    budget = usual_tokens(model.device.type)
     states: dict[int, Tensor] = {}
     report(stage, 0, len(sequences))
     for batch in batches_by_length([len(sequence) for sequence in sequences], budget):

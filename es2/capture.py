@@ -33,7 +33,9 @@ from es2.batching import (
     batches_by_length,
     cache_of,
     keys_and_values,
+    n_alike,
     plant,
+    usual_tokens,
 )
 from es2.errors import InputError, MachineError
 from es2.files import content_key, is_key, machine_error, read_json, user_cache, write_json
@@ -71,8 +73,6 @@ _ATTENTION = "eager"  # what a TransformerLens bridge always runs with
 _HALF_LIMIT = 3e4  # float16 ends at 65504; embeddings below this are stored in it without a second thought
 _ROUNDING_PROMPTS = 4  # of a half-precision capture, whose difference from float32 is measured
 _SHARING_WORTHWHILE = 4  # shared tokens that pay for an extra pass
-_TOKENS_PER_BATCH = {"cpu": 640}  # more is slower there: the batch outgrows the caches
-_TOKENS_PER_BATCH_ACCELERATED = 16_384
 _ROW = 192  # tokens of a row of prompts: longer rows share more, but all their tokens look at each other
 _EXACT = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # differences, relative to ‖e‖, that are rounding
 
@@ -234,8 +234,7 @@ def template_head(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence
     # Two texts without a common beginning show where the head ends, also when the prompts all begin with one word.
     every = [*map(tuple, prompts), *render(tokenizer, ("A", "1")).token_ids]
     first, last = min(every), max(every)  # what these two share, all between them share
-    limit = min(map(len, every)) - 1
-    return first[: next((i for i in range(limit) if first[i] != last[i]), limit)]
+    return first[: min(n_alike(first, last), min(map(len, every)) - 1)]
 
 
 def _pinned_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -317,7 +316,7 @@ def capture_residuals(
     import torch
 
     model: Any = bridge.original_model
-    budget = max_tokens_per_batch or _TOKENS_PER_BATCH.get(model.device.type, _TOKENS_PER_BATCH_ACCELERATED)
+    budget = max_tokens_per_batch or usual_tokens(model.device.type)
     columns = np.array([rendered.columns(position) for position in positions]).T
     n_shared, planted = _ways(bridge, rendered, columns) if padding == "right" else (0, False)
     own_tokens = [tokens[n_shared:] for tokens in rendered.token_ids]
@@ -400,8 +399,7 @@ def _array(
 def _shared_tokens(rendered: Rendered, columns: np.ndarray) -> int:
     """How many tokens every prompt begins with, before the first one that is wanted: most of a chat template's head."""
     first, last = min(rendered.token_ids), max(rendered.token_ids)  # what these two share, all between them share
-    limit = min(len(first), len(last), int(columns.min()))
-    return next((i for i in range(limit) if first[i] != last[i]), limit)
+    return min(n_alike(first, last), int(columns.min()))
 
 
 def _ways(bridge: TransformerBridge, rendered: Rendered, columns: np.ndarray) -> tuple[int, bool]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from es2.batching import REPLIES_AT_ONCE, usual_tokens
 from es2.models import DTYPES
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ ALONE, TOGETHER, SHARDED = "", "--multi_gpu", "--use_fsdp --fsdp_version 2"
 TEMPLATE_HEAD = 24  # tokens; run once for all prompts of a step
 _RUNTIME_BYTES = {"cpu": 6.5e8}  # interpreter, torch, TransformerLens
 _RUNTIME_BYTES_ACCELERATED = 1e9  # of the device: context and libraries; not measured
-_TOKENS_AT_ONCE = {"cpu": 640}
-_TOKENS_AT_ONCE_ACCELERATED = 16_384
 _KEPT_PER_TOKEN = (17, 7)  # numbers that autograd needs of a block on the way back, in units of d_model and of d_ff
 _PASSING_PER_TOKEN = (6, 3)  # the same of a block that runs without autograd
 _LOGIT_BYTES = 5 * 2**25  # a chunk of logits, and what is made of it (`es2.kl`)
@@ -102,8 +101,9 @@ def needs(
 
     n_replies = (2 * config.watch_prompts + config.steps * config.kl_prompts) / share
     states = n_replies * (mean + config.reply_tokens) * shape.d_model * width if on_cpu else 0.0
-    at_once = _TOKENS_AT_ONCE.get(machine.device, _TOKENS_AT_ONCE_ACCELERATED)
-    cached = min(n_replies, 3 * at_once / mean) * (mean + config.reply_tokens) * 2 * shape.d_kv * shape.n_layers * width
+    at_once = usual_tokens(machine.device)
+    n_replying = min(n_replies, REPLIES_AT_ONCE * at_once / mean)
+    cached = n_replying * (mean + config.reply_tokens) * 2 * shape.d_kv * shape.n_layers * width
     passing = numbers(min(at_once, n_measured * mean), _PASSING_PER_TOKEN)
     arrays = 4.0 * shape.n_layers * n_measured * shape.d_model if on_cpu else 0.0
     return {

@@ -6,7 +6,13 @@ readers; labels differ in marker shape besides.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 from es2.prompts import HARMFUL, HARMLESS
+
+if TYPE_CHECKING:
+    from es2.results import Interval
 
 COLOURS = {HARMFUL: "#d95f02", HARMLESS: "#2b83ba"}
 """Vermilion and blue: the pair that every kind of colour blindness tells apart."""
@@ -21,3 +27,18 @@ def translucent(colour: str, alpha: float) -> str:
     """`#rrggbb` as an `rgba(…)` of this opacity."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha})"
+
+
+def interval_band(x: Sequence[int], intervals: Sequence[Interval], colour: str) -> dict[str, Any]:
+    """Intervals over `x` as a band behind their line: a trace, as `go.Scatter` takes it."""
+    return {
+        "type": "scatter",
+        "x": [*x, *x[::-1]],
+        "y": [interval.high for interval in intervals] + [interval.low for interval in intervals][::-1],
+        "mode": "lines",
+        "line": {"width": 0},
+        "fill": "toself",
+        "fillcolor": translucent(colour, 0.16),
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from es2.batching import (
+    REPLIES_AT_ONCE,
     SHARING_VERIFIED,
     KeysAndValues,
     batches_by_length,
@@ -29,14 +30,10 @@ from es2.batching import (
     keys_and_values,
     reply_batches,
     until_end,
+    usual_tokens,
 )
 from es2.errors import InputError
 from es2.kl import Head, read_head, token_kl
-
-_TOKENS_AT_ONCE = {"cpu": 640}  # more is slower there: the batch outgrows the caches
-_TOKENS_AT_ONCE_ACCELERATED = 16_384
-
-_REPLIES_AT_ONCE = 3  # times as many prompts reply together: token by token there is less to do for each
 
 _STAND_IN = (0,)
 
@@ -132,7 +129,7 @@ class Network:
         self._n_shared = len(self.template_head) if shares else 0
         self._deep = model.base_model
         self._shallow = _first_blocks(model.base_model, self.list_name, self.layers[-1] + 1)
-        self._tokens_at_once = tokens_at_once or _TOKENS_AT_ONCE.get(self.device.type, _TOKENS_AT_ONCE_ACCELERATED)
+        self._tokens_at_once = tokens_at_once or usual_tokens(self.device.type)
         self._autocast = model.dtype != torch.float32
         self._dtype = model.dtype
         self._checkpoints = gradient_checkpointing
@@ -203,7 +200,7 @@ class Network:
         window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         longest = max(map(len, prompts), default=0) + n_tokens
         pads = self._verified and (window is None or longest <= window)
-        budget = _REPLIES_AT_ONCE * self._tokens_at_once
+        budget = REPLIES_AT_ONCE * self._tokens_at_once
         for batch in self._together(reply_batches([len(tokens) for tokens in sequences], budget, pads)):
             chosen = [sequences[row] for row in batch] or [_STAND_IN]
             lengths = torch.tensor([len(tokens) for tokens in chosen])

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from es2.batching import REPLIES_AT_ONCE, usual_tokens
 from es2.errors import InputError
 from es2.files import content_key, home, machine_error, read_json, user_cache, write_json
 from es2.finetune import FinetuneConfig, count_layers
@@ -64,8 +65,6 @@ _EFFICIENCY = 0.6
 _CAPTURE_EFFICIENCY = 0.85  # large batches of like length, nothing kept for a way back
 _WEIGHT_BYTES_PER_SECOND = {"cpu": 1e10}  # every decoded token reads all weights, however few prompts reply together
 _WEIGHT_BYTES_PER_SECOND_ACCELERATED = 1e12  # what cards of 24 GB state; not measured
-_REPLY_TOKENS_AT_ONCE = {"cpu": 1920}
-_REPLY_TOKENS_AT_ONCE_ACCELERATED = 49_152
 _START_SECONDS = 8.0  # of one process or bridge: imports and set-up
 _LOAD_BYTES_PER_SECOND = 1e9
 _ANALYSIS_PRODUCTS = 150  # products per prompt, dimension and resample, over all numbers of both models
@@ -538,7 +537,7 @@ def _work(
     decoded = len(replied) * n_decoded
     replies = blocks(tokens_of(replied) + decoded, n_deep) + head(decoded + len(replied), 1)
     replies += blocks(tokens_of(known - replied), n_shallow)
-    at_once = _REPLY_TOKENS_AT_ONCE.get(machine.device, _REPLY_TOKENS_AT_ONCE_ACCELERATED)
+    at_once = REPLIES_AT_ONCE * usual_tokens(machine.device)
     n_batches = math.ceil(tokens_of(replied) / at_once)
     reading = _WEIGHT_BYTES_PER_SECOND.get(machine.device, _WEIGHT_BYTES_PER_SECOND_ACCELERATED)
 

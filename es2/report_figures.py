@@ -16,7 +16,7 @@ from plotly.subplots import make_subplots
 
 from es2.glossary import BY_NAME
 from es2.labels import hover, label
-from es2.palette import BASE, COLOURS, NEUTRAL, SYMBOLS, TUNED, translucent
+from es2.palette import BASE, COLOURS, NEUTRAL, SYMBOLS, TUNED, interval_band
 from es2.projection import View
 from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 from es2.results import Analysis, LayerNumbers
@@ -69,16 +69,7 @@ def _line_with_band(
     x = [layer.layer for layer in layers]
     intervals = [layer.numbers[name] for layer in layers]
     term = BY_NAME[name]
-    band = go.Scatter(
-        x=x + x[::-1],
-        y=[interval.high for interval in intervals] + [interval.low for interval in intervals][::-1],
-        mode="lines",
-        line={"width": 0},
-        fill="toself",
-        fillcolor=translucent(colour, 0.16),
-        hoverinfo="skip",
-        showlegend=False,
-    )
+    band = go.Scatter(interval_band(x, intervals, colour))
     line = go.Scatter(
         x=x,
         y=[interval.value for interval in intervals],
