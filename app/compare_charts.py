@@ -251,7 +251,7 @@ def pair(
         unchecked, for `app.plots`.
     """
     assert view.tuned is not None
-    points = tuple(np.asarray(one, dtype=np.float64) for one in (view.base, view.tuned))
+    points = tuple(canvas.rounded(one) for one in (view.base, view.tuned))
     test = prompts.in_split("test")
     shown = np.ones(len(prompts), dtype=bool) if others else test
     ringed = np.array([row for row in selected if shown[row]], dtype=int)
@@ -473,7 +473,7 @@ def _frame(
     """The axes that every figure of a pair shares, and what is marked on them."""
     all_points = np.concatenate([one[shown] for one in points])
     x: dict[str, Any] = {"title": canvas.title(_axis(view.axes[0])), "showgrid": True}
-    y: dict[str, Any] = {"title": canvas.title(_axis(view.axes[1])), "range": _padded(all_points[:, 1])}
+    y: dict[str, Any] = {"title": canvas.title(_axis(view.axes[1])), "range": canvas.padded(all_points[:, 1])}
     marks: dict[str, Any] = {}
     if view.kind == "separation":
         limit = canvas.margin_limit(all_points[:, 0])
@@ -481,17 +481,11 @@ def _frame(
         sides = [projection_chart.side(HARMLESS), projection_chart.side(HARMFUL)]
         marks = {"shapes": [canvas.BOUNDARY], "annotations": sides}
     else:
-        x["range"] = _padded(all_points[:, 0])
+        x["range"] = canvas.padded(all_points[:, 0])
         y |= {"scaleanchor": "x", "scaleratio": 1}
     if view.kind == "umap":
         x["showticklabels"] = y["showticklabels"] = False
     return {"x": x, "y": y, **marks}
-
-
-def _padded(values: Float[np.ndarray, "point"]) -> list[float]:
-    low, high = (float(values.min()), float(values.max())) if len(values) else (-1.0, 1.0)
-    room = 0.06 * (high - low) or 1.0
-    return [low - room, high + room]
 
 
 def _axis(words: str) -> str:

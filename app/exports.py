@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import streamlit as st
 from plotly.io import to_json
 
@@ -25,6 +25,9 @@ from es2.report import Compared, find_compared, report_html
 from es2.report_page import figure_html
 from es2.runs import open_run
 from es2.store import SHOWCASE
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _images = plotly_library.component("es2_images", Path(__file__), '<div class="images"></div>')
 

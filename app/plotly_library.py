@@ -22,30 +22,25 @@ ADDRESS = f"component/{_PACKAGE.name}/plotly.min.js"
 """Where the server offers it; what `library` in the component's script takes."""
 
 _LOADER = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
-_early = st.components.v2.component(
-    "es2_plotly", js=_LOADER + "export default ({ data }) => void library(data.library);"
-)
+_early = st.components.v2.component("es2_plotly", js=_LOADER + "export default ({ data }) => fetchAhead(data.library);")
 
 
 def fetch_early() -> None:
-    """Let the browser fetch and compile it while the page's figures are still on their way."""
+    """Let the browser fetch it while the page's figures are still on their way."""
     with st.container(key="plotly_library"):
         _early(key="plotly", data={"library": ADDRESS})
 
 
-def component(name: str, file: Path, html: str, **settings: Any) -> ComponentRenderer:
+def component(name: str, file: Path, html: str, *parts: Path, **settings: Any) -> ComponentRenderer:
     """A component whose script may call `library(address)`, which resolves to plotly.
 
     Args:
         name: of the component.
         file: its script and its style stand beside this one, as `.js` and `.css`.
         html: what it begins as.
+        parts: more scripts, which stand before its own.
         settings: more for Streamlit.
     """
     css = file.with_suffix(".css").read_text(encoding="utf-8")
-    return st.components.v2.component(name, html=html, css=css, js=script(file.with_suffix(".js")), **settings)
-
-
-def script(path: Path) -> str:
-    """A component's script with `library(address)` before it, which resolves to plotly."""
-    return _LOADER + path.read_text(encoding="utf-8")
+    own = "".join(part.read_text(encoding="utf-8") for part in (*parts, file.with_suffix(".js")))
+    return st.components.v2.component(name, html=html, css=css, js=_LOADER + own, **settings)

@@ -2,6 +2,8 @@
 // the same parent element, which therefore keeps what has to last: plots, moment, last selection.
 
 const PLAY_MILLISECONDS = 1800;
+const SKETCH_MILLISECONDS = 50; // for the browser to paint it, before plotly keeps it busy
+const LAYER_PICKED = "es2-layer-picked";
 const PLAIN = { displayModeBar: false, scrollZoom: false, responsive: false, doubleClick: false };
 const LINKED = {
   displaylogo: false,
@@ -10,15 +12,17 @@ const LINKED = {
   modeBarButtonsToRemove: ["autoScale2d", "zoom2d", "pan2d", "lasso2d", "select2d"],
 };
 
-export default async function ({ data, parentElement, setTriggerValue }) {
+export default async function ({ data: [data], parentElement, setTriggerValue }) {
   const state = (parentElement.es2 ??= begin(parentElement));
   const turn = ++state.turn;
   state.report = setTriggerValue;
   state.data = data;
-  const Plotly = await library(data.library);
   // Prompts first: they are what a person looks at, and each figure takes a tenth of a second.
-  if (!data.name) await new Promise((resolve) => setTimeout(resolve));
-  if (turn === state.turn) await draw(Plotly, state);
+  if (data.name) await sketch(state);
+  else await new Promise((resolve) => setTimeout(resolve));
+  const Plotly = await library(data.library);
+  state.goTo ??= listenForLayers(Plotly, state);
+  if (turn === state.turn) await draw(Plotly, state, data.figures);
   return () => end(Plotly, state);
 }
 
@@ -32,6 +36,7 @@ function begin(parent) {
 function end(Plotly, state) {
   state.turn += 1;
   state.sizes?.disconnect();
+  document.removeEventListener(LAYER_PICKED, state.goTo);
   cancelAnimationFrame(state.playing);
   state.divs.forEach(Plotly.purge);
 }
@@ -44,23 +49,15 @@ function element(tag, name) {
 
 // ------------------------------------------------------------------------------------------------------- drawing
 
-async function draw(Plotly, state) {
-  const { figures, height, alt, selected } = state.data;
-  state.selected = selected ?? [];
-  state.root.style.height = `${height}px`;
-  state.root.setAttribute("role", "img");
-  state.root.setAttribute("aria-label", alt);
+async function draw(Plotly, state, figures) {
+  state.selected = state.data.selected ?? [];
   unhover(state);
   while (state.divs.length > figures.length) {
     const gone = state.divs.pop();
     Plotly.purge(gone);
     gone.remove();
   }
-  while (state.divs.length < figures.length) {
-    const made = element("div", "plots-plot");
-    state.divs.push(made);
-    state.row.append(made);
-  }
+  makeRoom(state);
   state.sizes ??= watchSize(Plotly, state);
   if (!state.root.clientWidth) return; // hidden, as in a closed expander: drawn when it is shown
   const theme = themeOf(state);
@@ -68,12 +65,37 @@ async function draw(Plotly, state) {
   scrubber(Plotly, state);
 }
 
+function makeRoom(state) {
+  const { figures, height, alt } = state.data;
+  state.root.style.height = `${height}px`;
+  state.root.setAttribute("role", "img");
+  state.root.setAttribute("aria-label", alt);
+  while (state.divs.length < figures.length) {
+    const made = element("div", "plots-plot");
+    state.divs.push(made);
+    state.row.append(made);
+  }
+}
+
+// What there is to see until plotly has come.
+async function sketch(state) {
+  if (window.Plotly) return;
+  makeRoom(state);
+  const theme = themeOf(state);
+  for (const [index, { data, layout }] of state.data.figures.entries()) {
+    const div = state.divs[index];
+    div.replaceChildren(sketchOf(JSON.parse(data), JSON.parse(layout), div.clientWidth, theme));
+  }
+  await new Promise((resolve) => setTimeout(resolve, SKETCH_MILLISECONDS));
+}
+
 // Draws a figure, or only what is new in it.
 async function show(Plotly, state, index, figure, theme) {
   const div = state.divs[index];
   const layout = JSON.parse(figure.layout);
+  const traces = JSON.parse(figure.data);
   const { shapes = [], ...others } = layout;
-  const rest = JSON.stringify(others) + theme.join() + figure.data;
+  const rest = JSON.stringify([others, theme, traces]);
   const shown = div.shown;
   div.shown = { layout: figure.layout, rest };
   if (shown?.rest === rest && !selecting(div)) {
@@ -81,12 +103,12 @@ async function show(Plotly, state, index, figure, theme) {
     if (shown.layout !== figure.layout) await Plotly.relayout(div, { shapes });
     return;
   }
-  const traces = JSON.parse(figure.data);
   div.aims = traces.map((trace) => trace.meta?.to);
   div.starts = traces.map((trace) => ({ x: trace.x, y: trace.y }));
   dress(layout, theme, state.turn);
   layout.width = div.clientWidth;
   await Plotly.react(div, traces, layout, config(state, index));
+  div.querySelector(".plots-sketch")?.remove();
   if (!div.listening) listen(Plotly, state, div);
 }
 
@@ -130,7 +152,7 @@ function dress(layout, [text, family, border, grid, background], turn) {
 function watchSize(Plotly, state) {
   const sizes = new ResizeObserver(() => {
     unhover(state);
-    if (state.root.clientWidth && state.divs.some((div) => !div.shown)) draw(Plotly, state);
+    if (state.root.clientWidth && state.divs.some((div) => !div.shown)) draw(Plotly, state, state.data.figures);
     for (const div of state.divs) {
       if (div.layout && div.clientWidth && div.layout.width !== div.clientWidth) {
         Plotly.relayout(div, { width: div.clientWidth });
@@ -161,7 +183,35 @@ function listen(Plotly, state, div) {
 
 function pick(state, points) {
   const found = points.find((point) => point.customdata)?.customdata;
-  if (state.data.picks && found) state.report("picked", found);
+  if (!state.data.picks || !found) return;
+  state.report("picked", found);
+  if (found[0] === "layer") document.dispatchEvent(new CustomEvent(LAYER_PICKED, { detail: found[1] }));
+}
+
+// Prompts go to a picked layer at once where the browser has it already (other_layers.js); the page's answer comes later
+// and draws anew only what is another then.
+function listenForLayers(Plotly, state) {
+  const goTo = async ({ detail: layer }) => {
+    const kept = window.es2Layers;
+    const found = kept?.context === state.data.context ? kept.figures.get(layer) : undefined;
+    if (found?.length === state.divs.length) await draw(Plotly, state, found.map((moving, index) => at(state, index, moving)));
+  };
+  if (state.data.context) document.addEventListener(LAYER_PICKED, goTo);
+  return goTo;
+}
+
+// The figure that is shown, at another layer. What is selected is ringed there, too; lines to twins come with the page.
+function at(state, index, moving) {
+  const places = new Map();
+  const traces = JSON.parse(state.data.figures[index].data);
+  for (const [number, changed] of JSON.parse(moving.traces).entries()) {
+    const trace = Object.assign(traces[number], changed);
+    trace.customdata?.forEach(([model, row], point) => places.set(row, [trace.x[point], trace.y[point]]));
+  }
+  const rings = traces.find((trace) => trace.name === "selected");
+  const ringed = state.selected.filter((row) => places.has(row)).map((row) => places.get(row));
+  if (rings) Object.assign(rings, { x: ringed.map(([x]) => x), y: ringed.map(([, y]) => y) });
+  return { data: JSON.stringify(traces), layout: moving.layout };
 }
 
 function choose(state, rows, add) {

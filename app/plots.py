@@ -8,16 +8,28 @@ more (a step to another layer moves one line of a strip), and lets figures know 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import streamlit as st
 from plotly.utils import PlotlyJSONEncoder
 
 from app import plotly_library
 from app.canvas import Figure
 
-_plots = plotly_library.component("es2_plots", Path(__file__), '<div class="plots"></div>', isolate_styles=False)
+FIRST_PAUSE = 0.3
+"""Seconds."""
+_LET_DRAWN = "plots_let_drawn"
+
+_plots = plotly_library.component(
+    "es2_plots",
+    Path(__file__),
+    '<div class="plots"></div>',
+    Path(__file__).with_name("sketch.js"),
+    isolate_styles=False,
+)
 
 
 def plot(figure: Figure, *, key: str, alt: str, on_pick: Callable[[], None] | None = None) -> None:
@@ -36,7 +48,7 @@ def plot(figure: Figure, *, key: str, alt: str, on_pick: Callable[[], None] | No
         "picks": on_pick is not None,
         "alt": alt,
     }
-    _plots(key=key, data=data, on_picked_change=on_pick or _nothing)
+    _draw(key, data, on_picked_change=on_pick or _nothing)
 
 
 def linked(
@@ -48,6 +60,7 @@ def linked(
     on_select: Callable[[], None],
     name: str,
     alt: str,
+    context: str,
 ) -> None:
     """Draw figures of prompts beside each other: what is hovered, selected or zoomed in one is so in all.
 
@@ -60,24 +73,44 @@ def linked(
         on_select: called when points of any figure were clicked or drawn around.
         name: of the file when a figure is saved, without its ending.
         alt: what is to be seen, for those who cannot.
+        context: names everything besides the layer and the selection that the figures depend on: with other figures of
+            the same name at hand (`other_layers`), the browser draws a picked layer at once.
     """
     data = {
         "library": plotly_library.ADDRESS,
+        "context": context,
         "figures": [_as_json(figure) for figure in figures],
         "height": height,
         "selected": list(selected),
         "name": name,
         "alt": alt,
     }
-    _plots(key=key, data=data, on_selected_change=on_select)
+    _draw(key, data, on_selected_change=on_select)
+
+
+def let_draw() -> None:
+    """Give the browser a moment, once a session, before more of the page reaches it.
+
+    It puts everything on the page that has come before it runs a component's script, so that the prompts, which stand
+    at the top and are sent first, would be drawn last: a second later.
+    """
+    if _LET_DRAWN not in st.session_state:
+        st.session_state[_LET_DRAWN] = True
+        time.sleep(FIRST_PAUSE)
+
+
+def _draw(key: str, data: dict[str, Any], **callbacks: Any) -> None:
+    # In a list, since Streamlit looks for tables in a dict, and to know one imports pandas: half a second, once.
+    _plots(key=key, data=[data], **callbacks)
 
 
 def _as_json(figure: Figure) -> dict[str, str]:
     """Traces and layout as texts of their own: what has not changed is known by comparing them."""
-    return {"data": _text(figure["data"]), "layout": _text(figure["layout"])}
+    return {"data": as_text(figure["data"]), "layout": as_text(figure["layout"])}
 
 
-def _text(part: Any) -> str:
+def as_text(part: Any) -> str:
+    """Traces or a layout, numpy's arrays included, as JSON."""
     return json.dumps(part, cls=PlotlyJSONEncoder)
 
 

@@ -50,7 +50,7 @@ def projection(
     Returns:
         A figure whose points carry `["base", row]` as `customdata`.
     """
-    coordinates = np.asarray(view.base, dtype=np.float64)
+    coordinates = canvas.rounded(view.base)
     test = prompts.in_split("test")
     shown = np.ones(len(prompts), dtype=bool) if others else test
     traces = []
@@ -60,18 +60,18 @@ def projection(
             words = [f"margin {margin:+.4f}" for margin in margins[rows]]
             traces.append(cloud(coordinates, rows, prompts, words, label, hollow=hollow))
     ringed = [row for row in selected if shown[row]]
-    if len(ringed) <= MAX_TWINS:
-        traces.append(twin_lines(coordinates, ringed, prompts, shown))
-    traces.append(rings(coordinates[ringed]))
+    joined = ringed if len(ringed) <= MAX_TWINS else []
+    traces += [twin_lines(coordinates, joined, prompts, shown), rings(coordinates[ringed])]
 
     x: dict[str, Any] = {"title": canvas.title(text.label(view.axes[0])), "showgrid": True}
-    y: dict[str, Any] = {"title": canvas.title(text.label(view.axes[1]))}
+    y: dict[str, Any] = {"title": canvas.title(text.label(view.axes[1])), "range": canvas.padded(coordinates[shown, 1])}
     marks: dict[str, Any] = {}
     if view.kind == "separation":
         limit = canvas.margin_limit(coordinates[shown, 0])
         x["range"] = [-limit, limit]
         marks = {"shapes": [canvas.BOUNDARY], "annotations": [side(HARMLESS), side(HARMFUL)]}
     else:
+        x["range"] = canvas.padded(coordinates[shown, 0])
         y |= {"scaleanchor": "x", "scaleratio": 1}
     if view.kind == "umap":
         x["showticklabels"] = y["showticklabels"] = False
@@ -126,7 +126,7 @@ def cloud(
         coordinates: where each prompt stands.
         rows: the prompts to draw.
         prompts: the prompt set.
-        margins: what the hover text says of each drawn prompt's margin.
+        margins: what the hover label says of each drawn prompt's margin, below the prompt itself.
         label: whose colour and symbol they have.
         hollow: whether they are of another split than `test`.
         model: the first entry of each point's `customdata`, before its row.
@@ -149,23 +149,23 @@ def cloud(
         "selected": {"marker": {"opacity": 0.45 if hollow else 0.85}},
         "unselected": {"marker": {"opacity": 0.45 if hollow else 0.85}},
         "customdata": [[model, int(row)] for row in rows],
-        "hovertext": [hover_text(prompts, int(row), words) for row, words in zip(rows, margins, strict=True)],
-        "hoverinfo": "text",
+        # Apart, since the first stays the same from layer to layer and is ten times as long as the second.
+        "hovertext": [hover_text(prompts, int(row)) for row in rows],
+        "text": list(margins),
+        "hovertemplate": "%{hovertext}<br><i>%{text}</i><extra></extra>",
     }
 
 
-def hover_text(prompts: PromptSet, row: int, margin: str) -> str:
-    """A prompt and what is known about it, safe to show in a plotly label; `margin` says where it stands."""
+def hover_text(prompts: PromptSet, row: int) -> str:
+    """A prompt and what is known about it, safe to show in a plotly label."""
     known = (LABEL_NAMES[int(prompts.labels[row])], prompts.categories[row], f"{prompts.splits[row]} split")
-    head, pair = _hover_parts(prompts.texts[row], prompts.pairs[row], known)
-    return f"{head}<br><i>{margin} · pair {pair}</i>"
+    return _hover_text(prompts.texts[row], prompts.pairs[row], known)
 
 
 @lru_cache(maxsize=20_000)
-def _hover_parts(prompt: str, pair: str, known: tuple[str, ...]) -> tuple[str, str]:
-    """What stays the same from layer to layer; wrapping it is most of a figure's time."""
-    about = " · ".join(text.hover(part, limit=60) for part in known)
-    return f"{text.hover(prompt)}<br><i>{about}</i>", text.hover(pair, limit=40)
+def _hover_text(prompt: str, pair: str, known: tuple[str, ...]) -> str:
+    about = [text.hover(part, limit=60) for part in known]
+    return f"{text.hover(prompt)}<br><i>{' · '.join([*about, f'pair {text.hover(pair, limit=40)}'])}</i>"
 
 
 def twins_of(prompts: PromptSet, rows: Sequence[int]) -> list[tuple[int, int]]:

@@ -7,15 +7,17 @@ first, and as they were written.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import streamlit as st
 from jaxtyping import Float, Int
 
 from app import projection_chart, state
 from es2.prompts import HARMFUL, LABEL_NAMES, PromptSet
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Margins = Mapping[str, Float[np.ndarray, "prompt"]]
 """Signed distances to the boundary, + on the harmful side, by what their column is called; the last decides."""
@@ -132,6 +134,8 @@ def as_frame(
     more: Mapping[str, Float[np.ndarray, "row"]],
 ) -> pd.DataFrame:
     """The prompts of these rows as the table shows them; the side is the one they have under the last model."""
+    import pandas as pd  # half a second, in which the first visitor sees the figures already
+
     own = own_side(prompts, list(margins.values())[-1])
     columns: dict[str, Any] = {
         "prompt": [prompts.texts[row] for row in rows],

@@ -32,7 +32,7 @@ from es2.versions import format_of
 PROJECTION_FORMAT = 1
 MIN_UMAP_POINTS = 10
 UMAP_NEIGHBOURS = 15
-LANCZOS_FROM = 1000
+LANCZOS_FROM = 600
 """With more prompts and dimensions than this, a person who waits for a picture gets the two axes asked for alone."""
 LANCZOS_VECTORS = 24
 
@@ -306,9 +306,9 @@ def _largest(
     """The largest eigenvalues of `rows @ rows.T`, ascending, and their unit eigenvectors."""
     size = len(rows)
     if size <= LANCZOS_FROM:
-        from scipy.linalg import eigh
-
-        return eigh(rows @ rows.T, subset_by_index=(size - n_found, size - 1))
+        # All of them, which takes twice as long as scipy's few, but scipy takes the first visitor a fifth of a second.
+        values, vectors = np.linalg.eigh(rows @ rows.T)
+        return values[-n_found:], vectors[:, -n_found:]
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     moments = LinearOperator((size, size), matvec=lambda vector: rows @ (vector.ravel() @ rows), dtype=rows.dtype)

@@ -16,7 +16,7 @@ import logging
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,7 @@ def load_prompts(source: str) -> PromptSet:
     return load_file(Path(source))
 
 
+@cache
 def load_builtin() -> PromptSet:
     """The contrast pairs written for this project (`es2/data/contrast_pairs.csv`; `docs/prompts.md` tells how)."""
     table = resources.files("es2") / "data" / "contrast_pairs.csv"

@@ -30,7 +30,7 @@ def six_pairs() -> PromptSet:
 
 def random_view() -> View:
     """A separation view of twelve points."""
-    points = np.random.default_rng(1).normal(size=(12, 2))
+    points = np.round(np.random.default_rng(1).normal(size=(12, 2)), 3)  # as figures have them (`canvas.rounded`)
     return View("separation", points, None, ("x (no unit)", "y (no unit)"), None)
 
 
@@ -68,7 +68,7 @@ def traces(figure: go.Figure) -> dict[str, go.Scatter]:
 def charts_of(at: AppTest) -> dict[str, list[dict[str, Any]]]:
     """What is drawn on a page, by the key of its widget: the figures, of which most widgets have one."""
     plots = [one.proto for one in at.get("bidi_component") if one.proto.component_name == "es2_plots"]
-    return {one.id.split("-")[-1]: [_parsed(each) for each in json.loads(one.json)["figures"]] for one in plots}
+    return {one.id.split("-")[-1]: [_parsed(each) for each in json.loads(one.json)[0]["figures"]] for one in plots}
 
 
 def _parsed(figure: dict[str, str]) -> dict[str, Any]:

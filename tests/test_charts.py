@@ -186,6 +186,13 @@ class TestCostCurve:
         assert figure.layout.shapes[0].x0 == 10.0
 
 
+def test_rounded_keeps_five_digits_of_the_largest() -> None:
+    points = np.array([[123.4567891, -0.000123], [0.5, -99.0]])
+    assert canvas.rounded(points).tolist() == [[123.457, -0.0], [0.5, -99.0]]
+    assert canvas.rounded(points / 1e6).tolist() == [[0.000123457, -0.0], [5e-07, -9.9e-05]]
+    assert canvas.rounded(np.zeros((2, 2))).tolist() == [[0, 0], [0, 0]]
+
+
 @given(st.floats(min_value=1e-9, max_value=1e9))
 def test_nice_limit_covers_and_wastes_little(value: float) -> None:
     assert value <= canvas.nice_limit(value) * (1 + 1e-6)

@@ -35,7 +35,7 @@ def prompts() -> PromptSet:
 
 @pytest.fixture
 def view() -> View:
-    points = np.random.default_rng(1).normal(size=(2, 12, 2))
+    points = np.round(np.random.default_rng(1).normal(size=(2, 12, 2)), 3)  # as figures have them (`canvas.rounded`)
     return View("separation", points[0], 3 * points[1], ("x (no unit)", "y (no unit)"), None)
 
 
@@ -130,7 +130,7 @@ class TestPair:
         _, right = drawn(view, prompts)
         trace = traces(right)["harmful"]
         row = trace.customdata[0][1]
-        assert f"margin {margins[0][row]:+.4f} → {margins[1][row]:+.4f}" in trace.hovertext[0]
+        assert f"margin {margins[0][row]:+.4f} → {margins[1][row]:+.4f}" == trace.text[0]
         assert "&lt;b&gt;Tuned" in right.layout.title.text
 
 

@@ -52,7 +52,8 @@ class TestProjection:
 
     def test_many_selected_are_not_joined(self, view: View, prompts: PromptSet) -> None:
         many = [0, 1] * projection_chart.MAX_TWINS
-        assert "twins" not in traces(projection_chart.projection(view, prompts, margins=view.base[:, 0], selected=many))
+        shown = traces(projection_chart.projection(view, prompts, margins=view.base[:, 0], selected=many))
+        assert list(shown["twins"].x) == []
 
     def test_the_boundary_is_drawn_where_it_is(self, view: View, prompts: PromptSet) -> None:
         figure = projection_chart.projection(view, prompts, margins=view.base[:, 0])
@@ -65,6 +66,8 @@ class TestProjection:
         assert figure.layout.yaxis.scaleanchor == "x"
 
     def test_hover_tells_what_is_known(self, view: View, prompts: PromptSet) -> None:
-        label = traces(projection_chart.projection(view, prompts, margins=view.base[:, 0]))["harmful"].hovertext[0]
+        harmful = traces(projection_chart.projection(view, prompts, margins=view.base[:, 0]))["harmful"]
+        assert harmful.hovertemplate == "%{hovertext}<br><i>%{text}</i><extra></extra>"
+        label = harmful.hovertext[0] + harmful.text[0]
         for part in ("harmful 0", "locks", "test split", "pair-0", f"{view.base[0, 0]:+.4f}"):
             assert part in label

@@ -8,18 +8,18 @@ or stand on the wrong side. A selection belongs to prompts: it is marked in ever
 from __future__ import annotations
 
 import html
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import streamlit as st
 
-from app import artifacts, compare_charts, exports, jobs_panel, prompt_list, state, text
+from app import artifacts, compare_charts, exports, jobs_panel, other_layers, prompt_list, state, text
 from app.compare_charts import Margins
 from app.glossary import BY_NAME, TWO_MARGINS, Term
 from app.layer_control import layer_control, with_layer
-from app.plots import linked, plot
+from app.plots import let_draw, linked, plot
 from app.state import Choice
 from app.umap_offer import umap_offer
 from app.view_controls import VIEW_NAMES, choice_control, others_toggle, tool_control, view_control
@@ -31,6 +31,9 @@ from es2.results import LayerNumbers
 from es2.runs import list_runs, open_run
 from es2.store import SHOWCASE
 from es2.verdict import Verdict, run_verdict
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ARRANGEMENT_NAMES = {"side": "Side by side", "overlay": "Overlay", "morph": "Morph"}
 COLUMNS = (1.35, 1)
@@ -73,7 +76,8 @@ def page() -> None:
     summary(comparison, choice, verdicts, layer)
     above = st.container(key="strips")
     margins = artifacts.pair_margins(comparison, layer)
-    projection(choice, comparison, layer, margins)
+    projection(choice, comparison, layer)
+    let_draw()
     # After the pair, which is what a person who goes to another layer waits for.
     with above:
         strips(comparison, layer)
@@ -88,7 +92,9 @@ def page() -> None:
     overview(comparison, verdicts, layer)
     lists(comparison, margins)
     exports.page_exports(partial(take_away, choice, comparison, layer, margins), comparison)
-    artifacts.make_ready(partial(fit, choice, comparison), layer, len(verdicts))
+    n_shown = len(comparison.prompts) if choice.others else int(comparison.prompts.in_split("test").sum())
+    others = partial(figures, choice, comparison, state.tool())
+    other_layers.send_others(context(choice, comparison), layer, len(verdicts), 2 * n_shown, others)
 
 
 # --------------------------------------------------------------------------------------------------- nothing to compare
@@ -228,7 +234,7 @@ def strips(comparison: Comparison, layer: int) -> None:
 # ---------------------------------------------------------------------------------------------------------- one layer
 
 
-def projection(choice: Choice, comparison: Comparison, layer: int, margins: Margins) -> None:
+def projection(choice: Choice, comparison: Comparison, layer: int) -> None:
     """The prompts under both models, with the controls above."""
     with st.container(
         horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", key="pair_controls"
@@ -240,8 +246,10 @@ def projection(choice: Choice, comparison: Comparison, layer: int, margins: Marg
         tool_control()
         choice_control(choice, "arrangement", state.ARRANGEMENTS, ARRANGEMENT_NAMES)
         view_control(choice)
-    view = fit(choice, comparison, layer)
-    if view is None or view.tuned is None:
+    digest = comparison.prompts.texts_digest
+    selected = state.selection(digest)
+    drawn = figures(choice, comparison, state.tool(), layer, selected)
+    if not drawn:
         if comparison.run == SHOWCASE:
             st.info("The showcase has no UMAP at this position; the other views are computed as you look.")
             return
@@ -251,35 +259,50 @@ def projection(choice: Choice, comparison: Comparison, layer: int, margins: Marg
         config = compare_config(choice, comparison.run, comparison.config)
         umap_offer(config, seconds, height=compare_charts.PAIR_HEIGHT)
         return
-    digest = comparison.prompts.texts_digest
-    selected = state.selection(digest)
     with st.container(key="pair"):
         linked(
-            compare_charts.pair(
-                view,
-                comparison.prompts,
-                margins=margins,
-                names=comparison.names,
-                arrangement=choice.arrangement,
-                others=choice.others,
-                selected=selected,
-                tool=state.tool(),
-            ),
+            drawn,
             key="linked_pair",
             height=compare_charts.PAIR_HEIGHT,
             selected=selected,
             on_select=lambda: state.pick_prompts("linked_pair", digest),
             name=f"es2-compare-layer-{layer}",
             alt=f"{VIEW_NAMES[choice.view]} of the prompts at layer {layer} under both models, coloured by label",
+            context=context(choice, comparison),
         )
-    if view.approximate:
+    view = fit(choice, comparison, layer)
+    if view is not None and view.approximate:
         st.caption("Tuned points were placed into a map fitted on base alone, which is only roughly right.")
 
 
 def fit(choice: Choice, comparison: Comparison, layer: int) -> View | None:
-    """Where the prompts stand in the chosen view; with their margins, all that a layer needs."""
-    artifacts.pair_margins(comparison, layer)
+    """Where the prompts stand in the chosen view, in both models; None for UMAP coordinates that are not there."""
     return artifacts.pair_view(comparison, layer, choice.view, fit_on=choice.fit_on, raw=choice.raw)
+
+
+def figures(
+    choice: Choice, comparison: Comparison, tool: str, layer: int, selected: Sequence[int] = ()
+) -> list[exports.Figure]:
+    """The prompts of one layer in the chosen view and arrangement; none where it has no coordinates."""
+    view = fit(choice, comparison, layer)
+    if view is None or view.tuned is None:
+        return []
+    return compare_charts.pair(
+        view,
+        comparison.prompts,
+        margins=artifacts.pair_margins(comparison, layer),
+        names=comparison.names,
+        arrangement=choice.arrangement,
+        others=choice.others,
+        selected=selected,
+        tool=tool,
+    )
+
+
+def context(choice: Choice, comparison: Comparison) -> str:
+    """What `figures` depend on besides the layer and the selection."""
+    shown = (choice.view, choice.arrangement, choice.others, choice.fit_on, choice.raw, state.tool())
+    return repr((comparison.key, comparison.names, *shown))
 
 
 def axes_controls(choice: Choice) -> None:
@@ -434,6 +457,8 @@ def take_away(
     choice: Choice, comparison: Comparison, layer: int, margins: Margins
 ) -> tuple[dict[str, exports.Figure], dict[str, pd.DataFrame]]:
     """The charts and tables of the page, to be downloaded."""
+    import pandas as pd
+
     prompts, analysis, names, targets = comparison.prompts, comparison.analysis, comparison.names, comparison.targets
     charts: dict[str, exports.Figure] = {
         "Probe accuracy over layers": compare_charts.accuracy_strip(analysis, names, chosen=layer, targets=targets),

@@ -8,13 +8,14 @@ changes, so a prompt can be followed through the model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import streamlit as st
 from jaxtyping import Float
 
-from app import artifacts, canvas, charts, projection_chart, prompt_list, state, text
+from app import artifacts, canvas, charts, other_layers, projection_chart, prompt_list, state, text
 from app.artifacts import Opened
 from app.glossary import BY_NAME, TERMS, TWO_MARGINS
 from app.layer_control import layer_control, with_layer
@@ -23,7 +24,6 @@ from app.state import Choice
 from app.umap_offer import umap_offer
 from app.view_controls import VIEW_NAMES, others_toggle, tool_control, view_control
 from app.views.welcome import welcome
-from es2.projection import View
 from es2.results import Analysis, LayerNumbers
 
 COLUMNS = (1.35, 1)
@@ -47,13 +47,15 @@ def page() -> None:
     with st.container(key="details"):
         left, right = st.columns(COLUMNS, gap="medium")
     with left:
-        projection(choice, opened, layer, margins)
+        projection(choice, opened, layer)
         distribution(choice, opened, margins)
     with right:
         prompt_list.selected_prompts(opened.prompts, {"margin": margins})
     numbers(opened.analysis.layers[layer])
     regularisation(opened.analysis.layers[layer])
-    artifacts.make_ready(partial(fit, choice, opened), layer, len(opened.analysis.layers))
+    n_shown = len(opened.prompts) if choice.others else int(opened.prompts.in_split("test").sum())
+    others = partial(figures, choice, opened, state.tool())
+    other_layers.send_others(context(choice, opened), layer, len(opened.analysis.layers), n_shown, others)
 
 
 # --------------------------------------------------------------------------------------------------------- all layers
@@ -106,7 +108,7 @@ def strip(analysis: Analysis, layer: int) -> None:
 # ---------------------------------------------------------------------------------------------------------- one layer
 
 
-def projection(choice: Choice, opened: Opened, layer: int, margins: Float[np.ndarray, "prompt"]) -> None:
+def projection(choice: Choice, opened: Opened, layer: int) -> None:
     """The prompts in a plane, with the controls above."""
     prompts = opened.prompts
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
@@ -114,31 +116,41 @@ def projection(choice: Choice, opened: Opened, layer: int, margins: Float[np.nda
         others_toggle(choice)
         tool_control()
         view_control(choice)
-    view = fit(choice, opened, layer)
-    if view is None:
+    selected = state.selection(prompts.texts_digest)
+    drawn = figures(choice, opened, state.tool(), layer, selected)
+    if not drawn:
         umap_offer(
             artifacts.job_config(choice), artifacts.umap_seconds(opened), height=projection_chart.PROJECTION_HEIGHT
         )
         return
-    selected = state.selection(prompts.texts_digest)
-    figure = projection_chart.projection(
-        view, prompts, margins=margins, others=choice.others, selected=selected, tool=state.tool()
-    )
     linked(
-        [figure],
+        drawn,
         key="projection",
         height=projection_chart.PROJECTION_HEIGHT,
         selected=selected,
         on_select=partial(state.pick_prompts, "projection", prompts.texts_digest),
         name=f"es2-layer-{layer}",
         alt=f"{VIEW_NAMES[choice.view]} of the prompts at layer {layer}, coloured by label",
+        context=context(choice, opened),
     )
 
 
-def fit(choice: Choice, opened: Opened, layer: int) -> View | None:
-    """Where the prompts stand in the chosen view; with their margins, all that a layer needs."""
-    artifacts.margins(opened, layer)
-    return artifacts.view(opened, layer, choice.view)
+def figures(choice: Choice, opened: Opened, tool: str, layer: int, selected: Sequence[int] = ()) -> list[canvas.Figure]:
+    """The prompts of one layer in the chosen view, as one figure; none where it has no coordinates."""
+    view = artifacts.view(opened, layer, choice.view)
+    if view is None:
+        return []
+    margins = artifacts.margins(opened, layer)
+    return [
+        projection_chart.projection(
+            view, opened.prompts, margins=margins, others=choice.others, selected=selected, tool=tool
+        )
+    ]
+
+
+def context(choice: Choice, opened: Opened) -> str:
+    """What `figures` depend on besides the layer and the selection."""
+    return repr((opened.activations.key, opened.analysis_key, choice.view, choice.others, state.tool()))
 
 
 def distribution(choice: Choice, opened: Opened, margins: Float[np.ndarray, "prompt"]) -> None:

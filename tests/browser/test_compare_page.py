@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -114,6 +115,29 @@ def test_a_box_on_one_side_selects_everywhere_and_lasts(
     expect(rings(page, 0)).to_have_count(n_test)
     page.locator(".st-key-clear_selection button").click()
     expect(heading).to_have_text("Hardest prompts")
+
+
+def test_a_picked_layer_is_drawn_without_the_server(
+    address: str, compared: Compared, open_page: Callable[[str], playwright.Page]
+) -> None:
+    page = opened(open_page, address, compared, layer="2")
+    places = f"{PLOTS}.map(plot => plot.calcdata.flatMap(trace => trace.map(point => [point.x, point.y])))"
+    harmful_point(page, 0).click(force=True)
+    expect(page.locator(".st-key-selected h3")).to_have_text("1 selected prompt")
+    n_others = len(compared.analysis.layers) - 1
+    page.wait_for_function(f"window.es2Layers?.figures.size === {n_others}")
+    settle(page)
+    before = page.evaluate(places)
+    page.evaluate("document.dispatchEvent(new CustomEvent('es2-layer-picked', { detail: 4 }))")
+    page.wait_for_function(f"JSON.stringify({places}) !== {json.dumps(json.dumps(before, separators=(',', ':')))}")
+    expect(rings(page, 0)).to_have_count(1)
+    expect(page.locator(".st-key-pair_controls h3")).to_have_text("Layer 2")
+    drawn = page.evaluate(f"{PLOTS}.map(plot => plot.data.filter(trace => trace.name !== 'twins'))")
+    page.locator(".st-key-next_layer button").first.click()
+    page.locator(".st-key-next_layer button").first.click()
+    expect(page.locator(".st-key-pair_controls h3")).to_have_text("Layer 4")
+    settle(page)
+    assert page.evaluate(f"{PLOTS}.map(plot => plot.data.filter(trace => trace.name !== 'twins'))") == drawn
 
 
 def test_zoom_is_common(address: str, compared: Compared, open_page: Callable[[str], playwright.Page]) -> None:
