@@ -23,7 +23,7 @@ import numpy as np
 from es2.capture import render, template_head
 from es2.finetune import FinetuneConfig, finetune
 from es2.layers import AnalysisConfig, analyze
-from es2.models import load_model, load_tokenizer, model_folder, resolve
+from es2.models import load_blocks, load_model, load_tokenizer, model_folder, resolve
 from es2.passes import Network
 from es2.prompts import PromptSet, load_prompts
 from es2.sources import ArrayLayers, TestSet
@@ -52,7 +52,7 @@ def parse(text: str) -> dict[str, Any]:
 
 
 class Model:
-    """The default model, with or without an adapter, read at the target layers only."""
+    """The default model, with or without what a fine-tune left, read at the target layers only."""
 
     def __init__(self, config: FinetuneConfig, adapter: Path | None) -> None:
         folder = model_folder(resolve(config.model))
@@ -61,7 +61,9 @@ class Model:
         self.layers = config.targets
         head = template_head(self.tokenizer, [])
         self.network = Network(model, template_head=head, layers=self.layers)
-        if adapter is not None:
+        if adapter is not None and adapter.is_file():
+            load_blocks(model, adapter)
+        elif adapter is not None:
             from peft import PeftModel
 
             PeftModel.from_pretrained(model, adapter).eval()
