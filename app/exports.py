@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from app.canvas import Figure
 from es2.comparison import Comparison
 from es2.report import Compared, find_compared, report_html
 from es2.report_page import figure_html
+from es2.results import LayerNumbers
 from es2.runs import open_run
 from es2.store import SHOWCASE
 
@@ -91,6 +92,19 @@ def table(frame: pd.DataFrame) -> bytes:
     safe = frame.map(_no_formula)
     safe.columns = [_no_formula(column) for column in frame.columns]
     return safe.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC).encode("utf-8-sig", "replace")
+
+
+def numbers_frame(models: Iterable[tuple[str, Sequence[LayerNumbers]]]) -> pd.DataFrame:
+    """All numbers of all layers as a table, a row for each layer of each of `models`, which may be called alike."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {"layer": at.layer, "model": name} | {number: one.value for number, one in at.numbers.items()}
+            for name, layers in models
+            for at in layers
+        ]
+    )
 
 
 def _no_formula(cell: object) -> object:

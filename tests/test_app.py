@@ -173,6 +173,31 @@ class TestBaseView:
         rows = [row for _, row in harmful["customdata"]]
         np.testing.assert_allclose(harmful["x"], points[2, 0, rows, 0], atol=1e-5)
 
+    def test_all_that_is_shown_can_be_taken_away(self, home: Path, artifacts: Artifacts) -> None:
+        def page() -> None:
+            import streamlit as st
+
+            from app import artifacts
+            from app.state import Choice
+            from app.views.layers import take_away
+
+            model, source = st.session_state["asked"]
+            opened = artifacts.find(model, artifacts.prompts(source), "last")
+            assert opened is not None
+            charts, tables = take_away(Choice(model, source), opened, 3, artifacts.margins(opened, 3))
+            st.session_state["found"] = (list(charts), {name: len(frame) for name, frame in tables.items()})
+
+        at = AppTest.from_function(page)
+        at.session_state["asked"] = (MODEL, str(artifacts.source))
+        at.run()
+        assert not at.exception
+        charts, tables = at.session_state["found"]
+        assert len(charts) == len(CHARTS)
+        assert tables == {
+            "Prompts at layer 3": len(artifacts.prompts.measured()),
+            "Numbers of all layers": len(artifacts.analysis.layers),
+        }
+
     def test_the_other_position(self, home: Path, artifacts: Artifacts) -> None:
         """Captured but not analysed there: the page offers to do the rest."""
         at = open_app(artifacts.link(position="last_instruction"))

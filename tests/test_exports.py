@@ -53,6 +53,12 @@ class TestTable:
         assert [row[0] for row in rows] == texts
         assert [float(row[1]) for row in rows] == frame["margin"].tolist(), "negative numbers stay numbers"
 
+    def test_models_that_are_called_alike_are_both_there(self, written: Compared) -> None:
+        analysis = written.analysis
+        frame = exports.numbers_frame([("run", analysis.base_layers), ("run", analysis.layers)])
+        assert len(frame) == 2 * len(analysis.layers)
+        assert frame["fisher_ratio"][len(analysis.layers)] == analysis.layers[0].numbers["fisher_ratio"].value
+
     def test_the_frame_is_not_changed(self) -> None:
         frame = pd.DataFrame({"=a": ["=1"]})
         table(frame)

@@ -457,8 +457,6 @@ def take_away(
     choice: Choice, comparison: Comparison, layer: int, margins: Margins
 ) -> tuple[dict[str, exports.Figure], dict[str, pd.DataFrame]]:
     """The charts and tables of the page, to be downloaded."""
-    import pandas as pd
-
     prompts, analysis, names, targets = comparison.prompts, comparison.analysis, comparison.names, comparison.targets
     charts: dict[str, exports.Figure] = {
         "Probe accuracy over layers": compare_charts.accuracy_strip(analysis, names, chosen=layer, targets=targets),
@@ -468,14 +466,9 @@ def take_away(
     if view is not None and view.tuned is not None:
         pair = compare_charts.pair(view, prompts, margins=margins, names=names, others=choice.others)
         charts |= {
-            f"{VIEW_NAMES[choice.view]} at layer {layer}, {name}": one for name, one in zip(names, pair, strict=True)
+            f"{VIEW_NAMES[choice.view]} at layer {layer}, {name}": one
+            for name, one in zip(columns(comparison, margins), pair, strict=True)
         }
-    numbers_of_all = pd.DataFrame(
-        [
-            {"layer": at.layer, "model": name} | {number: one.value for number, one in at.numbers.items()}
-            for name, of in zip(names, (analysis.base_layers, analysis.layers), strict=True)
-            for at in of
-        ]
-    )
+    numbers_of_all = exports.numbers_frame(zip(names, (analysis.base_layers, analysis.layers), strict=True))
     everyone = prompt_list.as_frame(prompts, np.arange(len(prompts)), columns(comparison, margins), {})
     return charts, {f"Prompts at layer {layer}": everyone, "Numbers of all layers": numbers_of_all}

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import streamlit as st
 from jaxtyping import Float
 
-from app import artifacts, canvas, charts, other_layers, projection_chart, prompt_list, state, text
+from app import artifacts, canvas, charts, exports, other_layers, projection_chart, prompt_list, state, text
 from app.artifacts import Opened
 from app.glossary import BY_NAME, TERMS, TWO_MARGINS
 from app.layer_control import layer_control, with_layer
@@ -26,7 +27,14 @@ from app.view_controls import VIEW_NAMES, others_toggle, tool_control, view_cont
 from app.views.welcome import welcome
 from es2.results import Analysis, LayerNumbers
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 COLUMNS = (1.35, 1)
+COST_CURVES = {
+    "cost_accuracy": (charts.COST_LINES, "accuracy, AUROC"),
+    "cost_margin": (charts.COST_MARGINS, "scale-free units"),
+}
 
 
 def page() -> None:
@@ -53,6 +61,7 @@ def page() -> None:
         prompt_list.selected_prompts(opened.prompts, {"margin": margins})
     numbers(opened.analysis.layers[layer])
     regularisation(opened.analysis.layers[layer])
+    exports.page_exports(partial(take_away, choice, opened, layer, margins))
     n_shown = len(opened.prompts) if choice.others else int(opened.prompts.in_split("test").sum())
     others = partial(figures, choice, opened, state.tool())
     other_layers.send_others(context(choice, opened), layer, len(opened.analysis.layers), n_shown, others)
@@ -155,13 +164,18 @@ def context(choice: Choice, opened: Opened) -> str:
 
 def distribution(choice: Choice, opened: Opened, margins: Float[np.ndarray, "prompt"]) -> None:
     """How the test prompts spread along the separating direction, on the separation view's own axis."""
-    test = opened.prompts.in_split("test")
-    limit = canvas.margin_limit(margins if choice.others else margins[test])
     plot(
-        charts.histogram(margins[test], opened.prompts.labels[test], limit=limit),
+        histogram(choice, opened, margins),
         key="histogram",
         alt="Histogram of the test prompts along the separating direction, by label",
     )
+
+
+def histogram(choice: Choice, opened: Opened, margins: Float[np.ndarray, "prompt"]) -> canvas.Figure:
+    """The margins of the test prompts, on the axis that the projection has."""
+    test = opened.prompts.in_split("test")
+    limit = canvas.margin_limit(margins if choice.others else margins[test])
+    return charts.histogram(margins[test], opened.prompts.labels[test], limit=limit)
 
 
 def numbers(layer: LayerNumbers) -> None:
@@ -189,11 +203,7 @@ def regularisation(layer: LayerNumbers) -> None:
     """The main numbers over the probe's C, and why there are two margins."""
     with st.expander("How much depends on the probe: regularisation, and the two margins", key="by_cost"):
         st.markdown(TWO_MARGINS)
-        left, right = st.columns(2, gap="medium")
-        for column, names, title, key in (
-            (left, charts.COST_LINES, "accuracy, AUROC", "cost_accuracy"),
-            (right, charts.COST_MARGINS, "scale-free units", "cost_margin"),
-        ):
+        for column, (key, (names, title)) in zip(st.columns(2, gap="medium"), COST_CURVES.items(), strict=True):
             with column:
                 figure = charts.cost_curve(layer.by_cost, names, chosen=layer.C, title=title)
                 plot(figure, key=key, alt=f"{title} over C")
@@ -202,3 +212,26 @@ def regularisation(layer: LayerNumbers) -> None:
             + (f" ({layer.log_loss:.3f} nats there)" if layer.log_loss is not None else "")
             + f". {BY_NAME['margin_mean'].title} and accuracy are of the test split, with 95 % intervals."
         )
+
+
+def take_away(
+    choice: Choice, opened: Opened, layer: int, margins: Float[np.ndarray, "prompt"]
+) -> tuple[dict[str, canvas.Figure], dict[str, pd.DataFrame]]:
+    """The charts and tables of the page, to be downloaded."""
+    analysis, at = opened.analysis, opened.analysis.layers[layer]
+    figures_of_all = {
+        "Probe accuracy over layers": charts.accuracy_strip,
+        "Margins over layers": charts.margin_strip,
+    }
+    found = {
+        name: draw(analysis.layers, chosen=layer, recommended=analysis.recommended)
+        for name, draw in figures_of_all.items()
+    }
+    for one in figures(choice, opened, state.tool(), layer):
+        found[f"{VIEW_NAMES[choice.view]} at layer {layer}"] = one
+    found[f"Distribution at layer {layer}"] = histogram(choice, opened, margins)
+    for names, title in COST_CURVES.values():
+        found[f"Over C at layer {layer}, {title}"] = charts.cost_curve(at.by_cost, names, chosen=at.C, title=title)
+    everyone = prompt_list.as_frame(opened.prompts, np.arange(len(opened.prompts)), {"margin": margins}, {})
+    numbers_of_all = exports.numbers_frame([(opened.activations.model, analysis.layers)])
+    return found, {f"Prompts at layer {layer}": everyone, "Numbers of all layers": numbers_of_all}
