@@ -2,9 +2,11 @@
 
 Every number is worked out from inner products between the test prompts alone (their Gram matrix), never from
 coordinates. That makes rotations of the model's space irrelevant by construction, costs the same for a model of 576
-and of 8,192 dimensions once the matrix is made, and turns a bootstrap into a product of a weight matrix
-`[resample, prompt]` with matrices `[prompt, prompt]`, exactly and without a loop. Directions and scale come from the
-`probe` split and stay fixed while `test` is resampled: an interval says how sure a number is, given the ruler.
+and of 8,192 dimensions once the matrix is made, and turns a bootstrap into a product of matrices `[prompt, prompt]`
+with a matrix of weights `[prompt, resample]`, exactly and without a loop. These products are most of an analysis, so
+numbers share them, and prompts that are always drawn together are added up first where that gives the same. Directions
+and scale come from the `probe` split and stay fixed while `test` is resampled: an interval says how sure a number is,
+given the ruler.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from es2.prompts import HARMFUL, HARMLESS
-from es2.resampling import Replicates, safe_ratio
+from es2.resampling import Replicates, drawn_together, safe_ratio
 
 ROUNDING = 1e-10
 """Lengths below this part of the scale are rounding: no stored embedding resolves a relative 1e-7."""
@@ -58,28 +60,73 @@ def fit_frame(embeddings: Float[np.ndarray, "prompt d_model"], labels: Int[np.nd
     return Frame(origin + (mean_harmful + mean_harmless) / 2, scale, direction)
 
 
-def class_weights(
-    weights: Weights, labels: Int[np.ndarray, "prompt"]
-) -> tuple[Float[np.ndarray, "resample harmful"], Float[np.ndarray, "resample harmless"]]:
-    """Multiplicities as weights that sum to 1 within each class, which must be there in every resample."""
-    harmful, harmless = (weights[:, labels == label] for label in (HARMFUL, HARMLESS))
-    return harmful / harmful.sum(axis=1, keepdims=True), harmless / harmless.sum(axis=1, keepdims=True)
+def class_sums(
+    values: Float[np.ndarray, "prompt column"], labels: Int[np.ndarray, "prompt labeling"], weights: Weights
+) -> tuple[Float[np.ndarray, "class resample column"], Float[np.ndarray, "class resample labeling"]]:
+    """Sums of `values` over harmful and over harmless prompts under every resample, and how many prompts these are.
+
+    `labels` are a column for each of `values`, or one column for all. Everything is one matrix product, since what
+    takes time is to read the weights.
+    """
+    sides = (labels == HARMFUL, labels == HARMLESS)
+    columns = [side * values for side in sides] + [side.astype(np.float64) for side in sides]
+    ends = np.cumsum([part.shape[1] for part in columns])
+    harmful, harmless, *counts = np.split(weights @ np.concatenate(columns, axis=1), ends[:-1], axis=1)
+    return np.stack([harmful, harmless]), np.stack(counts)
 
 
 def balanced_mean(
-    values: Float[np.ndarray, "prompt"], labels: Int[np.ndarray, "prompt"], weights: Weights
-) -> Replicates:
+    values: Float[np.ndarray, "prompt column"], labels: Int[np.ndarray, "prompt labeling"], weights: Weights
+) -> Float[np.ndarray, "resample column"]:
     """The mean of `values` per class, then over the two classes, under every resample; a missing class counts as 0."""
-    classes = np.stack([labels == HARMFUL, labels == HARMLESS], axis=1)
-    sums = weights @ (classes * values[:, None])
-    return (sums / np.maximum(weights @ classes, 1)).mean(axis=1)
+    sums, counts = class_sums(values, labels, weights)
+    return (sums / np.maximum(counts, 1)).mean(axis=0)
 
 
-def _form(
-    left: Float[np.ndarray, "resample a"], matrix: Float[np.ndarray, "a b"], right: Float[np.ndarray, "resample b"]
-) -> Replicates:
-    """left · matrix · right for every resample."""
-    return np.einsum("rb,rb->r", left @ matrix, right)
+def _shares(
+    weights: Weights, labels: Int[np.ndarray, "prompt"]
+) -> tuple[Float[np.ndarray, "harmful resample"], Float[np.ndarray, "harmless resample"]]:
+    """Multiplicities, scaled so that each class, which must be there in every resample, sums to its size."""
+    sides = (weights.T[labels == label] for label in (HARMFUL, HARMLESS))
+    harmful, harmless = (side * (len(side) / side.sum(axis=0)) for side in sides)
+    return harmful, harmless
+
+
+def _inner(left: Float[np.ndarray, "a resample"], right: Float[np.ndarray, "a resample"]) -> Replicates:
+    """left · right for every resample."""
+    return np.einsum("ar,ar->r", left, right)
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Prompts that are always drawn together, such as twins, as one: sums over prompts become sums over fewer units.
+
+    Attributes:
+        drawn: how often each unit is drawn, `[unit, resample]`.
+        units: the unit of each prompt, harmful prompts first.
+        factors: with what each prompt counts.
+    """
+
+    drawn: Float[np.ndarray, "unit resample"]
+    units: Int[np.ndarray, "prompt"]
+    factors: Float[np.ndarray, "prompt"]
+
+    def sum(self, rows: Float[np.ndarray, "prompt column"]) -> Float[np.ndarray, "unit column"]:
+        """Rows times their factors, added up within each unit."""
+        from scipy.sparse import csr_array
+
+        return csr_array((self.factors, (self.units, np.arange(len(self.units))))) @ rows
+
+
+def _together(
+    shares: tuple[Float[np.ndarray, "harmful resample"], Float[np.ndarray, "harmless resample"]],
+    factors: tuple[float, float],
+) -> _Together:
+    """`factors` are of harmful and of harmless prompts."""
+    stacked = np.concatenate(shares)
+    units = drawn_together(stacked)
+    _, first = np.unique(units, return_index=True)
+    return _Together(stacked[first], units, np.repeat(factors, [len(share) for share in shares]))
 
 
 def _added_by_resampling(replicates: Replicates) -> float:
@@ -127,82 +174,100 @@ def cloud_numbers(
     """
     embeddings = np.asarray(embeddings, dtype=np.float64)
     is_harmful = labels == HARMFUL
-    sides = class_weights(weights, labels)
-    clouds = (embeddings[is_harmful], embeddings[~is_harmful])
-    sizes = tuple(len(cloud) for cloud in clouds)
+    shares = _shares(weights, labels)
+    sizes = (len(shares[0]), len(shares[1]))
+    sides = (shares[0] / sizes[0], shares[1] / sizes[1])
     floor = ROUNDING * frame.scale
 
     origin = embeddings[0]
-    middle = origin + ((clouds[0] - origin).mean(axis=0) + (clouds[1] - origin).mean(axis=0)) / 2
-    centred = tuple(cloud - middle for cloud in clouds)
-    gram = [[left @ right.T for right in centred] for left in centred]
-    squares = [np.diag(gram[side][side]) for side in (0, 1)]
+    middle = origin + sum((embeddings[labels == label] - origin).mean(axis=0) for label in (HARMFUL, HARMLESS)) / 2
+    centred = np.concatenate([embeddings[is_harmful], embeddings[~is_harmful]])
+    centred -= middle
+    gram = centred @ centred.T
+    aside = centred @ frame.direction
+    del centred  # as large as the embeddings
+    squares = np.diag(gram).copy()
+    pairwise = gram[: sizes[0], sizes[0] :] * -2
+    pairwise += squares[: sizes[0], None]
+    pairwise += squares[sizes[0] :]
+    np.sqrt(np.maximum(pairwise, 0, out=pairwise), out=pairwise)
+    pairwise_distance = _inner(sides[0], pairwise @ sides[1])
+    del pairwise
+
+    # From here on without the direction, whose part in a product is the product of the prompts' coordinates on it.
+    gram -= np.outer(aside, aside)
+    rest, rank, own, across = _rest_numbers(gram, shares, floor)
+    means = [aside[: sizes[0]] @ sides[0], aside[sizes[0] :] @ sides[1]]
 
     # ‖μ₁ − μ₀‖², and tr Σ of each class.
-    own = [_form(sides[side], gram[side][side], sides[side]) for side in (0, 1)]
-    squared_distance = own[0] + own[1] - 2 * _form(sides[0], gram[0][1], sides[1])
+    squared_distance = own[0] + own[1] - 2 * across + (means[0] - means[1]) ** 2
     # Resampling spreads a class by its variance with n below, the sample was drawn with n − 1 below.
     bias = max(_added_by_resampling(squared_distance), 0) * np.mean([size / (size - 1) for size in sizes])
     squared_distance = _without_added_bias(squared_distance)
+    lengths = (squares[: sizes[0]] @ sides[0], squares[sizes[0] :] @ sides[1])
     traces = [
-        np.maximum(sides[side] @ squares[side] - own[side], 0) * sizes[side] / (sizes[side] - 1) for side in (0, 1)
+        np.maximum(lengths[side] - own[side] - means[side] ** 2, 0) * sizes[side] / (sizes[side] - 1) for side in (0, 1)
     ]
     corrected = np.sqrt(np.maximum(squared_distance - bias, 0))
     deviation = np.sqrt((traces[0] + traces[1]) / 2)
     corrected[corrected < floor] = 0
     deviation[deviation < floor] = 0
 
-    squared_pairwise = squares[0][:, None] + squares[1][None, :] - 2 * gram[0][1]
     norms = np.sqrt(np.einsum("pd,pd->p", embeddings, embeddings))
-    along = (embeddings - frame.centre) @ frame.direction / frame.scale
-    rest, rank = _rest_numbers(gram, [cloud @ frame.direction for cloud in centred], sides, floor)
+    along = (embeddings @ frame.direction - frame.centre @ frame.direction) / frame.scale
+    columns = np.stack([norms, np.where(is_harmful, along, -along)], axis=1)
+    mean_norm, margin = balanced_mean(columns, labels[:, None], weights).T
     return {
         "centroid_distance": np.sqrt(np.maximum(squared_distance, 0)),
-        "pairwise_distance": _form(sides[0], np.sqrt(np.maximum(squared_pairwise, 0)), sides[1]),
-        "mean_norm": balanced_mean(norms, labels, weights),
+        "pairwise_distance": pairwise_distance,
+        "mean_norm": mean_norm,
         "relative_distance": corrected / frame.scale,
         "fisher_ratio": safe_ratio(corrected, deviation, both_zero=0.0),
         "rest_deviation": rest / frame.scale,
         "effective_rank": rank,
-        "mean_difference_margin": balanced_mean(np.where(is_harmful, along, -along), labels, weights),
+        "mean_difference_margin": margin,
     }
 
 
 def _rest_numbers(
-    gram: list[list[Float[np.ndarray, "a b"]]],
-    along: list[Float[np.ndarray, "a"]],
-    sides: tuple[Float[np.ndarray, "resample a"], Float[np.ndarray, "resample b"]],
+    kernel: Float[np.ndarray, "prompt prompt"],
+    shares: tuple[Float[np.ndarray, "harmful resample"], Float[np.ndarray, "harmless resample"]],
     floor: float,
-) -> tuple[Replicates, Replicates]:
+) -> tuple[Replicates, Replicates, list[Replicates], Replicates]:
     """RMS deviation within classes, and participation ratio, orthogonal to a unit direction.
 
-    `along` holds the prompts' coordinates on that direction. With q the weights of a class, K the Gram matrix without
-    the direction, and c, d running over the classes,
+    `kernel` is the Gram matrix without that direction, harmful prompts first; it is overwritten. With q the weights of
+    a class, K the kernel, and c, d running over the classes,
 
         tr C² = ¼ Σ_cd [ q_c (K∘K)_cd q_d − q_c (K_cd q_d)² − q_d (K_dc q_c)² + (q_c K_cd q_d)² ],
 
-    since each bracket is the mean square of a matrix whose row and column means have been removed.
+    since each bracket is the mean square of a matrix whose row and column means have been removed; here without the
+    factors n / (n − 1) of both classes.
+
+    Returns:
+        Both, then q_c K_cc q_c of both classes and q_1 K_10 q_0.
     """
-    kernel = [[gram[c][d] - np.outer(along[c], along[d]) for d in (0, 1)] for c in (0, 1)]
-    towards = [[sides[d] @ kernel[d][c] for d in (0, 1)] for c in (0, 1)]
-    traces, squares = [], []
-    for c in (0, 1):
-        size = len(along[c])
-        unbiased = size / (size - 1)
-        own = np.einsum("ra,ra->r", towards[c][c], sides[c])
-        traces.append(np.maximum(sides[c] @ np.diag(kernel[c][c]) - own, 0) * unbiased)
-        for d in (0, 1):
-            mean = np.einsum("ra,ra->r", towards[c][d], sides[c])
-            bracket = (
-                _form(sides[c], kernel[c][d] ** 2, sides[d])
-                - np.einsum("ra,ra->r", sides[c], towards[c][d] ** 2)
-                - np.einsum("rb,rb->r", sides[d], towards[d][c] ** 2)
-                + mean**2
-            )
-            squares.append(bracket * unbiased * len(along[d]) / (len(along[d]) - 1))
+    sizes = [len(share) for share in shares]
+    unbiased = [size / (size - 1) for size in sizes]
+    blocks = (slice(0, sizes[0]), slice(sizes[0], None))
+    sides = [share / size for share, size in zip(shares, sizes, strict=True)]
+    diagonal = np.diag(kernel).copy()
+    means, square = np.empty((2, 2, sides[0].shape[1])), np.zeros(sides[0].shape[1])
+    for d in (0, 1):
+        towards = kernel[:, blocks[d]] @ sides[d]
+        for c in (0, 1):
+            part = towards[blocks[c]]
+            means[c, d] = _inner(sides[c], part)
+            part *= part
+            # The sum over c and d holds the bracket's second and third term twice each.
+            square += unbiased[c] * unbiased[d] * (means[c, d] ** 2 - 2 * _inner(sides[c], part))
+    kernel *= kernel
+    together = _together(shares, (unbiased[0] / sizes[0], unbiased[1] / sizes[1]))
+    square += _inner(together.drawn, together.sum(together.sum(kernel).T) @ together.drawn)
+    square /= 4
+    traces = [np.maximum(diagonal[blocks[c]] @ sides[c] - means[c, c], 0) * unbiased[c] for c in (0, 1)]
     trace = (traces[0] + traces[1]) / 2
     trace[trace < floor**2] = 0
-    square = sum(squares) / 4
     rank = np.where(trace > 0, trace**2 / np.where(square > 0, square, 1), 0.0)
     # A resample holds fewer distinct prompts and so spans fewer dimensions; that shrinkage is the resampling's own.
     if rank[0] > 0:
@@ -210,7 +275,7 @@ def _rest_numbers(
         shrinkage = np.exp(np.log(rank[1:][spans]).mean()) / rank[0] if spans.any() else 1.0
         rank[1:] /= shrinkage
         rank[rank > 0] = np.maximum(rank[rank > 0], 1.0)
-    return np.sqrt(trace), rank
+    return np.sqrt(trace), rank, [means[0, 0], means[1, 1]], means[0, 1]
 
 
 def direction_cosine(
@@ -223,18 +288,16 @@ def direction_cosine(
 
     What resampling adds on average is taken off numerator and denominator, as in `cloud_numbers`.
     """
-    signed = _signed_weights(weights, labels)
-    base, tuned = (cloud - cloud[0] for cloud in (np.asarray(base, np.float64), np.asarray(tuned, np.float64)))
-    across = _without_added_bias(_form(signed, base @ tuned.T, signed))
-    lengths = [_without_added_bias(_form(signed, cloud @ cloud.T, signed)) for cloud in (base, tuned)]
+    shares = _shares(weights, labels)
+    together = _together(shares, (1 / len(shares[0]), -1 / len(shares[1])))
+
+    def differences(embeddings: Float[np.ndarray, "prompt d_model"]) -> Float[np.ndarray, "d_model resample"]:
+        cloud = np.asarray(embeddings, dtype=np.float64)
+        cloud = np.concatenate([cloud[labels == HARMFUL], cloud[labels == HARMLESS]]) - cloud[0]
+        return together.sum(cloud).T @ together.drawn
+
+    of_base, of_tuned = differences(base), differences(tuned)
+    across = _without_added_bias(_inner(of_base, of_tuned))
+    lengths = [_without_added_bias(_inner(own, own)) for own in (of_base, of_tuned)]
     product = np.sqrt(np.maximum(lengths[0], 0) * np.maximum(lengths[1], 0))
     return np.where(product > 0, np.clip(across / np.where(product > 0, product, 1), -1, 1), 0.0)
-
-
-def _signed_weights(weights: Weights, labels: Int[np.ndarray, "prompt"]) -> Weights:
-    """Weights under which the weighted sum of the embeddings is μ_harmful − μ_harmless."""
-    harmful, harmless = class_weights(weights, labels)
-    signed = np.empty_like(weights)
-    signed[:, labels == HARMFUL] = harmful
-    signed[:, labels == HARMLESS] = -harmless
-    return signed

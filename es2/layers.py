@@ -19,18 +19,19 @@ from jaxtyping import Float, Int
 from es2.errors import InputError
 from es2.geometry import Frame, cloud_numbers, direction_cosine, fit_frame
 from es2.jobs import Reporter, silent
+from es2.logistic import Products
 from es2.probes import (
     Probes,
     accuracy,
     auroc,
     cross_validate,
+    fit_each,
     fit_path,
-    inner_products,
     probe_numbers,
-    signed_distance,
+    signed_distances,
 )
 from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, normalised
-from es2.resampling import Replicates, canonical, fold_of, interval, resample_pairs, safe_ratio, shuffled_labels
+from es2.resampling import Replicates, canonical, fold_of, intervals, resample_pairs, safe_ratio, shuffled_labels
 from es2.results import (
     ANALYSIS_FORMAT,
     LENGTHS,
@@ -76,8 +77,8 @@ class _Plan:
     weights: Float[np.ndarray, "resample test"]
     self_folds: Int[np.ndarray, "test"] | None
 
-    def interval(self, replicates: Replicates) -> Interval:
-        return interval(replicates, self.config.confidence)
+    def intervals(self, replicates: Mapping[str, Replicates]) -> dict[str, Interval]:
+        return intervals(replicates, self.config.confidence)
 
 
 def check_prompts(prompts: PromptSet, test_prompts: PromptSet | None = None) -> None:
@@ -168,25 +169,22 @@ def _measure(
     """Everything about one layer of one model; `base` is given for the tuned model, which takes its costs from it."""
     config, labels, weights = plan.config, plan.test_labels, plan.weights
     frame = fit_frame(probe_embeddings, plan.probe_labels)
-    basis, features = _span(frame.normalise(probe_embeddings))
+    features = frame.normalise(probe_embeddings)
+    products = Products.of(features)
     log_losses = cv_accuracy = None
     if base is None:
-        held_out = cross_validate(features, plan.probe_labels, plan.probe_folds, config.costs)
+        held_out = cross_validate(features, plan.probe_labels, plan.probe_folds, config.costs, products)
         cost_index, log_losses = held_out.best, held_out.log_loss
         cv_accuracy = float(_held_out_numbers(held_out.logits[cost_index], plan.probe_labels, None)[0][0])
     else:
         cost_index = base.cost_index
 
     z = frame.normalise(test_embeddings)
-    kernel = inner_products(features)
-    path, intercepts = fit_path(features, plan.probe_labels, config.costs, kernel)
-    path = path @ basis.T
-    curve = [
-        probe_numbers(signed_distance(z, path[i], float(intercepts[i])), labels, weights)
-        for i in range(len(config.costs))
-    ]
-    numbers = cloud_numbers(test_embeddings, labels, weights, frame) | curve[cost_index]
-    numbers |= _control(features, kernel, z @ basis, plan, config.costs[cost_index])
+    path, intercepts = fit_path(features, plan.probe_labels, config.costs, products)
+    curve = probe_numbers(signed_distances(z, path, intercepts), labels, weights)
+    numbers = curve[cost_index] | _control(features, products, z, plan, config.costs[cost_index])
+    del z  # as large as the embeddings
+    numbers |= cloud_numbers(test_embeddings, labels, weights, frame)
 
     self_cost = None
     if plan.self_folds is not None:
@@ -198,14 +196,6 @@ def _measure(
     return _Measured(probe, cost_index, self_cost, log_losses, cv_accuracy, numbers, curve)
 
 
-def _span(
-    z: Float[np.ndarray, "prompt d_model"],
-) -> tuple[Float[np.ndarray, "d_model rank"], Float[np.ndarray, "prompt rank"]]:
-    """An orthonormal basis of the prompts' span, and their coordinates in it: an exact change of variables."""
-    basis, coordinates = np.linalg.qr(z.T)
-    return basis, np.ascontiguousarray(coordinates.T)
-
-
 def _held_out_numbers(
     logits: Float[np.ndarray, "prompt"],
     labels: Int[np.ndarray, "prompt"],
@@ -214,25 +204,23 @@ def _held_out_numbers(
     """Balanced accuracy and AUROC of cross-validated logits, over the prompts that a fold could hold out."""
     seen = ~np.isnan(logits)
     kept = np.ones((1, int(seen.sum()))) if weights is None else weights[:, seen]
-    return accuracy(logits[seen], labels[seen], kept), auroc(logits[seen], labels[seen], kept)
+    (accuracies,) = accuracy(logits[seen, None], labels[seen, None], kept).T
+    return accuracies, auroc(logits[seen], labels[seen], kept)
 
 
 def _control(
-    features: Float[np.ndarray, "probe rank"],
-    kernel: Float[np.ndarray, "probe probe"] | None,
-    test_features: Float[np.ndarray, "test rank"],
+    features: Float[np.ndarray, "probe d_model"],
+    products: Products,
+    test_features: Float[np.ndarray, "test d_model"],
     plan: _Plan,
     cost: float,
 ) -> dict[str, Replicates]:
     """What probes of the same cost reach when the labels of `probe` and of the test prompts are shuffled alike."""
-    accuracies, aurocs = [], []
-    for fitted, tested in zip(plan.probe_shuffles, plan.test_shuffles, strict=True):
-        path, intercepts = fit_path(features, fitted, (cost,), kernel)
-        scores = test_features @ path[0] + intercepts[0]
-        accuracies.append(accuracy(scores, tested, plan.weights))
-        aurocs.append(auroc(scores, tested, plan.weights))
+    weights, intercepts = fit_each(features, plan.probe_shuffles, cost, products)
+    scores, tested = test_features @ weights.T + intercepts, plan.test_shuffles.T
+    aurocs = [auroc(*columns, plan.weights) for columns in zip(scores.T, tested.T, strict=True)]
     return {
-        "probe_accuracy_control": np.mean(accuracies, axis=0),
+        "probe_accuracy_control": accuracy(scores, tested, plan.weights).mean(axis=1),
         "probe_auroc_control": np.mean(aurocs, axis=0),
     }
 
@@ -244,7 +232,7 @@ def _self_numbers(
     costs: tuple[float, ...],
 ) -> tuple[Replicates, Replicates, float]:
     """Accuracy and AUROC of probes cross-validated inside the test set, in its own frame, and the cost they used."""
-    _, features = _span(fit_frame(embeddings, plan.test_labels).normalise(embeddings))
+    features = fit_frame(embeddings, plan.test_labels).normalise(embeddings)
     held_out = cross_validate(features, plan.test_labels, folds, costs, stop_early=True)
     reached = _held_out_numbers(held_out.logits[held_out.best], plan.test_labels, plan.weights)
     return *reached, costs[held_out.best]
@@ -258,12 +246,12 @@ def _layer_numbers(layer: int, measured: _Measured, plan: _Plan, numbers: Mappin
         scale=measured.probe.frame.scale,
         log_loss=None if losses is None else float(losses[measured.cost_index]),
         cv_accuracy=measured.cv_accuracy,
-        numbers={name: plan.interval(numbers[name]) for name in NUMBERS if name in numbers},
+        numbers=plan.intervals({name: numbers[name] for name in NUMBERS if name in numbers}),
         by_cost=tuple(
             CostPoint(
                 cost,
                 None if losses is None else float(losses[index]),
-                {name: plan.interval(replicates) for name, replicates in measured.curve[index].items()},
+                plan.intervals(measured.curve[index]),
             )
             for index, cost in enumerate(plan.config.costs)
         ),
@@ -271,14 +259,12 @@ def _layer_numbers(layer: int, measured: _Measured, plan: _Plan, numbers: Mappin
 
 
 def _changes(base: Mapping[str, Replicates], tuned: Mapping[str, Replicates], plan: _Plan) -> dict[str, Change]:
-    return {
-        name: Change(
-            plan.interval(tuned[name] - base[name]),
-            plan.interval(safe_ratio(tuned[name], base[name], both_zero=1.0)) if name in LENGTHS else None,
-        )
-        for name in NUMBERS
-        if name in base and name in tuned
-    }
+    shared = [name for name in NUMBERS if name in base and name in tuned]
+    differences = plan.intervals({name: tuned[name] - base[name] for name in shared})
+    ratios = plan.intervals(
+        {name: safe_ratio(tuned[name], base[name], both_zero=1.0) for name in shared if name in LENGTHS}
+    )
+    return {name: Change(differences[name], ratios.get(name)) for name in shared}
 
 
 @dataclass(frozen=True)

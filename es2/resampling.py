@@ -10,7 +10,7 @@ hashes of the prompts or drawn in a canonical order, so the order in which promp
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,10 +47,17 @@ class Interval:
 
 def interval(replicates: Replicates, confidence: float = 0.95) -> Interval:
     """The percentile interval of a number, widened to hold the number itself where resampling moves it to one side."""
+    return intervals({"number": replicates}, confidence)["number"]
+
+
+def intervals(replicates: Mapping[str, Replicates], confidence: float = 0.95) -> dict[str, Interval]:
+    """`interval` of several numbers, by their names."""
     tail = (1 - confidence) / 2
-    value = float(replicates[0])
-    low, high = np.quantile(replicates[1:], [tail, 1 - tail]).tolist()
-    return Interval(value, min(low, value), max(high, value))
+    stacked = np.stack(list(replicates.values()))
+    lows, highs = np.quantile(stacked[:, 1:], [tail, 1 - tail], axis=1)
+    values = stacked[:, 0]
+    bounds = np.stack([values, np.minimum(lows, values), np.maximum(highs, values)], axis=1)
+    return {name: Interval(*own) for name, own in zip(replicates, bounds.tolist(), strict=True)}
 
 
 def safe_ratio(
@@ -99,12 +106,13 @@ def resample_pairs(prompts: PromptSet, n_bootstrap: int, seed: int) -> Float[np.
         seed: of the draw.
 
     Returns:
-        `[1 + n_bootstrap, prompt]`; row 0 is all ones, the prompts as they are.
+        `[1 + n_bootstrap, prompt]`; row 0 is all ones, the prompts as they are. In memory each prompt's multiplicities
+        lie in one piece, since numbers pick and order prompts.
     """
     strata: defaultdict[tuple[int, ...], list[list[int]]] = defaultdict(list)
     for rows in _members(prompts.pairs).values():
         strata[tuple(np.bincount(prompts.labels[rows], minlength=2).tolist())].append(rows)
-    weights = np.ones((1 + n_bootstrap, len(prompts)))
+    weights = np.ones((1 + n_bootstrap, len(prompts)), order="F")
     generator = np.random.default_rng(seed)
     for composition in sorted(strata):
         pairs = strata[composition]
@@ -112,6 +120,12 @@ def resample_pairs(prompts: PromptSet, n_bootstrap: int, seed: int) -> Float[np.
         for column, rows in enumerate(pairs):
             weights[1:, rows] = draws[:, column, None]
     return weights
+
+
+def drawn_together(multiplicities: Float[np.ndarray, "prompt resample"]) -> Int[np.ndarray, "prompt"]:
+    """A number for each prompt, `0 …`, the same for prompts that every resample draws equally often."""
+    units: dict[bytes, int] = {}
+    return np.array([units.setdefault(row.tobytes(), len(units)) for row in multiplicities])
 
 
 def shuffled_labels(prompts: PromptSet, n_shuffles: int, seed: int) -> Int[np.ndarray, "shuffle prompt"]:

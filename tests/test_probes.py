@@ -158,7 +158,9 @@ def test_numbers_equal_sklearn_under_every_resample() -> None:
     generator = np.random.default_rng(0)
     margins = np.round(generator.normal(size=40) + 0.5 * prompts.labels, 1)  # rounded, so that some tie
     weights = resample_pairs(prompts, 30, seed=2)
-    numbers = probe_numbers(margins, prompts.labels, weights)
+    other_cost = generator.normal(size=40)
+    numbers, others = probe_numbers(np.stack([margins, other_cost], axis=1), prompts.labels, weights)
+    np.testing.assert_array_equal(others["probe_auroc"], auroc(other_cost, prompts.labels, weights))
     for index, multiplicities in enumerate(weights.astype(int)):
         drawn, labels = np.repeat(margins, multiplicities), np.repeat(prompts.labels, multiplicities)
         mean = (drawn[labels == 1].mean() - drawn[labels == 0].mean()) / 2
@@ -176,5 +178,5 @@ def test_a_vanished_class_is_chance() -> None:
     weights = np.array([[1.0, 1.0, 1.0], [0.0, 1.0, 2.0]])
     labels = np.array([1, 0, 0])
     scores = np.array([1.0, -1.0, -2.0])
-    np.testing.assert_array_equal(accuracy(scores, labels, weights), [1.0, 0.5])
+    np.testing.assert_array_equal(accuracy(scores[:, None], labels[:, None], weights), [[1.0], [0.5]])
     np.testing.assert_array_equal(auroc(scores, labels, weights), [1.0, 0.5])
