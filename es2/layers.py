@@ -171,16 +171,17 @@ def _measure(
     frame = fit_frame(probe_embeddings, plan.probe_labels)
     features = frame.normalise(probe_embeddings)
     products = Products.of(features)
-    log_losses = cv_accuracy = None
+    log_losses = cv_accuracy = fitted = None
     if base is None:
-        held_out = cross_validate(features, plan.probe_labels, plan.probe_folds, config.costs, products)
+        held_out = cross_validate(features, plan.probe_labels, plan.probe_folds, config.costs, products, with_path=True)
+        fitted = held_out.path
         cost_index, log_losses = held_out.best, held_out.log_loss
         cv_accuracy = float(_held_out_numbers(held_out.logits[cost_index], plan.probe_labels, None)[0][0])
     else:
         cost_index = base.cost_index
 
     z = frame.normalise(test_embeddings)
-    path, intercepts = fit_path(features, plan.probe_labels, config.costs, products)
+    path, intercepts = fitted or fit_path(features, plan.probe_labels, config.costs, products)
     curve = probe_numbers(signed_distances(z, path, intercepts), labels, weights)
     numbers = curve[cost_index] | _control(features, products, z, plan, config.costs[cost_index])
     del z  # as large as the embeddings

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from es2.errors import InputError
 from es2.geometry import Frame, balanced_mean, class_sums
-from es2.logistic import Products, fit_columns
+from es2.logistic import Fits, Products, fit_columns
 from es2.prompts import HARMFUL, HARMLESS
 from es2.resampling import Replicates
 
@@ -118,8 +118,16 @@ def fit_path(
         ValueError: when a label is missing.
     """
     everyone = np.ones((len(labels), 1), dtype=bool)
-    fits = list(fit_columns(products or Products.of(features), labels[:, None], everyone, costs))
-    return np.stack([fit.duals[:, 0] for fit in fits]) @ features, np.concatenate([fit.intercept for fit in fits])
+    return _last_column(
+        list(fit_columns(products or Products.of(features), labels[:, None], everyone, costs)), features
+    )
+
+
+def _last_column(
+    fits: Sequence[Fits], features: Float[np.ndarray, "prompt d"]
+) -> tuple[Float[np.ndarray, "cost d"], Float[np.ndarray, "cost"]]:
+    """Weights and intercept of the last fit at each cost."""
+    return np.stack([fit.duals[:, -1] for fit in fits]) @ features, np.array([fit.intercept[-1] for fit in fits])
 
 
 def fit_each(
@@ -143,11 +151,13 @@ class CrossValidation:
         logits: each held-out prompt's w·z + b under the fold's own probe, `[cost, prompt]`; NaN where no fold could
             hold the prompt out.
         best: index of the cost with the least log-loss, the larger cost where several agree.
+        path: what `fit_path` gives for the same prompts, where it was asked for.
     """
 
     log_loss: Float[np.ndarray, "cost"]
     logits: Float[np.ndarray, "cost prompt"]
     best: int
+    path: tuple[Float[np.ndarray, "cost d"], Float[np.ndarray, "cost"]] | None
 
 
 def cross_validate(
@@ -158,11 +168,13 @@ def cross_validate(
     products: Products | None = None,
     *,
     stop_early: bool = False,
+    with_path: bool = False,
 ) -> CrossValidation:
     """Held-out logits and log-loss at ascending costs.
 
     A fold whose remainder lacks a label cannot be held out and is passed over; its prompts take no part in the loss.
-    With `stop_early` no further cost is tried once the log-loss has risen twice in a row.
+    With `stop_early` no further cost is tried once the log-loss has risen twice in a row. `with_path` fits all prompts
+    beside the folds, in less time than `fit_path` takes afterwards.
 
     Raises:
         InputError: when no fold can be held out, or the held-out prompts lack a label.
@@ -175,12 +187,14 @@ def cross_validate(
             f"{len(labels)} prompts are too few to cross-validate a probe: held-out prompts of both labels are needed; "
             "add prompts (a few dozen of each label at least)."
         )
-    seen_by_fold = ~np.stack(held_out, axis=1)
-    labels_of_folds = np.repeat(labels[:, None], len(held_out), axis=1)
+    seen_by = np.stack([*(~out for out in held_out), *[np.ones_like(seen)] * with_path], axis=1)
+    labels_of = np.repeat(labels[:, None], seen_by.shape[1], axis=1)
     signs = np.where(labels == HARMFUL, 1.0, -1.0)
     every_logits: list[Float[np.ndarray, "prompt"]] = []
     losses: list[float] = []
-    for fits in fit_columns(products or Products.of(features), labels_of_folds, seen_by_fold, costs):
+    done: list[Fits] = []
+    for fits in fit_columns(products or Products.of(features), labels_of, seen_by, costs):
+        done.append(fits)
         logits = np.full(len(labels), np.nan)
         for fold, out in enumerate(held_out):
             logits[out] = fits.fitted[out, fold] + fits.intercept[fold]
@@ -191,7 +205,8 @@ def cross_validate(
             break
     log_loss = np.array(losses)
     agreeing = np.flatnonzero(log_loss <= log_loss.min() * (1 + 1e-9))
-    return CrossValidation(log_loss, np.stack(every_logits), int(agreeing[-1]))
+    path = _last_column(done, features) if with_path else None
+    return CrossValidation(log_loss, np.stack(every_logits), int(agreeing[-1]), path)
 
 
 def accuracy(
@@ -208,7 +223,7 @@ def accuracy(
     return np.where((counts == 0).any(axis=0), 0.5, (sums / np.maximum(counts, 1)).mean(axis=0))
 
 
-RUN = 32
+RUN = 16
 """Prompts whose running sums are one matrix product."""
 EXACT = 256
 """Prompts whose sum of products stays in single precision, exact below 2²⁴, that is, for up to 32,000 of the others."""
@@ -221,9 +236,10 @@ def _running_sums(counts: Float[np.ndarray, "prompt resample"]) -> Float[np.ndar
     """
     n_prompts, n_resamples = counts.shape
     n_runs = -(-n_prompts // RUN)
-    padded = np.zeros((n_runs * RUN, n_resamples), dtype=np.float32)
-    padded[:n_prompts] = counts
-    sums = np.zeros((1 + n_runs * RUN, n_resamples), dtype=np.float32)
+    padded = np.empty((n_runs * RUN, n_resamples), dtype=np.float32)
+    padded[:n_prompts], padded[n_prompts:] = counts, 0
+    sums = np.empty((1 + n_runs * RUN, n_resamples), dtype=np.float32)
+    sums[0] = 0
     runs = sums[1:].reshape(n_runs, RUN, n_resamples)
     np.matmul(np.tri(RUN, dtype=np.float32), padded.reshape(runs.shape), out=runs)
     runs[1:] += np.cumsum(runs[:-1, -1], axis=0)[:, None]
@@ -248,7 +264,7 @@ def auroc(
     for start in range(0, len(harmful), EXACT):
         some = slice(start, start + EXACT)
         wins += np.einsum("pr,pr->r", of_harmful[some], beaten[some])
-    total = of_harmful.sum(axis=0, dtype=np.float64) * below[-1]
+    total = of_harmful.sum(axis=0).astype(np.float64) * below[-1]
     return np.where(total > 0, wins / np.maximum(total, 1), 0.5)
 
 
@@ -256,9 +272,9 @@ def lower_quartile(values: Float[np.ndarray, "prompt"], weights: Float[np.ndarra
     """`np.quantile(np.repeat(values, multiplicities), 0.25)` for every row of integer multiplicities."""
     order = np.argsort(values, kind="stable")
     cumulated = _running_sums(weights.T[order])[1:]
-    place = (cumulated[-1].astype(np.float64) - 1) / 4
+    place = (cumulated[-1] - 1) / 4  # exact in single precision, as all quarters are up to 2²²
     below = np.floor(place)
-    ends = [values[order][(cumulated <= rank).sum(axis=0)] for rank in (below, np.ceil(place))]
+    ends = [values[order][np.count_nonzero(cumulated <= rank, axis=0)] for rank in (below, np.ceil(place))]
     return ends[0] + (place - below) * (ends[1] - ends[0])
 
 

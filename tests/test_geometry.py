@@ -7,7 +7,7 @@ import pytest
 from scipy.spatial.distance import cdist
 
 from es2.geometry import cloud_numbers, direction_cosine, fit_frame
-from es2.prompts import HARMFUL, HARMLESS
+from es2.prompts import HARMFUL, HARMLESS, PromptSet
 from es2.resampling import canonical, interval, resample_pairs
 from tests.clouds import clouds, paired_prompts, rotation, single_prompts
 
@@ -54,8 +54,9 @@ def test_numbers_of_a_square() -> None:
     assert value(numbers, "mean_difference_margin") == pytest.approx(2 / frame.scale)
 
 
-def test_numbers_equal_plain_numpy_also_inside_the_bootstrap() -> None:
-    _, prompts = canonical(paired_prompts(40), "test")
+@pytest.mark.parametrize("prompts", [paired_prompts(40), single_prompts([1] * 25 + [0] * 15)], ids=["twins", "singles"])
+def test_numbers_equal_plain_numpy_also_inside_the_bootstrap(prompts: PromptSet) -> None:
+    _, prompts = canonical(prompts, "test")
     embeddings = clouds(prompts, [1.5], 7, topic=0.5)[0]
     labels = prompts.labels
     probe = clouds(prompts, [1.5], 7, seed=5)[0]
@@ -82,7 +83,8 @@ def test_numbers_equal_plain_numpy_also_inside_the_bootstrap() -> None:
     squared = found["squared"].copy()
     added = squared[1:].mean() - squared[0]
     squared[1:] -= added
-    corrected = np.sqrt(np.maximum(squared - max(added, 0) * 20 / 19, 0))  # 20 of each label
+    sizes = np.bincount(labels)
+    corrected = np.sqrt(np.maximum(squared - max(added, 0) * np.mean(sizes / (sizes - 1)), 0))
     rank = found["rank"].copy()
     rank[1:] *= rank[0] / np.exp(np.log(rank[1:]).mean())
     np.testing.assert_allclose(numbers["centroid_distance"], np.sqrt(np.maximum(squared, 0)))

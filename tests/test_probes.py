@@ -16,6 +16,7 @@ from es2.probes import (
     accuracy,
     auroc,
     cross_validate,
+    fit_each,
     fit_path,
     lower_quartile,
     probe_numbers,
@@ -99,6 +100,38 @@ def test_separable_points_far_apart_converge() -> None:
     assert np.isfinite(bias).all()
 
 
+@pytest.mark.parametrize("d_model", [15, 100])
+def test_fits_side_by_side_are_the_fits_alone(d_model: int) -> None:
+    """Several labelings of unequal class sizes at once, and all prompts beside the folds."""
+    generator = np.random.default_rng(2)
+    features = generator.normal(size=(60, d_model)) / 4
+    labelings = (generator.random((4, 60)) < [[0.5], [0.5], [0.3], [0.7]]).astype(int)
+    together, intercepts = fit_each(features, labelings, 100.0)
+    for labels, weights, bias in zip(labelings, together, intercepts, strict=True):
+        alone, intercept = fit_path(features, labels, (100.0,))
+        np.testing.assert_allclose(weights, alone[0], rtol=1e-6, atol=1e-6 * np.linalg.norm(alone))
+        assert bias == pytest.approx(intercept[0], rel=1e-6, abs=1e-6)
+    found = cross_validate(features, labelings[0], np.arange(60) % 4, COSTS, with_path=True)
+    assert found.path is not None
+    for whole, expected in zip(found.path, fit_path(features, labelings[0], COSTS), strict=True):
+        np.testing.assert_allclose(whole, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("d_model", [5, 60])
+def test_curvature_beyond_single_precision(d_model: int) -> None:
+    """Features so long that the curvature is factored in double precision; scikit-learn is given short ones."""
+    generator = np.random.default_rng(3)
+    labels = np.arange(40) % 2
+    features = generator.normal(size=(40, d_model))
+    features[:, 0] += labels
+    weights, bias = fit_path(300 * features, labels, (1e-3, 0.1))
+    for index, cost in enumerate((1e-3, 0.1)):
+        reference = sklearn_fit(features, labels, 300**2 * cost)
+        expected = reference.coef_[0] / 300
+        np.testing.assert_allclose(weights[index], expected, rtol=1e-4, atol=1e-4 * np.linalg.norm(expected))
+        assert bias[index] == pytest.approx(reference.intercept_[0], rel=1e-4, abs=1e-4)
+
+
 def test_rotation_and_order_leave_margins() -> None:
     prompts = paired_prompts(40)
     features = clouds(prompts, [1.0], 100, offset=0.0)[0] / 10
@@ -168,6 +201,21 @@ def test_numbers_equal_sklearn_under_every_resample() -> None:
         assert numbers["probe_auroc"][index] == pytest.approx(roc_auc_score(labels, drawn))
         assert numbers["margin_mean"][index] == pytest.approx(mean)
         assert numbers["margin_harmful_q1"][index] == pytest.approx(np.quantile(drawn[labels == 1], 0.25))
+
+
+def test_numbers_of_many_prompts_count_exactly() -> None:
+    """More prompts than one block of running sums or products holds, with ties between classes and within."""
+    generator = np.random.default_rng(5)
+    labels = (generator.random(1500) < 0.6).astype(int)
+    scores = np.round(generator.normal(size=1500) + labels, 1)
+    weights = resample_pairs(single_prompts(labels.tolist()), 3, seed=0)
+    found = auroc(scores, labels, weights)
+    harmful = scores[labels == 1]
+    quartiles = lower_quartile(harmful, weights[:, labels == 1])
+    for index, multiplicities in enumerate(weights.astype(int)):
+        drawn, own = np.repeat(scores, multiplicities), np.repeat(labels, multiplicities)
+        assert found[index] == pytest.approx(roc_auc_score(own, drawn), rel=1e-13)
+        assert quartiles[index] == pytest.approx(np.quantile(drawn[own == 1], 0.25), abs=1e-15)
 
 
 def test_lower_quartile_of_one_value() -> None:

@@ -9,8 +9,10 @@ from es2.prompts import HARMFUL, HARMLESS, stable_hash
 from es2.resampling import (
     RATIO_LIMIT,
     canonical,
+    drawn_together,
     fold_of,
     interval,
+    intervals,
     resample_pairs,
     safe_ratio,
     shuffled_labels,
@@ -90,6 +92,18 @@ def test_interval_is_of_percentiles_and_holds_the_value() -> None:
     assert (found.value, found.low, found.high) == pytest.approx((50.0, 5.0, 95.0))
     outside = interval(np.concatenate([[200.0], np.arange(101.0)]), 0.9)
     assert (outside.low, outside.high) == pytest.approx((5.0, 200.0))
+
+
+def test_intervals_of_several_numbers_are_each_its_own() -> None:
+    replicates = {"a": np.random.default_rng(0).normal(size=51), "b": np.arange(51.0)[::-1]}
+    assert intervals(replicates, 0.8) == {name: interval(own, 0.8) for name, own in replicates.items()}
+
+
+def test_twins_are_drawn_together() -> None:
+    _, prompts = canonical(paired_prompts(30))
+    units = drawn_together(resample_pairs(prompts, 100, 0).T)
+    np.testing.assert_array_equal(units[::2], units[1::2])
+    assert sorted(set(units)) == list(range(30))
 
 
 def test_safe_ratio_never_overflows() -> None:
