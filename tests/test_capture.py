@@ -290,6 +290,48 @@ def test_hooks_that_do_not_fire_are_an_error(llama: Path, monkeypatch: pytest.Mo
         capture_residuals(bridge, rendered)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_last_mlp_sees_only_the_tokens_asked_for(architecture: str, folder_of: Callable[[str], Path]) -> None:
+    rendered = render(load_tokenizer(folder_of(architecture)), TEXTS)
+    bridge = load_bridge(folder_of(architecture))
+    sizes: list[int] = []
+
+    def count(module: Any, inputs: Any) -> None:
+        sizes.append(inputs[0].numel() // D_MODEL)
+
+    for layer in (0, N_LAYERS - 1):
+        bridge.blocks[layer].mlp.original_component.register_forward_pre_hook(count)
+    capture_residuals(bridge, rendered)
+    first, last = sizes[-2:]
+    assert first > len(TEXTS) * len(POSITIONS)
+    assert last == len(TEXTS) * len(POSITIONS)
+
+
+def test_the_inside_of_blocks_stays_bridged_where_somebody_listens(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rendered = render(load_tokenizer(llama), TEXTS)
+    bridge = load_bridge(llama)
+    modules = list(bridge.original_model.modules())
+    alone = capture_residuals(bridge, rendered)
+    assert list(bridge.original_model.modules()) == modules
+    attention = bridge.original_model.config._attn_implementation
+    fired: list[str] = []
+    with bridge.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", lambda _, hook: fired.append(hook.name))]):
+        heard = capture_residuals(bridge, rendered)
+    assert fired
+    assert max(largest_error(alone[position], heard[position]) for position in POSITIONS) < 1e-5
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(bridge.blocks[1].original_component, "forward", fail)
+    with pytest.raises(ZeroDivisionError):
+        capture_residuals(bridge, rendered.select([0]))
+    assert list(bridge.original_model.modules()) == modules
+    assert bridge.original_model.config._attn_implementation == attention == "eager"
+
+
 def test_memory_that_runs_out_is_one_sentence(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
