@@ -74,7 +74,7 @@ _ATTENTION = "eager"  # what the numbers are those of; fused attention gives the
 _HALF_LIMIT = 3e4  # float16 ends at 65504; embeddings below this are stored in it without a second thought
 _ROUNDING_PROMPTS = 4  # of a half-precision capture, whose difference from float32 is measured
 _SHARING_WORTHWHILE = 4  # shared tokens that pay for an extra pass
-_ROW = 192  # tokens of a row of prompts: longer rows share more, but all their tokens look at each other
+_ROW = 128  # tokens of a row of prompts: longer rows share more, but all their tokens look at each other
 _EXACT = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # differences, relative to ‖e‖, that are rounding
 
 
