@@ -31,7 +31,7 @@ SHOWN_CHARACTERS = 200
 
 def perturbation(work: Work, prompts: PromptSet) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """How far embeddings have to travel at every layer, and what pushed models reply at the attacked ones."""
-    from es2.capture import template_head
+    from es2.rendering import template_head
     from es2.runs import config_of
     from es2.tasks import prepare
 

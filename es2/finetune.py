@@ -503,7 +503,7 @@ def _tokens(
     model_files: Path, prompts: PromptSet, plan: Plan, reply_tokens: int
 ) -> tuple[dict[int, tuple[int, ...]], tuple[int, ...]]:
     """The tokens of every prompt in the plan, and what all prompts of this model begin with: the template's head."""
-    from es2.capture import render, template_head
+    from es2.rendering import render, template_head
 
     tokenizer = load_tokenizer(model_files)
     rendered = render(tokenizer, [prompts.texts[row] for row in plan.rows]).token_ids

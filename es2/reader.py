@@ -153,7 +153,8 @@ def _answer(bridges: Mapping[str, TransformerBridge], tokenizer: Any, question: 
     """Answer one question and remove it; what cannot be read is answered with the sentence that says why."""
     from safetensors.numpy import save_file
 
-    from es2.capture import capture_residuals, render
+    from es2.rendering import render
+    from es2.residuals import capture_residuals
 
     document: dict[str, Any]
     try:

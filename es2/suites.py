@@ -125,7 +125,7 @@ class Work:
 
 def rendered(work: Work, tokenizer: Any, prompts: PromptSet) -> list[tuple[int, ...]]:
     """The tokens of every prompt; raises `InputError` when one and its reply are longer than the model reads."""
-    from es2.capture import render
+    from es2.rendering import render
 
     tokens = list(render(tokenizer, prompts.texts).token_ids)
     limit = context_length(work.folder)
@@ -145,7 +145,7 @@ def behaviour(
     work: Work, prompts: PromptSet, judge: Judge | None, suite: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """`refusal`: what base and tuned reply. `kl`: how tuned reads what base replied to harmless prompts."""
-    from es2.capture import template_head
+    from es2.rendering import template_head
 
     sample = choose_prompts(prompts, work.config.limit, None if suite == "refusal" else HARMLESS)
     if not len(sample):

@@ -23,11 +23,12 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from es2.capture import CaptureResult, Reading, Rendered, capture
+from es2.capture import CaptureResult, Reading, capture
 from es2.errors import Es2Error, MachineError
 from es2.files import machine_error, numbered
 from es2.jobs import Reporter, silent
 from es2.placement import all_or_none, processes_of_launch
+from es2.rendering import Rendered
 from es2.store import Store
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from es2.behaviour import (
     rate_interval,
     refusal_numbers,
 )
-from es2.capture import render, template_head
 from es2.errors import InputError
 from es2.kl import read_head
 from es2.models import load_bridge, load_model, load_tokenizer, load_tuned
+from es2.rendering import render, template_head
 from es2.resampling import canonical, resample_pairs
 from tests.builders import ARCHITECTURES, TEXTS, save_tiny_adapter, save_tiny_model, tiny_prompts
 

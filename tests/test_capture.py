@@ -20,22 +20,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from es2 import capture as capture_module
+from es2 import residuals as residuals_module
 from es2.batching import batches_by_length, plant
-from es2.capture import (
-    PINNED_DATE,
-    POSITIONS,
-    Rendered,
-    _shared_tokens,
-    _storable,
-    _ways,
-    capture,
-    capture_residuals,
-    render,
-)
+from es2.capture import POSITIONS, _storable, capture
 from es2.errors import InputError, MachineError
 from es2.files import user_cache
 from es2.jobs import Cancelled
 from es2.models import DEFAULT_MODEL, load_bridge, load_tokenizer, model_folder, resolve
+from es2.rendering import PINNED_DATE, Rendered, render
+from es2.residuals import _shared_tokens, _ways, capture_residuals
 from es2.store import Store
 from tests.builders import (
     ARCHITECTURES,
@@ -223,9 +216,9 @@ def test_equal_to_plain_transformers(
     folder_of: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert architecture in capture_module.SHARING_VERIFIED
+    assert architecture in residuals_module.SHARING_VERIFIED
     if not sharing:
-        monkeypatch.setattr(capture_module, "SHARING_VERIFIED", ())
+        monkeypatch.setattr(residuals_module, "SHARING_VERIFIED", ())
     folder = folder_of(architecture)
     rendered = render(load_tokenizer(folder), TEXTS)
     bridge = load_bridge(folder, dtype="float32", device="cpu")
@@ -388,7 +381,7 @@ def test_a_disk_without_room_for_the_embeddings_is_one_sentence(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("es2.capture.os.posix_fallocate", full, raising=False)
+    monkeypatch.setattr("es2.residuals.os.posix_fallocate", full, raising=False)
     with pytest.raises(MachineError, match="No space is left"):
         capture_residuals(load_bridge(llama), render(load_tokenizer(llama), TEXTS), scratch=tmp_path)
 
@@ -436,7 +429,7 @@ def test_an_architecture_nobody_looked_at_is_tried_out(llama: Path, monkeypatch:
     assert known[0] > 20
     assert known[1]
     expected = capture_residuals(bridge, rendered)
-    monkeypatch.setattr(capture_module, "SHARING_VERIFIED", ())
+    monkeypatch.setattr(residuals_module, "SHARING_VERIFIED", ())
     assert _ways(bridge, rendered, columns) == known
     body = bridge.original_model.base_model
     forward = body.forward
@@ -499,7 +492,7 @@ def test_the_shared_tokens_are_run_once(llama: Path, monkeypatch: pytest.MonkeyP
     assert head > 20
     assert widths[0] == head
     assert max(widths[1:]) == max(map(len, rendered.token_ids)) - head
-    monkeypatch.setattr(capture_module, "_ways", lambda *_: (0, False))
+    monkeypatch.setattr(residuals_module, "_ways", lambda *_: (0, False))
     apart = capture_residuals(bridge, rendered, max_tokens_per_batch=1)
     assert max(largest_error(shared[position], apart[position]) for position in POSITIONS) < 1e-5
     assert max(widths) == max(map(len, rendered.token_ids))

@@ -26,13 +26,13 @@ import safetensors.torch
 import torch
 
 from es2 import finetune as finetune_module
-from es2.capture import render
 from es2.errors import InputError, MachineError
 from es2.finetune import FinetuneConfig, FinetuneResult, count_layers, finetune
 from es2.jobs import Cancelled
 from es2.models import load_blocks, load_model, load_tokenizer
 from es2.passes import find_blocks
 from es2.prompts import PromptSet
+from es2.rendering import render
 from es2.watch import PATIENCE, WatchPoint, watch_numbers
 from tests.builders import save_tiny_model, tiny_prompts
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from es2.batching import batches_by_length, end_tokens
-from es2.capture import render
 from es2.errors import InputError
 from es2.models import load_model, load_tokenizer
 from es2.passes import BaseReply, Network, find_blocks
+from es2.rendering import render
 from tests.builders import ARCHITECTURES, TEXTS, save_tiny_model
 
 LAYERS = (0, 1)
@@ -211,8 +211,8 @@ def test_no_prompts_at_all(load: Callable[[str], Any]) -> None:
 
 def test_a_bridge_sees_the_same_layers(load: Callable[[str], Any], tmp_path: Path) -> None:
     """Layer l here is `blocks.{l}.hook_out` there: what is pushed apart is what is measured."""
-    from es2.capture import capture_residuals
     from es2.models import load_bridge
+    from es2.residuals import capture_residuals
 
     folder = save_tiny_model(tmp_path / "model", "llama")
     rendered = render(load_tokenizer(folder), TEXTS)

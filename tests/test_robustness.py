@@ -10,13 +10,14 @@ import pytest
 
 from es2.batching import end_tokens
 from es2.behaviour import greedy_replies
-from es2.capture import capture_residuals, render, template_head
 from es2.errors import InputError
 from es2.layers import AnalysisConfig, analyze
 from es2.models import load_bridge, load_tokenizer
 from es2.probes import Probes
 from es2.prompts import HARMFUL, PromptSet
 from es2.push import Push, ReadBack, pushed, pushes
+from es2.rendering import render, template_head
+from es2.residuals import capture_residuals
 from es2.robustness import (
     DIRECTIONS,
     Attacker,

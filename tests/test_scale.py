@@ -19,11 +19,13 @@ import pytest
 import safetensors.torch
 
 from es2 import placement
-from es2.capture import capture, capture_residuals, render
+from es2.capture import capture
 from es2.errors import InputError, MachineError
 from es2.files import read_json
 from es2.finetune import FinetuneConfig, finetune
 from es2.models import load_bridge, load_model, load_tokenizer
+from es2.rendering import render
+from es2.residuals import capture_residuals
 from es2.store import Store
 from tests.builders import TEXTS, save_tiny_adapter, save_tiny_model, tiny_prompts, write_prompts
 

@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from es2.capture import Reading, Rendered, _shared_tokens, capture, capture_residuals, render
+from es2.capture import Reading, capture
 from es2.jobs import Reporter
 from es2.models import load_bridge, load_model, load_tokenizer
 from es2.plan import Shape
 from es2.prompts import PromptSet
+from es2.rendering import Rendered, render
+from es2.residuals import _shared_tokens, capture_residuals
 from es2.store import Store
 from tests.benchmarks.contest import Figure, Report, Settings, largest_error, ratio
 from tests.builders import save_tiny_model, tiny_prompts

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from es2.capture import capture_residuals, render
 from es2.finetune import FinetuneConfig
 from es2.layers import AnalysisConfig, analyze
 from es2.models import load_bridge, load_tokenizer
 from es2.prompts import PromptSet
+from es2.rendering import render
+from es2.residuals import capture_residuals
 from es2.sources import ArrayLayers
 from tests.benchmarks.contest import Figure, Report, Settings, exponent
 from tests.benchmarks.step import Ours

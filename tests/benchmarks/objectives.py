@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from es2.capture import render, template_head
 from es2.finetune import FinetuneConfig, finetune
 from es2.layers import AnalysisConfig, analyze
 from es2.models import load_blocks, load_model, load_tokenizer, model_folder, resolve
 from es2.passes import Network
 from es2.prompts import PromptSet, load_prompts
+from es2.rendering import render, template_head
 from es2.sources import ArrayLayers, TestSet
 
 NUMBERS = (
