@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -91,23 +92,61 @@ def n_alike(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def plant(prompts: Sequence[Sequence[int]], width: int) -> list[Tree]:
-    """Prompts in rows of at most `width` tokens (a longer prompt has its own), neighbours in the dictionary together.
+    """Prompts in rows of at most `width` tokens (a longer prompt has its own), those that begin alike together.
 
     Contrast twins begin alike, and half of all questions begin like another one. A token that sees only its own branch
-    is the same token in every prompt of that branch, so it is run once; and rows of many prompts fill up evenly.
+    is the same token in every prompt of that branch, so it is run once; and rows of several families fill up evenly.
     """
-    trees: list[Tree] = []
-    before: Sequence[int] = ()
-    path: list[int] = []
-    for index in sorted(range(len(prompts)), key=lambda index: tuple(prompts[index])):
-        tokens = prompts[index]
-        alike = n_alike(before, tokens)
-        if not trees or len(trees[-1].tokens) + len(tokens) - alike > width:
-            trees.append(Tree())
-            alike = 0
-        trees[-1].grow(index, tokens, path[:alike])
-        before, path = tokens, trees[-1].slots[index]
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(width + 1)]  # rows, by how many tokens they still have room for
+    for n_tokens, family in sorted(_families(prompts, width), key=lambda family: -family[0]):
+        tightest = next((room for room in range(n_tokens, width + 1) if with_room[room]), None)
+        if tightest is None:
+            rows.append(family)
+            with_room[max(0, width - n_tokens)].append(len(rows) - 1)
+        else:
+            number = with_room[tightest].pop()
+            rows[number] += family
+            with_room[tightest - n_tokens].append(number)
+    trees = []
+    for row in rows:
+        tree = Tree()
+        before: Sequence[int] = ()
+        path: list[int] = []
+        for index in row:
+            tree.grow(index, prompts[index], path[: n_alike(before, prompts[index])])
+            before, path = prompts[index], tree.slots[index]
+        trees.append(tree)
     return trees
+
+
+def _families(prompts: Sequence[Sequence[int]], width: int) -> list[tuple[int, list[int]]]:
+    """Prompts in the order of the dictionary, divided where it costs the fewest tokens, with each family's tokens.
+
+    Of all divisions into families of at most `width` tokens this is one that runs the fewest tokens, and among those
+    one of small families, which are easier to fit into rows.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: tuple(prompts[index]))
+    own = [len(prompts[order[0]])]  # of each prompt, what the one before it does not begin with
+    own += [len(prompts[b]) - n_alike(prompts[a], prompts[b]) for a, b in pairwise(order)]
+    divided = [(0, 0)]  # for the first so many prompts: how many tokens, and where the last family begins
+    for end in range(1, len(order) + 1):
+        choices: list[tuple[int, int]] = []
+        later = 0  # tokens that the family's other prompts add to its first one's
+        for start in range(end - 1, -1, -1):
+            n_tokens = len(prompts[order[start]]) + later
+            if choices and n_tokens > width:
+                break
+            choices.append((divided[start][0] + n_tokens, start))
+            later += own[start]
+        divided.append(min(choices, key=lambda choice: choice[0]))
+    families = []
+    end = len(order)
+    while end:
+        total, start = divided[end]
+        families.append((total - divided[start][0], order[start:end]))
+        end = start
+    return families
 
 
 def keys_and_values(decoder: Any, tokens: Sequence[int], device: torch.device) -> KeysAndValues:

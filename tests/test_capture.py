@@ -421,6 +421,13 @@ def test_every_planted_prompt_can_be_read_off_its_branch(prompts: list[list[int]
             assert [tree.depths[slot] for slot in slots] == list(range(len(slots)))
 
 
+def test_rows_are_divided_where_nothing_is_shared_and_filled_with_what_fits() -> None:
+    """Filled one after the other, the first row would end between the twins that begin with 4, 5."""
+    trees = plant([[1, 2, 3], [4, 5, 6], [4, 5, 7], [8, 8]], 6)
+    assert sorted(sorted(tree.slots) for tree in trees) == [[0], [1, 2, 3]]
+    assert sorted(len(tree.tokens) for tree in trees) == [3, 6]
+
+
 def test_an_architecture_nobody_looked_at_is_tried_out(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rendered = render(load_tokenizer(llama), TEXTS)
     bridge = load_bridge(llama)
