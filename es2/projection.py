@@ -23,7 +23,7 @@ from es2.errors import InputError, one_line
 from es2.files import parse_json
 from es2.geometry import fit_frame
 from es2.jobs import Reporter, silent
-from es2.probes import Probes
+from es2.probes import Probes, signed_distance
 from es2.prompts import PromptSet
 from es2.resampling import canonical
 from es2.sources import LayerSource
@@ -92,18 +92,20 @@ def separation_view(
     models = _models(base, probes, tuned, tuned_probes)
     xs, rests = [], []
     for embeddings, own in models:
-        normal = own.normal(layer)
-        z = own.frame(layer).normalise(embeddings)
         unit = own.frame(layer).scale if raw else 1.0
-        xs.append(own.margin(embeddings, layer) * unit)
-        rests.append((z - np.outer(z @ normal, normal)) * unit)
+        rest = own.frame(layer).normalise(embeddings)  # a copy of our own; of a large model another costs a second
+        xs.append(signed_distance(rest, own.weights[layer], float(own.bias[layer])) * unit)
+        normal = own.normal(layer)
+        rest -= np.outer(rest @ normal, normal)
+        rest *= unit
+        rests.append(rest)
     fitted = _fitted(rests, fit, fit_on)
     mean, axes, _ = principal_axes(fitted, 1)
     axes = axes * _sign_of_farthest(fitted, mean, axes)
-    ys = [(rest - mean) @ axes[0] for rest in rests]
+    ys = [_coordinates(rest, mean, axes)[:, 0] for rest in rests]
     chosen = slice(None) if fit is None else fit
     along, beside = xs[0][chosen].var(), ys[0][chosen].var()
-    total = along + rests[0][chosen].var(axis=0).sum()
+    total = along + _variance(fitted if fit_on == "base" else rests[0][chosen])
     where = "the model's own units" if raw else "scale-free units"
     points = [np.stack([x, y], axis=1) for x, y in zip(xs, ys, strict=True)]
     return View(
@@ -329,14 +331,28 @@ def _models(
 
 def _fitted(zs: Sequence[Embeddings], fit: Bool[np.ndarray, "prompt"] | None, fit_on: FitOn) -> Embeddings:
     chosen = zs if fit_on == "both" else zs[:1]
-    return np.concatenate([z if fit is None else z[fit] for z in chosen])
+    parts = [z if fit is None else z[fit] for z in chosen]
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _coordinates(
+    embeddings: Embeddings, mean: Float[np.ndarray, "d_model"], axes: Float[np.ndarray, "axis d_model"]
+) -> Float[np.ndarray, "prompt axis"]:
+    """Where embeddings stand on `axes`, seen from `mean`, without a centred copy of them."""
+    return embeddings @ axes.T - mean @ axes.T
+
+
+def _variance(embeddings: Embeddings) -> float:
+    """The variance of all dimensions together."""
+    squares = float(np.einsum("pd,pd->", embeddings, embeddings)) / len(embeddings)
+    return squares - float(np.square(embeddings.mean(axis=0)).sum())
 
 
 def _sign_of_farthest(
     embeddings: Embeddings, mean: Float[np.ndarray, "d_model"], axes: Float[np.ndarray, "axis d_model"]
 ) -> Float[np.ndarray, "axis 1"]:
     """+1 or −1 for each axis, such that the prompt farthest out lies on its positive side."""
-    coordinates = (embeddings - mean) @ axes.T
+    coordinates = _coordinates(embeddings, mean, axes)
     farthest = coordinates[np.abs(coordinates).argmax(axis=0), np.arange(len(axes))]
     return np.where(farthest < 0, -1.0, 1.0)[:, None]
 
@@ -350,7 +366,7 @@ def _pca(
 ) -> View:
     mean, axes, parts = principal_axes(_fitted(zs, fit, fit_on), 2)
     axes = axes * np.where(axes @ upwards < 0, -1.0, 1.0)[:, None]
-    points = [(z - mean) @ axes.T for z in zs]
+    points = [_coordinates(z, mean, axes) for z in zs]
     titles = [f"Principal component {i + 1} ({where}, {part:.0%} of the variance)" for i, part in enumerate(parts)]
     tuned = points[1] if len(points) > 1 else None
     return View("pca", points[0], tuned, (titles[0], titles[1]), (float(parts[0]), float(parts[1])))
