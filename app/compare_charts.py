@@ -18,6 +18,7 @@ from app.glossary import BY_NAME, UNITS, Term
 from es2.projection import View
 from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 from es2.results import Analysis, Change, Interval, LayerNumbers
+from es2.verdict import ROUNDING
 
 PAIR_HEIGHT = 470
 MORPH_CONTROLS = 40
@@ -396,8 +397,8 @@ def histograms(
 def is_change(change: Change) -> bool:
     """Whether the interval leaves out that nothing changed: of the ratio where there is one, else of the difference."""
     if change.ratio is not None:
-        return change.ratio.low > 1 or change.ratio.high < 1
-    return change.difference.low > 0 or change.difference.high < 0
+        return change.ratio.low > 1 + ROUNDING or change.ratio.high < 1 - ROUNDING
+    return change.difference.low > ROUNDING or change.difference.high < -ROUNDING
 
 
 def _cell_colour(strength: float) -> str:

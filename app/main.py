@@ -56,10 +56,11 @@ def main() -> None:
     state.open_link(artifacts.existing, pages.url_path)
     state.settle(**artifacts.of_run(state.current()))
     binding.warn()
-    with st.sidebar, sentences():
-        sidebar.show()
     with sentences():
         pages.run()
+    # After the page, whose figures are what people wait for.
+    with st.sidebar, sentences():
+        sidebar.show()
     state.mirror()
 
 

@@ -20,6 +20,9 @@ COLLAPSED_KL_BUDGETS = 4.0
 CONTRACTED_REST_RATIO = 0.5
 TOLERATED_ACCURACY_LOSS = 0.03
 INFLATED_DISTANCE_RATIO = 1.2
+ROUNDING = 1e-6
+"""Changes of ratios, and of numbers in scale-free units, up to here are none: fits are solved to about a tenth of it,
+and a model that was only made longer has the numbers of base but for rounding."""
 
 VERDICTS = ("collapsed", "worse", "contracted", "inflated", "unchanged", "separated")
 """Every verdict, the gravest first: a run has the gravest one of its target layers."""
@@ -73,8 +76,8 @@ def layer_verdict(tuned: LayerNumbers, kl_harmless: Mapping[str, float] | None =
     rank, accuracy = _ratio(change, "effective_rank"), change["probe_accuracy"].difference
     rest = tuned.numbers["rest_ratio"].value
     fisher, relative = (_ratio(change, name) for name in ("fisher_ratio", "relative_distance"))
-    higher = {name: _ratio(change, name).low > 1 for name in _SCALE_FREE_LENGTHS}
-    higher |= {name: change[name].difference.low > 0 for name in _MARGINS}
+    higher = {name: _ratio(change, name).low > 1 + ROUNDING for name in _SCALE_FREE_LENGTHS}
+    higher |= {name: change[name].difference.low > ROUNDING for name in _MARGINS}
     figures = f"fisher_ratio ×{fisher.value:.2f}, relative_distance ×{relative.value:.2f}"
     worst = max(kl_harmless.values(), default=0.0) if kl_harmless else 0.0
 

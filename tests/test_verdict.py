@@ -59,6 +59,12 @@ def test_each_row(expected: str, changes: dict[str, Any]) -> None:
     assert verdict.reason.startswith("Layer 7: ")
 
 
+@pytest.mark.parametrize(("above", "expected"), [(5e-7, "inflated"), (5e-6, "separated")])
+def test_rounding_is_no_change(above: float, expected: str) -> None:
+    least = 1.05 + above  # whose interval begins at 1 + above
+    assert layer_verdict(layer(fisher_ratio=least, relative_distance=least, centroid_distance=5.0)).name == expected
+
+
 def test_a_broken_budget_is_a_collapse_only_beyond_four_times() -> None:
     tuned = layer(fisher_ratio=3.0, relative_distance=2.0)
     assert layer_verdict(tuned, {"prompt": 0.05, "reply": 0.40}).name == "separated"
