@@ -2,18 +2,21 @@
 
 const PAUSE_MILLISECONDS = 300; // the page's own figures, which come from other components, go first
 
-export default function ({ data, setTriggerValue }) {
-  // Asking while the browser goes back would tell Streamlit the address from before, and it would stay there. Once a
-  // page: the function is the same one for as long as the script is.
-  window.addEventListener("popstate", wait);
-  wait();
+export default function ({ data, parentElement, setTriggerValue }) {
   if (window.es2Layers?.context !== data.context) window.es2Layers = { context: data.context, figures: new Map() };
-  const kept = window.es2Layers;
-  for (const [layer, figures] of Object.entries(data.layers)) kept.figures.set(Number(layer), figures);
-  const missing = data.wanted.filter((layer) => !kept.figures.has(layer));
-  if (missing.length) kept.asking = setTimeout(() => setTriggerValue("missing", missing), PAUSE_MILLISECONDS);
+  const { figures } = window.es2Layers;
+  for (const [layer, found] of Object.entries(data.layers)) figures.set(Number(layer), found);
+  const missing = data.wanted.filter((layer) => !figures.has(layer));
+  const stop = () => clearTimeout(parentElement.es2Asking);
+  const wait = () => (parentElement.es2Asking = setTimeout(ask, PAUSE_MILLISECONDS));
+  // Whoever asks while another page or address is on its way tells Streamlit the one from before, and it stays there.
+  const ask = () => (isRunning() ? wait() : setTriggerValue("missing", missing));
+  stop();
+  if (missing.length) wait();
+  return stop;
 }
 
-function wait() {
-  clearTimeout(window.es2Layers?.asking);
+function isRunning() {
+  const state = document.querySelector("[data-testid=stApp]")?.getAttribute("data-test-script-state");
+  return Boolean(state) && state !== "notRunning";
 }

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import streamlit as st
-from plotly.utils import PlotlyJSONEncoder
 
 from app import plotly_library
 from app.canvas import Figure
@@ -110,8 +110,20 @@ def _as_json(figure: Figure) -> dict[str, str]:
 
 
 def as_text(part: Any) -> str:
-    """Traces or a layout, numpy's arrays included, as JSON."""
-    return json.dumps(part, cls=PlotlyJSONEncoder)
+    """Traces or a layout, numpy's arrays included, as JSON in which what is not finite is null.
+
+    Plotly's own encoder asks after pandas, which another session may be about to import and is half there then.
+    """
+    text = json.dumps(part, default=_listed)
+    if "NaN" in text or "Infinity" in text:
+        text = json.dumps(json.loads(text, parse_constant=lambda _: None))
+    return text
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"A figure holds a {type(value).__name__}, which is no JSON.")
 
 
 def _nothing() -> None:

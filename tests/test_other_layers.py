@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -39,6 +41,14 @@ def test_what_moves_makes_the_figure_of_another_layer(prompts: PromptSet, arrang
         assert moved == json.loads(as_text(other["data"]))
         assert json.loads(sent["layout"]) == json.loads(as_text(other["layout"]))
         assert len(sent["traces"]) < len(as_text(other["data"])) / 2, "what stays is not sent again"
+
+
+def test_figures_are_json_whatever_is_half_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", ModuleType("pandas"))  # as another session's thread may leave it
+    part = {"x": np.array([0.5, np.nan, np.inf]), "size": np.float64(2), "rows": np.arange(2), "name": "NaN"}
+    assert json.loads(as_text(part)) == {"x": [0.5, None, None], "size": 2.0, "rows": [0, 1], "name": "NaN"}
+    with pytest.raises(TypeError, match="no JSON"):
+        as_text({"x": object()})
 
 
 @pytest.mark.parametrize("selected", [(), (0, 2), tuple(range(4)) * 5])
