@@ -2,6 +2,8 @@
 
 const PAUSE_MILLISECONDS = 300; // the page's own figures, which come from other components, go first
 
+const TRIES = 5;
+
 export default function ({ data, parentElement, setTriggerValue }) {
   if (window.es2Layers?.context !== data.context) window.es2Layers = { context: data.context, figures: new Map() };
   const { figures } = window.es2Layers;
@@ -9,8 +11,16 @@ export default function ({ data, parentElement, setTriggerValue }) {
   const missing = data.wanted.filter((layer) => !figures.has(layer));
   const stop = () => clearTimeout(parentElement.es2Asking);
   const wait = () => (parentElement.es2Asking = setTimeout(ask, PAUSE_MILLISECONDS));
+  let tries = TRIES;
   // Whoever asks while another page or address is on its way tells Streamlit the one from before, and it stays there.
-  const ask = () => (isRunning() ? wait() : setTriggerValue("missing", missing));
+  // An answer calls this function anew; a question may be lost when somebody clicks at the same moment.
+  const ask = () => {
+    if (!isRunning()) {
+      setTriggerValue("missing", missing);
+      tries -= 1;
+    }
+    if (tries > 0) wait();
+  };
   stop();
   if (missing.length) wait();
   return stop;
