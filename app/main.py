@@ -6,15 +6,10 @@ them is a job in a process of its own (`es2.jobs`), and this side reads the file
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import streamlit as st
-
-if TYPE_CHECKING:
-    from streamlit.navigation.page import StreamlitPage
 
 # Streamlit puts this file's own folder on the path, not the one that holds the package `app`.
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -31,25 +26,54 @@ plotly_library.fetch_early()
 from app import artifacts, binding, sidebar, state  # noqa: E402
 from app.messages import sentences  # noqa: E402
 
+# A page is imported when somebody turns to it: the first visitor waits for one, not for six.
 
-def page(name: str, title: str, icon: str, *, default: bool = False) -> StreamlitPage:
-    """A page of `app.views`, imported when somebody turns to it: the first visitor waits for one page, not for six."""
 
-    def show() -> None:
-        importlib.import_module(f"app.views.{name}").page()
+def compare() -> None:
+    from app.views import compare
 
-    return st.Page(show, title=title, icon=f":material/{icon}:", url_path=name, default=default)
+    compare.page()
+
+
+def layers() -> None:
+    from app.views import layers
+
+    layers.page()
+
+
+def runs() -> None:
+    from app.views import runs
+
+    runs.page()
+
+
+def behaviour() -> None:
+    from app.views import behaviour
+
+    behaviour.page()
+
+
+def robustness() -> None:
+    from app.views import robustness
+
+    robustness.page()
+
+
+def own() -> None:
+    from app.views import own
+
+    own.page()
 
 
 def main() -> None:
     """Draw the sidebar and the chosen page; the address follows the choice."""
     known = {
-        "compare": page("compare", "Compare", "compare", default=True),
-        "layers": page("layers", "Layers", "layers"),
-        "runs": page("runs", "Runs", "model_training"),
-        "behaviour": page("behaviour", "Behaviour", "chat"),
-        "robustness": page("robustness", "Robustness", "shield"),
-        "own": page("own", "Your own", "edit_note"),
+        "compare": st.Page(compare, title="Compare", icon=":material/compare:", default=True),
+        "layers": st.Page(layers, title="Layers", icon=":material/layers:", url_path="layers"),
+        "runs": st.Page(runs, title="Runs", icon=":material/model_training:", url_path="runs"),
+        "behaviour": st.Page(behaviour, title="Behaviour", icon=":material/chat:", url_path="behaviour"),
+        "robustness": st.Page(robustness, title="Robustness", icon=":material/shield:", url_path="robustness"),
+        "own": st.Page(own, title="Your own", icon=":material/edit_note:", url_path="own"),
     }
     state.know_pages(known)
     pages = st.navigation(list(known.values()))

@@ -97,6 +97,14 @@ def span(job: Job) -> tuple[float, float]:
     return times["running"], times["done"]
 
 
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Everything in a nested document by its path."""
+    if isinstance(value, dict | list):
+        entries = value.items() if isinstance(value, dict) else enumerate(value)
+        return {name: leaf for key, one in entries for name, leaf in flat(one, f"{path}/{key}").items()}
+    return {path: value}
+
+
 def test_two_fine_tunes_and_a_capture_at_once(files: Files, processes: ForkServerContext, tmp_path: Path) -> None:
     made: dict[int, list[dict[str, Any]]] = {}
     for limit in (1, 3):
@@ -108,7 +116,15 @@ def test_two_fine_tunes_and_a_capture_at_once(files: Files, processes: ForkServe
         assert (overlaps == 0) == (limit == 1), f"with a limit of {limit} the jobs ran at {spans}"
         made[limit] = [lasting(job.result()) for job in jobs]
         assert [job.status() for job in list_jobs(home / "runs")] == ["done"] * 3
-    assert made[1] == made[3], "what each job made does not depend on who else was at work"
+    # To rounding: which prompts are captured together depends on who comes first, and fused attention rounds by batch.
+    for alone, beside in zip(made[1], made[3], strict=True):
+        one, other = flat(alone), flat(beside)
+        numbers = [name for name, leaf in one.items() if isinstance(leaf, float)]
+        assert one.keys() == other.keys()
+        assert [one.pop(name) for name in numbers] == pytest.approx(
+            [other.pop(name) for name in numbers], rel=1e-5, abs=1e-5
+        )
+        assert one == other, "what each job made does not depend on who else was at work"
     assert made[1][0] != made[1][1], "two seeds are two runs"
     leftover = [child for child in psutil.Process().children(recursive=True) if child.status() == psutil.STATUS_ZOMBIE]
     assert leftover == []
