@@ -244,7 +244,9 @@ def test_one_position_alone_is_the_same(llama: Path) -> None:
     both = capture_residuals(bridge, rendered)
     one = capture_residuals(bridge, rendered, ["last_instruction"])
     assert list(one) == ["last_instruction"]
-    np.testing.assert_array_equal(one["last_instruction"], both["last_instruction"])
+    found, expected = one["last_instruction"], both["last_instruction"]
+    np.testing.assert_array_equal(found[:-1], expected[:-1])
+    assert largest_error(found[-1:], expected[-1:]) < 1e-5  # the last MLP sees another number of tokens, so it rounds
 
 
 def test_the_embeddings_come_from_the_hooks(llama: Path) -> None:
