@@ -53,12 +53,11 @@ class Fits:
 
 @dataclass(frozen=True)
 class Products:
-    """Inner products between prompts: K =     alike = _alike(products, seen)
-    ᵀ itself, or X where it has fewer columns than rows.
+    """Inner products between prompts: K = XXᵀ itself, or X where it has fewer columns than rows.
 
-        Attributes:
-            features: X, `[prompt, d]`.
-            kernel: K; None where prompts outnumber dimensions and d × d is the smaller matrix to factor.
+    Attributes:
+        features: X, `[prompt, d]`.
+        kernel: K; None where prompts outnumber dimensions and d × d is the smaller matrix to factor.
     """
 
     features: Float[np.ndarray, "prompt d"]
