@@ -20,8 +20,7 @@ from app import plotly_library  # noqa: E402
 
 # First of all, since what follows takes Python a second once: the browser has plotly by then.
 st.set_page_config(page_title="ES2 Workbench", page_icon=str(Path(__file__).with_name("icon.svg")), layout="wide")
-st.html(Path(__file__).with_name("style.css"))
-plotly_library.fetch_early()
+plotly_library.begin()
 
 from app import artifacts, binding, sidebar, state  # noqa: E402
 from app.messages import sentences  # noqa: E402

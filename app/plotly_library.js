@@ -1,16 +1,30 @@
-// Once a page, by whichever component comes first.
+const WAIT_MILLISECONDS = 1000;
+
+// Once a page, by whichever component comes first. To run it takes a second or two in which the browser shows nothing
+// new, so the words of the page go first, if they come soon.
 function library(path) {
-  window.es2Plotly ??= new Promise((resolve, reject) => {
+  window.es2Plotly ??= restOfPage().then(() => run(address(path)));
+  return window.es2Plotly;
+}
+
+async function restOfPage() {
+  const until = performance.now() + WAIT_MILLISECONDS;
+  const app = document.querySelector("[data-testid=stApp]");
+  do await new Promise((resolve) => setTimeout(resolve, 50));
+  while (app?.getAttribute("data-test-script-state") === "running" && performance.now() < until);
+}
+
+function run(source) {
+  return new Promise((resolve, reject) => {
     const script = document.createElement("script");
-    script.src = address(path);
+    script.src = source;
     script.onload = () => resolve(window.Plotly);
     script.onerror = () => {
       delete window.es2Plotly;
-      reject(new Error(`${script.src} cannot be loaded; reload the page.`));
+      reject(new Error(`${source} cannot be loaded; reload the page.`));
     };
     document.head.append(script);
   });
-  return window.es2Plotly;
 }
 
 // Bring it here without running it, which takes a second in which nothing else can be drawn.

@@ -22,11 +22,19 @@ ADDRESS = f"component/{_PACKAGE.name}/plotly.min.js"
 """Where the server offers it; what `library` in the component's script takes."""
 
 _LOADER = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
-_early = st.components.v2.component("es2_plotly", js=_LOADER + "export default ({ data }) => fetchAhead(data.library);")
+_early = st.components.v2.component(
+    "es2_plotly",
+    css=Path(__file__).with_name("style.css").read_text(encoding="utf-8"),
+    js=_LOADER + "export default ({ data }) => fetchAhead(data.library);",
+    isolate_styles=False,
+)
 
 
-def fetch_early() -> None:
-    """Let the browser fetch it while the page's figures are still on their way."""
+def begin() -> None:
+    """Let the browser fetch it while the page's figures are still on their way, and give it the page's style.
+
+    The style comes with a component since the figures do, too: it is there when they are.
+    """
     with st.container(key="plotly_library"):
         _early(key="plotly", data={"library": ADDRESS})
 

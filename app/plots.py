@@ -19,7 +19,7 @@ import streamlit as st
 from app import plotly_library
 from app.canvas import Figure
 
-FIRST_PAUSE = 0.3
+FIRST_PAUSE = 0.4
 """Seconds."""
 _LET_DRAWN = "plots_let_drawn"
 

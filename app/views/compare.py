@@ -72,13 +72,22 @@ def page() -> None:
     choice = with_layer(choice, comparison.analysis, comparison.targets[-1])
     layer = choice.layer or 0
     verdicts = {at.layer: comparison.verdict(at.layer) for at in comparison.analysis.layers}
-    header(comparison, layer)
-    summary(comparison, choice, verdicts, layer)
-    above = st.container(key="strips")
+    # The pair is sent before what stands above it: it is what a person who opens the page or goes to another layer
+    # waits for, and the browser draws things in the order in which they come.
+    top, above = st.container(key="top"), st.container(key="strips")
+    controls = st.container(
+        horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", key="pair_controls"
+    )
+    for place in (top, above, controls):
+        place.space(1)  # unseen: only what holds something is put on the page, where style.css gives it room
     margins = artifacts.pair_margins(comparison, layer)
     projection(choice, comparison, layer)
     let_draw()
-    # After the pair, which is what a person who goes to another layer waits for.
+    with controls:
+        view_controls(choice, layer)
+    with top:
+        header(comparison, layer)
+        summary(comparison, choice, verdicts, layer)
     with above:
         strips(comparison, layer)
     with st.container(key="details"):
@@ -234,18 +243,19 @@ def strips(comparison: Comparison, layer: int) -> None:
 # ---------------------------------------------------------------------------------------------------------- one layer
 
 
+def view_controls(choice: Choice, layer: int) -> None:
+    """Which layer it is, and in which view the prompts are drawn."""
+    st.subheader(f"Layer {layer}", anchor=False, width="content")
+    others_toggle(choice)
+    with st.popover("Axes", type="tertiary"):
+        axes_controls(choice)
+    tool_control()
+    choice_control(choice, "arrangement", state.ARRANGEMENTS, ARRANGEMENT_NAMES)
+    view_control(choice)
+
+
 def projection(choice: Choice, comparison: Comparison, layer: int) -> None:
-    """The prompts under both models, with the controls above."""
-    with st.container(
-        horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", key="pair_controls"
-    ):
-        st.subheader(f"Layer {layer}", anchor=False, width="content")
-        others_toggle(choice)
-        with st.popover("Axes", type="tertiary"):
-            axes_controls(choice)
-        tool_control()
-        choice_control(choice, "arrangement", state.ARRANGEMENTS, ARRANGEMENT_NAMES)
-        view_control(choice)
+    """The prompts under both models."""
     digest = comparison.prompts.texts_digest
     selected = state.selection(digest)
     drawn = figures(choice, comparison, state.tool(), layer, selected)
