@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from es2.files import files_below
 from es2.terminal import AsJson, emit, out, progress
 
 
@@ -28,7 +29,7 @@ def showcase(
         "run": made.result["run"],
         "verdict": made.result["verdict"],
         "n_prompts": dict(made.about["n_prompts"]),
-        "bytes": sum(file.stat().st_size for file in folder().rglob("*") if file.is_file()),
+        "bytes": sum(file.stat().st_size for file in files_below(folder())),
     }
 
     def show() -> None:

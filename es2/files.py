@@ -86,6 +86,19 @@ def unreadable(error: OSError, path: Path) -> MachineError:
     return MachineError(f"Cannot read {path} ({error.strerror or error}); check the disk and the file's permissions.")
 
 
+def files_below(folder: Path) -> list[Path]:
+    """All files below a folder, sorted.
+
+    Raises:
+        OSError: when a folder cannot be listed, which `Path.rglob` passes over as if it were empty.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    return sorted(Path(at) / name for at, _, names in os.walk(folder, onerror=refuse) for name in names)
+
+
 def output_path(path: Path) -> Path:
     """The absolute path of what somebody wants written.
 

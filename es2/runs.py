@@ -18,7 +18,17 @@ from safetensors import SafetensorError
 
 from es2.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 from es2.errors import Es2Error, InputError
-from es2.files import content_key, expanded, file_digest, machine_error, numbered, output_path, set_aside, unreadable
+from es2.files import (
+    content_key,
+    expanded,
+    file_digest,
+    files_below,
+    machine_error,
+    numbered,
+    output_path,
+    set_aside,
+    unreadable,
+)
 from es2.finetune import FinetuneConfig
 from es2.jobs import Job, lay_down, list_jobs, open_job
 from es2.settings import check_settings
@@ -77,8 +87,8 @@ def tuned_weights(run: Job) -> Path:
 
 def weights_digest(weights: Path) -> str:
     """A digest of what `tuned_weights` gave. Raises `MachineError` when it cannot be read."""
-    files = [weights] if weights.is_file() else sorted(path for path in weights.rglob("*") if path.is_file())
     try:
+        files = [weights] if weights.is_file() else files_below(weights)
         return content_key({path.name: file_digest(path) for path in files})
     except OSError as error:
         raise unreadable(error, weights) from error

@@ -31,6 +31,7 @@ from es2.files import (
     bring_back,
     content_key,
     file_digest,
+    files_below,
     home,
     is_whole,
     new_folder,
@@ -328,7 +329,7 @@ def _write(
     shutil.rmtree(new / ".locks")
     (new / _UMAP).mkdir()
     replace(umap, points=umap.points[:, :, chosen]).save(new / _UMAP)
-    files = sorted(file for file in new.rglob("*") if file.is_file())
+    files = files_below(new)
     complete = document | {
         "n_prompts": {"measured": len(measured), "part": len(part)},
         "pairs": sorted(set(part.pairs)),
@@ -385,4 +386,4 @@ def _fits_half(activations: ActivationSet) -> bool:
 
 def _size(path: Path) -> int:
     """Bytes of all files below a folder."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return sum(file.stat().st_size for file in files_below(path))

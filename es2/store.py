@@ -31,6 +31,7 @@ from es2.files import (
     checked_key,
     content_key,
     file_digest,
+    files_below,
     home,
     is_key,
     is_whole,
@@ -273,7 +274,7 @@ def _check_format(version: object, path: Path) -> None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / _DIGESTS)
+    files = [path for path in files_below(folder) if path != folder / _DIGESTS]
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 

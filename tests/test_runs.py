@@ -305,6 +305,23 @@ class TestDamage:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
 
+    def test_weights_that_cannot_be_listed_are_not_lost(self, own: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As for a moment on a network drive."""
+        adapter = tuned_weights(own)
+        listed = os.scandir
+
+        def refused(folder: Any = ".") -> Any:
+            if Path(folder) == adapter:
+                raise PermissionError(13, "Permission denied")
+            return listed(folder)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", refused)
+            with pytest.raises(MachineError, match=r"Cannot read .*adapter.*Permission denied"):
+                tuned_weights(own)
+        assert tuned_weights(own) == adapter
+        assert own.status() == "done"
+
     @pytest.mark.parametrize("loss", ["a flipped bit", "a changed setting", "gone"])
     def test_lost_weights_are_made_again(self, own: Job, done: dict[str, Any], loss: str) -> None:
         adapter = tuned_weights(own)

@@ -614,6 +614,20 @@ def test_a_derived_folder_that_fails_is_removed(store: Store) -> None:
     assert [path.name for path in (activations.path / "derived").iterdir()] == []
 
 
+def test_a_derived_folder_that_cannot_be_listed_is_not_damaged(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    activations = write(store)
+    path = write_derived(activations)
+
+    def refused(folder: Any = ".") -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refused)
+        with pytest.raises(MachineError, match="Permission denied"):
+            activations.derived("d1")
+    assert activations.derived("d1") == path
+
+
 @pytest.mark.parametrize(
     "damage",
     [
