@@ -272,13 +272,22 @@ def pair_margins(comparison: Comparison, layer: int) -> tuple[Float[np.ndarray, 
     return _pair_margins(comparison.key, layer, comparison)
 
 
+@st.cache_resource(max_entries=2, show_spinner=False)
+def _pair_layer(
+    key: tuple[str, ...], layer: int, _comparison: Comparison
+) -> tuple[Float[np.ndarray, "prompt d_model"], Float[np.ndarray, "prompt d_model"]]:
+    """The embeddings of both models, for the margins and the view, which ask one after the other."""
+    base, tuned = (one.layer(layer, _comparison.position) for one in (_comparison.base, _comparison.tuned))
+    return base, tuned
+
+
 @st.cache_resource(max_entries=256, show_spinner=False)
 def _pair_margins(
     key: tuple[str, ...], layer: int, _comparison: Comparison
 ) -> tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]]:
     analysis = _comparison.analysis
     assert analysis.tuned_probes is not None  # a comparison has both
-    base, tuned = (one.layer(layer, _comparison.position) for one in (_comparison.base, _comparison.tuned))
+    base, tuned = _pair_layer(key, layer, _comparison)
     return analysis.base_probes.margin(base, layer), analysis.tuned_probes.margin(tuned, layer)
 
 
@@ -304,7 +313,7 @@ def pair_view(
 
 @st.cache_resource(max_entries=256, show_spinner=False)
 def _pair_view(key: tuple[str, ...], layer: int, kind: str, fit_on: FitOn, raw: bool, _comparison: Comparison) -> View:
-    base, tuned = (one.layer(layer, _comparison.position) for one in (_comparison.base, _comparison.tuned))
+    base, tuned = _pair_layer(key, layer, _comparison)
     draw = {"separation": separation_view, "pca": pca_view}[kind]
     return draw(
         base,

@@ -40,9 +40,13 @@ class Frame:
     scale: float
     direction: Float[np.ndarray, "d_model"]
 
-    def normalise(self, embeddings: Float[np.ndarray, "prompt d_model"]) -> Float[np.ndarray, "prompt d_model"]:
-        """z = (e − centre) / scale, in float64."""
-        return (np.asarray(embeddings, dtype=np.float64) - self.centre) / self.scale
+    def normalise(
+        self, embeddings: Float[np.ndarray, "prompt d_model"], dtype: type[np.floating] = np.float64
+    ) -> Float[np.ndarray, "prompt d_model"]:
+        """z = (e − centre) / scale, in float64 unless said otherwise."""
+        z: Float[np.ndarray, "prompt d_model"] = np.asarray(embeddings, dtype=dtype) - self.centre.astype(dtype)
+        z /= self.scale
+        return z
 
 
 def fit_frame(embeddings: Float[np.ndarray, "prompt d_model"], labels: Int[np.ndarray, "prompt"]) -> Frame:

@@ -93,9 +93,9 @@ def separation_view(
     xs, rests = [], []
     for embeddings, own in models:
         unit = own.frame(layer).scale if raw else 1.0
-        rest = own.frame(layer).normalise(embeddings)  # a copy of our own; of a large model another costs a second
-        xs.append(signed_distance(rest, own.weights[layer], float(own.bias[layer])) * unit)
-        normal = own.normal(layer)
+        rest = _normalised(embeddings, own, layer)  # a copy of our own; of a large model another costs half a second
+        xs.append(signed_distance(rest, own.weights[layer].astype(rest.dtype), float(own.bias[layer])) * unit)
+        normal = own.normal(layer).astype(rest.dtype)
         rest -= np.outer(rest @ normal, normal)
         rest *= unit
         rests.append(rest)
@@ -136,7 +136,10 @@ def pca_view(
     Arguments as for `separation_view`; here both axes are fitted.
     """
     models = _models(base, probes, tuned, tuned_probes)
-    zs = [own.frame(layer).normalise(embeddings) * (own.scale[layer] if raw else 1.0) for embeddings, own in models]
+    zs = [_normalised(embeddings, own, layer) for embeddings, own in models]
+    if raw:
+        for z, (_, own) in zip(zs, models, strict=True):
+            z *= own.scale[layer]
     return _pca(zs, probes.normal(layer), fit, fit_on, "the model's own units" if raw else "scale-free units")
 
 
@@ -284,10 +287,10 @@ def principal_axes(
     Worked out in min(prompts, dimensions), above `LANCZOS_FROM` to six digits. Axes without variance, or beyond the
     number of dimensions, are zero.
     """
-    mean = embeddings.mean(axis=0)
-    centred = embeddings - mean
+    mean = embeddings.mean(axis=0, dtype=np.float64)
+    centred = embeddings - mean.astype(embeddings.dtype)
     wide = len(centred) < centred.shape[1]
-    total = float(np.square(centred).sum())
+    total = _squares(centred)
     axes = np.zeros((n_axes, centred.shape[1]))
     parts = np.zeros(n_axes)
     if total == 0:
@@ -297,7 +300,7 @@ def principal_axes(
         # Below this an eigenvalue is the rounding of the others, and its axis points anywhere.
         if value <= 1e-13 * total:
             break
-        axis = vector @ centred if wide else vector
+        axis = vector.astype(centred.dtype) @ centred if wide else vector
         axes[index], parts[index] = axis / np.linalg.norm(axis), value / total
     return mean, axes, parts
 
@@ -313,9 +316,19 @@ def _largest(
         return values[-n_found:], vectors[:, -n_found:]
     from scipy.sparse.linalg import LinearOperator, eigsh
 
-    moments = LinearOperator((size, size), matvec=lambda vector: rows @ (vector.ravel() @ rows), dtype=rows.dtype)
+    def moments(vector: Float[np.ndarray, "row"]) -> Float[np.ndarray, "row"]:
+        return (rows @ (vector.ravel().astype(rows.dtype) @ rows)).astype(np.float64)
+
     start = np.random.default_rng(0).normal(size=size)
-    return eigsh(moments, n_found, v0=start, ncv=LANCZOS_VECTORS, tol=1e-6)
+    return eigsh(
+        LinearOperator((size, size), matvec=moments, dtype=np.float64), n_found, v0=start, ncv=LANCZOS_VECTORS, tol=1e-6
+    )
+
+
+def _normalised(embeddings: Embeddings, probes: Probes, layer: int) -> Embeddings:
+    """z, a copy; in single precision where a layer is so large that people would wait for the double."""
+    large = min(embeddings.shape) > LANCZOS_FROM
+    return probes.frame(layer).normalise(embeddings, np.float32 if large else np.float64)
 
 
 def _models(
@@ -339,13 +352,18 @@ def _coordinates(
     embeddings: Embeddings, mean: Float[np.ndarray, "d_model"], axes: Float[np.ndarray, "axis d_model"]
 ) -> Float[np.ndarray, "prompt axis"]:
     """Where embeddings stand on `axes`, seen from `mean`, without a centred copy of them."""
-    return embeddings @ axes.T - mean @ axes.T
+    return (embeddings @ axes.T.astype(embeddings.dtype)).astype(np.float64) - mean @ axes.T
 
 
 def _variance(embeddings: Embeddings) -> float:
     """The variance of all dimensions together."""
-    squares = float(np.einsum("pd,pd->", embeddings, embeddings)) / len(embeddings)
-    return squares - float(np.square(embeddings.mean(axis=0)).sum())
+    mean = embeddings.mean(axis=0, dtype=np.float64)
+    return _squares(embeddings) / len(embeddings) - float(np.square(mean).sum())
+
+
+def _squares(embeddings: Embeddings) -> float:
+    """The squares of all entries, added up."""
+    return float(np.einsum("pd,pd->p", embeddings, embeddings).sum(dtype=np.float64))
 
 
 def _sign_of_farthest(

@@ -53,6 +53,21 @@ def test_the_quick_way_for_many_prompts_finds_the_same_axes(
     np.testing.assert_array_equal(principal_axes(np.ones(shape), 2)[1], 0)
 
 
+@pytest.mark.parametrize("draw", [separation_view, pca_view])
+def test_large_layers_are_drawn_in_single_precision_and_look_the_same(
+    draw: Any, probes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base_probes, tuned_probes = probes
+    others = {"tuned": TUNED[1], "tuned_probes": tuned_probes}
+    exact = draw(BASE[1], base_probes, 1, **others)
+    monkeypatch.setattr("es2.projection.LANCZOS_FROM", 1)
+    drawn = draw(BASE[1], base_probes, 1, **others)
+    for points, expected in ((drawn.base, exact.base), (drawn.tuned, exact.tuned)):
+        assert points.dtype == np.float64
+        np.testing.assert_allclose(points, expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(drawn.explained, exact.explained, rtol=1e-4)
+
+
 def test_principal_axes_of_flat_clouds_are_zero_where_nothing_varies() -> None:
     line = np.outer(np.arange(5.0), [3.0, 4.0, 0.0])
     _, axes, parts = principal_axes(line, 2)
