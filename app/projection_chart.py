@@ -24,6 +24,8 @@ TOP_WITH_TOOLS = 56
 """Room for plotly's buttons above the legend."""
 MAX_TWINS = 12
 """With more prompts selected than this, lines to their twins would hide the points."""
+MANY = 1000
+"""Points of a label from which they are drawn smaller and without an edge."""
 TOOLS = {"click": "pan", "lasso": "lasso", "box": "select"}
 """Ways to select, and plotly's mode for each; one at a time, since Streamlit ignores clicks while dragging selects."""
 
@@ -133,6 +135,10 @@ def cloud(
     """
     colour, name = canvas.COLOURS[label], LABEL_NAMES[label]
     line = {"width": 1.2 if hollow else 0.6, "color": colour if hollow else "rgba(255,255,255,0.65)"}
+    size = canvas.MARKER_SIZES[label]
+    if len(rows) > MANY:  # in a crowd edges cover the neighbours, and each takes the browser time
+        size *= 0.7
+        line = line if hollow else {"width": 0}
     return {
         "type": "scatter",
         "x": coordinates[rows, 0],
@@ -141,7 +147,7 @@ def cloud(
         "name": f"{name}, other splits" if hollow else name,
         "marker": {
             "symbol": canvas.SYMBOLS[label] + ("-open" if hollow else ""),
-            "size": canvas.MARKER_SIZES[label],
+            "size": size,
             "color": colour,
             "opacity": 0.45 if hollow else 0.85,
             "line": line,

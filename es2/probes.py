@@ -20,6 +20,9 @@ from es2.prompts import HARMFUL, HARMLESS
 from es2.resampling import Replicates
 
 
+_AT_ONCE = 256  # prompts whose normalised copy is held, since that of a large layer does not fit into a cache
+
+
 @dataclass(frozen=True)
 class Probes:
     """The probes of all layers of one model, with the frames they live in.
@@ -58,7 +61,9 @@ class Probes:
 
         Zero where the probe reads nothing (‖w‖ = 0): there is no hyperplane then.
         """
-        return signed_distance(self.frame(layer).normalise(embeddings), self.weights[layer], float(self.bias[layer]))
+        frame, weights, bias = self.frame(layer), self.weights[layer], float(self.bias[layer])
+        parts = [embeddings[start : start + _AT_ONCE] for start in range(0, max(1, len(embeddings)), _AT_ONCE)]
+        return np.concatenate([signed_distance(frame.normalise(part), weights, bias) for part in parts])
 
     def mean_difference_margin(
         self, embeddings: Float[np.ndarray, "prompt d_model"], layer: int
