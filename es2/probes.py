@@ -19,7 +19,6 @@ from es2.logistic import Fits, Products, fit_columns
 from es2.prompts import HARMFUL, HARMLESS
 from es2.resampling import Replicates
 
-
 _AT_ONCE = 256  # prompts whose normalised copy is held, since that of a large layer does not fit into a cache
 
 
