@@ -3,8 +3,6 @@
 
 const PLAY_MILLISECONDS = 1800;
 const SKETCH_MILLISECONDS = 50; // for the browser to paint it, before plotly keeps it busy
-const TELL_MILLISECONDS = 2000;
-const TELL_TIMES = 3;
 const LAYER_PICKED = "es2-layer-picked";
 const PLAIN = { displayModeBar: false, scrollZoom: false, responsive: false, doubleClick: false };
 const LINKED = {
@@ -37,7 +35,6 @@ function begin(parent) {
 
 function end(Plotly, state) {
   state.turn += 1;
-  clearTimeout(state.telling);
   state.sizes?.disconnect();
   document.removeEventListener(LAYER_PICKED, state.goTo);
   cancelAnimationFrame(state.playing);
@@ -220,17 +217,7 @@ function at(state, index, moving) {
 function choose(state, rows, add) {
   if (rows.length === 0) return;
   state.selected = add ? [...new Set([...state.selected, ...rows])] : rows;
-  tell(state, TELL_TIMES);
-}
-
-// What was selected; again, if Streamlit lost it to something else that was told at the same moment.
-function tell(state, times) {
   state.report("selected", state.selected);
-  clearTimeout(state.telling);
-  state.telling = setTimeout(() => {
-    const arrived = String([...state.selected].sort()) === String([...(state.data.selected ?? [])].sort());
-    if (!arrived && times > 1) tell(state, times - 1);
-  }, TELL_MILLISECONDS);
 }
 
 // A ring around every point of the row, in every plot: plain elements, since plotly would redraw all points.
