@@ -91,8 +91,8 @@ def linked(
 def let_draw() -> None:
     """Give the browser a moment, once a session, before more of the page reaches it.
 
-    It puts everything on the page that has come before it runs a component's script, so that the prompts, which stand
-    at the top and are sent first, would be drawn last: a second later.
+    It puts everything on the page that has come before it runs a component's script, so that the prompts, which are
+    sent first, would be drawn last: a second later.
     """
     if _LET_DRAWN not in st.session_state:
         st.session_state[_LET_DRAWN] = True
