@@ -15,7 +15,7 @@ from typing import Any
 
 import streamlit as st
 
-from app import artifacts
+from app import artifacts, state
 from app.canvas import Figure
 from app.plots import as_text
 
@@ -57,7 +57,12 @@ def nearest(layer: int, n_layers: int, points: int) -> list[int]:
 
 @st.fragment
 def _answer(context: str, wanted: Sequence[int], make: Callable[[int], Sequence[Figure]]) -> None:
-    """Send what the browser asks for of `wanted`, as much as there is time for; it asks again for the rest."""
+    """Send what the browser asks for of `wanted`, as much as there is time for; it asks again for the rest.
+
+    Of a question and a click at the same moment Streamlit makes one message, and for both runs this alone.
+    """
+    if state.owes_the_page():
+        st.rerun()
     made: dict[int, Any] = {}
     started = time.perf_counter()
     for layer in st.session_state.get(KEY, {}).get("missing") or ():

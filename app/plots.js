@@ -145,6 +145,7 @@ function dress(layout, [text, family, border, grid, background], turn) {
   const font = { family, color: text, size: 13 };
   layout.hoverlabel = { ...layout.hoverlabel, bgcolor: background, bordercolor: border, font };
   layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: border, activecolor: text };
+  layout.clickanywhere = true; // pointed() knows whether there is something
   layout.selections = [];
   layout.selectionrevision = turn;
 }
@@ -168,21 +169,41 @@ function watchSize(Plotly, state) {
 function listen(Plotly, state, div) {
   div.listening = true;
   if (!state.data.name) {
-    div.on("plotly_click", (event) => pick(state, event.points));
+    div.on("plotly_click", ({ event }) => pick(state, pointed(div, event)));
     return;
   }
   const rowsOf = (points) => [...new Set(points.map((point) => point.customdata?.[1]).filter(Number.isInteger))];
   div.on("plotly_hover", (event) => hover(state, rowsOf(event.points)));
   div.on("plotly_unhover", () => unhover(state));
-  div.on("plotly_click", (event) => choose(state, rowsOf(event.points), event.event?.shiftKey));
+  div.on("plotly_click", ({ event }) => choose(state, rowsOf([{ customdata: pointed(div, event) }]), event.shiftKey));
   div.on("plotly_selected", (event) => {
     if (event?.points?.length) choose(state, rowsOf(event.points), false);
   });
   div.on("plotly_relayout", (change) => follow(Plotly, state, div, change));
 }
 
-function pick(state, points) {
-  const found = points.find((point) => point.customdata)?.customdata;
+// The `customdata` of what is under the mouse, by plotly's own rule: it tells a click the point of its last look, which
+// is up to 50 ms old, so that who is quick would pick the point from before, or none.
+function pointed(div, event) {
+  const { xaxis, yaxis, hovermode, hoverdistance } = div._fullLayout;
+  const box = div.getBoundingClientRect();
+  const { clientX, clientY } = event.touches?.[0] ?? event;
+  const [left, top] = [clientX - box.left - xaxis._offset, clientY - box.top - yaxis._offset];
+  let [nearest, found] = [hoverdistance < 0 ? Infinity : hoverdistance, undefined];
+  div.calcdata.forEach((points, index) => {
+    const { customdata, visible } = div._fullData[index];
+    if (!customdata || visible !== true) return;
+    points.forEach((point, at) => {
+      const radius = Math.max(3, point.mrc ?? 0);
+      const [across, down] = [xaxis.d2p(point.x) - left, hovermode === "x" ? 0 : yaxis.d2p(point.y) - top];
+      const distance = Math.max(Math.hypot(across, down) - radius, 1 - 3 / radius);
+      if (distance <= nearest) [nearest, found] = [distance, customdata[at]];
+    });
+  });
+  return found;
+}
+
+function pick(state, found) {
   if (!state.data.picks || !found) return;
   state.report("picked", found);
   if (found[0] === "layer") document.dispatchEvent(new CustomEvent(LAYER_PICKED, { detail: found[1] }));

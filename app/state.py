@@ -174,6 +174,11 @@ def _acted() -> None:
     st.session_state[_ACTED] = True
 
 
+def owes_the_page() -> bool:
+    """Whether a callback was called that the page has not been run for since; asked by a part that can run alone."""
+    return _ACTED in st.session_state
+
+
 def settle(**changes: Any) -> Choice:
     """Fill in what the choice left open, or replace what turned out not to exist; returns the choice."""
     choice: Choice = replace(st.session_state[_CHOICE], **changes)

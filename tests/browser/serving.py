@@ -97,3 +97,21 @@ SETTLED = """() => {
 def settle(page: playwright.Page) -> None:
     """Wait until the script has run and no chart was drawn anew between two looks, so that a click meets its aim."""
     page.wait_for_function(SETTLED, polling=400)
+
+
+_PLACE_OF = """([div, row]) => {
+    const plot = document.querySelectorAll('.st-key-linked_pair .js-plotly-plot')[div];
+    const box = plot.getBoundingClientRect(), { xaxis, yaxis } = plot._fullLayout;
+    for (const [index, trace] of plot.data.entries()) {
+        const at = (trace.customdata ?? []).findIndex(one => one[1] === row);
+        if (at < 0) continue;
+        const point = plot.calcdata[index][at];
+        return [box.left + xaxis._offset + xaxis.d2p(point.x), box.top + yaxis._offset + yaxis.d2p(point.y)];
+    }
+}"""
+
+
+def place_of(page: playwright.Page, side: int, row: int) -> tuple[float, float]:
+    """Where a prompt's point stands on the compare page, in pixels of the window."""
+    x, y = page.evaluate(_PLACE_OF, [side, row])
+    return x, y

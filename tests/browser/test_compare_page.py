@@ -8,7 +8,8 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 
-from tests.browser.serving import expect, marks, playwright, served, settle
+from es2.prompts import HARMFUL, HARMLESS
+from tests.browser.serving import expect, marks, place_of, playwright, served, settle
 from tests.builders_artifacts import DISTANCES, TARGETS, Compared, write_comparison
 
 pytestmark = marks
@@ -97,6 +98,33 @@ def test_a_click_on_either_side_selects_on_both_and_moves_nothing(
     expect(heading).to_have_text("2 selected prompts")
 
 
+@pytest.mark.parametrize("from_a_point", [True, False])
+def test_a_quick_click_selects_what_it_meets(
+    from_a_point: bool, address: str, compared: Compared, open_page: Callable[[str], playwright.Page]
+) -> None:
+    """Plotly looks every 50 ms what the mouse is over, and would take a click in between for what it saw last."""
+    page = opened(open_page, address, compared, layer="3")
+    prompts = compared.artifacts.prompts
+    tested = prompts.in_split("test")
+    passed = int((tested & (prompts.labels == HARMFUL)).nonzero()[0][0])
+    met = int((tested & (prompts.labels == HARMLESS)).nonzero()[0][-1])
+    corner = side(page, 0).locator(".nsewdrag").first.bounding_box()
+    assert corner is not None
+    page.evaluate(
+        """([passed, met]) => {
+            const area = document.querySelector('.st-key-linked_pair .nsewdrag');
+            const send = (type, [clientX, clientY], target = area) =>
+                target.dispatchEvent(new MouseEvent(type, { bubbles: true, view: window, clientX, clientY }));
+            send('mousemove', passed);
+            send('mousemove', met);
+            send('mousedown', met);
+            send('mouseup', met, document.querySelector('.dragcover'));
+        }""",
+        [place_of(page, 0, passed) if from_a_point else (corner["x"] + 3, corner["y"] + 3), place_of(page, 0, met)],
+    )
+    expect(page.locator(".st-key-prompt_card")).to_contain_text(prompts.texts[met])
+
+
 def test_a_box_on_one_side_selects_everywhere_and_lasts(
     address: str, compared: Compared, open_page: Callable[[str], playwright.Page]
 ) -> None:
@@ -138,6 +166,28 @@ def test_a_picked_layer_is_drawn_without_the_server(
     expect(page.locator(".st-key-pair_controls h3")).to_have_text("Layer 4")
     settle(page)
     assert page.evaluate(f"{PLOTS}.map(plot => plot.data.filter(trace => trace.name !== 'twins'))") == drawn
+
+
+def test_a_click_at_the_moment_of_a_question_runs_the_page(
+    address: str, compared: Compared, open_page: Callable[[str], playwright.Page]
+) -> None:
+    """Streamlit sends what components say within one turn of the browser as one message, for a part of the page."""
+    page = opened(open_page, address, compared, layer="2")
+    page.evaluate(
+        """() => {
+            const [later, context] = [window.setTimeout, window.es2Layers.context];
+            window.held = [];
+            window.setTimeout = (run, pause, ...rest) => {
+                const asked = window.es2Layers.context !== context && /sendUpdateWidgetsMessage/.test(run);
+                return asked ? window.held.push(run) : later(run, pause, ...rest);
+            };
+        }"""
+    )
+    page.get_by_text("Probe split").click()
+    page.wait_for_function("held.length")
+    harmful_point(page, 0).click(force=True)
+    page.evaluate("held.splice(0).forEach(send => send())")
+    expect(page.locator(".st-key-selected h3")).to_have_text("1 selected prompt")
 
 
 def test_zoom_is_common(address: str, compared: Compared, open_page: Callable[[str], playwright.Page]) -> None:

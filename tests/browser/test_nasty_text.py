@@ -16,7 +16,7 @@ import pytest
 from es2.files import sealed, write_json
 from es2.report import find_compared, write_report
 from tests import builders_artifacts
-from tests.browser.serving import expect, marks, playwright, served, settle
+from tests.browser.serving import expect, marks, place_of, playwright, served, settle
 from tests.builders_artifacts import Compared, write_comparison
 from tests.builders_evaluation import Evaluated, write_evaluated
 
@@ -48,16 +48,6 @@ MADE_OF_TEXT = """() => {
 }"""
 TOO_WIDE = """() => [document.documentElement, document.querySelector('[data-testid=stMain]') ?? document.body]
     .some(one => one.scrollWidth > one.clientWidth + 1)"""
-PLACE_OF = """([div, row]) => {
-    const plot = document.querySelectorAll('.st-key-linked_pair .js-plotly-plot')[div];
-    const box = plot.getBoundingClientRect(), { xaxis, yaxis } = plot._fullLayout;
-    for (const [index, trace] of plot.data.entries()) {
-        const at = (trace.customdata ?? []).findIndex(one => one[1] === row);
-        if (at < 0) continue;
-        const point = plot.calcdata[index][at];
-        return [box.left + xaxis._offset + xaxis.d2p(point.x), box.top + yaxis._offset + yaxis.d2p(point.y)];
-    }
-}"""
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +122,7 @@ def test_compare(compared: Compared, open_watched: Callable[..., playwright.Page
         written = " ".join(text.split())
         row = texts.index(text.strip())
         page.mouse.move(5, 5)
-        page.mouse.move(*page.evaluate(PLACE_OF, [0, row]))
+        page.mouse.move(*place_of(page, 0, row))
         label = page.locator(".st-key-linked_pair .hovertext").first
         expect(label).to_be_visible()
         shown = "".join((label.text_content() or "").replace("\xa0", " ").split())
@@ -141,7 +131,7 @@ def test_compare(compared: Compared, open_watched: Callable[..., playwright.Page
         assert ("…" in shown) == (len(written) > 400)
         assert shown.count("x") <= 500
     check(page)
-    page.mouse.click(*page.evaluate(PLACE_OF, [0, texts.index(HTML)]))
+    page.mouse.click(*place_of(page, 0, texts.index(HTML)))
     expect(page.locator(".st-key-prompt_card")).to_contain_text(HTML)
     check(page)
     # Streamlit's own download of a table would write the formula as one.
@@ -158,7 +148,7 @@ def test_a_selected_prompt_in_full(compared: Compared, open_watched: Callable[..
     expect(page.locator(".st-key-linked_pair .point").first).to_be_attached()
     settle(page)
     row = compared.artifacts.prompts.texts.index(text)
-    page.mouse.click(*page.evaluate(PLACE_OF, [1, row]))
+    page.mouse.click(*place_of(page, 1, row))
     expect(page.locator(".st-key-prompt_card")).to_contain_text(text)
     check(page)
 
