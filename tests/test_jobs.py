@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -99,9 +100,10 @@ def start(tmp_path: Path, root: Path) -> Iterator[Launch]:
 
     yield start_job
     for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):  # it may end, and be waited for by `launch`, meanwhile
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
