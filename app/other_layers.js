@@ -3,6 +3,14 @@
 const PAUSE_MILLISECONDS = 300; // the page's own figures, which come from other components, go first
 
 const TRIES = 5;
+const QUIET_MILLISECONDS = 1000;
+
+if (window.es2Touched === undefined) {
+  window.es2Touched = -Infinity;
+  for (const event of ["pointerdown", "pointerup", "keydown"]) {
+    document.addEventListener(event, () => (window.es2Touched = performance.now()), true);
+  }
+}
 
 export default function ({ data, parentElement, setTriggerValue }) {
   if (window.es2Layers?.context !== data.context) window.es2Layers = { context: data.context, figures: new Map() };
@@ -13,9 +21,10 @@ export default function ({ data, parentElement, setTriggerValue }) {
   const wait = () => (parentElement.es2Asking = setTimeout(ask, PAUSE_MILLISECONDS));
   let tries = TRIES;
   // Whoever asks while another page or address is on its way tells Streamlit the one from before, and it stays there.
+  // Streamlit says late that it runs, and asked in between, it has said so for ever: so not just after a click either.
   // An answer calls this function anew; a question may be lost when somebody clicks at the same moment.
   const ask = () => {
-    if (!isRunning()) {
+    if (!isRunning() && performance.now() - window.es2Touched > QUIET_MILLISECONDS) {
       setTriggerValue("missing", missing);
       tries -= 1;
     }
