@@ -92,11 +92,17 @@ def files_below(folder: Path) -> list[Path]:
     Raises:
         OSError: when a folder cannot be listed, which `Path.rglob` passes over as if it were empty.
     """
+    return sorted(file for _, files in _folders_of(folder) for file in files)
+
+
+def _folders_of(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """A folder and those below it, the deepest first, each with the files in it. Raises as `files_below` does."""
 
     def refuse(error: OSError) -> None:
         raise error
 
-    return sorted(Path(at) / name for at, _, names in os.walk(folder, onerror=refuse) for name in names)
+    for at, _, names in os.walk(folder, topdown=False, onerror=refuse):
+        yield Path(at), [Path(at) / name for name in names]
 
 
 def output_path(path: Path) -> Path:
@@ -294,8 +300,9 @@ def new_folder(parent: Path, root: Path, key: str, *, replace: bool = False) -> 
             _sweep(parent, root)
             temporary.mkdir()
             yield temporary
-            for path in [*temporary.rglob("*"), temporary]:
-                _flush(path)
+            for within, files in _folders_of(temporary):
+                for path in (*files, within):
+                    _flush(path)
             if not final.exists():
                 temporary.rename(final)
                 _flush(parent)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -223,6 +224,33 @@ def test_a_folder_whose_block_fails_vanishes(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert [path.name for path in tmp_path.iterdir()] == [".locks"]
+
+
+def test_all_of_a_new_folder_is_flushed_or_it_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed, flush, listed = set[int](), os.fsync, os.scandir
+
+    def fsync(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        flush(descriptor)
+
+    def scandir(folder: Any = ".") -> Any:
+        if str(folder).endswith("refused"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return listed(folder)
+
+    def written(key: str, below: str) -> None:
+        with new_folder(tmp_path, tmp_path, key) as folder:
+            (folder / below).mkdir()
+            (folder / below / "file").touch()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    written("a", "below")
+    assert {path.stat().st_ino for path in (tmp_path / "a", *(tmp_path / "a").rglob("*"))} < flushed
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scandir)
+        with pytest.raises(MachineError, match="No permission"):
+            written("b", "refused")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".locks", "a"]
 
 
 def test_a_folder_that_was_being_replaced_is_brought_back(tmp_path: Path) -> None:
