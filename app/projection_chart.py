@@ -135,9 +135,9 @@ def cloud(
     """
     colour, name = canvas.COLOURS[label], LABEL_NAMES[label]
     line = {"width": 1.2 if hollow else 0.6, "color": colour if hollow else "rgba(255,255,255,0.65)"}
-    size = canvas.MARKER_SIZES[label]
+    size, opacity = canvas.MARKER_SIZES[label], 0.45 if hollow else 0.85
     if len(rows) > MANY:  # in a crowd edges cover the neighbours, and each takes the browser time
-        size *= 0.7
+        size, opacity = 0.7 * size, 0.45  # so that classes are seen to mix where they do
         line = line if hollow else {"width": 0}
     return {
         "type": "scatter",
@@ -149,11 +149,11 @@ def cloud(
             "symbol": canvas.SYMBOLS[label] + ("-open" if hollow else ""),
             "size": size,
             "color": colour,
-            "opacity": 0.45 if hollow else 0.85,
+            "opacity": opacity,
             "line": line,
         },
-        "selected": {"marker": {"opacity": 0.45 if hollow else 0.85}},
-        "unselected": {"marker": {"opacity": 0.45 if hollow else 0.85}},
+        "selected": {"marker": {"opacity": opacity}},
+        "unselected": {"marker": {"opacity": opacity}},
         "customdata": [[model, int(row)] for row in rows],
         # Apart, since the first stays the same from layer to layer and is ten times as long as the second.
         "hovertext": [hover_text(prompts, int(row)) for row in rows],
