@@ -277,7 +277,10 @@ def _pair_layer(
     key: tuple[str, ...], layer: int, _comparison: Comparison
 ) -> tuple[Float[np.ndarray, "prompt d_model"], Float[np.ndarray, "prompt d_model"]]:
     """The embeddings of both models, for the margins and the view, which ask one after the other."""
-    base, tuned = (one.layer(layer, _comparison.position) for one in (_comparison.base, _comparison.tuned))
+    with ThreadPoolExecutor(2) as pool:
+        base, tuned = pool.map(
+            lambda one: one.layer(layer, _comparison.position), (_comparison.base, _comparison.tuned)
+        )
     return base, tuned
 
 

@@ -24,6 +24,8 @@ ROUNDING = 1e-10
 
 Weights = Float[np.ndarray, "resample prompt"]
 
+_AT_ONCE = 64  # prompts
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -47,6 +49,11 @@ class Frame:
         z: Float[np.ndarray, "prompt d_model"] = np.asarray(embeddings, dtype=dtype) - self.centre.astype(dtype)
         z /= self.scale
         return z
+
+
+def parts_of(embeddings: Float[np.ndarray, "prompt d_model"]) -> list[Float[np.ndarray, "part d_model"]]:
+    """Views of a few prompts each, one at least: what is worked out of one, of 4,096 dimensions, fits into a cache."""
+    return [embeddings[start : start + _AT_ONCE] for start in range(0, max(1, len(embeddings)), _AT_ONCE)]
 
 
 def fit_frame(embeddings: Float[np.ndarray, "prompt d_model"], labels: Int[np.ndarray, "prompt"]) -> Frame:

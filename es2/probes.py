@@ -14,12 +14,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from es2.errors import InputError
-from es2.geometry import Frame, balanced_mean, class_sums
+from es2.geometry import Frame, balanced_mean, class_sums, parts_of
 from es2.logistic import Fits, Products, fit_columns
 from es2.prompts import HARMFUL, HARMLESS
 from es2.resampling import Replicates
-
-_AT_ONCE = 256  # prompts whose normalised copy is held, since that of a large layer does not fit into a cache
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,8 @@ class Probes:
         Zero where the probe reads nothing (‖w‖ = 0): there is no hyperplane then.
         """
         frame, weights, bias = self.frame(layer), self.weights[layer], float(self.bias[layer])
-        parts = [embeddings[start : start + _AT_ONCE] for start in range(0, max(1, len(embeddings)), _AT_ONCE)]
-        return np.concatenate([signed_distance(frame.normalise(part), weights, bias) for part in parts])
+        distances = [signed_distance(frame.normalise(part), weights, bias) for part in parts_of(embeddings)]
+        return np.concatenate(distances)
 
     def mean_difference_margin(
         self, embeddings: Float[np.ndarray, "prompt d_model"], layer: int

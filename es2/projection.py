@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Float32
 
 from es2.errors import InputError, one_line
 from es2.files import parse_json
-from es2.geometry import fit_frame
+from es2.geometry import fit_frame, parts_of
 from es2.jobs import Reporter, silent
 from es2.probes import Probes, signed_distance
 from es2.prompts import PromptSet
@@ -96,7 +96,8 @@ def separation_view(
         rest = _normalised(embeddings, own, layer)  # a copy of our own; of a large model another costs half a second
         xs.append(signed_distance(rest, own.weights[layer].astype(rest.dtype), float(own.bias[layer])) * unit)
         normal = own.normal(layer).astype(rest.dtype)
-        rest -= np.outer(rest @ normal, normal)
+        for part in parts_of(rest):
+            part -= np.outer(part @ normal, normal)
         rest *= unit
         rests.append(rest)
     fitted = _fitted(rests, fit, fit_on)
