@@ -21,7 +21,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   const wait = () => (parentElement.es2Asking = setTimeout(ask, PAUSE_MILLISECONDS));
   let tries = TRIES;
   // Whoever asks while another page or address is on its way tells Streamlit the one from before, and it stays there.
-  // Streamlit says late that it runs, and asked in between, it has said so for ever: so not just after a click either.
+  // Streamlit says late that it runs, so nothing is asked just after a click either.
   // An answer calls this function anew; a question may be lost when somebody clicks at the same moment.
   const ask = () => {
     if (!isRunning() && performance.now() - window.es2Touched > QUIET_MILLISECONDS) {

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 
 from es2.prompts import HARMFUL, HARMLESS
 from tests.browser.serving import expect, marks, place_of, playwright, served, settle
@@ -188,6 +189,29 @@ def test_a_click_at_the_moment_of_a_question_runs_the_page(
     harmful_point(page, 0).click(force=True)
     page.evaluate("held.splice(0).forEach(send => send())")
     expect(page.locator(".st-key-selected h3")).to_have_text("1 selected prompt")
+
+
+def test_nothing_is_sent_as_a_reference_to_what_was_sent_before(
+    address: str, compared: Compared, open_page: Callable[[str], playwright.Page]
+) -> None:
+    """The browser may have let go of it by then, and Streamlit's page is dead after that."""
+    page = opened(open_page, address, compared, layer="2")
+    kinds: list[str | None] = []
+    page.on("websocket", lambda socket: socket.on("framereceived", lambda data: kinds.append(kind_of(data))))
+    page.reload()
+    expect(harmful_point(page, 0)).to_be_attached()
+    settle(page)
+    harmful_point(page, 0).click(force=True)
+    expect(page.locator(".st-key-selected h3")).to_have_text("1 selected prompt")
+    settle(page)
+    assert "delta" in kinds
+    assert "ref_hash" not in kinds
+
+
+def kind_of(data: str | bytes) -> str | None:
+    """What kind of message the server sent."""
+    assert isinstance(data, bytes)
+    return ForwardMsg.FromString(data).WhichOneof("type")
 
 
 def test_zoom_is_common(address: str, compared: Compared, open_page: Callable[[str], playwright.Page]) -> None:
