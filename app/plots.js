@@ -3,6 +3,7 @@
 
 const PLAY_MILLISECONDS = 1800;
 const SKETCH_MILLISECONDS = 50; // for the browser to paint it, before plotly keeps it busy
+const CROWD = 2000; // points of a figure from which WebGL draws them: to plotly's SVG each is an element of its own
 const LAYER_PICKED = "es2-layer-picked";
 const PLAIN = { displayModeBar: false, scrollZoom: false, responsive: false, doubleClick: false };
 const LINKED = {
@@ -10,6 +11,7 @@ const LINKED = {
   responsive: false,
   doubleClick: "reset",
   modeBarButtonsToRemove: ["autoScale2d", "zoom2d", "pan2d", "lasso2d", "select2d"],
+  toImageButtonOptions: { format: "svg" },
 };
 
 export default async function ({ data: [data], parentElement, setTriggerValue }) {
@@ -93,7 +95,7 @@ async function sketch(state) {
 async function show(Plotly, state, index, figure, theme) {
   const div = state.divs[index];
   const layout = JSON.parse(figure.layout);
-  const traces = JSON.parse(figure.data);
+  const traces = kindOf(state, JSON.parse(figure.data));
   const { shapes = [], ...others } = layout;
   const rest = JSON.stringify([others, theme, traces]);
   const shown = div.shown;
@@ -107,16 +109,23 @@ async function show(Plotly, state, index, figure, theme) {
   div.starts = traces.map((trace) => ({ x: trace.x, y: trace.y }));
   dress(layout, theme, state.turn);
   layout.width = div.clientWidth;
-  await Plotly.react(div, traces, layout, config(state, index));
+  const { name, figures } = state.data;
+  div.fn = `${name}${figures.length > 1 ? `-${index + 1}` : ""}`; // an image's; in the options it would make all anew
+  await Plotly.react(div, traces, layout, name ? LINKED : PLAIN);
   div.querySelector(".plots-sketch")?.remove();
   if (!div.listening) listen(Plotly, state, div);
 }
 
-function config(state, index) {
-  const { name, figures } = state.data;
-  if (!name) return PLAIN;
-  const filename = `${name}${figures.length > 1 ? `-${index + 1}` : ""}`;
-  return { ...LINKED, toImageButtonOptions: { format: "svg", filename } };
+// Of a crowd all traces are WebGL's, since its canvas covers what SVG draws.
+function kindOf(state, traces) {
+  const points = traces.reduce((sum, trace) => sum + (trace.customdata?.length ?? 0), 0);
+  const crowd = state.data.name && points > CROWD && hasWebGL();
+  return crowd ? traces.map((trace) => ({ ...trace, type: "scattergl" })) : traces;
+}
+
+function hasWebGL() {
+  window.es2WebGL ??= Boolean(document.createElement("canvas").getContext("webgl")?.getExtension("OES_element_index_uint"));
+  return window.es2WebGL;
 }
 
 // The outline of a lasso or a box stays until the figure is drawn anew.
@@ -180,6 +189,11 @@ function listen(Plotly, state, div) {
     if (event?.points?.length) choose(state, rowsOf(event.points), false);
   });
   div.on("plotly_relayout", (change) => follow(Plotly, state, div, change));
+  div.on("plotly_webglcontextlost", () => {
+    window.es2WebGL = false; // as when the graphics driver starts anew: what it drew is gone
+    state.divs.forEach((one) => (one.shown = undefined));
+    draw(Plotly, state, state.data.figures);
+  });
 }
 
 // The `customdata` of what is under the mouse, by plotly's own rule: it tells a click the point of its last look, which
@@ -190,17 +204,23 @@ function pointed(div, event) {
   const { clientX, clientY } = event.touches?.[0] ?? event;
   const [left, top] = [clientX - box.left - xaxis._offset, clientY - box.top - yaxis._offset];
   let [nearest, found] = [hoverdistance < 0 ? Infinity : hoverdistance, undefined];
-  div.calcdata.forEach((points, index) => {
-    const { customdata, visible } = div._fullData[index];
-    if (!customdata || visible !== true) return;
-    points.forEach((point, at) => {
-      const radius = Math.max(3, point.mrc ?? 0);
-      const [across, down] = [xaxis.d2p(point.x) - left, hovermode === "x" ? 0 : yaxis.d2p(point.y) - top];
-      const distance = Math.max(Math.hypot(across, down) - radius, 1 - 3 / radius);
-      if (distance <= nearest) [nearest, found] = [distance, customdata[at]];
-    });
+  eachPoint(div, (customdata, x, y, size) => {
+    const radius = Math.max(3, size / 2);
+    const distance = Math.max(Math.hypot(x - left, hovermode === "x" ? 0 : y - top) - radius, 1 - 3 / radius);
+    if (distance <= nearest) [nearest, found] = [distance, customdata];
   });
   return found;
+}
+
+// Calls `visit` with the `customdata` of every point, its place in the plot and its size, in pixels. From the traces:
+// plotly's list of points is empty where WebGL draws them.
+function eachPoint(div, visit) {
+  const { xaxis, yaxis } = div._fullLayout;
+  for (const { customdata, visible, x, y, marker } of div._fullData) {
+    if (!customdata || visible !== true) continue;
+    const sizes = marker?.size ?? 0;
+    customdata.forEach((data, at) => visit(data, xaxis.d2p(x[at]), yaxis.d2p(y[at]), sizes[at] ?? sizes));
+  }
 }
 
 function pick(state, found) {
@@ -246,19 +266,14 @@ function hover(state, rows) {
   unhover(state);
   for (const div of state.divs) {
     const { xaxis, yaxis } = div._fullLayout;
-    div.calcdata.forEach((points, trace) => {
-      const of = div.data[trace].customdata;
-      if (!of) return;
-      of.forEach((data, index) => {
-        if (!rows.includes(data[1])) return;
-        const [left, top] = [xaxis.d2p(points[index].x), yaxis.d2p(points[index].y)];
-        if (left < 0 || left > xaxis._length || top < 0 || top > yaxis._length) return;
-        const halo = element("div", "plots-halo");
-        halo.style.left = `${xaxis._offset + left}px`;
-        halo.style.top = `${yaxis._offset + top}px`;
-        div.append(halo);
-        state.halos.push(halo);
-      });
+    eachPoint(div, ([, row], left, top) => {
+      if (!rows.includes(row)) return;
+      if (left < 0 || left > xaxis._length || top < 0 || top > yaxis._length) return;
+      const halo = element("div", "plots-halo");
+      halo.style.left = `${xaxis._offset + left}px`;
+      halo.style.top = `${yaxis._offset + top}px`;
+      div.append(halo);
+      state.halos.push(halo);
     });
   }
 }

@@ -22,10 +22,11 @@ from tests.browser.serving import CHROMIUM, FLAGS, playwright, served, settle
 HEADING = "document.querySelector('.st-key-pair_controls h3')?.textContent"
 OPENING = """
 const pair = '.st-key-linked_pair ';
-const many = (what) => document.querySelectorAll(what).length > 10;
 new MutationObserver(() => {
-    if (many(`${pair} .plots-sketch circle, ${pair} .point`)) window.firstFigure ??= performance.now();
-    if (many(`${pair} .point`)) window.answersToTheMouse ??= performance.now();
+    const drawn = [...document.querySelectorAll(`${pair} .plots-plot`)].some((plot) => plot.listening);
+    const sketched = document.querySelectorAll(`${pair} .plots-sketch circle`).length > 10;
+    if (drawn || sketched) window.firstFigure ??= performance.now();
+    if (drawn) window.answersToTheMouse ??= performance.now();
 }).observe(document, {childList: true, subtree: true});
 """
 """Notes when the prompts are to be seen, drawn before plotly has come or by it, and when plotly has drawn them: in

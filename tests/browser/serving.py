@@ -102,11 +102,10 @@ def settle(page: playwright.Page) -> None:
 _PLACE_OF = """([div, row]) => {
     const plot = document.querySelectorAll('.st-key-linked_pair .js-plotly-plot')[div];
     const box = plot.getBoundingClientRect(), { xaxis, yaxis } = plot._fullLayout;
-    for (const [index, trace] of plot.data.entries()) {
-        const at = (trace.customdata ?? []).findIndex(one => one[1] === row);
+    for (const { customdata, x, y } of plot._fullData) {
+        const at = (customdata ?? []).findIndex(one => one[1] === row);
         if (at < 0) continue;
-        const point = plot.calcdata[index][at];
-        return [box.left + xaxis._offset + xaxis.d2p(point.x), box.top + yaxis._offset + yaxis.d2p(point.y)];
+        return [box.left + xaxis._offset + xaxis.d2p(x[at]), box.top + yaxis._offset + yaxis.d2p(y[at])];
     }
 }"""
 

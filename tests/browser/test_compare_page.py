@@ -99,6 +99,19 @@ def test_a_click_on_either_side_selects_on_both_and_moves_nothing(
     expect(heading).to_have_text("2 selected prompts")
 
 
+def test_a_figure_is_saved_under_a_name_that_says_what_it_is(
+    address: str, compared: Compared, open_page: Callable[[str], playwright.Page]
+) -> None:
+    page = opened(open_page, address, compared, layer="2")
+    page.locator(".st-key-next_layer button").first.click()
+    expect(page.locator(".st-key-pair_controls h3")).to_have_text("Layer 3")
+    settle(page)
+    side(page, 1).hover()
+    with page.expect_download() as found:
+        side(page, 1).locator(".modebar-btn[data-title^=Download]").click()
+    assert found.value.suggested_filename == "es2-compare-layer-3-2.svg"
+
+
 @pytest.mark.parametrize("from_a_point", [True, False])
 def test_a_quick_click_selects_what_it_meets(
     from_a_point: bool, address: str, compared: Compared, open_page: Callable[[str], playwright.Page]
