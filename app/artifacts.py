@@ -23,13 +23,14 @@ from es2 import showcase
 from es2.comparison import Comparison
 from es2.errors import Es2Error, InputError
 from es2.jobs import Job
+from es2.layer_views import DRAWS, LayerViews
 from es2.models import CATALOGUE, resolve
-from es2.projection import FitOn, View, pca_view, separation_view
+from es2.projection import FitOn, View
 from es2.prompts import PromptSet, load_prompts
 from es2.results import Analysis
 from es2.runs import list_runs, open_run
 from es2.store import SHOWCASE, ActivationSet, Store
-from es2.tasks import analysis_key, find_activations, find_analysis_folder, find_umap
+from es2.tasks import analysis_key, find_activations, find_analysis_folder, find_umap, find_views_folder
 
 ENDED = ("done", "stopped")
 _AHEAD = ThreadPoolExecutor(1, thread_name_prefix="ahead")
@@ -141,6 +142,19 @@ def _loaded(folder: str, inode: int) -> Analysis:
     return Analysis.load(Path(folder))
 
 
+def _views_of(
+    base: ActivationSet, prompt_set: PromptSet, position: str, tuned: ActivationSet | None = None
+) -> LayerViews | None:
+    """What a job has worked out of all layers, if they are large; read once for as long as its folder is the same."""
+    folder = find_views_folder(base, prompt_set, position, tuned)
+    return _loaded_views(str(folder), folder.stat().st_ino) if folder is not None else None
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _loaded_views(folder: str, inode: int) -> LayerViews:
+    return LayerViews.load(Path(folder))
+
+
 def margins(opened: Opened, layer: int) -> Float[np.ndarray, "prompt"]:
     """Signed distance of each prompt to the probe's boundary, + on the harmful side, in scale-free units."""
     return _margins(opened.activations.key, opened.analysis_key, opened.position, layer, opened)
@@ -148,6 +162,8 @@ def margins(opened: Opened, layer: int) -> Float[np.ndarray, "prompt"]:
 
 @st.cache_resource(max_entries=256, show_spinner=False)
 def _margins(key: str, analysis: str, position: str, layer: int, _opened: Opened) -> Float[np.ndarray, "prompt"]:
+    if (drawn := _views_of(_opened.activations, _opened.prompts, position)) is not None:
+        return drawn.margins(layer)[0]
     return _opened.analysis.base_probes.margin(_opened.activations.layer(layer, position), layer)
 
 
@@ -161,10 +177,11 @@ def view(opened: Opened, layer: int, kind: str) -> View | None:
 
 @st.cache_resource(max_entries=256, show_spinner=False)
 def _view(key: str, analysis: str, position: str, layer: int, kind: str, _opened: Opened) -> View:
+    if (drawn := _views_of(_opened.activations, _opened.prompts, position)) is not None:
+        return drawn.view(kind, layer)
     embeddings = _opened.activations.layer(layer, position)
-    draw = {"separation": separation_view, "pca": pca_view}[kind]
     # Axes are fitted on what is always shown, so that showing other splits moves no point.
-    return draw(embeddings, _opened.analysis.base_probes, layer, fit=_opened.prompts.in_split("test"))
+    return DRAWS[kind](embeddings, _opened.analysis.base_probes, layer, fit=_opened.prompts.in_split("test"))
 
 
 # ---------------------------------------------------------------------------------------------------- base and tuned
@@ -267,6 +284,10 @@ def _comparison(run: Job, against: Job | None, position: str) -> Comparison | No
     )
 
 
+def _views_of_pair(comparison: Comparison) -> LayerViews | None:
+    return _views_of(comparison.base, comparison.prompts, comparison.position, comparison.tuned)
+
+
 def pair_margins(comparison: Comparison, layer: int) -> tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]]:
     """Signed distance of each prompt to each model's own boundary, + on the harmful side, in scale-free units."""
     return _pair_margins(comparison.key, layer, comparison)
@@ -288,6 +309,9 @@ def _pair_layer(
 def _pair_margins(
     key: tuple[str, ...], layer: int, _comparison: Comparison
 ) -> tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]]:
+    if (drawn := _views_of_pair(_comparison)) is not None:
+        base, tuned = drawn.margins(layer)
+        return base, tuned
     analysis = _comparison.analysis
     assert analysis.tuned_probes is not None  # a comparison has both
     base, tuned = _pair_layer(key, layer, _comparison)
@@ -316,9 +340,11 @@ def pair_view(
 
 @st.cache_resource(max_entries=256, show_spinner=False)
 def _pair_view(key: tuple[str, ...], layer: int, kind: str, fit_on: FitOn, raw: bool, _comparison: Comparison) -> View:
+    usual = fit_on == "base" and not raw
+    if usual and (drawn := _views_of_pair(_comparison)) is not None:
+        return drawn.view(kind, layer)
     base, tuned = _pair_layer(key, layer, _comparison)
-    draw = {"separation": separation_view, "pca": pca_view}[kind]
-    return draw(
+    return DRAWS[kind](
         base,
         _comparison.analysis.base_probes,
         layer,

@@ -32,6 +32,7 @@ STAGES = {
     "load": ("Loading the model", None),
     "capture": ("Reading prompts", "tokens"),
     "analyse": ("Fitting probes", "layers"),
+    "draw": ("Drawing the layers", "layers"),
     "umap": ("Computing UMAP", "layers"),
     "base": ("Reading the base model's replies", "prompts"),
     "finetune": ("Fine-tuning", "steps"),

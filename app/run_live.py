@@ -65,6 +65,7 @@ def _live_run(job: Job) -> None:
 
 def _track(stage: str) -> str:
     """The stages of a run with the present one marked; `load` and `wait` before any of them mark none."""
+    stage = "analyse" if stage == "draw" else stage  # the last and shortest part, and of large layers only
     return " › ".join(f"**{name}**" if key == stage else f":gray[{name}]" for key, name in STAGES.items())
 
 

@@ -23,7 +23,7 @@ from es2.errors import InputError, one_line
 from es2.files import parse_json
 from es2.geometry import fit_frame, parts_of
 from es2.jobs import Reporter, silent
-from es2.probes import Probes, signed_distance
+from es2.probes import Probes
 from es2.prompts import PromptSet
 from es2.resampling import canonical
 from es2.sources import LayerSource
@@ -93,8 +93,8 @@ def separation_view(
     xs, rests = [], []
     for embeddings, own in models:
         unit = own.frame(layer).scale if raw else 1.0
+        xs.append(own.margin(embeddings, layer) * unit)
         rest = _normalised(embeddings, own, layer)  # a copy of our own; of a large model another costs half a second
-        xs.append(signed_distance(rest, own.weights[layer].astype(rest.dtype), float(own.bias[layer])) * unit)
         normal = own.normal(layer).astype(rest.dtype)
         for part in parts_of(rest):
             part -= np.outer(part @ normal, normal)
@@ -107,17 +107,14 @@ def separation_view(
     chosen = slice(None) if fit is None else fit
     along, beside = xs[0][chosen].var(), ys[0][chosen].var()
     total = along + _variance(fitted if fit_on == "base" else rests[0][chosen])
-    where = "the model's own units" if raw else "scale-free units"
+    explained = (float(along / total), float(beside / total)) if total > 0 else (0.0, 0.0)
     points = [np.stack([x, y], axis=1) for x, y in zip(xs, ys, strict=True)]
     return View(
         "separation",
         points[0],
         points[1] if len(points) > 1 else None,
-        (
-            f"Distance to the probe's boundary, + = harmful ({where})",
-            f"First principal component of the rest ({where})",
-        ),
-        (float(along / total), float(beside / total)) if total > 0 else (0.0, 0.0),
+        axes_of("separation", explained, raw=raw),
+        explained,
     )
 
 
@@ -141,7 +138,7 @@ def pca_view(
     if raw:
         for z, (_, own) in zip(zs, models, strict=True):
             z *= own.scale[layer]
-    return _pca(zs, probes.normal(layer), fit, fit_on, "the model's own units" if raw else "scale-free units")
+    return _pca(zs, probes.normal(layer), fit, fit_on, raw)
 
 
 def umap_view(
@@ -162,7 +159,7 @@ def umap_view(
     models = _models(base, probes, tuned, tuned_probes)
     zs = [own.frame(layer).normalise(embeddings) for embeddings, own in models]
     if len(base) < MIN_UMAP_POINTS:
-        return _pca(zs, probes.normal(layer), None, fit_on, "scale-free units")
+        return _pca(zs, probes.normal(layer), None, fit_on)
     return _umap_view(_umap_points(zs, fit_on, seed), fit_on)
 
 
@@ -274,7 +271,7 @@ def umap_all_layers(
         if kind == "umap":
             points[layer] = _umap_points(zs, fit_on, seed)
         else:
-            view = _pca(zs, directions[0], None, fit_on, "")
+            view = _pca(zs, directions[0], None, fit_on)
             points[layer] = [view.base] if view.tuned is None else [view.base, view.tuned]
         report("umap", layer + 1, base.n_layers)
     return UmapCoordinates(points, kind, fit_on)
@@ -381,14 +378,26 @@ def _pca(
     upwards: Float[np.ndarray, "d_model"],
     fit: Bool[np.ndarray, "prompt"] | None,
     fit_on: FitOn,
-    where: str,
+    raw: bool = False,
 ) -> View:
     mean, axes, parts = principal_axes(_fitted(zs, fit, fit_on), 2)
     axes = axes * np.where(axes @ upwards < 0, -1.0, 1.0)[:, None]
     points = [_coordinates(z, mean, axes) for z in zs]
-    titles = [f"Principal component {i + 1} ({where}, {part:.0%} of the variance)" for i, part in enumerate(parts)]
     tuned = points[1] if len(points) > 1 else None
-    return View("pca", points[0], tuned, (titles[0], titles[1]), (float(parts[0]), float(parts[1])))
+    explained = (float(parts[0]), float(parts[1]))
+    return View("pca", points[0], tuned, axes_of("pca", explained, raw=raw), explained)
+
+
+def axes_of(kind: str, explained: tuple[float, float], *, raw: bool = False) -> tuple[str, str]:
+    """The titles of both axes of a `separation` or `pca` view."""
+    where = "the model's own units" if raw else "scale-free units"
+    if kind == "separation":
+        return (
+            f"Distance to the probe's boundary, + = harmful ({where})",
+            f"First principal component of the rest ({where})",
+        )
+    x, y = (f"Principal component {i} ({where}, {part:.0%} of the variance)" for i, part in enumerate(explained, 1))
+    return x, y
 
 
 def _umap_points(zs: Sequence[Embeddings], fit_on: FitOn, seed: int) -> list[Float32[np.ndarray, "prompt 2"]]:

@@ -20,6 +20,7 @@ import numpy as np
 from es2.errors import InputError
 from es2.files import DamagedError
 from es2.jobs import Job, Reporter, Task, lay_down, open_job, reopen, result_of, run_job, silent
+from es2.layer_views import VIEWS_FORMAT, are_worthwhile, draw_layers
 from es2.layers import ANALYSIS_FORMAT, Analysis, AnalysisConfig, TestSet, analyze, check_prompts
 from es2.projection import PROJECTION_FORMAT, UmapCoordinates, umap_all_layers
 from es2.prompts import PromptSet, load_prompts, normalised, warn_of_likeness
@@ -99,6 +100,14 @@ def umap_key(activations: ActivationSet, prompts: PromptSet, position: str, tune
     )
 
 
+def views_key(
+    base: ActivationSet, prompts: PromptSet, config: AnalysisConfig, tuned: ActivationSet | None = None
+) -> str:
+    """The key of the views of all layers that belong to an analysis."""
+    analysis = analysis_key(base, prompts, config, tuned=tuned)
+    return content_key({"kind": "views", "format": VIEWS_FORMAT, "analysis": analysis})
+
+
 def find_activations(
     model: str, prompts: PromptSet, position: str, store: Store | None = None, run: str | None = None
 ) -> ActivationSet | None:
@@ -119,6 +128,14 @@ def find_analysis_folder(
 ) -> Path | None:
     """Where `find_analysis` reads."""
     key = analysis_key(activations, prompts, AnalysisConfig(position=position), tuned=tuned)
+    return (tuned or activations).derived(key)
+
+
+def find_views_folder(
+    activations: ActivationSet, prompts: PromptSet, position: str, tuned: ActivationSet | None = None
+) -> Path | None:
+    """Where the views of all layers lie that belong to `find_analysis`, if they were worked out beforehand."""
+    key = views_key(activations, prompts, AnalysisConfig(position=position), tuned)
     return (tuned or activations).derived(key)
 
 
@@ -143,7 +160,7 @@ def prepare(
     store: Store | None = None,
     report: Reporter = silent,
 ) -> Prepared:
-    """Capture what is not captured yet and analyse what is not analysed yet.
+    """Capture what is not captured yet and analyse what is not analysed yet; of large layers work out the views, too.
 
     Only `prompts.measured()` is captured: no number looks at the other splits, and they are more than half.
 
@@ -184,11 +201,38 @@ def prepare(
     holder = own.tuned or own.base
     with store.lock(key, lambda: report("wait", 0, 1)):
         if folder := holder.derived(key):
-            return Prepared(own.base, own.tuned, Analysis.load(folder))
-        analysis = analyze(prompts, own.base, own.tuned, test=source, config=config, report=report)
-        with holder.write_derived(key) as folder:
-            analysis.save(folder)
+            analysis = Analysis.load(folder)
+        else:
+            analysis = analyze(prompts, own.base, own.tuned, test=source, config=config, report=report)
+            with holder.write_derived(key) as folder:
+                analysis.save(folder)
+        if test is None and are_worthwhile(len(prompts), own.base.d_model):
+            write_views(prompts, own.base, own.tuned, analysis, report)
     return Prepared(own.base, own.tuned, analysis)
+
+
+def write_views(
+    prompts: PromptSet,
+    base: ActivationSet,
+    tuned: ActivationSet | None,
+    analysis: Analysis,
+    report: Reporter = silent,
+) -> None:
+    """Work out the views of all layers that belong to an analysis of base, or of base and tuned, unless they exist."""
+    holder = tuned or base
+    key = views_key(base, prompts, analysis.config, tuned)
+    if holder.derived(key) is None:
+        views = draw_layers(
+            prompts,
+            base,
+            analysis.base_probes,
+            tuned,
+            analysis.tuned_probes,
+            position=analysis.config.position,
+            report=report,
+        )
+        with holder.write_derived(key) as folder:
+            views.save(folder)
 
 
 def check_run(run: Job, model: str) -> None:

@@ -23,7 +23,7 @@ from es2.jobs import Reporter, lay_down, run_job
 from es2.layers import AnalysisConfig, analyze
 from es2.prompts import HARMFUL, PromptSet, load_prompts
 from es2.store import ActivationSet, Store, content_key
-from es2.tasks import analysis_key
+from es2.tasks import analysis_key, write_views
 from tests.benchmarks.layer_change import measure
 from tests.browser.serving import playwright, served
 from tests.builders_artifacts import MODEL
@@ -71,6 +71,7 @@ def write(home: Path, n_prompts: int, shape: tuple[int, int]) -> str:
     analysis = analyze(prompts, base, tuned, config=config)
     with tuned.write_derived(analysis_key(base, prompts, config, tuned=tuned)) as folder:
         analysis.save(folder)
+    write_views(prompts, base, tuned, analysis)
 
     def task(settings: dict[str, object], report: Reporter, folder: Path) -> dict[str, object]:
         return {

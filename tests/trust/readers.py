@@ -299,6 +299,23 @@ def _maps(folder: Path) -> Draw:
     return _two_files(original, folder / "copy", "umap.json", "umap.safetensors", read)
 
 
+def _views(folder: Path) -> Draw:
+    from es2.layer_views import DRAWS, LayerViews
+
+    original = folder / "views"
+    original.mkdir()
+    rng = np.random.default_rng(0)
+    points = {kind: rng.normal(size=(3, 2, 20, 2)).astype(np.float32) for kind in DRAWS}
+    LayerViews(points, {kind: rng.random((3, 2)) for kind in DRAWS}).save(original)
+
+    def read(path: Path) -> object:
+        found = LayerViews.load(path)
+        layers = range(len(found.points["pca"]))
+        return [(found.margins(layer), [found.view(kind, layer) for kind in DRAWS]) for layer in layers]
+
+    return _two_files(original, folder / "copy", "views.json", "views.safetensors", read)
+
+
 def _showcases(folder: Path) -> Draw:
     """The showcase's document, its digest made anew where the change is to be seen; and its other files."""
     from es2 import showcase
@@ -802,6 +819,7 @@ READERS: dict[str, Reader] = {
     "activation-set": Reader(_sets, 5),
     "analysis": Reader(_analyses, 3),
     "umap": Reader(_maps, 5),
+    "views": Reader(_views, 5),
     "showcase": Reader(_showcases, 1.5),
     "evaluation": Reader(_evaluations, 6),
     "job-config": Reader(_job_configs, 6),

@@ -23,6 +23,7 @@ from es2.errors import InputError
 from es2.evaluate import EVALUATION_FORMAT, find_evaluations, read_evaluation
 from es2.files import is_whole, sealed
 from es2.jobs import list_jobs, open_job
+from es2.layer_views import DRAWS, VIEWS_FORMAT, LayerViews
 from es2.projection import PROJECTION_FORMAT, UmapCoordinates
 from es2.reply_log import ReplyLog
 from es2.results import ANALYSIS_FORMAT, Analysis
@@ -36,13 +37,15 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Compared:
-    """A home with embeddings, an analysis, a map, a run, an evaluation and a showcase."""
+    """A home with embeddings, an analysis, a map, views, a run, an evaluation and a showcase."""
     made = write_comparison(tmp_path_factory.mktemp("whole"), 24)
     home, prompts = made.artifacts.home, made.artifacts.prompts
     points = np.zeros((len(made.analysis.base_layers), 2, len(prompts), 2), dtype=np.float32)
     coordinates = UmapCoordinates(points, "umap", "both")
     (home / "umap").mkdir()
     coordinates.save(home / "umap")
+    (home / "views").mkdir()
+    LayerViews(dict.fromkeys(DRAWS, points), dict.fromkeys(DRAWS, points[:, 0, 0])).save(home / "views")
     (home / "analysis").mkdir()
     made.analysis.save(home / "analysis")
     evaluation = {
@@ -97,6 +100,7 @@ def place(home: Path, whole: Compared, request: pytest.FixtureRequest) -> Place:
         "derived": Place(derived / "digests.json", lambda: store.open(key).derived(derived.name), FORMAT_VERSION),
         "analysis": Place(home / "analysis/analysis.json", lambda: Analysis.load(home / "analysis"), ANALYSIS_FORMAT),
         "map": Place(home / "umap/umap.json", lambda: UmapCoordinates.load(home / "umap"), PROJECTION_FORMAT),
+        "views": Place(home / "views/views.json", lambda: LayerViews.load(home / "views"), VIEWS_FORMAT),
         "job": Place(runs / whole.run.id / "config.json", lambda: config_of(open_job(whole.run.id, runs)), 1),
         "evaluation": Place(evaluation, lambda: read_evaluation(evaluation), EVALUATION_FORMAT),
         "showcase": Place(
@@ -108,7 +112,7 @@ def place(home: Path, whole: Compared, request: pytest.FixtureRequest) -> Place:
     return places[request.param]
 
 
-KINDS = ("activation set", "derived", "analysis", "map", "job", "evaluation", "showcase")
+KINDS = ("activation set", "derived", "analysis", "map", "views", "job", "evaluation", "showcase")
 every_kind = pytest.mark.parametrize("place", KINDS, indirect=True)
 
 
@@ -148,9 +152,9 @@ class TestEveryKind:
         assert place.read() is not None
 
 
-@pytest.mark.parametrize("place", [kind for kind in KINDS if kind not in ("analysis", "map")], indirect=True)
+@pytest.mark.parametrize("place", [kind for kind in KINDS if kind not in ("analysis", "map", "views")], indirect=True)
 def test_a_version_that_was_damaged_is_not_taken_for_newer(place: Place) -> None:
-    """Their digest tells, or for analyses and maps that of the folder they lie in."""
+    """Their digest tells, or for analyses, maps and views that of the folder they lie in."""
     place.file.write_text(json.dumps(json.loads(place.file.read_text()) | {"format": 3}))
     with pytest.raises(InputError, match="damaged") if "derived" not in str(place.file) else nullcontext():
         assert place.read() is None
