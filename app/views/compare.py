@@ -198,7 +198,7 @@ def summary(comparison: Comparison, choice: Choice, verdicts: dict[int, Verdict]
         st.markdown(f"**{text.markdown(run.name.capitalize())}.** **{text.markdown(run.reason)}**")
         here = verdicts[layer]
         st.markdown(f"This layer: **{here.name}**. {text.markdown(here.reason)}")
-        with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
+        with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
             st.caption(kl_words(comparison), width="stretch")
             with st.popover("How this word is chosen", type="tertiary"):
                 rule_table(verdicts[layer].name)
