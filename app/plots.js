@@ -40,7 +40,14 @@ function end(Plotly, state) {
   state.sizes?.disconnect();
   document.removeEventListener(LAYER_PICKED, state.goTo);
   cancelAnimationFrame(state.playing);
-  state.divs.forEach(Plotly.purge);
+  state.divs.forEach((div) => discard(Plotly, div));
+}
+
+// A browser keeps sixteen of WebGL's contexts, and those of figures that are gone until it tidies up by itself.
+function discard(Plotly, div) {
+  const canvases = div.querySelectorAll(".gl-canvas");
+  Plotly.purge(div);
+  canvases.forEach((canvas) => canvas.getContext("webgl")?.getExtension("WEBGL_lose_context")?.loseContext());
 }
 
 function element(tag, name) {
@@ -56,7 +63,7 @@ async function draw(Plotly, state, figures) {
   unhover(state);
   while (state.divs.length > figures.length) {
     const gone = state.divs.pop();
-    Plotly.purge(gone);
+    discard(Plotly, gone);
     gone.remove();
   }
   makeRoom(state);

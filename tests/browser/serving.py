@@ -32,6 +32,7 @@ FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
     "--enable-unsafe-swiftshader",  # WebGL without a graphics card
+    "--disable-gpu-watchdog",  # which takes a slow machine for a driver that hangs
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",

@@ -16,6 +16,7 @@ from tests.builders_artifacts import DISTANCES, TARGETS, Compared, write_compari
 pytestmark = marks
 
 PLOTS = "[...document.querySelectorAll('.st-key-linked_pair .plots-plot')]"
+X = f"{PLOTS}.map(plot => plot._fullData[0].x[0])"
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,21 @@ def test_a_click_on_either_side_selects_on_both_and_moves_nothing(
     assert below.bounding_box() == before
     harmful_point(page, index, 3).click(force=True, modifiers=["Shift"])
     expect(heading).to_have_text("2 selected prompts")
+
+
+def test_another_layer_is_drawn_in_the_same_figure(
+    address: str, compared: Compared, open_page: Callable[[str], playwright.Page]
+) -> None:
+    """To set up a figure anew takes plotly longer than to move its points."""
+    page = opened(open_page, address, compared, layer="2")
+    before = page.evaluate(f"window.before = {PLOTS}.map(plot => plot.querySelector('.main-svg')); {X}")
+    page.locator(".st-key-next_layer button").first.click()
+    expect(page.locator(".st-key-pair_controls h3")).to_have_text("Layer 3")
+    settle(page)
+    assert page.evaluate(X) != before
+    assert (
+        page.evaluate(f"{PLOTS}.map((plot, index) => plot.querySelector('.main-svg') === before[index])") == [True] * 2
+    )
 
 
 def test_a_figure_is_saved_under_a_name_that_says_what_it_is(

@@ -21,7 +21,6 @@ HTMLCanvasElement.prototype.getContext = function (kind, ...rest) {
     return kind.includes('webgl') ? null : getContext.call(this, kind, ...rest);
 };
 """
-CANVAS = "document.querySelector('.st-key-linked_pair canvas.gl-canvas-context')"
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +78,6 @@ def test_a_crowd_answers_to_the_mouse(
     assert [len(ringed(page, side)) for side in (0, 1)] == [1, 1]
 
 
-def test_another_layer_is_drawn_on_the_same_canvas(address: str, open_page: Callable[[str], playwright.Page]) -> None:
-    """To set up WebGL, or a figure, anew takes plotly longer than all points do."""
-    page = opened(open_page, address, "canvas.gl-canvas-context")
-    page.evaluate(f"window.before = {CANVAS}")
-    first = "document.querySelector('.st-key-linked_pair .js-plotly-plot')._fullData[0].x[0]"
-    before = page.evaluate(first)
-    page.locator(".st-key-next_layer button").first.click()
-    expect(page.locator(".st-key-pair_controls h3")).to_have_text("Layer 3")
-    settle(page)
-    assert page.evaluate(first) != before
-    assert page.evaluate(f"{CANVAS} === before")
-
-
 def test_fewer_points_are_drawn_without_webgl(address: str, open_page: Callable[[str], playwright.Page]) -> None:
     page = opened(open_page, address, "canvas.gl-canvas-context")
     page.locator(".st-key-others label").click()
@@ -115,7 +101,8 @@ def test_a_lost_context_draws_the_crowd_anew(
     address: str, compared: Compared, open_page: Callable[[str], playwright.Page]
 ) -> None:
     page = opened(open_page, address, "canvas.gl-canvas-context")
-    page.evaluate(f"{CANVAS}.getContext('webgl').getExtension('WEBGL_lose_context').loseContext()")
+    canvas = "document.querySelector('.st-key-linked_pair canvas.gl-canvas-context')"
+    page.evaluate(f"{canvas}.getContext('webgl').getExtension('WEBGL_lose_context').loseContext()")
     expect(page.locator(".st-key-linked_pair .point").first).to_be_attached()
     settle(page)
     assert page.locator(".st-key-linked_pair .point").count() == 2 * 4 * N_PAIRS // 3
