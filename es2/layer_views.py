@@ -83,11 +83,15 @@ class LayerViews:
             tensors = load_file(folder / "views.safetensors")
             points = {kind: tensors[f"{kind}.points"] for kind in DRAWS}
             explained = {kind: tensors[f"{kind}.explained"] for kind in DRAWS}
+            arrays = (*points.values(), *explained.values())
             (shape,) = {array.shape for array in points.values()}
-            sound = len(shape) == 4 and shape[1] in (1, 2) and shape[3] == 2
-            sound = sound and all(array.shape == (shape[0], 2) for array in explained.values())
-            for array in (*points.values(), *explained.values()):
-                sound = sound and array.dtype.kind == "f" and bool(np.isfinite(array).all())
+            sound = (
+                len(shape) == 4
+                and shape[1] in (1, 2)
+                and shape[3] == 2
+                and all(array.shape == (shape[0], 2) for array in explained.values())
+                and all(array.dtype.kind == "f" and np.isfinite(array).all() for array in arrays)
+            )
             if not sound:
                 raise ValueError("not what was written")
             return cls(points, explained)

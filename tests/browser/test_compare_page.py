@@ -53,6 +53,13 @@ def opened(
     return page
 
 
+def step_to(page: playwright.Page, layer: int) -> None:
+    """Go one layer further, which is this one, and wait for all of the page."""
+    page.locator(".st-key-next_layer button").first.click()
+    expect(page.locator(".st-key-pair_controls h3")).to_have_text(f"Layer {layer}")
+    settle(page)
+
+
 def drag(page: playwright.Page, index: int) -> None:
     """Draw a box around all of one side."""
     box = side(page, index).locator(".nsewdrag").first.bounding_box()
@@ -106,9 +113,7 @@ def test_another_layer_is_drawn_in_the_same_figure(
     """To set up a figure anew takes plotly longer than to move its points."""
     page = opened(open_page, address, compared, layer="2")
     before = page.evaluate(f"window.before = {PLOTS}.map(plot => plot.querySelector('.main-svg')); {X}")
-    page.locator(".st-key-next_layer button").first.click()
-    expect(page.locator(".st-key-pair_controls h3")).to_have_text("Layer 3")
-    settle(page)
+    step_to(page, 3)
     assert page.evaluate(X) != before
     assert (
         page.evaluate(f"{PLOTS}.map((plot, index) => plot.querySelector('.main-svg') === before[index])") == [True] * 2
@@ -119,9 +124,7 @@ def test_a_figure_is_saved_under_a_name_that_says_what_it_is(
     address: str, compared: Compared, open_page: Callable[[str], playwright.Page]
 ) -> None:
     page = opened(open_page, address, compared, layer="2")
-    page.locator(".st-key-next_layer button").first.click()
-    expect(page.locator(".st-key-pair_controls h3")).to_have_text("Layer 3")
-    settle(page)
+    step_to(page, 3)
     side(page, 1).hover()
     with page.expect_download() as found:
         side(page, 1).locator(".modebar-btn[data-title^=Download]").click()
@@ -167,9 +170,7 @@ def test_a_box_on_one_side_selects_everywhere_and_lasts(
     heading = page.locator(".st-key-selected h3")
     expect(heading).to_have_text(f"{n_test} selected prompts")
     expect(rings(page, 0)).to_have_count(n_test)
-    page.locator(".st-key-next_layer button").first.click()
-    expect(page.locator(".st-key-pair_controls h3")).to_have_text("Layer 3")
-    settle(page)
+    step_to(page, 3)
     expect(rings(page, 0)).to_have_count(n_test)
     page.locator(".st-key-clear_selection button").click()
     expect(heading).to_have_text("Hardest prompts")
@@ -302,9 +303,7 @@ def test_the_library_is_loaded_once(
     address: str, compared: Compared, open_page: Callable[[str], playwright.Page]
 ) -> None:
     page = opened(open_page, address, compared, layer="1")
-    page.locator(".st-key-next_layer button").first.click()
-    expect(page.locator(".st-key-pair_controls h3")).to_have_text("Layer 2")
-    settle(page)
+    step_to(page, 2)
     loaded = page.evaluate("performance.getEntriesByType('resource').map(entry => entry.name)")
     assert len([name for name in loaded if name.endswith("plotly.min.js")]) == 1
     hosts = {urlsplit(name).hostname for name in loaded if "fonts.gstatic.com" not in name}
