@@ -3,14 +3,14 @@
 One function does it all because the honesty of the numbers is a matter of who sees what: probes, frames, costs and the
 recommendation come from `probe` alone, every number shown comes from `test` (or from a test set of other origin), and
 both models are measured on the same resamples of the same pairs. Layers are independent of each other, so they are
-spread over a few threads, each with single-threaded linear algebra, which on small matrices is the faster way round.
+spread over a few processes, each with single-threaded linear algebra, which on small matrices is the faster way round.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from es2.errors import InputError
 from es2.geometry import Frame, cloud_numbers, direction_cosine, fit_frame
+from es2.helpers import spread
 from es2.jobs import Reporter, silent
 from es2.logistic import Products
 from es2.probes import (
@@ -59,7 +60,9 @@ __all__ = [
 ]
 
 MIN_PER_LABEL = 2
-MAX_THREADS = 8
+MAX_PROCESSES = 8
+HELP_WORTHWHILE = 4_000_000
+"""Layers times squared prompts from which helpers are started, which takes each a second."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,8 @@ def _control(
     """What probes of the same cost reach when the labels of `probe` and of the test prompts are shuffled alike."""
     weights, intercepts = fit_each(features, plan.probe_shuffles, cost, products)
     scores, tested = test_features @ weights.T + intercepts, plan.test_shuffles.T
-    aurocs = [auroc(*columns, plan.weights) for columns in zip(scores.T, tested.T, strict=True)]
+    counts = plan.weights.astype(np.float32)
+    aurocs = [auroc(*columns, counts) for columns in zip(scores.T, tested.T, strict=True)]
     return {
         "probe_accuracy_control": accuracy(scores, tested, plan.weights).mean(axis=1),
         "probe_auroc_control": np.mean(aurocs, axis=0),
@@ -278,28 +282,46 @@ class _Layer:
     tuned_probe: _Probe | None = None
 
 
-def _analyze_layer(layer: int, readers: Readers, plan: _Plan) -> _Layer:
-    probe, test = readers.read("base", layer)
-    base = _measure(probe, test, plan, None)
+_Embeddings = tuple[Float[np.ndarray, "probe d_model"], Float[np.ndarray, "test d_model"]]
+"""Of one layer under one model: what `Readers.read` gives."""
+
+
+def _read_layer(layer: int, readers: Readers) -> tuple[int, _Embeddings, _Embeddings | None]:
+    """What `_analyze_layer` takes."""
+    base = readers.read("base", layer)
+    if "tuned" not in readers.models:
+        return layer, base, None
+    tuned = readers.read("tuned", layer)
+    if tuned[0].shape[1] != base[0].shape[1]:
+        raise InputError(
+            f"Base has {base[0].shape[1]} dimensions and tuned {tuned[0].shape[1]}; they are not the same model."
+        )
+    return layer, base, tuned
+
+
+def _analyze_layer(plan: _Plan, layer: int, of_base: _Embeddings, of_tuned: _Embeddings | None) -> _Layer:
+    base = _measure(*of_base, plan, None)
     one = np.ones(len(plan.weights))
     against_itself = {"norm_ratio": one, "rest_ratio": one, "direction_cosine": one}
     base_numbers = _layer_numbers(layer, base, plan, base.numbers | against_itself)
-    if "tuned" not in readers.models:
+    if of_tuned is None:
         return _Layer(base_numbers, base.probe)
-    tuned_probe, tuned_test = readers.read("tuned", layer)
-    if tuned_probe.shape[1] != probe.shape[1]:
-        raise InputError(
-            f"Base has {probe.shape[1]} dimensions and tuned {tuned_probe.shape[1]}; they are not the same model."
-        )
-    tuned = _measure(tuned_probe, tuned_test, plan, base)
+    tuned = _measure(*of_tuned, plan, base)
     against_base = {
         "norm_ratio": safe_ratio(tuned.numbers["mean_norm"], base.numbers["mean_norm"], both_zero=1.0),
         "rest_ratio": safe_ratio(tuned.numbers["rest_deviation"], base.numbers["rest_deviation"], both_zero=1.0),
-        "direction_cosine": direction_cosine(test, tuned_test, plan.test_labels, plan.weights),
+        "direction_cosine": direction_cosine(of_base[1], of_tuned[1], plan.test_labels, plan.weights),
     }
     tuned_numbers = _layer_numbers(layer, tuned, plan, tuned.numbers | against_base)
     tuned_numbers = replace(tuned_numbers, change=_changes(base.numbers, tuned.numbers, plan))
     return _Layer(base_numbers, base.probe, tuned_numbers, tuned.probe)
+
+
+def _n_helpers(n_layers: int, n_prompts: int) -> int:
+    """How many processes help with an analysis: one for every further processor, where it pays to start them."""
+    if n_layers * n_prompts**2 < HELP_WORTHWHILE:
+        return 0
+    return min(os.cpu_count() or 1, MAX_PROCESSES, n_layers) - 1
 
 
 def recommend(log_loss: Sequence[float], accuracy: Sequence[float]) -> tuple[tuple[int, ...], int, str]:
@@ -397,17 +419,13 @@ def analyze(
     )
     n_layers = base.n_layers
     done: dict[int, _Layer] = {}
-    workers = min(os.cpu_count() or 1, MAX_THREADS, n_layers)
+    n_helpers = _n_helpers(n_layers, len(plan.probe_rows) + len(plan.test_rows))
     report("analyse", 0, n_layers)
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(_analyze_layer, layer, readers, plan): layer for layer in range(n_layers)}
-        try:
-            for future in as_completed(waiting):
-                done[waiting[future]] = future.result()
-                report("analyse", len(done), n_layers)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    pieces = spread(_analyze_layer, plan, lambda layer: _read_layer(layer, readers), n_layers, n_helpers)
+    with threadpool_limits(1, user_api="blas"), closing(pieces):
+        for layer, answer in pieces:
+            done[layer] = answer
+            report("analyse", len(done), n_layers)
     layers = [done[layer] for layer in range(n_layers)]
     base_layers = tuple(layer.base for layer in layers)
     recommended, best_layer, reason = recommend(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -76,6 +76,12 @@ class Products:
         """Squared length of every prompt, the diagonal of K."""
         return np.einsum("pd,pd->p", self.features, self.features) if self.kernel is None else np.diag(self.kernel)
 
+    def single(self) -> Products:
+        """The same in single precision."""
+        return Products(
+            self.features.astype(np.float32), None if self.kernel is None else self.kernel.astype(np.float32)
+        )
+
     def among(self, rows: Int[np.ndarray, "row"]) -> Float[np.ndarray, "row other"]:
         """What a curvature matrix of these prompts is made from: their K, or their X."""
         return self.features[rows] if self.kernel is None else self.kernel[np.ix_(rows, rows)]
@@ -124,12 +130,11 @@ def _alike(products: Products, seen: Bool[np.ndarray, "prompt fit"]) -> _Alike:
     fits_of: defaultdict[bytes, list[int]] = defaultdict(list)
     for fit, column in enumerate(seen.T):
         fits_of[column.tobytes()].append(fit)
-    lengths = products.lengths()
+    lengths, single = products.lengths(), products.single()
     alike = []
     for fits in fits_of.values():
         rows = np.flatnonzero(seen[:, fits[0]])
-        view = _View(rows, products.among(rows).astype(np.float32), lengths[rows])
-        alike.append((view, np.array(fits)))
+        alike.append((_View(rows, single.among(rows), lengths[rows]), np.array(fits)))
     return alike
 
 
@@ -140,35 +145,29 @@ class _Group:
     Attributes:
         view: the prompts.
         fits: the fits, as columns.
-        rooted: S, `[row, 1]`.
         factor: the Cholesky factor of B = 1 + S K S, which is well conditioned whatever the data (Rasmussen & Williams,
             Gaussian Processes for Machine Learning, section 3.4); or of 1 + XᵀS²X, where that is smaller (Woodbury);
             None where B is near 1.
         weighted: S X in the second case.
-        by_shift: S B⁻¹ S 1, `[row, 1]`.
     """
 
     view: _View
     fits: Int[np.ndarray, "fit"]
-    rooted: Float[np.ndarray, "row 1"]
     factor: Float[np.ndarray, "a a"] | None
     weighted: Float[np.ndarray, "row d"] | None
-    by_shift: Float[np.ndarray, "row 1"]
 
 
-def _group(products: Products, view: _View, fits: Int[np.ndarray, "fit"], curvature: Columns) -> _Group:
-    """A group whose curvature is the mean of its fits' own."""
+def _group(products: Products, view: _View, fits: Int[np.ndarray, "fit"], squared: Float[np.ndarray, "row"]) -> _Group:
+    """A group with S² = `squared`."""
     from scipy.linalg import LinAlgError
     from scipy.linalg.lapack import dpotrf, spotrf
 
-    squared = curvature[np.ix_(view.rows, fits)].mean(axis=1)
-    rooted = np.sqrt(squared)[:, None]
     trace = squared @ view.lengths
     if trace < NEGLIGIBLE:
-        return _Group(view, fits, rooted, None, None, rooted**2)
+        return _Group(view, fits, None, None)
     single = trace < SINGLE_PRECISION
     source = view.single if single else products.among(view.rows)
-    rooted = rooted.astype(source.dtype)
+    rooted = np.sqrt(squared)[:, None].astype(source.dtype)
     matrix, weighted = rooted * source, None
     if products.kernel is None:
         weighted = matrix
@@ -180,34 +179,20 @@ def _group(products: Products, view: _View, fits: Int[np.ndarray, "fit"], curvat
     factor, failed = (spotrf if single else dpotrf)(matrix.T, lower=1, clean=0, overwrite_a=1)
     if failed:
         raise LinAlgError("The curvature of a probe's loss is not positive definite.")
-    return _Group(view, fits, rooted, factor, weighted, _smoothed(rooted, factor, weighted, np.ones((len(rooted), 1))))
+    return _Group(view, fits, factor, weighted)
 
 
-def _smoothed(
-    rooted: Float[np.ndarray, "row 1"],
-    factor: Float[np.ndarray, "a a"] | None,
-    weighted: Float[np.ndarray, "row d"] | None,
-    values: Float[np.ndarray, "row column"],
-) -> Float[np.ndarray, "row column"]:
-    """S B⁻¹ S values."""
-    if factor is None:
-        return rooted**2 * values
-    scaled = rooted * values.astype(rooted.dtype)
-    if weighted is None:
-        return (rooted * _solve(factor, scaled)).astype(np.float64)
-    return (rooted * (scaled - weighted @ _solve(factor, weighted.T @ scaled))).astype(np.float64)
-
-
-def _solve(factor: Float[np.ndarray, "a a"], values: Float[np.ndarray, "a column"]) -> Float[np.ndarray, "a column"]:
-    """Solve with a Cholesky factor; a single column takes half the time as a vector."""
+def _solve(factor: Float[np.ndarray, "a a"], values: Float[np.ndarray, "a *column"]) -> Float[np.ndarray, "a *column"]:
+    """Solve with a Cholesky factor, in its precision; a vector takes half the time of a single column."""
     from scipy.linalg.blas import dtrsv, strsv
     from scipy.linalg.lapack import dpotrs, spotrs
 
     single = factor.dtype == np.float32
-    if values.shape[1] > 1:
+    values = values.astype(factor.dtype)
+    if values.ndim > 1:
         return (spotrs if single else dpotrs)(factor, values, lower=1)[0]
     trsv = strsv if single else dtrsv
-    return trsv(factor, trsv(factor, values[:, 0], lower=1), lower=1, trans=1, overwrite_x=1)[:, None]
+    return trsv(factor, trsv(factor, values, lower=1), lower=1, trans=1, overwrite_x=1)
 
 
 @dataclass(frozen=True)
@@ -237,26 +222,77 @@ class _Steps:
     decrement: Float[np.ndarray, "fit"]
 
 
-def _step(group: _Group, slope: _Slope, steps: _Steps) -> None:
-    """Write the steps of a group's fits.
+class _Newton:
+    """Newton steps of all fits: the groups, and what their fits' steps share, in columns of one array.
 
-    A step changes the intercept by δ and the duals by −(r + a) − S B⁻¹ S (δ − K(r + a)), where the last term is the
-    curvature times the change of the logits; δ is such that its sum is −Σ r, the intercept's equation.
+    Attributes:
+        groups: of the fits that are not solved yet.
+        rooted: S, zero for prompts that a fit does not see, `[prompt, fit]`.
+        by_shift: S B⁻¹ S 1, `[prompt, fit]`.
     """
-    here, fits = np.ix_(group.view.rows, group.fits), group.fits
-    pulled, total = slope.pulled[here], slope.total[fits]
-    by_pull = _smoothed(group.rooted, group.factor, group.weighted, pulled)
-    shift = (by_pull.sum(axis=0) - total) / group.by_shift.sum()
-    duals = by_pull - shift * group.by_shift - slope.pull[here]
-    steps.duals[here] = duals
-    steps.intercept[fits] = shift
-    steps.decrement[fits] = -np.einsum("rf,rf->f", duals, pulled) - shift * total
 
+    def __init__(self, products: Products, alike: _Alike, curvature: Columns) -> None:
+        self._products = products
+        self.groups: list[_Group] = []
+        self.rooted = np.zeros_like(curvature)
+        self.by_shift = np.zeros_like(curvature)
+        self.add(alike, curvature)
 
-def _without(groups: Sequence[_Group], leaving: Bool[np.ndarray, "fit"]) -> list[_Group]:
-    """The groups without the fits that leave, and without those that are empty then."""
-    kept = [replace(group, fits=group.fits[~leaving[group.fits]]) for group in groups]
-    return [group for group in kept if len(group.fits)]
+    def add(self, alike: _Alike, curvature: Columns) -> list[_Group]:
+        """Make groups, each of whose curvature is the mean of its fits' own."""
+        added = []
+        for view, fits in alike:
+            here = np.ix_(view.rows, fits)
+            squared = curvature[here].mean(axis=1)
+            self.rooted[here] = np.sqrt(squared)[:, None]
+            added.append(_group(self._products, view, fits, squared))
+        new = np.concatenate([fits for _, fits in alike])
+        self.by_shift[:, new] = self._smoothed(np.ones_like(self.rooted), added)[:, new]
+        self.groups += added
+        return added
+
+    def _smoothed(self, values: Columns, groups: Sequence[_Group]) -> Columns:
+        """S B⁻¹ S values; only of the fits of these groups."""
+        smoothed = self.rooted * values
+        for group in groups:
+            if group.factor is None:
+                continue
+            rows, fits = group.view.rows, group.fits
+            here = np.ix_(rows, fits) if len(fits) > 1 else (rows, fits[0])
+            scaled = smoothed[here]
+            if group.weighted is None:
+                smoothed[here] = _solve(group.factor, scaled)
+            else:
+                smoothed[here] = scaled - group.weighted @ _solve(group.factor, group.weighted.T @ scaled)
+        smoothed *= self.rooted
+        return smoothed
+
+    def steps(self, slope: _Slope, groups: Sequence[_Group]) -> _Steps:
+        """The next steps of the fits of these groups.
+
+        A step changes the intercept by δ and the duals by −(r + a) − S B⁻¹ S (δ − K(r + a)), where the last term is the
+        curvature times the change of the logits; δ is such that its sum is −Σ r, the intercept's equation.
+        """
+        duals = self._smoothed(slope.pulled, groups)
+        shift = (duals.sum(axis=0) - slope.total) / self.by_shift.sum(axis=0)
+        duals -= shift * self.by_shift
+        duals -= slope.pull
+        asked = np.zeros(len(shift), dtype=bool)
+        asked[np.concatenate([group.fits for group in groups])] = True
+        duals[:, ~asked], shift[~asked] = 0, 0
+        decrement = -np.einsum("pf,pf->f", duals, slope.pulled) - shift * slope.total
+        return _Steps(duals, shift, np.maximum(decrement, 0))  # below zero is rounding
+
+    def renew(self, fits: Bool[np.ndarray, "fit"], slope: _Slope) -> list[_Group]:
+        """Give some fits a curvature of their own, that of where they stand."""
+        alike = [(group.view, np.array([fit])) for group in self.groups for fit in group.fits[fits[group.fits]]]
+        self.drop(fits)
+        return self.add(alike, slope.curvature)
+
+    def drop(self, fits: Bool[np.ndarray, "fit"]) -> None:
+        """Leave out fits, and groups that are empty then."""
+        kept = [replace(group, fits=group.fits[~fits[group.fits]]) for group in self.groups]
+        self.groups = [group for group in kept if len(group.fits)]
 
 
 def _minimise(
@@ -278,7 +314,7 @@ def _minimise(
     duals, intercept, fitted = start.duals, start.intercept, start.fitted
     logits = fitted + intercept
     value = objective(duals, fitted, logits)
-    groups: list[_Group] = []
+    newton: _Newton | None = None
     previous = np.full(len(intercept), 1e300)
     for _ in range(MAX_STEPS):
         probability = expit(logits)
@@ -286,20 +322,12 @@ def _minimise(
         # The floor keeps the intercept's equation solvable where every prompt is classified to the last bit.
         curvature = np.maximum(importance * probability * (1 - probability), 1e-12)
         slope = _Slope(residual + duals, products.times(residual) + fitted, residual.sum(axis=0), curvature)
-        steps = _Steps(np.zeros_like(duals), np.zeros_like(intercept), np.zeros_like(intercept))
-        groups = groups or [_group(products, view, fits, curvature) for view, fits in alike]
-        for group in groups:
-            _step(group, slope, steps)
+        newton = newton or _Newton(products, alike, curvature)
+        steps = newton.steps(slope, newton.groups)
         slow = steps.decrement > FAST * previous
         if slow.any():
-            fresh = [
-                _group(products, group.view, np.array([fit]), curvature)
-                for group in groups
-                for fit in group.fits[slow[group.fits]]
-            ]
-            for group in fresh:
-                _step(group, slope, steps)
-            groups = _without(groups, slow) + fresh
+            fresh = newton.steps(slope, newton.renew(slow, slope))
+            steps = _Steps(*(np.where(slow, new, old) for new, old in zip(astuple(fresh), astuple(steps), strict=True)))
         previous = steps.decrement
         along = products.times(steps.duals)
         last = steps.decrement <= SOLVED * np.maximum(np.einsum("pf,pf->f", duals, fitted), 1e-8)
@@ -314,8 +342,7 @@ def _minimise(
             size[short] /= 2
             last |= size < SMALLEST_STEP
         (duals, intercept, fitted), value = candidate, reached
-        if last.any():
-            groups = _without(groups, last)
-            if not groups:
-                break
+        newton.drop(last)
+        if not newton.groups:
+            break
     return Fits(duals, intercept, fitted)

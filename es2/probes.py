@@ -256,7 +256,7 @@ def auroc(
     """Area under the ROC curve under every resample: the share of harmful × harmless won by the harmful, ties half."""
     is_harmful = labels == HARMFUL
     harmful, harmless = scores[is_harmful], np.sort(scores[~is_harmful])
-    of_harmful = weights.T[is_harmful].astype(np.float32)
+    of_harmful = weights.T[is_harmful].astype(np.float32, copy=False)
     below = _running_sums(weights.T[~is_harmful][np.argsort(scores[~is_harmful], kind="stable")])
     worse, not_better = (np.searchsorted(harmless, harmful, side=side) for side in ("left", "right"))
     beaten = below[worse]
@@ -296,14 +296,16 @@ def probe_numbers(
         The numbers of each cost.
     """
     harmful = labels == HARMFUL
+    counts = weights.astype(np.float32)  # exact, as they are whole numbers, and half as much to read
+    of_harmful = counts.T[harmful].T
     accuracies = accuracy(margins, labels[:, None], weights)
     means = balanced_mean(np.where(harmful[:, None], margins, -margins), labels[:, None], weights)
     return [
         {
             "probe_accuracy": accuracies[:, cost],
-            "probe_auroc": auroc(margins[:, cost], labels, weights),
+            "probe_auroc": auroc(margins[:, cost], labels, counts),
             "margin_mean": means[:, cost],
-            "margin_harmful_q1": lower_quartile(margins[harmful, cost], weights[:, harmful]),
+            "margin_harmful_q1": lower_quartile(margins[harmful, cost], of_harmful),
         }
         for cost in range(margins.shape[1])
     ]

@@ -1,0 +1,177 @@
+"""Processes that help with work that falls into pieces, and are gone with it.
+
+Threads of one Python take turns at every call of numpy that is not long, and waking the other one costs more than many
+of these calls: two threads are hardly faster than one at what an analysis does, two processes nearly twice as fast
+(docs/performance.md). A helper starts while the work has begun, asks for a piece when it is ready, and is optional: the
+pieces of one that dies are done here. Both ends of its pipe are this program's, and the pipe has no name that others
+could open.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
+
+_ENVIRONMENT = {
+    # One thread each, since there are as many processes as processors.
+    **dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1"),
+    # Memory that was freed is kept for the next piece instead of fetched anew from the kernel, page by page.
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+}
+
+
+def spread(
+    work: Callable[..., Answer], shared: Any, read: Callable[[int], tuple[Any, ...]], n_pieces: int, n_helpers: int
+) -> Generator[tuple[int, Answer], None, None]:
+    """Do every piece, here and in helpers, and give the answers as they come.
+
+    Args:
+        work: called as `work(shared, *piece)`; a function of a module, that gives the same wherever it is called.
+        shared: what all pieces need.
+        read: gives a piece by its number; called here, from several threads.
+        n_pieces: how many there are.
+        n_helpers: how many processes to start. Closing the iterator ends them.
+
+    Yields:
+        (number of the piece, answer).
+
+    Raises:
+        Exception: what `read` or `work` raises, wherever that happens.
+    """
+    waiting = deque(range(n_pieces))
+    answers: SimpleQueue[tuple[int, Answer] | Exception | None] = SimpleQueue()
+
+    def take() -> int | None:
+        try:
+            return waiting.popleft()
+        except IndexError:
+            return None
+
+    def feed(helper: _Helper) -> None:
+        """Give one helper pieces for as long as there are any; None in `answers` says that one has come back."""
+        try:
+            helper.begin(work, shared)
+            while (number := take()) is not None:
+                try:
+                    answers.put((number, helper.ask(read(number))))
+                except _GoneError:
+                    waiting.append(number)
+                    raise
+        except _GoneError:
+            if not helper.dismissed:
+                logger.warning("A helping process has ended; its share is done by this one.")
+            answers.put(None)
+        except Exception as error:
+            answers.put(error)
+
+    helpers: list[_Helper] = []
+    threads: list[threading.Thread] = []
+    try:
+        for _ in range(n_helpers):
+            try:
+                helpers.append(_Helper())
+            except OSError as error:
+                logger.warning("No process can be started to help (%s); this one does everything.", error)
+                break
+            threads.append(threading.Thread(target=feed, args=(helpers[-1],), daemon=True))
+            threads[-1].start()
+        n_done = 0
+        while n_done < n_pieces:
+            number = take() if answers.empty() else None
+            answer = answers.get() if number is None else (number, work(shared, *read(number)))
+            if isinstance(answer, Exception):
+                raise answer
+            if answer is not None:
+                n_done += 1
+                yield answer
+    finally:
+        for helper in helpers:
+            helper.dismiss()
+        for thread in threads:
+            thread.join()
+
+
+class _GoneError(Exception):
+    """A helper has ended."""
+
+
+class _Helper:
+    """One process, and our end of the pipe to it."""
+
+    def __init__(self) -> None:
+        self._connection, theirs = Pipe()
+        self.dismissed = False
+        root = str(Path(__file__).parents[1])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        # -P: no module of the current folder is taken for a library.
+        command = [sys.executable, "-P", "-c", "from es2.helpers import serve; serve()", str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                env=os.environ | _ENVIRONMENT | {"PYTHONPATH": path},
+            )
+
+    def begin(self, work: Callable[..., Any], shared: Any) -> None:
+        """Say what the work is, and wait until it can begin."""
+        self._exchange((work, shared))
+
+    def ask(self, piece: tuple[Any, ...]) -> Any:
+        """The answer to one piece; what it raises there is raised here."""
+        answer, error = self._exchange(piece)
+        if error is not None:
+            raise error
+        return answer
+
+    def _exchange(self, message: Any) -> Any:
+        try:
+            self._connection.send(message)
+            return self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise _GoneError from error
+
+    def dismiss(self) -> None:
+        """End it, whatever it is doing."""
+        self.dismissed = True
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
+
+
+def serve() -> None:
+    """What a helper does: answer pieces until the pipe is closed, which the end of the other process does, too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process, which then ends this one
+    with Connection(int(sys.argv[1])) as connection:
+        try:
+            work, shared = connection.recv()
+            connection.send(None)
+            while True:
+                piece = connection.recv()
+                answer, failed = None, None
+                try:
+                    answer = work(shared, *piece)
+                except Exception as error:
+                    failed = error
+                    failed.add_note(traceback.format_exc())
+                connection.send((answer, failed))
+        except (EOFError, OSError):
+            return
