@@ -28,8 +28,10 @@ from es2.probes import (
     cross_validate,
     fit_each,
     fit_path,
+    mean_auroc,
     probe_numbers,
     signed_distances,
+    twins_of,
 )
 from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, normalised
 from es2.resampling import Replicates, canonical, fold_of, intervals, resample_pairs, safe_ratio, shuffled_labels
@@ -77,6 +79,7 @@ class _Plan:
     test_rows: Int[np.ndarray, "test"]
     test_labels: Int[np.ndarray, "test"]
     test_shuffles: Int[np.ndarray, "shuffle test"]
+    test_twins: Int[np.ndarray, "2 pair"] | None
     weights: Float[np.ndarray, "resample test"]
     self_folds: Int[np.ndarray, "test"] | None
 
@@ -112,6 +115,8 @@ def _plan(prompts: PromptSet, test: TestSet | None, config: AnalysisConfig) -> _
     check_prompts(prompts, None if test is None else test.prompts)
     probe_rows, probe = canonical(prompts, "probe")
     test_rows, measured = canonical(prompts, "test") if test is None else canonical(test.prompts)
+    test_shuffles = shuffled_labels(measured, config.n_shuffles, config.seed)
+    weights = resample_pairs(measured, config.n_bootstrap, config.seed)
     return _Plan(
         config,
         probe_rows,
@@ -120,8 +125,9 @@ def _plan(prompts: PromptSet, test: TestSet | None, config: AnalysisConfig) -> _
         shuffled_labels(probe, config.n_shuffles, config.seed),
         test_rows,
         measured.labels,
-        shuffled_labels(measured, config.n_shuffles, config.seed),
-        resample_pairs(measured, config.n_bootstrap, config.seed),
+        test_shuffles,
+        twins_of(test_shuffles.T, weights),
+        weights,
         None if test is None else fold_of(measured, config.n_folds),
     )
 
@@ -222,11 +228,9 @@ def _control(
     """What probes of the same cost reach when the labels of `probe` and of the test prompts are shuffled alike."""
     weights, intercepts = fit_each(features, plan.probe_shuffles, cost, products)
     scores, tested = test_features @ weights.T + intercepts, plan.test_shuffles.T
-    counts = plan.weights.astype(np.float32)
-    aurocs = [auroc(*columns, counts) for columns in zip(scores.T, tested.T, strict=True)]
     return {
         "probe_accuracy_control": accuracy(scores, tested, plan.weights).mean(axis=1),
-        "probe_auroc_control": np.mean(aurocs, axis=0),
+        "probe_auroc_control": mean_auroc(scores, tested, plan.weights, plan.test_twins),
     }
 
 

@@ -17,7 +17,7 @@ from es2.errors import InputError
 from es2.geometry import Frame, balanced_mean, class_sums, parts_of
 from es2.logistic import Fits, Products, fit_columns
 from es2.prompts import HARMFUL, HARMLESS
-from es2.resampling import Replicates
+from es2.resampling import Replicates, drawn_together
 
 
 @dataclass(frozen=True)
@@ -268,6 +268,43 @@ def auroc(
         wins += np.einsum("pr,pr->r", of_harmful[some], beaten[some])
     total = of_harmful.sum(axis=0).astype(np.float64) * below[-1]
     return np.where(total > 0, wins / np.maximum(total, 1), 0.5)
+
+
+def twins_of(
+    labels: Int[np.ndarray, "prompt labeling"], weights: Float[np.ndarray, "resample prompt"]
+) -> Int[np.ndarray, "2 pair"] | None:
+    """The prompts as pairs that every resample draws together and every labeling labels differently, if they are."""
+    units = drawn_together(weights.T)
+    if (np.bincount(units) != 2).any():
+        return None
+    twins: Int[np.ndarray, "2 pair"] = np.argsort(units, kind="stable").reshape(-1, 2).T
+    return twins if (labels[twins[0]] != labels[twins[1]]).all() else None
+
+
+def mean_auroc(
+    scores: Float[np.ndarray, "prompt column"],
+    labels: Int[np.ndarray, "prompt column"],
+    weights: Float[np.ndarray, "resample prompt"],
+    twins: Int[np.ndarray, "2 pair"] | None,
+) -> Replicates:
+    """The mean over columns of `auroc`; `twins` are from `twins_of` the same labels and weights.
+
+    A resample of twins holds as many harmful and harmless prompts whichever of two is called which, so the wins of all
+    columns are added up before they are weighted.
+    """
+    if twins is None:
+        return np.mean([auroc(*columns, weights) for columns in zip(scores.T, labels.T, strict=True)], axis=0)
+    first, second = twins
+    swapped = labels[first] != HARMFUL
+    harmful = np.where(swapped, scores[second], scores[first]).T
+    harmless = np.where(swapped, scores[first], scores[second]).T
+    wins = np.zeros((len(first), len(first)), dtype=np.float32)
+    for won, lost in zip(harmful, harmless, strict=True):
+        wins += (won[:, None] > lost).astype(np.float32)
+        wins += (won[:, None] >= lost).astype(np.float32)
+    drawn = weights.T[first].astype(np.float32, copy=False)
+    sums = np.einsum("pr,pr->r", drawn, wins @ drawn, dtype=np.float64)
+    return sums / (2 * len(harmful) * drawn.sum(axis=0, dtype=np.float64) ** 2)
 
 
 def lower_quartile(values: Float[np.ndarray, "prompt"], weights: Float[np.ndarray, "resample prompt"]) -> Replicates:

@@ -178,7 +178,7 @@ def needed_by_layer(
         if any(hyperplane(probes, layer).slope == 0 for _, probes in sources.values()):
             continue
         embeddings = {
-            model: read_rows(source, layer, position, len(prompts), rows[is_harmful], model)
+            model: read_rows(source, layer, position, len(prompts), rows[is_harmful], model).astype(np.float64)
             for model, (source, _) in sources.items()
         }
         for p0 in p0s:
@@ -340,7 +340,8 @@ def make_attacker(
         if plane.slope == 0:
             raise InputError(f"The probe of layer {layer} reads nothing, so there is no direction; choose another one.")
     reading = [
-        reading_vector(read_rows(source, layer, position, len(prompts), rows, "attacked"), fitted) for layer in chosen
+        reading_vector(read_rows(source, layer, position, len(prompts), rows, "attacked").astype(np.float64), fitted)
+        for layer in chosen
     ]
     return Attacker(
         chosen,

@@ -1,6 +1,6 @@
 """Where the embeddings of an analysis come from, and the checks they pass before any number is worked out of them.
 
-Analysis code asks for a layer and gets float64 rows that are there, finite and of the right model, or one sentence that
+Analysis code asks for a layer and gets rows that are there, finite and of the right model, or one sentence that
 says what is wrong; it never handles files. A source is anything with `n_layers` and `layer`, so an activation set on
 disk and an array in a test are the same to it.
 """
@@ -71,7 +71,7 @@ class TestSet:
 def read_rows(
     source: LayerSource, layer: int, position: str, n_prompts: int, rows: Int[np.ndarray, "row"], model: str
 ) -> Float[np.ndarray, "row d_model"]:
-    """One layer's embeddings at `rows`, in float64.
+    """One layer's embeddings at `rows`, as exact as they are stored.
 
     Args:
         source: of `n_prompts` prompts.
@@ -90,7 +90,7 @@ def read_rows(
             f"The {model} model's embeddings are of {len(embeddings)} prompts, the prompt set has {n_prompts}; "
             "capture this prompt set."
         )
-    chosen = embeddings[rows].astype(np.float64)
+    chosen = embeddings[rows]
     broken = int((~np.isfinite(chosen).all(axis=1)).sum())
     if broken:
         raise InputError(

@@ -19,10 +19,12 @@ from es2.probes import (
     fit_each,
     fit_path,
     lower_quartile,
+    mean_auroc,
     probe_numbers,
     signed_distance,
+    twins_of,
 )
-from es2.resampling import resample_pairs
+from es2.resampling import resample_pairs, shuffled_labels
 from tests.clouds import clouds, paired_prompts, rotation, single_prompts
 
 COSTS = tuple(10.0**power for power in range(-4, 5))
@@ -216,6 +218,20 @@ def test_numbers_of_many_prompts_count_exactly() -> None:
         drawn, own = np.repeat(scores, multiplicities), np.repeat(labels, multiplicities)
         assert found[index] == pytest.approx(roc_auc_score(own, drawn), rel=1e-13)
         assert quartiles[index] == pytest.approx(np.quantile(drawn[own == 1], 0.25), abs=1e-15)
+
+
+def test_the_mean_over_shuffled_labels_is_that_of_each() -> None:
+    prompts = paired_prompts(60)
+    weights = resample_pairs(prompts, 40, seed=0)
+    labels = shuffled_labels(prompts, 7, seed=0).T
+    scores = np.round(np.random.default_rng(5).normal(size=labels.shape), 1)  # with ties
+    twins = twins_of(labels, weights)
+    assert twins is not None
+    found, expected = (mean_auroc(scores, labels, weights, known) for known in (twins, None))
+    np.testing.assert_allclose(found, expected, rtol=1e-13)
+    single = single_prompts([0, 1] * 30)
+    assert twins_of(labels, resample_pairs(single, 40, seed=0)) is None  # not drawn together
+    assert twins_of(np.ones_like(labels), weights) is None  # of one label
 
 
 def test_lower_quartile_of_one_value() -> None:

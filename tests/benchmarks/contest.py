@@ -8,6 +8,7 @@ a machine that others use in bursts even that wavers: `busy` measures one thread
 from __future__ import annotations
 
 import math
+import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,11 @@ import numpy as np
 from rich.table import Table
 
 from es2.prompts import PromptSet
+
+
+def _processor_seconds() -> float:
+    used = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,18 @@ class Settings:
         chosen = {pairs[place] for place in np.linspace(0, len(pairs) - 1, n_pairs).astype(int)}
         return measured.select(np.array([pair in chosen for pair in measured.pairs]))
 
+    @property
+    def clock(self) -> Callable[[], float]:
+        """What tells the seconds: the clock, or the processor's for this process and those that it started."""
+        return _processor_seconds if self.busy else time.perf_counter
+
     def alternate(self, contestants: Mapping[str, Callable[[], Any]]) -> tuple[dict[str, list[float]], dict[str, Any]]:
         """Let contestants take turns.
 
         Returns:
             The seconds of every round, and what each contestant returned last.
         """
-        clock = time.process_time if self.busy else time.perf_counter
+        clock = self.clock
         seconds: dict[str, list[float]] = {name: [] for name in contestants}
         results: dict[str, Any] = {}
         for number in range(self.repeats):
