@@ -106,6 +106,8 @@ def spread(
             helper.dismiss()
         for thread in threads:
             thread.join()
+        for helper in helpers:
+            helper.connection.close()  # not before: a thread may wait on it
 
 
 class _GoneError(Exception):
@@ -116,7 +118,7 @@ class _Helper:
     """One process, and our end of the pipe to it."""
 
     def __init__(self) -> None:
-        self._connection, theirs = Pipe()
+        self.connection, theirs = Pipe()
         self.dismissed = False
         root = str(Path(__file__).parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -144,8 +146,8 @@ class _Helper:
 
     def _exchange(self, message: Any) -> Any:
         try:
-            self._connection.send(message)
-            return self._connection.recv()
+            self.connection.send(message)
+            return self.connection.recv()
         except (EOFError, OSError) as error:
             raise _GoneError from error
 
@@ -154,7 +156,6 @@ class _Helper:
         self.dismissed = True
         self._process.kill()
         self._process.wait()
-        self._connection.close()
 
 
 def serve() -> None:
