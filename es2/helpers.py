@@ -1,10 +1,9 @@
 """Processes that help with work that falls into pieces, and are gone with it.
 
-Threads of one Python take turns at every call of numpy that is not long, and waking the other one costs more than many
-of these calls: two threads are hardly faster than one at what an analysis does, two processes nearly twice as fast
-(docs/performance.md). A helper starts while the work has begun, asks for a piece when it is ready, and is optional: the
-pieces of one that dies are done here. Both ends of its pipe are this program's, and the pipe has no name that others
-could open.
+Threads hand Python's lock to each other at nearly every call of numpy, and two of them are hardly faster than one at
+what an analysis does, where two processes do about 1.7 times as much (docs/performance.md). A helper starts while the
+work has begun, asks for a piece when it is ready, and is optional: the pieces of one that dies are done here. Both ends
+of its pipe are this program's, and the pipe has no name that others could open.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ __all__ = [
 MIN_PER_LABEL = 2
 MAX_PROCESSES = 8
 HELP_WORTHWHILE = 4_000_000
-"""Layers times squared prompts from which helpers are started, which takes each a second."""
+"""Layers times squared prompts from which helpers are started, which takes half a second and more."""
 
 
 @dataclass(frozen=True)

@@ -203,13 +203,11 @@ class _Slope:
         pull: r + a, with r the gradient of the loss by the logits, `[prompt, fit]`.
         pulled: K(r + a), the gradient by the duals.
         total: Σ r, the gradient by the intercept, `[fit]`.
-        curvature: S² of the loss by the logits, `[prompt, fit]`.
     """
 
     pull: Columns
     pulled: Columns
     total: Float[np.ndarray, "fit"]
-    curvature: Columns
 
 
 @dataclass(frozen=True)
@@ -283,11 +281,11 @@ class _Newton:
         decrement = -np.einsum("pf,pf->f", duals, slope.pulled) - shift * slope.total
         return _Steps(duals, shift, np.maximum(decrement, 0))  # below zero is rounding
 
-    def renew(self, fits: Bool[np.ndarray, "fit"], slope: _Slope) -> list[_Group]:
+    def renew(self, fits: Bool[np.ndarray, "fit"], curvature: Columns) -> list[_Group]:
         """Give some fits a curvature of their own, that of where they stand."""
         alike = [(group.view, np.array([fit])) for group in self.groups for fit in group.fits[fits[group.fits]]]
         self.drop(fits)
-        return self.add(alike, slope.curvature)
+        return self.add(alike, curvature)
 
     def drop(self, fits: Bool[np.ndarray, "fit"]) -> None:
         """Leave out fits, and groups that are empty then."""
@@ -321,12 +319,12 @@ def _minimise(
         residual = importance * (probability - targets)
         # The floor keeps the intercept's equation solvable where every prompt is classified to the last bit.
         curvature = np.maximum(importance * probability * (1 - probability), 1e-12)
-        slope = _Slope(residual + duals, products.times(residual) + fitted, residual.sum(axis=0), curvature)
+        slope = _Slope(residual + duals, products.times(residual) + fitted, residual.sum(axis=0))
         newton = newton or _Newton(products, alike, curvature)
         steps = newton.steps(slope, newton.groups)
         slow = steps.decrement > FAST * previous
         if slow.any():
-            fresh = newton.steps(slope, newton.renew(slow, slope))
+            fresh = newton.steps(slope, newton.renew(slow, curvature))
             steps = _Steps(*(np.where(slow, new, old) for new, old in zip(astuple(fresh), astuple(steps), strict=True)))
         previous = steps.decrement
         along = products.times(steps.duals)
