@@ -12,17 +12,20 @@ given the ruler.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from es2.prompts import HARMFUL, HARMLESS
 from es2.resampling import Replicates, drawn_together, safe_ratio
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 ROUNDING = 1e-10
 """Lengths below this part of the scale are rounding: no stored embedding resolves a relative 1e-7."""
 
-Weights = Float[np.ndarray, "resample prompt"]
+Weights: TypeAlias = 'Float[np.ndarray, "resample prompt"]'
 
 _AT_ONCE = 64  # prompts
 
@@ -80,7 +83,7 @@ def class_sums(
     takes time is to read the weights.
     """
     sides = (labels == HARMFUL, labels == HARMLESS)
-    columns = [side * values for side in sides] + [side.astype(np.float64) for side in sides]
+    columns = [side * values for side in sides] + [side.astype(values.dtype) for side in sides]
     ends = np.cumsum([part.shape[1] for part in columns])
     harmful, harmless, *counts = np.split(weights @ np.concatenate(columns, axis=1), ends[:-1], axis=1)
     return np.stack([harmful, harmless]), np.stack(counts)
@@ -94,50 +97,78 @@ def balanced_mean(
     return (sums / np.maximum(counts, 1)).mean(axis=0)
 
 
-def _shares(
-    weights: Weights, labels: Int[np.ndarray, "prompt"]
-) -> tuple[Float[np.ndarray, "harmful resample"], Float[np.ndarray, "harmless resample"]]:
-    """Multiplicities, scaled so that each class, which must be there in every resample, sums to its size."""
-    sides = (weights.T[labels == label] for label in (HARMFUL, HARMLESS))
-    harmful, harmless = (side * (len(side) / side.sum(axis=0)) for side in sides)
-    return harmful, harmless
-
-
 def _inner(left: Float[np.ndarray, "a resample"], right: Float[np.ndarray, "a resample"]) -> Replicates:
     """left · right for every resample."""
     return np.einsum("ar,ar->r", left, right)
 
 
 @dataclass(frozen=True)
-class _Together:
-    """Prompts that are always drawn together, such as twins, as one: sums over prompts become sums over fewer units.
+class _Draws:
+    """Resamples of the two classes, in one precision.
 
     Attributes:
-        drawn: how often each unit is drawn, `[unit, resample]`.
-        units: the unit of each prompt, harmful prompts first.
-        factors: with what each prompt counts.
+        sides: with what part of its class each prompt counts, harmful and harmless, `[prompt, resample]`.
+        units: how often each unit is drawn, in parts of a class, `[unit, resample]`: prompts that are always drawn
+            together, such as twins, are one, so that sums over prompts become sums over fewer units.
     """
 
-    drawn: Float[np.ndarray, "unit resample"]
-    units: Int[np.ndarray, "prompt"]
-    factors: Float[np.ndarray, "prompt"]
+    sides: tuple[Float[np.ndarray, "harmful resample"], Float[np.ndarray, "harmless resample"]]
+    units: Float[np.ndarray, "unit resample"]
 
-    def sum(self, rows: Float[np.ndarray, "prompt column"]) -> Float[np.ndarray, "unit column"]:
-        """Rows times their factors, added up within each unit."""
-        from scipy.sparse import csr_array
-
-        return csr_array((self.factors, (self.units, np.arange(len(self.units))))) @ rows
+    def cast(self, dtype: type[np.floating]) -> _Draws:
+        """The same in another precision."""
+        return _Draws((self.sides[0].astype(dtype), self.sides[1].astype(dtype)), self.units.astype(dtype))
 
 
-def _together(
-    shares: tuple[Float[np.ndarray, "harmful resample"], Float[np.ndarray, "harmless resample"]],
-    factors: tuple[float, float],
-) -> _Together:
-    """`factors` are of harmful and of harmless prompts."""
-    stacked = np.concatenate(shares)
-    units = drawn_together(stacked)
-    _, first = np.unique(units, return_index=True)
-    return _Together(stacked[first], units, np.repeat(factors, [len(share) for share in shares]))
+@dataclass(frozen=True)
+class Drawn:
+    """Who is measured, and how often under every resample: the same for all layers and models, so made once.
+
+    Attributes:
+        labels: of the prompts, `[prompt]`, at least two of each.
+        weights: multiplicities from `resample_pairs`, `[resample, prompt]`; row 0 all ones.
+        exact: the resamples.
+        single: the same in single precision, for products of matrices.
+        itself: resample 0 alone.
+        members: units and one prompt of each, harmful prompts counted first; all units, then those with a second
+            prompt, and so on.
+    """
+
+    labels: Int[np.ndarray, "prompt"]
+    weights: Weights
+    exact: _Draws
+    single: _Draws
+    itself: _Draws
+    members: tuple[tuple[Int[np.ndarray, "some"], Int[np.ndarray, "some"]], ...]
+
+    @classmethod
+    def of(cls, labels: Int[np.ndarray, "prompt"], weights: Weights) -> Drawn:
+        """Work out what resamples make of the two classes."""
+        harmful, harmless = (weights.T[labels == label] for label in (HARMFUL, HARMLESS))
+        sides = (harmful / harmful.sum(axis=0), harmless / harmless.sum(axis=0))
+        stacked = np.concatenate(sides)
+        units = drawn_together(stacked)
+        _, first, sizes = np.unique(units, return_index=True, return_counts=True)
+        by_unit = np.argsort(units, kind="stable")
+        place = np.arange(len(units)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        groups = (by_unit[place == number] for number in range(sizes.max()))
+        exact = _Draws(sides, stacked[first])
+        itself = _Draws((sides[0][:, :1].copy(), sides[1][:, :1].copy()), exact.units[:, :1].copy())
+        members = tuple((units[prompts], prompts) for prompts in groups)
+        return cls(labels, weights, exact, exact.cast(np.float32), itself, members)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many prompts are harmful and harmless."""
+        return len(self.exact.sides[0]), len(self.exact.sides[1])
+
+    def sum_units(self, rows: Float[np.ndarray, "prompt column"]) -> Float[np.ndarray, "unit column"]:
+        """Rows of the prompts, harmful ones first, added up within each unit."""
+        (_, prompts), *others = self.members
+        total = rows[prompts]
+        for units, prompts in others:
+            total[units] += rows[prompts]
+        return total
 
 
 def _added_by_resampling(replicates: Replicates) -> float:
@@ -154,24 +185,20 @@ def _without_added_bias(replicates: Replicates) -> Replicates:
     return np.concatenate([replicates[:1], replicates[1:] - _added_by_resampling(replicates)])
 
 
-def cloud_numbers(
-    embeddings: Float[np.ndarray, "prompt d_model"],
-    labels: Int[np.ndarray, "prompt"],
-    weights: Weights,
-    frame: Frame,
-) -> dict[str, Replicates]:
+def cloud_numbers(embeddings: Float[np.ndarray, "prompt d_model"], frame: Frame, drawn: Drawn) -> dict[str, Replicates]:
     """Distances and spreads of one layer's two clouds, by DESIGN's names, under every resample.
 
     Args:
         embeddings: of the test prompts.
-        labels: of the test prompts, at least two of each.
-        weights: multiplicities from `resample_pairs`; row 0 all ones.
         frame: of the same model and layer, from `probe`.
+        drawn: the labels of the test prompts and their resamples.
 
     Returns:
         `centroid_distance` and `pairwise_distance` in the model's own units; `mean_norm`, the mean ‖e‖, likewise;
         `relative_distance` and `rest_deviation` in units of the scale; `fisher_ratio`, `effective_rank` and
         `mean_difference_margin` without unit. All are class-balanced; Σ is a class's covariance with n − 1 below.
+        The numbers themselves are worked out in double precision, products over their resamples in single precision:
+        bounds of intervals are good to some 10⁻⁶, numbers whose bias is read off the resamples to some 10⁻⁸.
 
         Bias: ‖μ₁ − μ₀‖² of two independent samples exceeds the true value by tr Σ₁/n₁ + tr Σ₀/n₀ (DESIGN's formula).
         Twins share a topic, so their means move together and the excess is smaller, by 2 tr Σ₁₀/n. What resampling
@@ -184,86 +211,118 @@ def cloud_numbers(
         ratio (tr C)² / tr C² of C = (Σ₁ + Σ₀)/2 in that orthogonal complement, 0 without any spread.
     """
     embeddings = np.asarray(embeddings, dtype=np.float64)
-    is_harmful = labels == HARMFUL
-    shares = _shares(weights, labels)
-    sizes = (len(shares[0]), len(shares[1]))
-    sides = (shares[0] / sizes[0], shares[1] / sizes[1])
+    is_harmful = drawn.labels == HARMFUL
+    sizes, sides = drawn.sizes, drawn.exact.sides
+    unbiased = (sizes[0] / (sizes[0] - 1), sizes[1] / (sizes[1] - 1))
+    blocks = (slice(0, sizes[0]), slice(sizes[0], None))
     floor = ROUNDING * frame.scale
 
-    origin = embeddings[0]
-    middle = origin + sum((embeddings[labels == label] - origin).mean(axis=0) for label in (HARMFUL, HARMLESS)) / 2
+    # Every cloud is seen from its own mean, so that what is worked out in single precision is small.
     centred = np.concatenate([embeddings[is_harmful], embeddings[~is_harmful]])
-    centred -= middle
+    means = []
+    for block in blocks:
+        origin = centred[block][0].copy()  # so that equal embeddings are zero to the last bit
+        centred[block] -= origin
+        middle = centred[block].mean(axis=0)
+        centred[block] -= middle
+        means.append(origin + middle)
+    difference = means[0] - means[1]
     gram = centred @ centred.T
-    aside = centred @ frame.direction
+    aside, towards = centred @ frame.direction, centred @ difference
     del centred  # as large as the embeddings
-    squares = np.diag(gram).copy()
-    pairwise = gram[: sizes[0], sizes[0] :] * -2
-    pairwise += squares[: sizes[0], None]
-    pairwise += squares[sizes[0] :]
+    squares, distance = np.diag(gram).copy(), float(difference @ difference)
+    pairwise = gram[blocks[0], blocks[1]] * -2
+    pairwise += (squares + 2 * towards)[blocks[0], None]
+    pairwise += (squares - 2 * towards)[blocks[1]] + distance
     np.sqrt(np.maximum(pairwise, 0, out=pairwise), out=pairwise)
-    pairwise_distance = _inner(sides[0], pairwise @ sides[1])
-    del pairwise
-
     # From here on without the direction, whose part in a product is the product of the prompts' coordinates on it.
     gram -= np.outer(aside, aside)
-    rest, rank, own, across = _rest_numbers(gram, shares, floor)
-    means = [aside[: sizes[0]] @ sides[0], aside[sizes[0] :] @ sides[1]]
+    forms = _Forms.of(gram, pairwise, drawn)
+    del gram, pairwise
 
+    # How far resampling moves each mean along the direction and towards the other, and mean squares, all and aside.
+    moved = [np.stack([aside, towards, squares, squares - aside**2])[:, blocks[c]] @ sides[c] for c in (0, 1)]
+    own = [forms.own[c] + moved[c][0] ** 2 for c in (0, 1)]
+    across = forms.across + moved[0][0] * moved[1][0]
     # ‖μ₁ − μ₀‖², and tr Σ of each class.
-    squared_distance = own[0] + own[1] - 2 * across + (means[0] - means[1]) ** 2
+    squared_distance = distance + 2 * (moved[0][1] - moved[1][1]) + own[0] + own[1] - 2 * across
     # Resampling spreads a class by its variance with n below, the sample was drawn with n − 1 below.
-    bias = max(_added_by_resampling(squared_distance), 0) * np.mean([size / (size - 1) for size in sizes])
+    bias = max(_added_by_resampling(squared_distance), 0) * np.mean(unbiased)
     squared_distance = _without_added_bias(squared_distance)
-    lengths = (squares[: sizes[0]] @ sides[0], squares[sizes[0] :] @ sides[1])
-    traces = [
-        np.maximum(lengths[side] - own[side] - means[side] ** 2, 0) * sizes[side] / (sizes[side] - 1) for side in (0, 1)
-    ]
     corrected = np.sqrt(np.maximum(squared_distance - bias, 0))
+    traces = [np.maximum(moved[c][2] - own[c], 0) * unbiased[c] for c in (0, 1)]
     deviation = np.sqrt((traces[0] + traces[1]) / 2)
     corrected[corrected < floor] = 0
     deviation[deviation < floor] = 0
+    traces = [np.maximum(moved[c][3] - forms.own[c], 0) * unbiased[c] for c in (0, 1)]
+    rest = (traces[0] + traces[1]) / 2
+    rest[rest < floor**2] = 0
 
     norms = np.sqrt(np.einsum("pd,pd->p", embeddings, embeddings))
     along = (embeddings @ frame.direction - frame.centre @ frame.direction) / frame.scale
     columns = np.stack([norms, np.where(is_harmful, along, -along)], axis=1)
-    mean_norm, margin = balanced_mean(columns, labels[:, None], weights).T
+    mean_norm, margin = balanced_mean(columns, drawn.labels[:, None], drawn.weights).T
     return {
         "centroid_distance": np.sqrt(np.maximum(squared_distance, 0)),
-        "pairwise_distance": pairwise_distance,
+        "pairwise_distance": forms.pairwise,
         "mean_norm": mean_norm,
         "relative_distance": corrected / frame.scale,
         "fisher_ratio": safe_ratio(corrected, deviation, both_zero=0.0),
-        "rest_deviation": rest / frame.scale,
-        "effective_rank": rank,
+        "rest_deviation": np.sqrt(rest) / frame.scale,
+        "effective_rank": _effective_rank(rest, forms.square),
         "mean_difference_margin": margin,
     }
 
 
-def _rest_numbers(
-    kernel: Float[np.ndarray, "prompt prompt"],
-    shares: tuple[Float[np.ndarray, "harmful resample"], Float[np.ndarray, "harmless resample"]],
-    floor: float,
-) -> tuple[Replicates, Replicates, list[Replicates], Replicates]:
-    """RMS deviation within classes, and participation ratio, orthogonal to a unit direction.
+@dataclass(frozen=True)
+class _Forms:
+    """What takes a matrix `[prompt, prompt]` and all resamples q of the classes: here K is the Gram matrix without the
+    direction, each class seen from its mean.
 
-    `kernel` is the Gram matrix without that direction, harmful prompts first; it is overwritten. With q the weights of
-    a class, K the kernel, and c, d running over the classes,
-
-        tr C² = ¼ Σ_cd [ q_c (K∘K)_cd q_d − q_c (K_cd q_d)² − q_d (K_dc q_c)² + (q_c K_cd q_d)² ],
-
-    since each bracket is the mean square of a matrix whose row and column means have been removed; here without the
-    factors n / (n − 1) of both classes.
-
-    Returns:
-        Both, then q_c K_cc q_c of both classes and q_1 K_10 q_0.
+    Attributes:
+        own: q_c K_cc q_c of both classes.
+        across: q₁ K₁₀ q₀.
+        square: tr C², with c and d running over the classes, and without the factors n / (n − 1) of both,
+            ¼ Σ_cd [ q_c (K∘K)_cd q_d − q_c (K_cd q_d)² − q_d (K_dc q_c)² + (q_c K_cd q_d)² ],
+            since each bracket is the mean square of a matrix whose row and column means have been removed.
+        pairwise: q₁ P₁₀ q₀ of the pairwise distances.
     """
-    sizes = [len(share) for share in shares]
+
+    own: tuple[Replicates, Replicates]
+    across: Replicates
+    square: Replicates
+    pairwise: Replicates
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Float[np.ndarray, "prompt prompt"],
+        pairwise: Float[np.ndarray, "harmful harmless"],
+        drawn: Drawn,
+    ) -> _Forms:
+        """Resample 0 in double precision, all others in single precision, in which K and P stay what they are worth:
+        they are divided by their size before."""
+        size = float(np.abs(np.diag(kernel)).max()) or 1.0
+        length = float(pairwise.max()) or 1.0
+        kernel, pairwise = kernel / size, pairwise / length
+        every = _forms(kernel.astype(np.float32), pairwise.astype(np.float32), drawn, drawn.single)
+        itself = _forms(kernel, pairwise, drawn, drawn.itself)  # last, since it overwrites
+        every = [np.concatenate([one, others[1:]], dtype=np.float64) for one, others in zip(itself, every, strict=True)]
+        return cls((every[0] * size, every[1] * size), every[2] * size, every[3] * size**2, every[4] * length)
+
+
+def _forms(
+    kernel: Float[np.ndarray, "prompt prompt"],
+    pairwise: Float[np.ndarray, "harmful harmless"],
+    drawn: Drawn,
+    draws: _Draws,
+) -> list[Replicates]:
+    """The fields of `_Forms` in the precision of what is given; the kernel is overwritten."""
+    sizes, sides = drawn.sizes, draws.sides
     unbiased = [size / (size - 1) for size in sizes]
     blocks = (slice(0, sizes[0]), slice(sizes[0], None))
-    sides = [share / size for share, size in zip(shares, sizes, strict=True)]
-    diagonal = np.diag(kernel).copy()
-    means, square = np.empty((2, 2, sides[0].shape[1])), np.zeros(sides[0].shape[1])
+    means: dict[tuple[int, int], Replicates] = {}
+    square = np.zeros(sides[0].shape[1])
     for d in (0, 1):
         towards = kernel[:, blocks[d]] @ sides[d]
         for c in (0, 1):
@@ -273,12 +332,15 @@ def _rest_numbers(
             # The sum over c and d holds the bracket's second and third term twice each.
             square += unbiased[c] * unbiased[d] * (means[c, d] ** 2 - 2 * _inner(sides[c], part))
     kernel *= kernel
-    together = _together(shares, (unbiased[0] / sizes[0], unbiased[1] / sizes[1]))
-    square += _inner(together.drawn, together.sum(together.sum(kernel).T) @ together.drawn)
-    square /= 4
-    traces = [np.maximum(diagonal[blocks[c]] @ sides[c] - means[c, c], 0) * unbiased[c] for c in (0, 1)]
-    trace = (traces[0] + traces[1]) / 2
-    trace[trace < floor**2] = 0
+    factors = np.repeat(unbiased, sizes).astype(kernel.dtype)
+    kernel *= factors[:, None]
+    kernel *= factors
+    square += _inner(draws.units, drawn.sum_units(drawn.sum_units(kernel).T) @ draws.units)
+    return [means[0, 0], means[1, 1], means[0, 1], square / 4, _inner(sides[0], pairwise @ sides[1])]
+
+
+def _effective_rank(trace: Replicates, square: Replicates) -> Replicates:
+    """(tr C)² / tr C², 0 without any spread."""
     rank = np.where(trace > 0, trace**2 / np.where(square > 0, square, 1), 0.0)
     # A resample holds fewer distinct prompts and so spans fewer dimensions; that shrinkage is the resampling's own.
     if rank[0] > 0:
@@ -286,26 +348,23 @@ def _rest_numbers(
         shrinkage = np.exp(np.log(rank[1:][spans]).mean()) / rank[0] if spans.any() else 1.0
         rank[1:] /= shrinkage
         rank[rank > 0] = np.maximum(rank[rank > 0], 1.0)
-    return np.sqrt(trace), rank, [means[0, 0], means[1, 1]], means[0, 1]
+    return rank
 
 
 def direction_cosine(
-    base: Float[np.ndarray, "prompt d_model"],
-    tuned: Float[np.ndarray, "prompt d_model"],
-    labels: Int[np.ndarray, "prompt"],
-    weights: Weights,
+    base: Float[np.ndarray, "prompt d_model"], tuned: Float[np.ndarray, "prompt d_model"], drawn: Drawn
 ) -> Replicates:
     """Cosine between base's and tuned's mean differences on the same prompts, under every resample; 0 if one vanishes.
 
     What resampling adds on average is taken off numerator and denominator, as in `cloud_numbers`.
     """
-    shares = _shares(weights, labels)
-    together = _together(shares, (1 / len(shares[0]), -1 / len(shares[1])))
+    signs = np.repeat([1.0, -1.0], drawn.sizes)[:, None]
 
     def differences(embeddings: Float[np.ndarray, "prompt d_model"]) -> Float[np.ndarray, "d_model resample"]:
         cloud = np.asarray(embeddings, dtype=np.float64)
-        cloud = np.concatenate([cloud[labels == HARMFUL], cloud[labels == HARMLESS]]) - cloud[0]
-        return together.sum(cloud).T @ together.drawn
+        cloud = np.concatenate([cloud[drawn.labels == HARMFUL], cloud[drawn.labels == HARMLESS]]) - cloud[0]
+        cloud *= signs
+        return drawn.sum_units(cloud).T @ drawn.exact.units
 
     of_base, of_tuned = differences(base), differences(tuned)
     across = _without_added_bias(_inner(of_base, of_tuned))

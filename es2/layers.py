@@ -12,12 +12,12 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from es2.errors import InputError
-from es2.geometry import Frame, cloud_numbers, direction_cosine, fit_frame
+from es2.geometry import Drawn, Frame, cloud_numbers, direction_cosine, fit_frame
 from es2.helpers import spread
 from es2.jobs import Reporter, silent
 from es2.logistic import Products
@@ -48,6 +48,9 @@ from es2.results import (
 )
 from es2.sources import ArrayLayers, LayerSource, Readers, TestSet
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
 __all__ = [
     "ANALYSIS_FORMAT",
     "Analysis",
@@ -77,10 +80,9 @@ class _Plan:
     probe_folds: Int[np.ndarray, "probe"]
     probe_shuffles: Int[np.ndarray, "shuffle probe"]
     test_rows: Int[np.ndarray, "test"]
-    test_labels: Int[np.ndarray, "test"]
     test_shuffles: Int[np.ndarray, "shuffle test"]
     test_twins: Int[np.ndarray, "2 pair"] | None
-    weights: Float[np.ndarray, "resample test"]
+    drawn: Drawn
     self_folds: Int[np.ndarray, "test"] | None
 
     def intervals(self, replicates: Mapping[str, Replicates]) -> dict[str, Interval]:
@@ -124,10 +126,9 @@ def _plan(prompts: PromptSet, test: TestSet | None, config: AnalysisConfig) -> _
         fold_of(probe, config.n_folds),
         shuffled_labels(probe, config.n_shuffles, config.seed),
         test_rows,
-        measured.labels,
         test_shuffles,
         twins_of(test_shuffles.T, weights),
-        weights,
+        Drawn.of(measured.labels, weights),
         None if test is None else fold_of(measured, config.n_folds),
     )
 
@@ -176,7 +177,7 @@ def _measure(
     base: _Measured | None,
 ) -> _Measured:
     """Everything about one layer of one model; `base` is given for the tuned model, which takes its costs from it."""
-    config, labels, weights = plan.config, plan.test_labels, plan.weights
+    config, labels, weights = plan.config, plan.drawn.labels, plan.drawn.weights
     frame = fit_frame(probe_embeddings, plan.probe_labels)
     features = frame.normalise(probe_embeddings)
     products = Products.of(features)
@@ -194,7 +195,7 @@ def _measure(
     curve = probe_numbers(signed_distances(z, path, intercepts), labels, weights)
     numbers = curve[cost_index] | _control(features, products, z, plan, config.costs[cost_index])
     del z  # as large as the embeddings
-    numbers |= cloud_numbers(test_embeddings, labels, weights, frame)
+    numbers |= cloud_numbers(test_embeddings, frame, plan.drawn)
 
     self_cost = None
     if plan.self_folds is not None:
@@ -229,8 +230,8 @@ def _control(
     weights, intercepts = fit_each(features, plan.probe_shuffles, cost, products)
     scores, tested = test_features @ weights.T + intercepts, plan.test_shuffles.T
     return {
-        "probe_accuracy_control": accuracy(scores, tested, plan.weights).mean(axis=1),
-        "probe_auroc_control": mean_auroc(scores, tested, plan.weights, plan.test_twins),
+        "probe_accuracy_control": accuracy(scores, tested, plan.drawn.weights).mean(axis=1),
+        "probe_auroc_control": mean_auroc(scores, tested, plan.drawn.weights, plan.test_twins),
     }
 
 
@@ -241,9 +242,9 @@ def _self_numbers(
     costs: tuple[float, ...],
 ) -> tuple[Replicates, Replicates, float]:
     """Accuracy and AUROC of probes cross-validated inside the test set, in its own frame, and the cost they used."""
-    features = fit_frame(embeddings, plan.test_labels).normalise(embeddings)
-    held_out = cross_validate(features, plan.test_labels, folds, costs, stop_early=True)
-    reached = _held_out_numbers(held_out.logits[held_out.best], plan.test_labels, plan.weights)
+    features = fit_frame(embeddings, plan.drawn.labels).normalise(embeddings)
+    held_out = cross_validate(features, plan.drawn.labels, folds, costs, stop_early=True)
+    reached = _held_out_numbers(held_out.logits[held_out.best], plan.drawn.labels, plan.drawn.weights)
     return *reached, costs[held_out.best]
 
 
@@ -286,7 +287,7 @@ class _Layer:
     tuned_probe: _Probe | None = None
 
 
-_Embeddings = tuple[Float[np.ndarray, "probe d_model"], Float[np.ndarray, "test d_model"]]
+_Embeddings: TypeAlias = 'tuple[Float[np.ndarray, "probe d_model"], Float[np.ndarray, "test d_model"]]'
 """Of one layer under one model: what `Readers.read` gives."""
 
 
@@ -305,7 +306,7 @@ def _read_layer(layer: int, readers: Readers) -> tuple[int, _Embeddings, _Embedd
 
 def _analyze_layer(plan: _Plan, layer: int, of_base: _Embeddings, of_tuned: _Embeddings | None) -> _Layer:
     base = _measure(*of_base, plan, None)
-    one = np.ones(len(plan.weights))
+    one = np.ones(len(plan.drawn.weights))
     against_itself = {"norm_ratio": one, "rest_ratio": one, "direction_cosine": one}
     base_numbers = _layer_numbers(layer, base, plan, base.numbers | against_itself)
     if of_tuned is None:
@@ -314,7 +315,7 @@ def _analyze_layer(plan: _Plan, layer: int, of_base: _Embeddings, of_tuned: _Emb
     against_base = {
         "norm_ratio": safe_ratio(tuned.numbers["mean_norm"], base.numbers["mean_norm"], both_zero=1.0),
         "rest_ratio": safe_ratio(tuned.numbers["rest_deviation"], base.numbers["rest_deviation"], both_zero=1.0),
-        "direction_cosine": direction_cosine(of_base[1], of_tuned[1], plan.test_labels, plan.weights),
+        "direction_cosine": direction_cosine(of_base[1], of_tuned[1], plan.drawn),
     }
     tuned_numbers = _layer_numbers(layer, tuned, plan, tuned.numbers | against_base)
     tuned_numbers = replace(tuned_numbers, change=_changes(base.numbers, tuned.numbers, plan))
@@ -425,10 +426,11 @@ def analyze(
     done: dict[int, _Layer] = {}
     n_helpers = _n_helpers(n_layers, len(plan.probe_rows) + len(plan.test_rows))
     report("analyse", 0, n_layers)
-    pieces = spread(_analyze_layer, plan, lambda layer: _read_layer(layer, readers), n_layers, n_helpers)
+    # Late layers take longest, so they come first: at the end nobody waits long for another.
+    pieces = spread(_analyze_layer, plan, lambda piece: _read_layer(n_layers - 1 - piece, readers), n_layers, n_helpers)
     with threadpool_limits(1, user_api="blas"), closing(pieces):
-        for layer, answer in pieces:
-            done[layer] = answer
+        for piece, answer in pieces:
+            done[n_layers - 1 - piece] = answer
             report("analyse", len(done), n_layers)
     layers = [done[layer] for layer in range(n_layers)]
     base_layers = tuple(layer.base for layer in layers)
@@ -445,6 +447,6 @@ def analyze(
         base_probes=_stack([layer.base_probe for layer in layers]),
         tuned_probes=None if tuned is None else _stack([layer.tuned_probe for layer in layers if layer.tuned_probe]),
         test_name=prompts.name if test is None else test.prompts.name,
-        n_prompts={"probe": _counts(plan.probe_labels), "test": _counts(plan.test_labels)},
+        n_prompts={"probe": _counts(plan.probe_labels), "test": _counts(plan.drawn.labels)},
         config=config,
     )

@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
 from es2.prompts import HARMFUL
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 MAX_STEPS = 200
 SMALLEST_STEP = 1e-10
@@ -33,7 +36,7 @@ NEGLIGIBLE = 0.3
 """Trace of S K S up to which 1 stands for B = 1 + S K S, under strong regularisation: each step still brings the
 squared decrement down to 0.3², within `FAST`."""
 
-Columns = Float[np.ndarray, "prompt fit"]
+Columns: TypeAlias = 'Float[np.ndarray, "prompt fit"]'
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,19 @@ class Products:
         """Squared length of every prompt, the diagonal of K."""
         return np.einsum("pd,pd->p", self.features, self.features) if self.kernel is None else np.diag(self.kernel)
 
-    def single(self) -> Products:
-        """The same in single precision."""
-        return Products(
-            self.features.astype(np.float32), None if self.kernel is None else self.kernel.astype(np.float32)
-        )
+    @property
+    def source(self) -> Float[np.ndarray, "prompt other"]:
+        """What curvature matrices are made from: K, or X."""
+        return self.features if self.kernel is None else self.kernel
 
-    def among(self, rows: Int[np.ndarray, "row"]) -> Float[np.ndarray, "row other"]:
-        """What a curvature matrix of these prompts is made from: their K, or their X."""
-        return self.features[rows] if self.kernel is None else self.kernel[np.ix_(rows, rows)]
+    def among(
+        self, rows: Int[np.ndarray, "row"], source: Float[np.ndarray, "prompt other"]
+    ) -> Float[np.ndarray, "row other"]:
+        """The part of `source`, in whatever precision, that is of these prompts."""
+        if len(rows) == len(source):
+            return source
+        # K is symmetric; transposed, the second choice lies row by row again.
+        return source[rows] if self.kernel is None else source[rows][:, rows].T
 
 
 def fit_columns(
@@ -122,7 +129,7 @@ class _View:
     lengths: Float[np.ndarray, "row"]
 
 
-_Alike = list[tuple[_View, Int[np.ndarray, "fit"]]]
+_Alike: TypeAlias = 'list[tuple[_View, Int[np.ndarray, "fit"]]]'
 """What is seen, and by which fits."""
 
 
@@ -130,11 +137,11 @@ def _alike(products: Products, seen: Bool[np.ndarray, "prompt fit"]) -> _Alike:
     fits_of: defaultdict[bytes, list[int]] = defaultdict(list)
     for fit, column in enumerate(seen.T):
         fits_of[column.tobytes()].append(fit)
-    lengths, single = products.lengths(), products.single()
+    lengths, source = products.lengths(), products.source.astype(np.float32)
     alike = []
     for fits in fits_of.values():
         rows = np.flatnonzero(seen[:, fits[0]])
-        alike.append((_View(rows, single.among(rows), lengths[rows]), np.array(fits)))
+        alike.append((_View(rows, products.among(rows, source), lengths[rows]), np.array(fits)))
     return alike
 
 
@@ -166,7 +173,7 @@ def _group(products: Products, view: _View, fits: Int[np.ndarray, "fit"], square
     if trace < NEGLIGIBLE:
         return _Group(view, fits, None, None)
     single = trace < SINGLE_PRECISION
-    source = view.single if single else products.among(view.rows)
+    source = view.single if single else products.among(view.rows, products.source)
     rooted = np.sqrt(squared)[:, None].astype(source.dtype)
     matrix, weighted = rooted * source, None
     if products.kernel is None:
@@ -301,24 +308,27 @@ def _minimise(
     start: Fits,
 ) -> Fits:
     """Newton's method with backtracking, for all fits at once; `alike` are those that see the same prompts."""
-    from scipy.special import expit
+    signs = 1 - 2 * targets
 
-    signs = 2 * targets - 1
-
-    def objective(duals: Columns, fitted: Columns, logits: Columns) -> Float[np.ndarray, "fit"]:
-        losses = np.logaddexp(0, -signs * logits)
-        return np.einsum("pf,pf->f", duals, fitted) / 2 + np.einsum("pf,pf->f", importance, losses)
+    def objective(
+        duals: Columns, intercept: Float[np.ndarray, "fit"], fitted: Columns
+    ) -> tuple[Float[np.ndarray, "fit"], Columns]:
+        """What is minimised, and the probability of the wrong label, which has the exponential in common with it."""
+        wrong = signs * (fitted + intercept)
+        small = np.exp(-np.abs(wrong))
+        losses = np.log1p(small) + np.maximum(wrong, 0)
+        value = np.einsum("pf,pf->f", duals, fitted) / 2 + np.einsum("pf,pf->f", importance, losses)
+        return value, np.where(wrong > 0, 1, small) / (1 + small)
 
     duals, intercept, fitted = start.duals, start.intercept, start.fitted
-    logits = fitted + intercept
-    value = objective(duals, fitted, logits)
+    value, error = objective(duals, intercept, fitted)
     newton: _Newton | None = None
     previous = np.full(len(intercept), 1e300)
     for _ in range(MAX_STEPS):
-        probability = expit(logits)
-        residual = importance * (probability - targets)
+        weighted = importance * error
+        residual = signs * weighted
         # The floor keeps the intercept's equation solvable where every prompt is classified to the last bit.
-        curvature = np.maximum(importance * probability * (1 - probability), 1e-12)
+        curvature = np.maximum(weighted * (1 - error), 1e-12)
         slope = _Slope(residual + duals, products.times(residual) + fitted, residual.sum(axis=0))
         newton = newton or _Newton(products, alike, curvature)
         steps = newton.steps(slope, newton.groups)
@@ -332,15 +342,15 @@ def _minimise(
         size = np.ones_like(intercept)
         while True:
             candidate = duals + size * steps.duals, intercept + size * steps.intercept, fitted + size * along
-            logits = candidate[2] + candidate[1]
-            reached = objective(candidate[0], candidate[2], logits)
+            reached, error = objective(*candidate)
             short = ~last & (reached > value - 1e-4 * size * steps.decrement + ROUNDING * value)
             if not short.any():
                 break
             size[short] /= 2
             last |= size < SMALLEST_STEP
         (duals, intercept, fitted), value = candidate, reached
-        newton.drop(last)
+        if last.any():
+            newton.drop(last)
         if not newton.groups:
             break
     return Fits(duals, intercept, fitted)

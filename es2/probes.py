@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from es2.errors import InputError
 from es2.geometry import Frame, balanced_mean, class_sums, parts_of
 from es2.logistic import Fits, Products, fit_columns
 from es2.prompts import HARMFUL, HARMLESS
 from es2.resampling import Replicates, drawn_together
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True)
@@ -220,9 +223,11 @@ def accuracy(
 
     Where a class vanished from a resample (possible under shuffled labels only) the value is chance, 0.5.
     """
-    correct = np.where(labels == HARMFUL, scores > 0, scores <= 0).astype(np.float64)
-    sums, counts = class_sums(correct, labels, weights)
-    return np.where((counts == 0).any(axis=0), 0.5, (sums / np.maximum(counts, 1)).mean(axis=0))
+    # In single precision, which holds whole numbers exactly.
+    correct = np.where(labels == HARMFUL, scores > 0, scores <= 0).astype(np.float32)
+    sums, counts = class_sums(correct, labels, weights.astype(np.float32, copy=False))
+    shares = np.divide(sums, np.maximum(counts, 1), dtype=np.float64)
+    return np.where((counts == 0).any(axis=0), 0.5, shares.mean(axis=0))
 
 
 RUN = 16
@@ -231,15 +236,17 @@ EXACT = 256
 """Prompts whose sum of products stays in single precision, exact below 2²⁴, that is, for up to 32,000 of the others."""
 
 
-def _running_sums(counts: Float[np.ndarray, "prompt resample"]) -> Float[np.ndarray, "prompt+1 resample"]:
-    """Sums over the first 0, 1, 2, … prompts, of whole numbers, which single precision holds exactly.
+def _running_sums(
+    counts: Float[np.ndarray, "prompt resample"], order: Int[np.ndarray, "place"]
+) -> Float[np.ndarray, "place+1 resample"]:
+    """Sums over the first 0, 1, 2, … prompts of an order, of whole numbers, which single precision holds exactly.
 
     A product with a triangle of ones for every few prompts takes a fifth of the time of a sum from row to row.
     """
-    n_prompts, n_resamples = counts.shape
+    n_prompts, n_resamples = len(order), counts.shape[1]
     n_runs = -(-n_prompts // RUN)
     padded = np.empty((n_runs * RUN, n_resamples), dtype=np.float32)
-    padded[:n_prompts], padded[n_prompts:] = counts, 0
+    padded[:n_prompts], padded[n_prompts:] = counts[order], 0
     sums = np.empty((1 + n_runs * RUN, n_resamples), dtype=np.float32)
     sums[0] = 0
     runs = sums[1:].reshape(n_runs, RUN, n_resamples)
@@ -255,14 +262,24 @@ def auroc(
 ) -> Replicates:
     """Area under the ROC curve under every resample: the share of harmful × harmless won by the harmful, ties half."""
     is_harmful = labels == HARMFUL
-    harmful, harmless = scores[is_harmful], np.sort(scores[~is_harmful])
-    of_harmful = weights.T[is_harmful].astype(np.float32, copy=False)
-    below = _running_sums(weights.T[~is_harmful][np.argsort(scores[~is_harmful], kind="stable")])
-    worse, not_better = (np.searchsorted(harmless, harmful, side=side) for side in ("left", "right"))
+    counts = [weights.T[side].astype(np.float32, copy=False) for side in (is_harmful, ~is_harmful)]
+    return _auroc(scores[is_harmful], scores[~is_harmful], counts[0], counts[1])
+
+
+def _auroc(
+    harmful: Float[np.ndarray, "harmful"],
+    harmless: Float[np.ndarray, "harmless"],
+    of_harmful: Float[np.ndarray, "harmful resample"],
+    of_harmless: Float[np.ndarray, "harmless resample"],
+) -> Replicates:
+    """`auroc` from the scores of both classes and their multiplicities in single precision."""
+    order = np.argsort(harmless, kind="stable")
+    below = _running_sums(of_harmless, order)
+    worse, not_better = (np.searchsorted(harmless[order], harmful, side=side) for side in ("left", "right"))
     beaten = below[worse]
     if (worse != not_better).any():
         beaten = (beaten + below[not_better]) / 2
-    wins = np.zeros(len(weights))
+    wins = np.zeros(of_harmful.shape[1])
     for start in range(0, len(harmful), EXACT):
         some = slice(start, start + EXACT)
         wins += np.einsum("pr,pr->r", of_harmful[some], beaten[some])
@@ -310,10 +327,14 @@ def mean_auroc(
 def lower_quartile(values: Float[np.ndarray, "prompt"], weights: Float[np.ndarray, "resample prompt"]) -> Replicates:
     """`np.quantile(np.repeat(values, multiplicities), 0.25)` for every row of integer multiplicities."""
     order = np.argsort(values, kind="stable")
-    cumulated = _running_sums(weights.T[order])[1:]
-    place = (cumulated[-1] - 1) / 4  # exact in single precision, as all quarters are up to 2²²
-    below = np.floor(place)
-    ends = [values[order][np.count_nonzero(cumulated <= rank, axis=0)] for rank in (below, np.ceil(place))]
+    counts = weights.T
+    place = (counts.sum(axis=0) - 1) / 4  # exact in single precision, as all quarters are up to 2²²
+    below, above = np.floor(place), np.ceil(place)
+    # Nearly every resample has its quartile among the lower half of the prompts.
+    cumulated = _running_sums(counts, order[: len(order) // 2])[1:]
+    if not len(cumulated) or (cumulated[-1] <= above).any():
+        cumulated = _running_sums(counts, order)[1:]
+    ends = [values[order][np.count_nonzero(cumulated <= rank, axis=0)] for rank in (below, above)]
     return ends[0] + (place - below) * (ends[1] - ends[0])
 
 
@@ -333,16 +354,16 @@ def probe_numbers(
         The numbers of each cost.
     """
     harmful = labels == HARMFUL
-    counts = weights.astype(np.float32)  # exact, as they are whole numbers, and half as much to read
-    of_harmful = counts.T[harmful].T
+    # Exact, as they are whole numbers, and half as much to read.
+    of_harmful, of_harmless = (weights.T[side].astype(np.float32) for side in (harmful, ~harmful))
     accuracies = accuracy(margins, labels[:, None], weights)
     means = balanced_mean(np.where(harmful[:, None], margins, -margins), labels[:, None], weights)
     return [
         {
             "probe_accuracy": accuracies[:, cost],
-            "probe_auroc": auroc(margins[:, cost], labels, counts),
+            "probe_auroc": _auroc(margins[harmful, cost], margins[~harmful, cost], of_harmful, of_harmless),
             "margin_mean": means[:, cost],
-            "margin_harmful_q1": lower_quartile(margins[harmful, cost], of_harmful),
+            "margin_harmful_q1": lower_quartile(margins[harmful, cost], of_harmful.T),
         }
         for cost in range(margins.shape[1])
     ]

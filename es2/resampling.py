@@ -12,14 +12,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from es2.prompts import HARMFUL, PromptSet, stable_hash
 
-Replicates = Float[np.ndarray, "resample"]
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+Replicates: TypeAlias = 'Float[np.ndarray, "resample"]'
 """One number under every resample; entry 0 is the number itself, on the prompts as they are."""
 
 RATIO_LIMIT = 1e6
@@ -143,14 +145,12 @@ def shuffled_labels(prompts: PromptSet, n_shuffles: int, seed: int) -> Int[np.nd
         else:
             loose += rows
     blocks.append(loose)
-    shuffled = np.empty((n_shuffles, len(prompts)), dtype=np.int64)
+    to_deal = [(rows, int((prompts.labels[rows] == HARMFUL).sum())) for rows in blocks]
+    shuffled = np.full((n_shuffles, len(prompts)), 1 - HARMFUL, dtype=np.int64)
     for shuffle in range(n_shuffles):
-        keys = [stable_hash(f"shuffle:{seed}:{shuffle}:{text}") for text in prompts.texts]
-        for rows in blocks:
-            dealt = sorted(rows, key=lambda row: (keys[row], prompts.texts[row]))
-            n_harmful = int((prompts.labels[rows] == HARMFUL).sum())
-            shuffled[shuffle, dealt[:n_harmful]] = HARMFUL
-            shuffled[shuffle, dealt[n_harmful:]] = 1 - HARMFUL
+        keys = [(stable_hash(f"shuffle:{seed}:{shuffle}:{text}"), text) for text in prompts.texts]
+        dealt = [row for rows, n_harmful in to_deal for row in sorted(rows, key=keys.__getitem__)[:n_harmful]]
+        shuffled[shuffle, dealt] = HARMFUL
     return shuffled
 
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
 
-from es2.geometry import cloud_numbers, fit_frame
+from es2.geometry import Drawn, cloud_numbers, fit_frame
 from es2.prompts import HARMFUL, PromptSet
 from es2.resampling import RATIO_LIMIT, resample_pairs
 from es2.verdict import COLLAPSED_KL_BUDGETS, COLLAPSED_RANK_RATIO
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 PATIENCE = 3
 """So many measurements in a row over the KL budget, the KL weight doubled after each, and the run stops."""
@@ -90,10 +92,10 @@ def watch_numbers(
         base: their base embeddings.
         tuned: their embeddings now.
     """
-    weights = resample_pairs(prompts, _N_BOOTSTRAP, seed=0)
+    drawn = Drawn.of(prompts.labels, resample_pairs(prompts, _N_BOOTSTRAP, seed=0))
     clouds = []
     for embeddings in (base, tuned):
-        numbers = cloud_numbers(embeddings, prompts.labels, weights, fit_frame(embeddings, prompts.labels))
+        numbers = cloud_numbers(embeddings, fit_frame(embeddings, prompts.labels), drawn)
         clouds.append({name: float(replicates[0]) for name, replicates in numbers.items()})
     before, after = clouds
     return {
