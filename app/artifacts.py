@@ -12,11 +12,10 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import streamlit as st
-from jaxtyping import Float
 
 from app.state import Choice
 from es2 import showcase
@@ -31,6 +30,9 @@ from es2.results import Analysis
 from es2.runs import list_runs, open_run
 from es2.store import SHOWCASE, ActivationSet, Store
 from es2.tasks import analysis_key, find_activations, find_analysis_folder, find_umap, find_views_folder
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 ENDED = ("done", "stopped")
 _AHEAD = ThreadPoolExecutor(1, thread_name_prefix="ahead")

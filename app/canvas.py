@@ -10,10 +10,9 @@ Margins are equal everywhere, so that charts above each other line up.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Float
 
 from es2.palette import (  # noqa: F401 (figures take them from here)
     BASE,
@@ -26,6 +25,9 @@ from es2.palette import (  # noqa: F401 (figures take them from here)
 )
 from es2.prompts import HARMFUL, HARMLESS
 from es2.results import Interval
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Trace: TypeAlias = dict[str, Any]
 Figure: TypeAlias = dict[str, Any]

@@ -6,15 +6,17 @@ Everything is drawn as SVG: WebGL is missing on some machines, and selection mus
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from app import canvas
 from app.glossary import BY_NAME, UNITS
 from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES
 from es2.results import CostPoint, Interval, LayerNumbers
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 ACCURACY_HEIGHT = 200
 MARGIN_HEIGHT = 190

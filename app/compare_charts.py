@@ -7,10 +7,9 @@ tuned have colours of their own; where labels are told apart, colour means the l
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
 from app import canvas, charts, projection_chart, text
 from app.canvas import Trace
@@ -19,6 +18,9 @@ from es2.projection import View
 from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 from es2.results import Analysis, Change, Interval, LayerNumbers
 from es2.verdict import ROUNDING
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 PAIR_HEIGHT = 470
 MORPH_CONTROLS = 40
@@ -58,7 +60,7 @@ _CELL, _NARROWEST = 21, 430
 _NAMES_WIDTH = 190
 _TWO_LINES = 60
 
-Margins = tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]]
+Margins: TypeAlias = 'tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]]'
 
 
 # --------------------------------------------------------------------------------------------------------- all layers

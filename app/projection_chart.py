@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
 from app import canvas, text
 from app.canvas import Trace
 from es2.projection import View
 from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
 
 PROJECTION_HEIGHT = 520
 TOP_WITH_TOOLS = 56

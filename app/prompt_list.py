@@ -7,19 +7,19 @@ first, and as they were written.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import streamlit as st
-from jaxtyping import Float, Int
 
 from app import projection_chart, state
 from es2.prompts import HARMFUL, LABEL_NAMES, PromptSet
 
 if TYPE_CHECKING:
     import pandas as pd
+    from jaxtyping import Float, Int
 
-Margins = Mapping[str, Float[np.ndarray, "prompt"]]
+Margins: TypeAlias = 'Mapping[str, Float[np.ndarray, "prompt"]]'
 """Signed distances to the boundary, + on the harmful side, by what their column is called; the last decides."""
 
 N_HARDEST = 15

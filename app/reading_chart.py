@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float
 
 from app import canvas
 from app.glossary import UNITS
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 HEIGHT = 240
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
 
 from es2.batching import (
     SHARING_VERIFIED,
@@ -39,6 +38,7 @@ from es2.refusal import VERDICTS
 from es2.resampling import Interval, interval, safe_ratio
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
     from es2.kl import Head

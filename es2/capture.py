@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
 
 from es2.errors import InputError
 from es2.files import content_key, is_key, read_json, user_cache, write_json
@@ -39,6 +38,7 @@ from es2.sources import POSITIONS
 from es2.store import FORMAT_VERSION, ActivationSet, Store, let_go
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from transformers import PreTrainedTokenizerBase
 
 

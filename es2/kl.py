@@ -10,14 +10,16 @@ the head where checkpointing would need two.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from es2.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _LOGITS_AT_ONCE = 2**23  # 32 MB in float32: 170 tokens of a vocabulary of 49,152
 

@@ -13,9 +13,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float32, Float64
 
 from es2.errors import InputError, one_line
 from es2.files import parse_json
@@ -25,6 +25,9 @@ from es2.projection import LANCZOS_FROM, View, axes_of, pca_view, separation_vie
 from es2.prompts import PromptSet
 from es2.sources import LayerSource
 from es2.versions import format_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32, Float64
 
 VIEWS_FORMAT = 1
 DRAWS = {"separation": separation_view, "pca": pca_view}

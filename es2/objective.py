@@ -15,11 +15,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Float
-
 from es2.errors import InputError
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor
 
 OBJECTIVES = ("distance", "anchored", "fisher", "margin")

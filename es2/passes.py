@@ -14,10 +14,9 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -34,6 +33,9 @@ from es2.batching import (
 )
 from es2.errors import InputError
 from es2.kl import Head, read_head, token_kl
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 _STAND_IN = (0,)
 

@@ -14,10 +14,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
 
 from es2.errors import InputError, one_line
 from es2.files import parse_json
@@ -29,6 +28,9 @@ from es2.resampling import canonical
 from es2.sources import LayerSource
 from es2.versions import format_of
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Float32
+
 PROJECTION_FORMAT = 1
 MIN_UMAP_POINTS = 10
 UMAP_NEIGHBOURS = 15
@@ -37,8 +39,8 @@ LANCZOS_FROM = 600
 LANCZOS_VECTORS = 24
 
 FitOn = Literal["base", "both"]
-Embeddings = Float[np.ndarray, "prompt d_model"]
-Points = Float[np.ndarray, "prompt 2"]
+Embeddings: TypeAlias = 'Float[np.ndarray, "prompt d_model"]'
+Points: TypeAlias = 'Float[np.ndarray, "prompt 2"]'
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,16 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Int8
 
 from es2.errors import InputError, MachineError, one_line
 from es2.files import parse_json
 from es2.likeness import near_duplicates
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int8
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
 
 from es2.errors import InputError
 from es2.robustness import DIRECTIONS, P0, Attacker, logit
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from transformer_lens.model_bridge import TransformerBridge
 
 BUDGETS = (0.1, 0.2, 0.4, 0.8)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
 
 from es2.errors import Es2Error, InputError, one_line
 from es2.files import machine_error, parse_json, read_json, write_json
@@ -24,6 +23,7 @@ from es2.jobs import Job, Reporter, launch, list_jobs, open_job
 from es2.sources import POSITIONS
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from transformer_lens.model_bridge import TransformerBridge
 
 KIND = "read"

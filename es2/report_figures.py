@@ -7,11 +7,10 @@ grid and background have no colour here: the page that holds a figure follows th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
-from jaxtyping import Float, Int
 from plotly.subplots import make_subplots
 
 from es2.glossary import BY_NAME
@@ -20,6 +19,9 @@ from es2.palette import BASE, COLOURS, NEUTRAL, SYMBOLS, TUNED, interval_band
 from es2.projection import View
 from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 from es2.results import Analysis, LayerNumbers
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 STRIP_HEIGHT = 270
 VIEW_HEIGHT = 430

@@ -13,11 +13,10 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
-from jaxtyping import Float, Int
 from plotly.io import to_json
 
 from es2 import report_figures
@@ -30,6 +29,9 @@ from es2.prompts import HARMFUL, LABEL_NAMES, stable_hash
 from es2.results import Analysis, Change, LayerNumbers
 from es2.verdict import KL_BUDGET, RULE, run_verdict
 from es2.versions import installed_versions
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 PROMPT_CHARACTERS = 300
 MAX_POINTS = 1500

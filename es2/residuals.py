@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from es2.batching import (
     SHARING_VERIFIED,
@@ -41,6 +40,7 @@ from es2.store import let_go
 
 if TYPE_CHECKING:
     import torch
+    from jaxtyping import Float, Int
     from transformer_lens.model_bridge import TransformerBridge
 
 logger = logging.getLogger(__name__)

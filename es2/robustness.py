@@ -13,16 +13,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
 
 from es2.errors import InputError
 from es2.probes import Probes, lower_quartile
 from es2.prompts import HARMFUL, HARMLESS, PromptSet, stable_hash
 from es2.resampling import Interval, canonical, interval, resample_pairs, safe_ratio
 from es2.sources import LayerSource, read_rows
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 DIRECTIONS = ("scav", "repe", "mean_difference", "random")
 """Along which embeddings are pushed: the probe's normal, RepE's reading vector, the difference of means, and the

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool, Float
 
 from es2.comparison import Comparison
 from es2.errors import InputError, MachineError
@@ -49,6 +48,8 @@ from es2.store import SHOWCASE, ActivationSet, Store
 from es2.versions import format_of, installed_versions
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
     from es2.finetune import FinetuneConfig
 
 SHOWCASE_FORMAT = 1

@@ -10,13 +10,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from es2.errors import InputError
 from es2.prompts import PromptSet
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 POSITIONS = ("last", "last_instruction")
 """Which token is read: the last prompt token after the chat template, or the last token of the user's own text."""

@@ -19,10 +19,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float, Float32
 from safetensors import SafetensorError, safe_open
 
 from es2.errors import Es2Error, InputError
@@ -46,6 +45,9 @@ from es2.files import (
     write_json,
 )
 from es2.versions import format_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Float32
 
 __all__ = [
     "ActivationSet",

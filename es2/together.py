@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -33,6 +32,7 @@ from es2.store import Store
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+    from jaxtyping import Float
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from jaxtyping import Float
 from torch import Tensor
 
 from es2.batching import end_tokens
@@ -23,6 +23,9 @@ from es2.passes import BaseReply, HarmlessPass, Network, Tokens
 from es2.prompts import HARMLESS
 from es2.training_data import Batch, Plan
 from es2.watch import WatchPoint, watch_numbers
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 @dataclass(frozen=True)

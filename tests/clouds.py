@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float
 
 from es2.prompts import HARMFUL, HARMLESS, PromptSet, own_pair
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 
 def paired_prompts(n_pairs: int, name: str = "toy", splits: Sequence[str] = ("probe", "test")) -> PromptSet:

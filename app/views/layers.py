@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import streamlit as st
-from jaxtyping import Float
 
 from app import artifacts, canvas, charts, exports, other_layers, projection_chart, prompt_list, state, text
 from app.artifacts import Opened
@@ -29,6 +28,7 @@ from es2.results import Analysis, LayerNumbers
 
 if TYPE_CHECKING:
     import pandas as pd
+    from jaxtyping import Float
 
 COLUMNS = (1.35, 1)
 COST_CURVES = {

@@ -13,12 +13,11 @@ import re
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import streamlit as st
-from jaxtyping import Float
 
 from app import artifacts, jobs_panel, reading_chart, state, text
 from app.messages import sentences
@@ -33,6 +32,9 @@ from es2.probes import Probes
 from es2.prompts import LABEL_NAMES, MAX_FILE_BYTES, SPLITS, PromptSet, find_problems, parse_prompts
 from es2.reader import Reading, answer, ask, open_reader
 from es2.runs import import_adapter
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 UPLOAD_TYPES = ("csv", "jsonl", "parquet")
 N_PREVIEW = 50
