@@ -3,10 +3,10 @@
 Every number is worked out from inner products between the test prompts alone (their Gram matrix), never from
 coordinates. That makes rotations of the model's space irrelevant by construction, costs the same for a model of 576
 and of 8,192 dimensions once the matrix is made, and turns a bootstrap into a product of matrices `[prompt, prompt]`
-with a matrix of weights `[prompt, resample]`, exactly and without a loop. These products are most of an analysis, so
-numbers share them, and prompts that are always drawn together are added up first where that gives the same. Directions
-and scale come from the `probe` split and stay fixed while `test` is resampled: an interval says how sure a number is,
-given the ruler.
+with a matrix of weights `[prompt, resample]`, without a loop. These products take time, so numbers share them, they are
+made in single precision (the numbers themselves are not), and prompts that are always drawn together are added up first
+where that gives the same. Directions and scale come from the `probe` split and stay fixed while `test` is resampled: an
+interval says how sure a number is, given the ruler.
 """
 
 from __future__ import annotations
@@ -197,8 +197,9 @@ def cloud_numbers(embeddings: Float[np.ndarray, "prompt d_model"], frame: Frame,
         `centroid_distance` and `pairwise_distance` in the model's own units; `mean_norm`, the mean ‖e‖, likewise;
         `relative_distance` and `rest_deviation` in units of the scale; `fisher_ratio`, `effective_rank` and
         `mean_difference_margin` without unit. All are class-balanced; Σ is a class's covariance with n − 1 below.
-        The numbers themselves are worked out in double precision, products over their resamples in single precision:
-        bounds of intervals are good to some 10⁻⁶, numbers whose bias is read off the resamples to some 10⁻⁸.
+        The numbers themselves are worked out in double precision, products over their resamples in single precision.
+        Against double precision throughout (default model, built-in prompts, all layers) bounds of intervals differ by
+        at most 6·10⁻⁶ of the number, and the two numbers whose bias is read off the resamples by 2·10⁻⁷.
 
         Bias: ‖μ₁ − μ₀‖² of two independent samples exceeds the true value by tr Σ₁/n₁ + tr Σ₀/n₀ (DESIGN's formula).
         Twins share a topic, so their means move together and the excess is smaller, by 2 tr Σ₁₀/n. What resampling
@@ -300,13 +301,16 @@ class _Forms:
         pairwise: Float[np.ndarray, "harmful harmless"],
         drawn: Drawn,
     ) -> _Forms:
-        """Resample 0 in double precision, all others in single precision, in which K and P stay what they are worth:
-        they are divided by their size before."""
+        """Resample 0 in double precision, all others in single precision; the matrices are overwritten.
+
+        They are divided by their size first, so that single precision holds their squares however long embeddings are.
+        """
         size = float(np.abs(np.diag(kernel)).max()) or 1.0
         length = float(pairwise.max()) or 1.0
-        kernel, pairwise = kernel / size, pairwise / length
+        kernel /= size
+        pairwise /= length
         every = _forms(kernel.astype(np.float32), pairwise.astype(np.float32), drawn, drawn.single)
-        itself = _forms(kernel, pairwise, drawn, drawn.itself)  # last, since it overwrites
+        itself = _forms(kernel, pairwise, drawn, drawn.itself)
         every = [np.concatenate([one, others[1:]], dtype=np.float64) for one, others in zip(itself, every, strict=True)]
         return cls((every[0] * size, every[1] * size), every[2] * size, every[3] * size**2, every[4] * length)
 
@@ -317,7 +321,7 @@ def _forms(
     drawn: Drawn,
     draws: _Draws,
 ) -> list[Replicates]:
-    """The fields of `_Forms` in the precision of what is given; the kernel is overwritten."""
+    """The fields of `_Forms`, K and P in the precision of the resamples; K is overwritten."""
     sizes, sides = drawn.sizes, draws.sides
     unbiased = [size / (size - 1) for size in sizes]
     blocks = (slice(0, sizes[0]), slice(sizes[0], None))

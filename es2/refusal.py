@@ -97,7 +97,7 @@ _REFUSALS = (
     r"(?:آسف|عذر|أعتذر)[^.]{0,40}(?:لا يمكنني|لا أستطيع|لا استطيع)|لا (?:يمكنني|أستطيع) (?:مساعد|تقديم|المساعدة)",
     r"(?:죄송|미안)[^.]{0,40}(?:수 없|어렵)",
 )  # fmt: skip
-_REFUSAL = re.compile("|".join(f"(?:{pattern})" for pattern in _REFUSALS), re.MULTILINE)
+_REFUSAL = "|".join(f"(?:{pattern})" for pattern in _REFUSALS)
 
 _SPECIAL = re.compile(r"<\|[^|<>]{1,40}\|>|</?s>|<(?:pad|bos|eos|unk|start_of_turn|end_of_turn)>")
 _CJK = r"぀-ヿ㐀-鿿豈-﫿"
@@ -116,7 +116,7 @@ def judge_reply(reply: str) -> str:
         return "empty"
     if is_degenerate(text):
         return "degenerate"
-    return "refusal" if _REFUSAL.search(opening(text)) else "answer"
+    return "refusal" if re.search(_REFUSAL, opening(text), re.MULTILINE) else "answer"
 
 
 def normalise_reply(text: str) -> str:
