@@ -1,8 +1,8 @@
 """Processes that help with work that falls into pieces, and are gone with it.
 
 Threads hand Python's lock to each other at nearly every call of numpy, and two of them are hardly faster than one at
-what an analysis does, where two processes do about 1.7 times as much (docs/performance.md). A helper starts while the
-work has begun, asks for a piece when it is ready, and is optional: the pieces of one that dies are done here. Both ends
+what an analysis does, where two processes do about 1.7 times as much (docs/performance.md). A helper asks for a piece
+when it is ready, while the work has begun here, and is optional: the pieces of one that dies are done here. Both ends
 of its pipe are this program's, and the pipe has no name that others could open.
 """
 
@@ -16,12 +16,13 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 logger = logging.getLogger(__name__)
 
@@ -36,77 +37,90 @@ _ENVIRONMENT = {
 }
 
 
-def spread(
-    work: Callable[..., Answer], shared: Any, read: Callable[[int], tuple[Any, ...]], n_pieces: int, n_helpers: int
-) -> Generator[tuple[int, Answer], None, None]:
-    """Do every piece, here and in helpers, and give the answers as they come.
+class Helpers(Generic[Answer]):
+    """Helpers that start at once, so that they get ready while the work is prepared, and end with the `with` block.
 
     Args:
+        number: how many processes to start.
         work: called as `work(shared, *piece)`; a function of a module, that gives the same wherever it is called.
-        shared: what all pieces need.
-        read: gives a piece by its number; called here, from several threads.
-        n_pieces: how many there are.
-        n_helpers: how many processes to start. Closing the iterator ends them.
-
-    Yields:
-        (number of the piece, answer).
-
-    Raises:
-        Exception: what `read` or `work` raises, wherever that happens.
     """
-    waiting = deque(range(n_pieces))
-    answers: SimpleQueue[tuple[int, Answer] | Exception | None] = SimpleQueue()
 
-    def take() -> int | None:
-        try:
-            return waiting.popleft()
-        except IndexError:
-            return None
-
-    def feed(helper: _Helper) -> None:
-        """Give one helper pieces for as long as there are any; None in `answers` says that one has come back."""
-        try:
-            helper.begin(work, shared)
-            while (number := take()) is not None:
-                try:
-                    answers.put((number, helper.ask(read(number))))
-                except _GoneError:
-                    waiting.append(number)
-                    raise
-        except _GoneError:
-            if not helper.dismissed:
-                logger.warning("A helping process has ended; its share is done by this one.")
-            answers.put(None)
-        except Exception as error:
-            answers.put(error)
-
-    helpers: list[_Helper] = []
-    threads: list[threading.Thread] = []
-    try:
-        for _ in range(n_helpers):
+    def __init__(self, number: int, work: Callable[..., Answer]) -> None:
+        self._work = work
+        self._helpers: list[_Helper] = []
+        self._threads: list[threading.Thread] = []
+        for _ in range(number):
             try:
-                helpers.append(_Helper())
+                self._helpers.append(_Helper(work))
             except OSError as error:
                 logger.warning("No process can be started to help (%s); this one does everything.", error)
                 break
-            threads.append(threading.Thread(target=feed, args=(helpers[-1],), daemon=True))
-            threads[-1].start()
+
+    def __enter__(self) -> Helpers[Answer]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for helper in self._helpers:
+            helper.dismiss()
+        for thread in self._threads:
+            thread.join()
+        for helper in self._helpers:
+            helper.connection.close()  # not before: a thread may wait on it
+
+    def spread(
+        self, shared: Any, read: Callable[[int], tuple[Any, ...]], n_pieces: int
+    ) -> Iterator[tuple[int, Answer]]:
+        """Do every piece, here and in helpers, and give the answers as they come; once.
+
+        Args:
+            shared: what all pieces need.
+            read: gives a piece by its number; called here, from several threads.
+            n_pieces: how many there are.
+
+        Yields:
+            (number of the piece, answer).
+
+        Raises:
+            Exception: what `read` or the work raises, wherever that happens.
+        """
+        waiting = deque(range(n_pieces))
+        answers: SimpleQueue[tuple[int, Answer] | Exception | None] = SimpleQueue()
+
+        def take() -> int | None:
+            try:
+                return waiting.popleft()
+            except IndexError:
+                return None
+
+        def feed(helper: _Helper) -> None:
+            """Give one helper pieces for as long as there are any; None in `answers` says that one has come back."""
+            try:
+                helper.begin(shared)
+                while (number := take()) is not None:
+                    try:
+                        answers.put((number, helper.ask(read(number))))
+                    except _GoneError:
+                        waiting.append(number)
+                        raise
+            except _GoneError:
+                if not helper.dismissed:
+                    logger.warning("A helping process has ended; its share is done by this one.")
+                answers.put(None)
+            except Exception as error:
+                answers.put(error)
+
+        for helper in self._helpers:
+            self._threads.append(threading.Thread(target=feed, args=(helper,), daemon=True))
+            self._threads[-1].start()
         n_done = 0
         while n_done < n_pieces:
             number = take() if answers.empty() else None
-            answer = answers.get() if number is None else (number, work(shared, *read(number)))
+            answer = answers.get() if number is None else (number, self._work(shared, *read(number)))
             if isinstance(answer, Exception):
                 raise answer
             if answer is not None:
                 n_done += 1
                 yield answer
-    finally:
-        for helper in helpers:
-            helper.dismiss()
-        for thread in threads:
-            thread.join()
-        for helper in helpers:
-            helper.connection.close()  # not before: a thread may wait on it
 
 
 class _GoneError(Exception):
@@ -116,7 +130,7 @@ class _GoneError(Exception):
 class _Helper:
     """One process, and our end of the pipe to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, work: Callable[..., Any]) -> None:
         self.connection, theirs = Pipe()
         self.dismissed = False
         root = str(Path(__file__).parents[1])
@@ -131,10 +145,12 @@ class _Helper:
                 pass_fds=(theirs.fileno(),),
                 env=os.environ | _ENVIRONMENT | {"PYTHONPATH": path},
             )
+        with suppress(OSError):  # of one that has ended already; that is noticed when the work begins
+            self.connection.send(work)
 
-    def begin(self, work: Callable[..., Any], shared: Any) -> None:
-        """Say what the work is, and wait until it can begin."""
-        self._exchange((work, shared))
+    def begin(self, shared: Any) -> None:
+        """Say what all pieces need, and wait until the work can begin."""
+        self._exchange(shared)
 
     def ask(self, piece: tuple[Any, ...]) -> Any:
         """The answer to one piece; what it raises there is raised here."""
@@ -162,7 +178,8 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process, which then ends this one
     with Connection(int(sys.argv[1])) as connection:
         try:
-            work, shared = connection.recv()
+            work = connection.recv()
+            shared = connection.recv()
             connection.send(None)
             while True:
                 piece = connection.recv()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from es2.errors import InputError
 from es2.geometry import Drawn, Frame, cloud_numbers, direction_cosine, fit_frame
-from es2.helpers import spread
+from es2.helpers import Helpers
 from es2.jobs import Reporter, silent
 from es2.logistic import Products
 from es2.probes import (
@@ -404,34 +403,36 @@ def analyze(
         InputError: when `probe` or the test prompts hold fewer than two prompts of a label, or embeddings are missing,
             not finite, or not of the same model.
     """
-    import scipy.linalg  # noqa: F401  brings its own BLAS, which must be loaded before threads are limited
-    from threadpoolctl import threadpool_limits
-
-    config = config or AnalysisConfig()
-    plan = _plan(prompts, test, config)
-    models: dict[str, LayerSource] = {"base": base} | ({"tuned": tuned} if tuned is not None else {})
-    tests = models
-    if test is not None:
-        tests = {"base": test.base} | ({"tuned": test.tuned} if test.tuned is not None else {})
-    readers = Readers(
-        models,
-        tests,
-        len(prompts),
-        len(prompts if test is None else test.prompts),
-        plan.probe_rows,
-        plan.test_rows,
-        config.position,
-    )
     n_layers = base.n_layers
+    n_tests = int(prompts.in_split("test").sum()) if test is None else len(test.prompts)
+    n_helpers = _n_helpers(n_layers, int(prompts.in_split("probe").sum()) + n_tests)
     done: dict[int, _Layer] = {}
-    n_helpers = _n_helpers(n_layers, len(plan.probe_rows) + len(plan.test_rows))
-    report("analyse", 0, n_layers)
-    # Late layers take longest, so they come first: at the end nobody waits long for another.
-    pieces = spread(_analyze_layer, plan, lambda piece: _read_layer(n_layers - 1 - piece, readers), n_layers, n_helpers)
-    with threadpool_limits(1, user_api="blas"), closing(pieces):
-        for piece, answer in pieces:
-            done[n_layers - 1 - piece] = answer
-            report("analyse", len(done), n_layers)
+    with Helpers(n_helpers, _analyze_layer) as helpers:
+        import scipy.linalg  # noqa: F401  brings its own BLAS, which must be loaded before threads are limited
+        from threadpoolctl import threadpool_limits
+
+        config = config or AnalysisConfig()
+        plan = _plan(prompts, test, config)
+        models: dict[str, LayerSource] = {"base": base} | ({"tuned": tuned} if tuned is not None else {})
+        tests = models
+        if test is not None:
+            tests = {"base": test.base} | ({"tuned": test.tuned} if test.tuned is not None else {})
+        readers = Readers(
+            models,
+            tests,
+            len(prompts),
+            len(prompts if test is None else test.prompts),
+            plan.probe_rows,
+            plan.test_rows,
+            config.position,
+        )
+        report("analyse", 0, n_layers)
+        # Late layers take longest, so they come first: at the end nobody waits long for another.
+        order = range(n_layers - 1, -1, -1)
+        with threadpool_limits(1, user_api="blas"):
+            for piece, answer in helpers.spread(plan, lambda piece: _read_layer(order[piece], readers), n_layers):
+                done[order[piece]] = answer
+                report("analyse", len(done), n_layers)
     layers = [done[layer] for layer in range(n_layers)]
     base_layers = tuple(layer.base for layer in layers)
     recommended, best_layer, reason = recommend(

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from contextlib import closing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,23 @@ import pytest
 
 import es2.helpers
 import es2.layers
-from es2.helpers import spread
+from es2.helpers import Helpers
 from es2.layers import AnalysisConfig, ArrayLayers, analyze
 from es2.sources import Readers
 from tests.clouds import clouds, paired_prompts
 from tests.helping import PATIENCE, die_elsewhere, fail_elsewhere, where
 from tests.test_layers import assert_same
+
+
+def spread(
+    work: Callable[..., Any], shared: Any, read: Callable[[int], tuple[Any, ...]], n_pieces: int, n_helpers: int
+) -> list[tuple[int, Any]]:
+    with Helpers(n_helpers, work) as helpers:
+        return list(helpers.spread(shared, read, n_pieces))
+
+
+def one(number: int) -> tuple[int, ...]:
+    return (number,)
 
 
 def children() -> list[psutil.Process]:
@@ -31,20 +42,20 @@ def children() -> list[psutil.Process]:
 
 @pytest.mark.parametrize("n_helpers", [0, 1, 3])
 def test_every_piece_is_done_once(n_helpers: int) -> None:
-    answers = list(spread(pow, 3, lambda number: (number,), 20, n_helpers))
+    answers = spread(pow, 3, one, 20, n_helpers)
     assert sorted(answers) == [(number, 3**number) for number in range(20)]
     assert children() == []
 
 
 def test_helpers_take_their_share(tmp_path: Path) -> None:
-    processes = dict(spread(where, tmp_path, lambda number: (number,), 6, 1))
+    processes = dict(spread(where, tmp_path, one, 6, 1))
     assert sorted(processes) == list(range(6))
     assert len(set(processes.values())) == 2
 
 
 def test_what_fails_in_a_helper_is_told_here(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"piece \d+ cannot be done") as caught:
-        list(spread(fail_elsewhere, (tmp_path, os.getpid()), lambda number: (number,), 10, 1))
+        spread(fail_elsewhere, (tmp_path, os.getpid()), one, 10, 1)
     assert "fail_elsewhere" in caught.value.__notes__[0]
     assert children() == []
 
@@ -56,12 +67,12 @@ def test_what_cannot_be_read_is_told_here() -> None:
         return (number,)
 
     with pytest.raises(IndexError, match="no layer 5"):
-        list(spread(pow, 3, read, 10, 1))
+        spread(pow, 3, read, 10, 1)
 
 
 def test_the_pieces_of_a_helper_that_dies_are_done_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        answers = list(spread(die_elsewhere, (tmp_path, os.getpid()), lambda number: (number,), 10, 1))
+        answers = spread(die_elsewhere, (tmp_path, os.getpid()), one, 10, 1)
     assert sorted(number for number, _ in answers) == list(range(10))
     assert "A helping process has ended" in caplog.text
 
@@ -71,21 +82,21 @@ def test_no_process_to_be_had(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(es2.helpers.subprocess, "Popen", refuse)
-    assert len(list(spread(pow, 3, lambda number: (number,), 4, 2))) == 4
+    assert len(spread(pow, 3, one, 4, 2)) == 4
     assert "No process can be started" in caplog.text
 
 
 def test_closing_early_leaves_nobody_behind() -> None:
-    with closing(spread(pow, 3, lambda number: (number,), 1000, 2)) as answers:
-        next(answers)
+    with Helpers(2, pow) as helpers:
+        next(helpers.spread(3, one, 1000))
         assert len(children()) == 2
     assert children() == []
 
 
 def test_helpers_end_with_the_process_that_started_them() -> None:
     script = (
-        "import time; from es2.helpers import spread\n"
-        "answers = spread(pow, 3, lambda number: (number,), 10, 1)\n"
+        "import time; from es2.helpers import Helpers\n"
+        "answers = Helpers(1, pow).spread(3, lambda number: (number,), 10)\n"
         "next(answers); print('begun', flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
