@@ -242,6 +242,7 @@ class TestSameCurve:
         config = config_for(llama, objective="fisher+margin+anchored", **settings)
         self.check(list(finetune(config, PROMPTS, tmp_path).losses), expected)
 
+    @pytest.mark.long
     def test_in_two_processes_under_accelerate(self, llama: Path, expected: FinetuneResult, tmp_path: Path) -> None:
         config = config_for(llama, objective="fisher+margin+anchored", accumulate=2)
         result, other = run_in_two_processes(config, tmp_path, stop_after=3)

@@ -246,6 +246,7 @@ class TestRuns:
         assert code == 2
         assert "tiny-llama" in document["error"]
 
+    @pytest.mark.long
     def test_killed_resumed_equal(self, home: Path, done: dict[str, Any], es2, model: Path, prompts: Path) -> None:
         """kill −9 in the middle leaves `interrupted`; resumed, it ends as if nothing had happened."""
         long = ("--layers", "1,2", "--steps", "40", "--pairs-per-step", "4", "--watch-every", "2")
@@ -292,6 +293,7 @@ class TestRuns:
             time.sleep(0.2)
 
 
+@pytest.mark.long
 class TestDamage:
     """What the run trained is changed, or goes, after the run is done."""
 

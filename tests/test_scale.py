@@ -59,6 +59,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_prompts(tmp_path_factory.mktemp("prompts") / "locks.csv", PROMPTS)
 
 
+@pytest.mark.long
 class TestCapture:
     def test_two_processes_make_the_set_of_one(self, folder: Path, prompts: Path, tmp_path: Path) -> None:
         done = in_two_processes(tmp_path, "-m", "es2", "capture", "--model", folder, "--prompts", prompts, "--json")
@@ -107,6 +108,7 @@ class TestCapture:
         assert not list(store.glob(".tmp-*"))
 
 
+@pytest.mark.long
 class TestShards:
     """Under FSDP every process holds a part of each block; the curve and the adapter are those of one process."""
 
@@ -236,6 +238,7 @@ class TestFourBits:
             FinetuneConfig(layers=(1, 2), quantize="2bit").check(4, PROMPTS)
 
 
+@pytest.mark.long
 def test_a_job_of_another_host_is_seen_followed_and_cancelled(
     es2: Es2, folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from es2.prompts import HARMFUL
 from tests.browser.serving import expect, marks, place_of, playwright, served, settle
 from tests.builders_artifacts import Compared, write_comparison
 
-pytestmark = marks
+pytestmark = [*marks, pytest.mark.long]
 
 N_PAIRS = 1560
 """Of which two thirds are measured: 2,080 prompts in each figure with the `probe` split shown, 1,040 without."""

@@ -133,6 +133,7 @@ def test_from_the_click_to_the_comparison(app: App, open_page: Callable[[str], p
     assert run.status() == "done", run.log_tail()
 
 
+@pytest.mark.long
 def test_cancel_resume_rename_delete(app: App, open_page: Callable[[str], playwright.Page]) -> None:
     page = open_page(app.runs)
     if list_runs(app.home / "runs"):

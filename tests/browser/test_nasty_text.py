@@ -20,7 +20,7 @@ from tests.browser.serving import expect, marks, place_of, playwright, served, s
 from tests.builders_artifacts import Compared, write_comparison
 from tests.builders_evaluation import Evaluated, write_evaluated
 
-pytestmark = marks
+pytestmark = [*marks, pytest.mark.long]
 
 HTML = (
     '<img src=x onerror="window.pwned=1"> <script>window.pwned=1</script> <svg onload=window.pwned=1> <b>bold</b> &lt;'

@@ -14,7 +14,7 @@ from es2.jobs import launch
 from tests.browser.serving import expect, marks, playwright, served, settle
 from tests.builders_artifacts import DISTANCES, Compared, write_comparison
 
-pytestmark = marks
+pytestmark = [*marks, pytest.mark.long]
 
 WORKER = """
 import sys, time

@@ -48,6 +48,7 @@ def processes() -> ForkServerContext:
     return context
 
 
+@pytest.mark.long
 def test_eight_ask_for_the_same_and_one_computes(files: Files, processes: ForkServerContext, tmp_path: Path) -> None:
     together, told = processes.Barrier(AT_ONCE), processes.Queue()
     arguments = (str(tmp_path), files.model, files.prompts, together, told)
@@ -105,6 +106,7 @@ def flat(value: Any, path: str = "") -> dict[str, Any]:
     return {path: value}
 
 
+@pytest.mark.long
 def test_two_fine_tunes_and_a_capture_at_once(files: Files, processes: ForkServerContext, tmp_path: Path) -> None:
     made: dict[int, list[dict[str, Any]]] = {}
     for limit in (1, 3):

@@ -700,6 +700,7 @@ def after_work(tmp_path_factory: pytest.TempPathFactory) -> Exposed:
     return Exposed(ended.stdout + ended.stderr, files)
 
 
+@pytest.mark.long
 def test_the_work_was_done_and_failed_as_meant(after_work: Exposed) -> None:
     ends = [line for line in after_work.output.splitlines() if line.startswith("ended")]
     assert ends == ["ended 0"] * 2 + ["ended 2"] * 5 + ["ended 1"] * 2, after_work.output
@@ -708,10 +709,12 @@ def test_the_work_was_done_and_failed_as_meant(after_work: Exposed) -> None:
     assert any(path.parent.name == "evaluation" for path in after_work.files)
 
 
+@pytest.mark.long
 def test_no_secret_is_in_what_was_printed(after_work: Exposed) -> None:
     assert CANARY not in after_work.output
 
 
+@pytest.mark.long
 def test_no_secret_is_in_any_file_or_its_name(after_work: Exposed) -> None:
     assert [path for path in after_work.files if CANARY in str(path)] == []
     assert [path for path, data in after_work.files.items() if CANARY.encode() in data] == []

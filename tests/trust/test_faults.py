@@ -26,6 +26,7 @@ WELL: dict[str, Any] = {
 }
 
 
+@pytest.mark.long
 def test_nothing_is_lost_and_nobody_lies(tmp_path: Path) -> None:
     out = tmp_path / "counts.json"
     command = ["-m", "tests.trust.faults", "--quick", "--cases", str(CASES), "--seed", "7", "--out", str(out)]

@@ -17,6 +17,7 @@ FLAT = [
 
 
 @pytest.mark.browser
+@pytest.mark.long
 @marks[1]
 def test_a_minute_of_use_leaks_nothing(tmp_path: Path) -> None:
     samples, last = soak(tmp_path, seconds=60)
