@@ -283,7 +283,7 @@ class _Forms:
     Attributes:
         own: q_c K_cc q_c of both classes.
         across: q₁ K₁₀ q₀.
-        square: tr C², with c and d running over the classes, and without the factors n / (n − 1) of both,
+        square: tr C², which is, with c and d running over the classes and factors n / (n − 1) of both left out here,
             ¼ Σ_cd [ q_c (K∘K)_cd q_d − q_c (K_cd q_d)² − q_d (K_dc q_c)² + (q_c K_cd q_d)² ],
             since each bracket is the mean square of a matrix whose row and column means have been removed.
         pairwise: q₁ P₁₀ q₀ of the pairwise distances.

@@ -155,6 +155,7 @@ def test_an_adapter_without_target_layers_is_attacked_at_the_recommended_ones(
     assert document["suite"]["perturbation"]["layers"] == list(recommended)
 
 
+@pytest.mark.long
 def test_killed_and_resumed_generates_nothing_twice_and_ends_alike(
     model: Path, run: Job, tmp_path: Path, shared_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -323,6 +323,7 @@ class TestResume:
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) for name in left)
 
+    @pytest.mark.long
     def test_killed_it_loses_the_steps_since_the_last_checkpoint(self, llama: Path, tmp_path: Path) -> None:
         config = config_for(llama, steps=400, watch_every=2, learning_rate=1e-5)
         script = (

@@ -68,6 +68,7 @@ def kinds() -> list[str]:
     return sorted(job.kind for job in list_jobs())
 
 
+@pytest.mark.long
 def test_end_to_end_through_every_interruption(
     reproduce: Es2, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

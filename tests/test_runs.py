@@ -126,6 +126,7 @@ class TestFinetune:
         assert "tune split" in document["error"]
 
 
+@pytest.mark.long
 def test_two_runs_started_at_once_do_not_disturb_each_other(
     done: dict[str, Any], model: Path, prompts: Path, tmp_path: Path
 ) -> None:

@@ -131,6 +131,7 @@ def test_a_figure_is_saved_under_a_name_that_says_what_it_is(
     assert found.value.suggested_filename == "es2-compare-layer-3-2.svg"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("from_a_point", [True, False])
 def test_a_quick_click_selects_what_it_meets(
     from_a_point: bool, address: str, compared: Compared, open_page: Callable[[str], playwright.Page]
@@ -199,6 +200,7 @@ def test_a_picked_layer_is_drawn_without_the_server(
     assert page.evaluate(f"{PLOTS}.map(plot => plot.data.filter(trace => trace.name !== 'twins'))") == drawn
 
 
+@pytest.mark.long
 def test_a_click_at_the_moment_of_a_question_runs_the_page(
     address: str, compared: Compared, open_page: Callable[[str], playwright.Page]
 ) -> None:
@@ -221,6 +223,7 @@ def test_a_click_at_the_moment_of_a_question_runs_the_page(
     expect(page.locator(".st-key-selected h3")).to_have_text("1 selected prompt")
 
 
+@pytest.mark.long
 def test_nothing_is_sent_as_a_reference_to_what_was_sent_before(
     address: str, compared: Compared, open_page: Callable[[str], playwright.Page]
 ) -> None:
