@@ -162,6 +162,17 @@ class Drawn:
         """How many prompts are harmful and harmless."""
         return len(self.exact.sides[0]), len(self.exact.sides[1])
 
+    @property
+    def blocks(self) -> tuple[slice, slice]:
+        """Where harmful and harmless prompts stand, harmful ones first."""
+        return slice(0, self.sizes[0]), slice(self.sizes[0], None)
+
+    @property
+    def unbiased(self) -> tuple[float, float]:
+        """n / (n − 1) of both classes."""
+        harmful, harmless = self.sizes
+        return harmful / (harmful - 1), harmless / (harmless - 1)
+
     def sum_units(self, rows: Float[np.ndarray, "prompt column"]) -> Float[np.ndarray, "unit column"]:
         """Rows of the prompts, harmful ones first, added up within each unit."""
         (_, prompts), *others = self.members
@@ -213,9 +224,7 @@ def cloud_numbers(embeddings: Float[np.ndarray, "prompt d_model"], frame: Frame,
     """
     embeddings = np.asarray(embeddings, dtype=np.float64)
     is_harmful = drawn.labels == HARMFUL
-    sizes, sides = drawn.sizes, drawn.exact.sides
-    unbiased = (sizes[0] / (sizes[0] - 1), sizes[1] / (sizes[1] - 1))
-    blocks = (slice(0, sizes[0]), slice(sizes[0], None))
+    sides, blocks, unbiased = drawn.exact.sides, drawn.blocks, drawn.unbiased
     floor = ROUNDING * frame.scale
 
     # Every cloud is seen from its own mean, so that what is worked out in single precision is small.
@@ -322,9 +331,7 @@ def _forms(
     draws: _Draws,
 ) -> list[Replicates]:
     """The fields of `_Forms`, K and P in the precision of the resamples; K is overwritten."""
-    sizes, sides = drawn.sizes, draws.sides
-    unbiased = [size / (size - 1) for size in sizes]
-    blocks = (slice(0, sizes[0]), slice(sizes[0], None))
+    sides, blocks, unbiased = draws.sides, drawn.blocks, drawn.unbiased
     means: dict[tuple[int, int], Replicates] = {}
     square = np.zeros(sides[0].shape[1])
     for d in (0, 1):
@@ -336,7 +343,7 @@ def _forms(
             # The sum over c and d holds the bracket's second and third term twice each.
             square += unbiased[c] * unbiased[d] * (means[c, d] ** 2 - 2 * _inner(sides[c], part))
     kernel *= kernel
-    factors = np.repeat(unbiased, sizes).astype(kernel.dtype)
+    factors = np.repeat(unbiased, drawn.sizes).astype(kernel.dtype)
     kernel *= factors[:, None]
     kernel *= factors
     square += _inner(draws.units, drawn.sum_units(drawn.sum_units(kernel).T) @ draws.units)
