@@ -176,8 +176,8 @@ def test_a_job_that_is_done(start: Launch, tmp_path: Path, root: Path) -> None:
     assert [(event["stage"], event["done"], event["total"]) for event in steps[:2]] == [("work", 1, 2), ("wait", 0, 1)]
     assert steps[0]["loss"] == 0.5
     assert job.log_tail() == ["working"]
-    wait_for(lambda: job.status() and not psutil.pid_exists(pid))
-    assert job.path not in job_folder.children
+    wait_for(lambda: job.status() and job.path not in job_folder.children)
+    assert not psutil.pid_exists(pid)
     assert open_job(job.id, root) == job
 
 
