@@ -3,15 +3,16 @@
 Every solution lies in the span of the prompts, w = Xᵀa, so a fit is worked out in inner products between prompts,
 however wide the model. An analysis needs thousands of fits that are alike (nine costs, five folds, ten shuffles, every
 layer), and nearly all of Newton's time is the factoring of curvature matrices; so one factor, in single precision,
-serves for as many steps as it takes the fit closer fast enough, and for all fits that begin alike. Gradients are exact,
-so this decides how fast the solution is reached, not which one.
+serves for as many steps as it takes the fit closer fast enough, and for all fits that begin alike. What such a factor
+misses of the curvature, conjugate gradients make up for. Gradients are exact, so all this decides how fast the solution
+is reached, not which one. Arrays of columns hold one fit after the other in memory.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -24,11 +25,15 @@ if TYPE_CHECKING:
 MAX_STEPS = 200
 SMALLEST_STEP = 1e-10
 SOLVED = 1e-13
-"""Squared Newton decrement, relative to ‖w‖², at which the step at hand is the last; some 1e-8 of ‖w‖ are left."""
-FAST = 0.1
+"""Twice what a step takes off the objective, relative to ‖w‖², at which it is the last; some 1e-8 of ‖w‖ are left."""
+FAST = 0.2
 """A factor is kept for as long as each of its steps brings the squared decrement down to this part."""
-SINGLE_PRECISION = 1e4
-"""Trace of S K S up to which a factor in single precision gives good steps: it bounds the condition of 1 + S K S."""
+LONGEST = 2.0
+"""A factor is kept for as long as steps with it need no more than doubling: by a longer one, what the duals hold beside
+the span of the prompts would grow."""
+SINGLE_PRECISION = {"kernel": 1e5, "features": 1e3}
+"""Trace of S K S, which bounds the condition κ of both matrices, up to which a factor in single precision gives good
+steps: of 1 + S K S; of 1 + XᵀS²X, from which B⁻¹ is the small difference of two terms, some 1/κ of either."""
 ROUNDING = 1e-13
 """Changes of an objective below this part of it are rounding."""
 
@@ -73,7 +78,7 @@ class Products:
 
     def times(self, values: Columns) -> Columns:
         """K · values."""
-        return self.features @ (self.features.T @ values) if self.kernel is None else self.kernel @ values
+        return ((values.T @ self.features) @ self.features.T).T if self.kernel is None else (values.T @ self.kernel).T
 
     def lengths(self) -> Float[np.ndarray, "prompt"]:
         """Squared length of every prompt, the diagonal of K."""
@@ -108,13 +113,15 @@ def fit_columns(
     Raises:
         ValueError: when a fit sees but one label.
     """
+    labels, seen = np.asfortranarray(labels), np.asfortranarray(seen)
     targets = (labels == HARMFUL).astype(np.float64)
     sizes, n_harmful = seen.sum(axis=0), (targets * seen).sum(axis=0)
     if not n_harmful.all() or (n_harmful == sizes).any():
         raise ValueError("A probe needs prompts of both labels.")
     importance = seen * np.where(targets == 1, sizes / (2 * n_harmful), sizes / (2 * (sizes - n_harmful)))
     alike = _alike(products, seen)
-    fits = Fits(np.zeros(seen.shape), np.zeros(seen.shape[1]), np.zeros(seen.shape))
+    nothing = np.zeros_like(targets)
+    fits = Fits(nothing, np.zeros(seen.shape[1]), nothing)
     for cost in costs:
         fits = _minimise(products, alike, targets, importance * cost, fits)
         yield fits
@@ -172,7 +179,7 @@ def _group(products: Products, view: _View, fits: Int[np.ndarray, "fit"], square
     trace = squared @ view.lengths
     if trace < NEGLIGIBLE:
         return _Group(view, fits, None, None)
-    single = trace < SINGLE_PRECISION
+    single = trace < SINGLE_PRECISION["features" if products.kernel is None else "kernel"]
     source = view.single if single else products.among(view.rows, products.source)
     rooted = np.sqrt(squared)[:, None].astype(source.dtype)
     matrix, weighted = rooted * source, None
@@ -203,6 +210,14 @@ def _solve(factor: Float[np.ndarray, "a a"], values: Float[np.ndarray, "a *colum
 
 
 @dataclass(frozen=True)
+class _Move:
+    """A change of every fit: of its duals, `[prompt, fit]`, and of its intercept, `[fit]`."""
+
+    duals: Columns
+    intercept: Float[np.ndarray, "fit"]
+
+
+@dataclass(frozen=True)
 class _Slope:
     """Where all fits stand: the gradient, from which any curvature gives a step.
 
@@ -216,15 +231,14 @@ class _Slope:
     pulled: Columns
     total: Float[np.ndarray, "fit"]
 
+    def along(self, move: _Move) -> Float[np.ndarray, "fit"]:
+        """The gradient times a move: how fast it leads up."""
+        return _inner(move.duals, self.pulled) + move.intercept * self.total
 
-@dataclass(frozen=True)
-class _Steps:
-    """The next step of every fit, zero for those that are solved: of the duals, of the intercept, and how much the
-    square of the Newton decrement is."""
 
-    duals: Columns
-    intercept: Float[np.ndarray, "fit"]
-    decrement: Float[np.ndarray, "fit"]
+def _inner(left: Columns, right: Columns) -> Float[np.ndarray, "fit"]:
+    """left · right for every fit."""
+    return np.einsum("pf,pf->f", left, right)
 
 
 class _Newton:
@@ -272,8 +286,8 @@ class _Newton:
         smoothed *= self.rooted
         return smoothed
 
-    def steps(self, slope: _Slope, groups: Sequence[_Group]) -> _Steps:
-        """The next steps of the fits of these groups.
+    def steps(self, slope: _Slope, groups: Sequence[_Group]) -> _Move:
+        """The next steps of the fits of these groups; none for others.
 
         A step changes the intercept by δ and the duals by −(r + a) − S B⁻¹ S (δ − K(r + a)), where the last term is the
         curvature times the change of the logits; δ is such that its sum is −Σ r, the intercept's equation.
@@ -282,11 +296,10 @@ class _Newton:
         shift = (duals.sum(axis=0) - slope.total) / self.by_shift.sum(axis=0)
         duals -= shift * self.by_shift
         duals -= slope.pull
-        asked = np.zeros(len(shift), dtype=bool)
-        asked[np.concatenate([group.fits for group in groups])] = True
-        duals[:, ~asked], shift[~asked] = 0, 0
-        decrement = -np.einsum("pf,pf->f", duals, slope.pulled) - shift * slope.total
-        return _Steps(duals, shift, np.maximum(decrement, 0))  # below zero is rounding
+        others = np.ones(len(shift), dtype=bool)
+        others[np.concatenate([group.fits for group in groups])] = False
+        duals[:, others], shift[others] = 0, 0
+        return _Move(duals, shift)
 
     def renew(self, fits: Bool[np.ndarray, "fit"], curvature: Columns) -> list[_Group]:
         """Give some fits a curvature of their own, that of where they stand."""
@@ -307,7 +320,12 @@ def _minimise(
     importance: Columns,
     start: Fits,
 ) -> Fits:
-    """Newton's method with backtracking, for all fits at once; `alike` are those that see the same prompts."""
+    """Newton's method for all fits at once; `alike` are those that see the same prompts.
+
+    Steps with a curvature of elsewhere are made conjugate to each other (Nocedal & Wright, Numerical Optimization,
+    section 5.2: Polak & Ribière's method, preconditioned), and are as long as the curvature at hand says, or shorter
+    where the objective would not fall.
+    """
     signs = 1 - 2 * targets
 
     def objective(
@@ -316,14 +334,15 @@ def _minimise(
         """What is minimised, and the probability of the wrong label, which has the exponential in common with it."""
         wrong = signs * (fitted + intercept)
         small = np.exp(-np.abs(wrong))
-        losses = np.log1p(small) + np.maximum(wrong, 0)
-        value = np.einsum("pf,pf->f", duals, fitted) / 2 + np.einsum("pf,pf->f", importance, losses)
-        return value, np.where(wrong > 0, 1, small) / (1 + small)
+        losses = np.log(1 + small) + np.maximum(wrong, 0)
+        return _inner(duals, fitted) / 2 + _inner(importance, losses), np.where(wrong > 0, 1, small) / (1 + small)
 
     duals, intercept, fitted = start.duals, start.intercept, start.fitted
     value, error = objective(duals, intercept, fitted)
     newton: _Newton | None = None
-    previous = np.full(len(intercept), 1e300)
+    nowhere, level = np.zeros_like(duals), np.zeros_like(intercept)
+    before, move, along = _Slope(nowhere, nowhere, level), _Move(nowhere, level), nowhere
+    previous, size = np.full_like(level, 1e300), level
     for _ in range(MAX_STEPS):
         weighted = importance * error
         residual = signs * weighted
@@ -331,19 +350,26 @@ def _minimise(
         curvature = np.maximum(weighted * (1 - error), 1e-12)
         slope = _Slope(residual + duals, products.times(residual) + fitted, residual.sum(axis=0))
         newton = newton or _Newton(products, alike, curvature)
-        steps = newton.steps(slope, newton.groups)
-        slow = steps.decrement > FAST * previous
+        step = newton.steps(slope, newton.groups)
+        decrement = np.maximum(-slope.along(step), 0)  # below zero is rounding
+        slow = (decrement > FAST * previous) | (size > LONGEST) & (decrement > 0)
         if slow.any():
             fresh = newton.steps(slope, newton.renew(slow, curvature))
-            steps = _Steps(*(np.where(slow, new, old) for new, old in zip(astuple(fresh), astuple(steps), strict=True)))
-        previous = steps.decrement
-        along = products.times(steps.duals)
-        last = steps.decrement <= SOLVED * np.maximum(np.einsum("pf,pf->f", duals, fitted), 1e-8)
-        size = np.ones_like(intercept)
+            step = _Move(np.where(slow, fresh.duals, step.duals), np.where(slow, fresh.intercept, step.intercept))
+            decrement = np.maximum(-slope.along(step), 0)
+        gained = np.maximum(decrement + before.along(step), 0)
+        kept = np.divide(gained, previous, out=np.zeros_like(level), where=(previous > 0) & ~slow)
+        move = _Move(step.duals + kept * move.duals, step.intercept + kept * move.intercept)
+        along = products.times(step.duals) + kept * along
+        before, previous = slope, decrement
+        descent, by_logits = -slope.along(move), along + move.intercept
+        bend = _inner(move.duals, along) + _inner(curvature * by_logits, by_logits)
+        size = np.divide(descent, bend, out=np.zeros_like(level), where=bend > 0)
+        last = size * descent <= SOLVED * np.maximum(_inner(duals, fitted), 1e-8)
         while True:
-            candidate = duals + size * steps.duals, intercept + size * steps.intercept, fitted + size * along
+            candidate = duals + size * move.duals, intercept + size * move.intercept, fitted + size * along
             reached, error = objective(*candidate)
-            short = ~last & (reached > value - 1e-4 * size * steps.decrement + ROUNDING * value)
+            short = ~last & (reached > value - 1e-4 * size * descent + ROUNDING * value)
             if not short.any():
                 break
             size[short] /= 2

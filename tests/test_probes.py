@@ -59,6 +59,44 @@ def test_path_equals_sklearn(n_prompts: int, d_model: int, distance: float) -> N
         )
 
 
+def by_newton(
+    features: np.ndarray, labels: np.ndarray, cost: float, weights: np.ndarray, bias: float
+) -> tuple[np.ndarray, float]:
+    """The solution near a start: Newton's method in the coordinates, as plain as can be."""
+    design = np.column_stack([features, np.ones(len(labels))])
+    penalty = np.diag([1.0] * features.shape[1] + [0.0])
+    importance = cost * len(labels) / (2 * np.bincount(labels)[labels])
+    point = np.append(weights, bias)
+    for _ in range(4):
+        probability = 1 / (1 + np.exp(-design @ point))
+        gradient = penalty @ point + design.T @ (importance * (probability - labels))
+        curvature = penalty + (design.T * (importance * probability * (1 - probability))) @ design
+        point = point - np.linalg.solve(curvature, gradient)
+    return point[:-1], float(point[-1])
+
+
+@pytest.mark.parametrize("seed", range(20, 40))
+def test_any_problem_is_solved(seed: int) -> None:
+    """More prompts than dimensions and fewer, separable or not, spectra flat and steep, classes of any sizes.
+
+    From where a fit ends, exact steps lead nowhere further.
+    """
+    generator = np.random.default_rng(seed)
+    n_prompts, d_model = int(generator.integers(6, 120)), int(generator.choice([2, 5, 20, 64, 150]))
+    labels = (generator.random(n_prompts) < generator.choice([0.2, 0.5])).astype(int)
+    labels[:2] = 0, 1
+    features = generator.normal(size=(n_prompts, d_model))
+    features *= np.exp(-generator.uniform(0, 6) * np.arange(d_model) / d_model)
+    features /= np.sqrt((features**2).sum(axis=1).mean())
+    features[:, 0] += generator.choice([0, 0.3, 1, 3]) * labels
+    weights, bias = fit_path(features, labels, COSTS)
+    for index, cost in enumerate(COSTS):
+        exact, exact_bias = by_newton(features, labels, cost, weights[index], bias[index])
+        size = np.linalg.norm(exact)
+        assert np.linalg.norm(weights[index] - exact) <= 1e-6 * max(size, 1e-4), cost
+        assert bias[index] == pytest.approx(exact_bias, rel=1e-6, abs=1e-6 * max(size, 1e-4)), cost
+
+
 def test_weak_regularisation_gives_the_known_margin() -> None:
     """Two pairs of points 4 apart: the hardest margin is the line in the middle, 2 away from each."""
     features = np.array([[3.0, 5.0], [3.0, 3.0], [-1.0, 5.0], [-1.0, 3.0]])
