@@ -59,15 +59,15 @@ _TIED = ("gpt2", "gemma", "gemma2", "gemma3_text", "opt", "bloom")  # where the 
 _CHARACTERS_PER_TOKEN = 4
 _TEMPLATE_TAIL = 8  # tokens after the user's text, of every prompt
 
-# Chosen by one cold default run of SmolLM2-135M on two idle cores (`es2 finetune --seed 1`): 543 s in all, of which
-# capture 88 s each, base 84 s, steps and looks 191 s, analyses about 50 s.
-_EFFICIENCY = 0.6
-_CAPTURE_EFFICIENCY = 0.85  # large batches of like length, nothing kept for a way back
+# Chosen by one cold default run of SmolLM2-135M on two idle cores (`es2 finetune`): 312 s in all, of which captures 38
+# and 49 s, base 49 s, steps and looks 154 s, analyses about 7 s; cores that each multiply at 93 · 10⁹ when alone.
+_EFFICIENCY = 0.37
+_CAPTURE_EFFICIENCY = 0.62  # large batches of like length, nothing kept for a way back
 _WEIGHT_BYTES_PER_SECOND = {"cpu": 1e10}  # every decoded token reads all weights, however few prompts reply together
 _WEIGHT_BYTES_PER_SECOND_ACCELERATED = 1e12  # what cards of 24 GB state; not measured
-_START_SECONDS = 8.0  # of one process or bridge: imports and set-up
+_START_SECONDS = 6.0  # of one process or bridge: imports and set-up
 _LOAD_BYTES_PER_SECOND = 1e9
-_ANALYSIS_PRODUCTS = 150  # products per prompt, dimension and resample, over all numbers of both models
+_ANALYSIS_PRODUCTS = 40  # products per prompt, dimension and resample, over all numbers of both models
 
 _ASSUMED_FLOPS = 1e14  # of a GPU that is elsewhere: between a card of 24 GB and one of 80
 _ASSUMED_CPU_FLOPS = 1e11  # of the cores beside a GPU, which do the analysis

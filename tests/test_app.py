@@ -366,6 +366,16 @@ def test_only_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert at.button(key="next_layer").disabled
 
 
+def test_importing_all_pages_leaves_out_what_only_tables_and_jobs_need() -> None:
+    """Half a second and more, which would be everybody's who opens any page."""
+    views = sorted(path.stem for path in (Path(MAIN).parent / "views").glob("[a-z]*.py"))
+    assert len(views) == 7
+    late = {"pandas", "pyarrow", "scipy", "sklearn", "torch", "transformers", "umap"}
+    code = f"import sys, {', '.join(f'app.views.{name}' for name in views)}; sys.exit(str({late} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(MAIN).parents[1])
+    assert done.stderr.splitlines()[-1] == "set()"
+
+
 def test_no_torch_in_the_apps_process(artifacts: Artifacts) -> None:
     """Importing and running the page with artifacts loads nothing heavy; a fresh process, so nothing is left over."""
     script = f"""

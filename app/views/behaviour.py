@@ -10,9 +10,8 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import streamlit as st
 
 from app import evaluation_charts, evaluations, exports, text
@@ -22,6 +21,9 @@ from app.plots import plot
 from es2 import findings
 from es2.findings import interval_of
 from es2.jobs import Job
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = (1.45, 1)
 N_SHOWN = 10
@@ -239,6 +241,8 @@ def _exchange(row: Mapping[str, Any], index: int) -> None:
 
 def take_away(evaluation: Evaluation) -> tuple[dict[str, exports.Figure], dict[str, pd.DataFrame]]:
     """The charts and tables of the page, to be downloaded."""
+    import pandas as pd
+
     refusal, ability = evaluation.part("refusal"), evaluation.part("kl")
     entries = ("value", "low", "high")
     rates = [

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import streamlit as st
 
 from app import artifacts, jobs_panel, reading_chart, state, text
@@ -34,6 +33,7 @@ from es2.reader import Reading, answer, ask, open_reader
 from es2.runs import import_adapter
 
 if TYPE_CHECKING:
+    import pandas as pd
     from jaxtyping import Float
 
 UPLOAD_TYPES = ("csv", "jsonl", "parquet")
@@ -182,7 +182,7 @@ def prompt_file() -> None:
     if problems:
         more = " (the first ones)" if len(problems) >= 50 else ""
         st.error(f"The file cannot be used: {len(problems)} problem(s){more}.", icon=":material/error:")
-        st.dataframe(pd.DataFrame({"what is wrong": problems}), hide_index=True, key="own_problems")
+        st.dataframe({"what is wrong": problems}, hide_index=True, key="own_problems")
         return
     prompts = parse_prompts(data, uploaded.name)
     st.dataframe(preview(prompts), hide_index=True, height=260, key="own_preview")
@@ -199,6 +199,8 @@ def prompt_file() -> None:
 
 def preview(prompts: PromptSet) -> pd.DataFrame:
     """The first rows as they were understood, splits and pairs filled in."""
+    import pandas as pd
+
     n = min(N_PREVIEW, len(prompts))
     return pd.DataFrame(
         {

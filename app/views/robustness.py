@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import streamlit as st
 
 from app import evaluation_charts, evaluations, exports, text
@@ -23,6 +22,9 @@ from es2 import findings
 from es2.attack import SHOWN_CHARACTERS
 from es2.findings import DIRECTION_NAMES, interval_of
 from es2.labels import shortened
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 INTRO = Intro(
     title="Does it hold when somebody pushes?",
@@ -86,7 +88,7 @@ def curves(attack: Mapping[str, Any]) -> None:
                 "Every embedding is pushed only as far as it takes until the probe gives p₀, and the probe is read "
                 "again at the same point: the largest error says how exactly that was met in the forward pass."
             )
-            st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
+            st.dataframe(rows, hide_index=True, width="stretch")
 
 
 def exact_pushes(attack: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -280,6 +282,8 @@ def take_away(
     evaluation: Evaluation, attack: Mapping[str, Any]
 ) -> tuple[dict[str, exports.Figure], dict[str, pd.DataFrame]]:
     """The charts and tables of the page, to be downloaded."""
+    import pandas as pd
+
     charts: dict[str, exports.Figure] = {}
     if evaluation_charts.directions_of(attack):
         charts["DSR under push"] = evaluation_charts.curve(attack, "dsr", "DSR")
