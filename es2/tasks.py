@@ -73,8 +73,12 @@ def analysis_key(
     test: Captured | None = None,
 ) -> str:
     """The key of an analysis: everything that decides its numbers, and nothing else."""
+    n_fitted = max(int(prompts.in_split("probe").sum()), len(test.prompts) if test else 0)
+    # Where prompts outnumber dimensions, analyses before this entry hold probes that are not the best ones.
+    corrected = {"fits": 2} if n_fitted > base.d_model else {}
     return content_key(
-        {
+        corrected
+        | {
             "kind": "analysis",
             "format": ANALYSIS_FORMAT,
             "base": base.key,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from es2.jobs import Cancelled
 from es2.layers import Analysis, AnalysisConfig, ArrayLayers, TestSet, analyze, recommend
 from es2.probes import fit_path
 from es2.results import LENGTHS, NUMBERS
+from es2.store import content_key
+from es2.tasks import Captured, analysis_key
 from tests.clouds import clouds, paired_prompts, permuted, rotation, single_prompts
 
 CONFIG = AnalysisConfig(n_bootstrap=200, n_shuffles=4)
@@ -357,3 +361,15 @@ def test_recommendation_prefers_the_middle_and_keeps_its_distance() -> None:
 )
 def test_recommendation_of_small_models_and_ties(loss: list[float], expected: tuple[int, int]) -> None:
     assert recommend(loss, [0.5] * len(loss))[0] == expected
+
+
+@pytest.mark.parametrize(("d_model", "n_elsewhere", "is_another"), [(20, 0, False), (19, 0, True), (20, 21, True)])
+def test_an_analysis_of_wrong_fits_is_not_found(d_model: int, n_elsewhere: int, is_another: bool) -> None:
+    """Where prompts outnumbered dimensions, of `probe` or of another test set, fits could be wrong; only there."""
+    prompts = paired_prompts(20)  # 20 prompts of `probe`
+    base: Any = SimpleNamespace(key="base", d_model=d_model)
+    elsewhere = single_prompts([0, *[1] * (n_elsewhere - 1)]) if n_elsewhere else None
+    test = Captured(elsewhere, base) if elsewhere else None
+    before = {"kind": "analysis", "format": 1, "base": "base", "tuned": None, "prompts": prompts.digest}
+    before |= {"test": test and ["base", None, test.prompts.digest], "config": asdict(CONFIG)}
+    assert (analysis_key(base, prompts, CONFIG, test=test) != content_key(before)) == is_another
