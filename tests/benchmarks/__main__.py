@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks [capture|step|analysis|app|growth …] [--prompts 200] [--repeats 3] [--out FILE] [--busy]
 
-A table on stderr, one JSON document on stdout. Nothing here fails for being slow.
+A table on stderr as soon as a benchmark is done, one JSON document on stdout. Nothing here fails for being slow.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def main() -> None:
             torch.set_num_threads(1)
         with threadpool_limits(1) if arguments.busy else nullcontext():
             reports.append(benchmark.measure(settings))
+        Console(stderr=True).print(table(reports[-1:]))
     document = {
         "machine": {
             "processor": platform.processor() or platform.machine(),
@@ -68,7 +69,6 @@ def main() -> None:
     text = json.dumps(document, indent=1)
     if arguments.out is not None:
         arguments.out.write_text(text + "\n")
-    Console(stderr=True).print(table(reports))
     sys.stdout.write(text + "\n")
 
 
