@@ -97,9 +97,9 @@ def balanced_mean(
     return (sums / np.maximum(counts, 1)).mean(axis=0)
 
 
-def _inner(left: Float[np.ndarray, "a resample"], right: Float[np.ndarray, "a resample"]) -> Replicates:
-    """left · right for every resample."""
-    return np.einsum("ar,ar->r", left, right)
+def inner(left: Float[np.ndarray, "a column"], right: Float[np.ndarray, "a column"]) -> Float[np.ndarray, "column"]:
+    """left · right of every column, that is, of every resample or every fit."""
+    return np.einsum("ac,ac->c", left, right)
 
 
 @dataclass(frozen=True)
@@ -338,16 +338,16 @@ def _forms(
         towards = kernel[:, blocks[d]] @ sides[d]
         for c in (0, 1):
             part = towards[blocks[c]]
-            means[c, d] = _inner(sides[c], part)
+            means[c, d] = inner(sides[c], part)
             part *= part
             # The sum over c and d holds the bracket's second and third term twice each.
-            square += unbiased[c] * unbiased[d] * (means[c, d] ** 2 - 2 * _inner(sides[c], part))
+            square += unbiased[c] * unbiased[d] * (means[c, d] ** 2 - 2 * inner(sides[c], part))
     kernel *= kernel
     factors = np.repeat(unbiased, drawn.sizes).astype(kernel.dtype)
     kernel *= factors[:, None]
     kernel *= factors
-    square += _inner(draws.units, drawn.sum_units(drawn.sum_units(kernel).T) @ draws.units)
-    return [means[0, 0], means[1, 1], means[0, 1], square / 4, _inner(sides[0], pairwise @ sides[1])]
+    square += inner(draws.units, drawn.sum_units(drawn.sum_units(kernel).T) @ draws.units)
+    return [means[0, 0], means[1, 1], means[0, 1], square / 4, inner(sides[0], pairwise @ sides[1])]
 
 
 def _effective_rank(trace: Replicates, square: Replicates) -> Replicates:
@@ -378,7 +378,7 @@ def direction_cosine(
         return drawn.sum_units(cloud).T @ drawn.exact.units
 
     of_base, of_tuned = differences(base), differences(tuned)
-    across = _without_added_bias(_inner(of_base, of_tuned))
-    lengths = [_without_added_bias(_inner(own, own)) for own in (of_base, of_tuned)]
+    across = _without_added_bias(inner(of_base, of_tuned))
+    lengths = [_without_added_bias(inner(own, own)) for own in (of_base, of_tuned)]
     product = np.sqrt(np.maximum(lengths[0], 0) * np.maximum(lengths[1], 0))
     return np.where(product > 0, np.clip(across / np.where(product > 0, product, 1), -1, 1), 0.0)

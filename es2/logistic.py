@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from es2.geometry import inner
 from es2.prompts import HARMFUL
 
 if TYPE_CHECKING:
@@ -233,12 +234,11 @@ class _Slope:
 
     def along(self, move: _Move) -> Float[np.ndarray, "fit"]:
         """The gradient times a move: how fast it leads up."""
-        return _inner(move.duals, self.pulled) + move.intercept * self.total
+        return inner(move.duals, self.pulled) + move.intercept * self.total
 
-
-def _inner(left: Columns, right: Columns) -> Float[np.ndarray, "fit"]:
-    """left · right for every fit."""
-    return np.einsum("pf,pf->f", left, right)
+    def decrement(self, step: _Move) -> Float[np.ndarray, "fit"]:
+        """The square of the Newton decrement, by the step that some curvature gives."""
+        return np.maximum(-self.along(step), 0)  # below zero is rounding
 
 
 class _Newton:
@@ -335,7 +335,7 @@ def _minimise(
         wrong = signs * (fitted + intercept)
         small = np.exp(-np.abs(wrong))
         losses = np.log(1 + small) + np.maximum(wrong, 0)
-        return _inner(duals, fitted) / 2 + _inner(importance, losses), np.where(wrong > 0, 1, small) / (1 + small)
+        return inner(duals, fitted) / 2 + inner(importance, losses), np.where(wrong > 0, 1, small) / (1 + small)
 
     duals, intercept, fitted = start.duals, start.intercept, start.fitted
     value, error = objective(duals, intercept, fitted)
@@ -351,21 +351,21 @@ def _minimise(
         slope = _Slope(residual + duals, products.times(residual) + fitted, residual.sum(axis=0))
         newton = newton or _Newton(products, alike, curvature)
         step = newton.steps(slope, newton.groups)
-        decrement = np.maximum(-slope.along(step), 0)  # below zero is rounding
+        decrement = slope.decrement(step)
         slow = (decrement > FAST * previous) | (size > LONGEST) & (decrement > 0)
         if slow.any():
             fresh = newton.steps(slope, newton.renew(slow, curvature))
             step = _Move(np.where(slow, fresh.duals, step.duals), np.where(slow, fresh.intercept, step.intercept))
-            decrement = np.maximum(-slope.along(step), 0)
+            decrement = slope.decrement(step)
         gained = np.maximum(decrement + before.along(step), 0)
         kept = np.divide(gained, previous, out=np.zeros_like(level), where=(previous > 0) & ~slow)
         move = _Move(step.duals + kept * move.duals, step.intercept + kept * move.intercept)
         along = products.times(step.duals) + kept * along
         before, previous = slope, decrement
         descent, by_logits = -slope.along(move), along + move.intercept
-        bend = _inner(move.duals, along) + _inner(curvature * by_logits, by_logits)
+        bend = inner(move.duals, along) + inner(curvature * by_logits, by_logits)
         size = np.divide(descent, bend, out=np.zeros_like(level), where=bend > 0)
-        last = size * descent <= SOLVED * np.maximum(_inner(duals, fitted), 1e-8)
+        last = size * descent <= SOLVED * np.maximum(inner(duals, fitted), 1e-8)
         while True:
             candidate = duals + size * move.duals, intercept + size * move.intercept, fitted + size * along
             reached, error = objective(*candidate)
