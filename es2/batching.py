@@ -176,6 +176,31 @@ def cache_of(shared: KeysAndValues, n_prompts: int) -> Any:
     return cache
 
 
+def cache_before(shared: KeysAndValues) -> Any:
+    """A transformers cache for a single pass of any number of prompts that all follow `shared`.
+
+    It gives each of them `shared` and keeps nothing of what follows, which nobody reads after the block that made it.
+    """
+    import torch
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class Before(DynamicLayer):
+        def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+            super().__init__()
+            self.lazy_initialization(keys, values)
+            self.keys = self.shared_keys = keys
+            self.values = self.shared_values = values
+
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            each = len(key_states), -1, -1, -1
+            keys = torch.cat([self.shared_keys.expand(each), key_states], dim=-2)
+            return keys, torch.cat([self.shared_values.expand(each), value_states], dim=-2)
+
+    return Cache(layers=[Before(keys, values) for keys, values in shared])
+
+
 def end_tokens(model: Any) -> frozenset[int]:
     """The tokens that end a reply of this transformers model."""
     ids = model.generation_config.eos_token_id

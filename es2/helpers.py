@@ -24,17 +24,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
+from es2.malloc import keep_freed_memory
+
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
-_ENVIRONMENT = {
-    # One thread each, since there are as many processes as processors.
-    **dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1"),
-    # Memory that was freed is kept for the next piece instead of fetched anew from the kernel, page by page.
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-    "MALLOC_MMAP_THRESHOLD_": str(2**25),
-}
+# One thread each, since there are as many processes as processors.
+_ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"), "1")
 
 
 class Helpers(Generic[Answer]):
@@ -176,6 +173,7 @@ class _Helper:
 def serve() -> None:
     """What a helper does: answer pieces until the pipe is closed, which the end of the other process does, too."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process, which then ends this one
+    keep_freed_memory()
     with Connection(int(sys.argv[1])) as connection:
         try:
             work = connection.recv()

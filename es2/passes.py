@@ -25,6 +25,7 @@ from es2.batching import (
     SHARING_VERIFIED,
     KeysAndValues,
     batches_by_length,
+    cache_before,
     cache_of,
     keys_and_values,
     reply_batches,
@@ -284,7 +285,7 @@ class Network:
         inputs: dict[str, Any] = {"attention_mask": mask.to(self.device)}
         if shared or cache is not None:
             seen = mask.new_ones(len(sequences), shared[0][0].shape[-2] if shared else 0)
-            cache = cache_of(shared, len(sequences)) if cache is None else cache
+            cache = cache_before(shared) if cache is None else cache
             inputs = {"attention_mask": torch.cat([seen, mask], dim=1).to(self.device), "past_key_values": cache}
         rows = torch.arange(len(sequences), device=self.device)
         columns = torch.tensor(last, device=self.device)

@@ -24,7 +24,7 @@ from es2.batching import (
     KeysAndValues,
     Tree,
     batches_by_length,
-    cache_of,
+    cache_before,
     keys_and_values,
     n_alike,
     plant,
@@ -33,6 +33,7 @@ from es2.batching import (
 from es2.errors import InputError, MachineError
 from es2.files import machine_error
 from es2.jobs import Reporter, silent
+from es2.malloc import keep_freed_memory
 from es2.models import is_out_of_memory
 from es2.rendering import Rendered
 from es2.sources import POSITIONS
@@ -90,7 +91,10 @@ def capture_residuals(
     import torch
 
     model: Any = bridge.original_model
-    usual = _CPU_TOKENS if model.device.type == "cpu" else usual_tokens(model.device.type)
+    usual = usual_tokens(model.device.type)
+    if model.device.type == "cpu":
+        usual = _CPU_TOKENS
+        keep_freed_memory()
     budget = max_tokens_per_batch or usual
     columns = np.array([rendered.columns(position) for position in positions]).T
     n_shared, planted = _ways(bridge, rendered, columns) if padding == "right" else (0, False)
@@ -128,6 +132,7 @@ def capture_residuals(
         for p, position in enumerate(positions):
             captured[position][:, rows] = block[:, :, p]
             let_go(captured[position])
+        del block
         done += sum(len(own_tokens[row]) for row in rows)
         report("capture", done, total)
     return captured
@@ -256,7 +261,7 @@ def _run_batch(
         inputs["attention_mask"] = torch.cat([seen.new_ones(len(trees), n_shared), seen], dim=1)
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     if shared:
-        inputs["past_key_values"] = cache_of(shared, len(trees))
+        inputs["past_key_values"] = cache_before(shared)
     wanted = [
         (row, [slots[column] + shift for column in columns[prompt]])
         for row, (tree, shift) in enumerate(zip(trees, shifts, strict=True))
@@ -264,14 +269,17 @@ def _run_batch(
     ]
     rows = torch.tensor([row for row, _ in wanted], device=model.device)[:, None]
     places = torch.tensor([place for _, place in wanted], device=model.device)
-    kept: dict[str, torch.Tensor] = {}
+    names = [f"blocks.{layer}.hook_out" for layer in range(int(bridge.cfg.n_layers))]
+    # In one piece that is there before: small ones, kept between the large ones that each layer makes and lets go of,
+    # would leave room that no other large one fits into.
+    kept = torch.empty(len(names), *places.shape, int(bridge.cfg.d_model), device=model.device)
+    fired: set[str] = set()
 
     def keep(activation: torch.Tensor, hook: Any) -> None:
-        # A copy: a view would hold the whole residual stream. Blocks may lie on several devices.
-        there = activation[rows.to(activation.device), places.to(activation.device)]
-        kept[hook.name] = there.to(model.device)
+        # Blocks may lie on several devices.
+        kept[names.index(hook.name)] = activation[rows.to(activation.device), places.to(activation.device)]
+        fired.add(hook.name)
 
-    names = [f"blocks.{layer}.hook_out" for layer in range(int(bridge.cfg.n_layers))]
     hooks: list[tuple[str, Any]] = [(name, keep) for name in names]
     lean = model.config.model_type in SHARING_VERIFIED and not any(
         _is_heard(part) for block in bridge.blocks for part in block.submodules.values()
@@ -280,12 +288,12 @@ def _run_batch(
         hooks = _last_mlp_hooks(len(names) - 1, (len(trees), width), rows, places) + hooks
     with torch.inference_mode(), bridge.hooks(fwd_hooks=hooks), _plain_blocks(bridge) if lean else nullcontext():
         model.base_model(**inputs, use_cache=bool(shared))
-    if silent_hooks := [name for name in names if name not in kept]:
+    if silent_hooks := [name for name in names if name not in fired]:
         raise InputError(
             f"TransformerLens hooks did not fire for {silent_hooks[0]} ({len(silent_hooks)} of {len(names)}), so this "
             f"{model.config.model_type!r} model cannot be captured; use another architecture."
         )
-    return torch.stack([kept[name] for name in names]).float().cpu().numpy()
+    return kept.cpu().numpy()
 
 
 def _is_heard(part: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from es2 import capture as capture_module
 from es2 import residuals as residuals_module
-from es2.batching import batches_by_length, plant
+from es2.batching import batches_by_length, cache_before, cache_of, keys_and_values, plant
 from es2.capture import POSITIONS, _storable, capture
 from es2.errors import InputError, MachineError
 from es2.files import user_cache
@@ -428,6 +429,39 @@ def test_rows_are_divided_where_nothing_is_shared_and_filled_with_what_fits() ->
     trees = plant([[1, 2, 3], [4, 5, 6], [4, 5, 7], [8, 8]], 6)
     assert sorted(sorted(tree.slots) for tree in trees) == [[0], [1, 2, 3]]
     assert sorted(len(tree.tokens) for tree in trees) == [3, 6]
+
+
+def test_a_single_pass_keeps_nothing_of_what_follows(llama: Path) -> None:
+    """Keys and values of all blocks would be most of what a batch holds."""
+    rendered = render(load_tokenizer(llama), TEXTS)
+    model: Any = load_bridge(llama).original_model
+    with torch.inference_mode():
+        shared = keys_and_values(model.base_model, rendered.token_ids[0][:20], model.device)
+        cache, growing = cache_before(shared), cache_of(shared, 3)
+        for layer in range(len(shared)):
+            own = torch.randn(2, 3, shared[layer][0].shape[1], 5, shared[layer][0].shape[3])
+            given, expected = cache.update(own[0], own[1], layer), growing.update(own[0], own[1], layer)
+            assert all(torch.equal(one, other) for one, other in zip(given, expected, strict=True))
+    assert [cache.get_seq_length(layer) for layer in range(len(shared))] == [20] * len(shared)
+    held = [(layer.keys, layer.values) for layer in cache.layers]
+    assert all(one is other for pair in zip(held, shared, strict=True) for one, other in zip(*pair, strict=True))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="Only glibc is told what to do with freed memory.")
+@pytest.mark.parametrize("kept", [True, False])
+def test_freed_memory_is_kept_for_the_next_batch(kept: bool) -> None:
+    """Of 100 MB in pieces of 4 MB, next to nothing goes back to the kernel; by itself nearly all of it does."""
+    script = (
+        "import sys, numpy as np, psutil\n"
+        "from es2.malloc import keep_freed_memory\n"
+        "if sys.argv[1:]: keep_freed_memory()\n"
+        "def held(): return psutil.Process().memory_info().rss\n"
+        "pieces = [np.ones(500_000) for _ in range(25)]; before = held()\n"
+        "del pieces; print(before - held())\n"
+    )
+    command = [sys.executable, "-c", script, *["keep"] * kept]
+    given_back = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert given_back < 5e6 if kept else given_back > 9e7
 
 
 def test_an_architecture_nobody_looked_at_is_tried_out(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
