@@ -105,9 +105,8 @@ def needs(
     n_replying = min(n_replies, REPLIES_AT_ONCE * at_once / mean)
     cached = n_replying * (mean + config.reply_tokens) * 2 * shape.d_kv * shape.n_layers * width
     passing = numbers(min(at_once, n_measured * mean), _PASSING_PER_TOKEN)
-    arrays = 4.0 * shape.n_layers * n_measured * shape.d_model if on_cpu else 0.0
     return {
-        "capture": runtime + whole + passing + arrays,
+        "capture": runtime + whole + passing,
         "replies": runtime + held_weights + cached + states + _LOGIT_BYTES,
         "steps": runtime + held_weights + added + optimizer + kept + states + _LOGIT_BYTES,
     }

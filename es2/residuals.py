@@ -272,7 +272,8 @@ def _run_batch(
     names = [f"blocks.{layer}.hook_out" for layer in range(int(bridge.cfg.n_layers))]
     # In one piece that is there before: small ones, kept between the large ones that each layer makes and lets go of,
     # would leave room that no other large one fits into.
-    kept = torch.empty(len(names), *places.shape, int(bridge.cfg.d_model), device=model.device)
+    shape = (len(names), *places.shape, int(bridge.cfg.d_model))
+    kept = torch.empty(shape, dtype=torch.float32, device=model.device)
     fired: set[str] = set()
 
     def keep(activation: torch.Tensor, hook: Any) -> None:
