@@ -185,20 +185,21 @@ def cache_before(shared: KeysAndValues) -> Any:
     from transformers.cache_utils import Cache, DynamicLayer
 
     class Before(DynamicLayer):
-        def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        def __init__(self, before: tuple[torch.Tensor, torch.Tensor]) -> None:
             super().__init__()
-            self.lazy_initialization(keys, values)
-            self.keys = self.shared_keys = keys
-            self.values = self.shared_values = values
+            self.lazy_initialization(*before)
+            self.keys, self.values = self.before = before
 
         def update(
             self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            each = len(key_states), -1, -1, -1
-            keys = torch.cat([self.shared_keys.expand(each), key_states], dim=-2)
-            return keys, torch.cat([self.shared_values.expand(each), value_states], dim=-2)
+            keys, values = (
+                torch.cat([before.expand(len(own), -1, -1, -1), own], dim=-2)
+                for before, own in zip(self.before, (key_states, value_states), strict=True)
+            )
+            return keys, values
 
-    return Cache(layers=[Before(keys, values) for keys, values in shared])
+    return Cache(layers=[Before(before) for before in shared])
 
 
 def end_tokens(model: Any) -> frozenset[int]:
