@@ -18,21 +18,24 @@ import numpy as np
 import streamlit as st
 
 from app.state import Choice
-from es2 import showcase
-from es2.comparison import Comparison
-from es2.errors import Es2Error, InputError
-from es2.jobs import Job
-from es2.layer_views import DRAWS, LayerViews
-from es2.models import CATALOGUE, resolve
-from es2.projection import FitOn, View
-from es2.prompts import PromptSet, load_prompts
-from es2.results import Analysis
-from es2.runs import list_runs, open_run
-from es2.store import SHOWCASE, ActivationSet, Store
-from es2.tasks import analysis_key, find_activations, find_analysis_folder, find_umap, find_views_folder
+from es2.analysis.comparison import Comparison
+from es2.analysis.layer_views import DRAWS, LayerViews
+from es2.analysis.projection import FitOn, View
+from es2.analysis.results import Analysis
+from es2.core.errors import Es2Error, InputError
+from es2.jobs.job import Job
+from es2.models.catalogue import CATALOGUE, resolve
+from es2.prompts.loading import load_prompts
+from es2.prompts.prompt_set import PromptSet
+from es2.store.activation_set import ActivationSet
+from es2.store.store import SHOWCASE, Store
+from es2.workflow import showcase
+from es2.workflow.derived import analysis_key, find_activations, find_analysis_folder, find_umap, find_views_folder
+from es2.workflow.runs import list_runs, open_run
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
 
 ENDED = ("done", "stopped")
 _AHEAD = ThreadPoolExecutor(1, thread_name_prefix="ahead")
@@ -83,7 +86,7 @@ def existing(choice: Choice) -> tuple[Choice, list[str]]:
 
 
 def prompts(source: str) -> PromptSet:
-    """The prompt set of `source`, read again when its file changes. Raises as `es2.prompts.load_prompts` does."""
+    """The prompt set of `source`, read again when its file changes. Raises as `load_prompts` does."""
     stamp = None
     if source != "builtin" and not source.startswith("hf:"):
         try:

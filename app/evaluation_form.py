@@ -14,16 +14,18 @@ import streamlit as st
 
 from app import artifacts, jobs_panel, state, text
 from app.state import Choice
-from es2.benchmark_sets import BENCHMARKS, absolute_source, is_benchmark
-from es2.errors import Es2Error, InputError
-from es2.evaluate import KIND, EvaluateConfig
-from es2.evaluation_plan import Sample, evaluation_seconds
-from es2.jobs import Job
-from es2.layers import check_prompts
-from es2.plan import Shape, this_machine
-from es2.prompts import HARMFUL, HARMLESS, PromptSet
-from es2.suites import choose_prompts, held_out
-from es2.tasks import find_activations
+from es2.analysis.setup import check_prompts
+from es2.core.errors import Es2Error, InputError
+from es2.evaluation.config import EvaluateConfig
+from es2.evaluation.suites import choose_prompts, held_out
+from es2.jobs.job import Job
+from es2.models.machine import this_machine
+from es2.models.shape import Shape
+from es2.prompts.benchmarks import BENCHMARKS, absolute_source, is_benchmark
+from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet
+from es2.workflow.derived import find_activations
+from es2.workflow.evaluate import KIND
+from es2.workflow.evaluation_plan import Sample, evaluation_seconds
 
 FORM = "evaluation_form"
 """The session's key for whether the form is open above an evaluation."""

@@ -19,11 +19,14 @@ from app import artifacts, jobs_panel, state, text
 from app.evaluation_form import CHOSEN, FORM, form
 from app.messages import sentences
 from app.state import Choice
-from es2.errors import Es2Error
-from es2.evaluate import KIND, SUITES, find_evaluations, read_evaluation
-from es2.jobs import Job, list_jobs, reopen, start
-from es2.runs import open_run, tuned_weights
-from es2.store import SHOWCASE
+from es2.core.errors import Es2Error
+from es2.evaluation.config import SUITES
+from es2.evaluation.results import find_evaluations, read_evaluation
+from es2.jobs.job import Job
+from es2.jobs.queue import list_jobs, reopen, start
+from es2.store.store import SHOWCASE
+from es2.workflow.evaluate import KIND
+from es2.workflow.runs import open_run, tuned_weights
 
 SHOWN_CHARACTERS = 200
 """A prompt or a reply is cut here until somebody asks for all of it."""
@@ -43,7 +46,7 @@ class Evaluation:
 
     Attributes:
         path: its file.
-        document: what `es2.evaluate.read_evaluation` gives; shared by all sessions, so nobody writes into it.
+        document: what `es2.evaluation.results.read_evaluation` gives; shared by all sessions, so nobody writes into it.
     """
 
     path: Path

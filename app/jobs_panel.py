@@ -16,8 +16,9 @@ import streamlit as st
 
 from app import text
 from app.messages import sentences
-from es2.job_folder import ACTIVE
-from es2.jobs import Job, jobs_ahead, launch, list_jobs
+from es2.jobs.job import ACTIVE, Job
+from es2.jobs.queue import launch, list_jobs
+from es2.jobs.running import jobs_ahead
 
 KINDS = {
     "prepare": "Capture and analyse",

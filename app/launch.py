@@ -3,7 +3,7 @@
 What is wrong is said by `FinetuneConfig.check`, the same function that would refuse the run later, so the page and the
 command line cannot disagree; the button stays closed until it is content. Settings live in `app.state` rather than in
 the widgets, since this form stands on two pages and is not drawn while a run is watched. The estimate comes from
-`es2.plan`, which loads nothing heavy; only token counts are remembered here, by the digest of the prompts.
+`es2.workflow.plan`, which loads nothing heavy; only token counts are remembered here, by the digest of the prompts.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ from typing import Any
 
 import streamlit as st
 
-from app import artifacts, canvas, jobs_panel, state, text
-from app.glossary import BY_NAME
-from app.plots import plot
+from app import artifacts, jobs_panel, state, text
+from app.charts import canvas
+from app.components.plots import plot
 from app.run_rows import METHOD_NAMES
 from app.state import Choice
-from es2.benchmark_sets import absolute_source
-from es2.errors import Es2Error, InputError
-from es2.finetune import MANY_LAYERS, METHODS, FinetuneConfig
-from es2.models import resolve
-from es2.objective import OBJECTIVES
-from es2.plan import Plan, Shape, guessed_layers, local_folder, plan, token_counts
-from es2.prompts import PromptSet
-from es2.results import LayerNumbers
+from es2.analysis.results import LayerNumbers
+from es2.core.errors import Es2Error, InputError
+from es2.models.catalogue import resolve
+from es2.models.shape import Shape, local_folder
+from es2.prompts.benchmarks import absolute_source
+from es2.prompts.prompt_set import PromptSet
+from es2.report import palette
+from es2.report.glossary import BY_NAME
+from es2.training.config import MANY_LAYERS, METHODS, FinetuneConfig
+from es2.training.terms import OBJECTIVES
+from es2.workflow.plan import Plan, guessed_layers, plan, token_counts
 
 USUAL = FinetuneConfig(layers=())
 """Where the shipped defaults are written."""
@@ -229,7 +232,7 @@ def target_strip(
             x=sorted(picked),
             y=[values[layer] for layer in sorted(picked)],
             mode="markers",
-            marker={"size": 15, "color": canvas.TUNED},
+            marker={"size": 15, "color": palette.TUNED},
             name="target layers",
             hoverinfo="skip",
         ),
@@ -237,8 +240,8 @@ def target_strip(
             x=indices,
             y=values,
             mode="lines+markers",
-            line={"color": canvas.BASE, "width": 2},
-            marker={"size": 7, "color": canvas.BASE},
+            line={"color": palette.BASE, "width": 2},
+            marker={"size": 7, "color": palette.BASE},
             name="probe accuracy of the base" if layers else "layers",
             customdata=[["target", index] for index in indices],
             hoverinfo="text",
@@ -253,7 +256,7 @@ def target_strip(
             "y0": 0,
             "y1": 1,
             "yref": "paper",
-            "fillcolor": canvas.translucent(canvas.TUNED, 0.16),
+            "fillcolor": canvas.translucent(palette.TUNED, 0.16),
             "line": {"width": 0},
             "layer": "below",
         }

@@ -6,7 +6,7 @@ import streamlit as st
 
 from app import state, text
 from app.state import Choice
-from es2.results import Analysis
+from es2.analysis.results import Analysis
 
 
 def with_layer(choice: Choice, analysis: Analysis, usual: int) -> Choice:

@@ -1,7 +1,7 @@
 """The workbench's entry: `streamlit run app/main.py`.
 
 It imports neither torch nor transformers, so that it opens at once and cannot be taken down by a model: whatever needs
-them is a job in a process of its own (`es2.jobs`), and this side reads the files that jobs leave behind.
+them is a job in a process of its own (`es2.jobs.queue`), and this side reads the files that jobs leave behind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROOT = str(Path(__file__).resolve().parents[1])
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
-from app import plotly_library  # noqa: E402
+from app.components import plotly_library  # noqa: E402
 
 # First of all, since what follows takes Python a second once: the browser has plotly by then.
 st.set_page_config(page_title="ES2 Workbench", page_icon=str(Path(__file__).with_name("icon.svg")), layout="wide")

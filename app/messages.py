@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import streamlit as st
 
 from app import text
-from es2.errors import Es2Error
+from es2.core.errors import Es2Error
 
 
 @contextmanager

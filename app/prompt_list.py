@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import streamlit as st
 
-from app import projection_chart, state
-from es2.prompts import HARMFUL, LABEL_NAMES, PromptSet
+from app import state
+from app.charts import projection_chart
+from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, PromptSet
 
 if TYPE_CHECKING:
     import pandas as pd
     from jaxtyping import Float, Int
+
 
 Margins: TypeAlias = 'Mapping[str, Float[np.ndarray, "prompt"]]'
 """Signed distances to the boundary, + on the harmful side, by what their column is called; the last decides."""

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from app import artifacts, jobs_panel, run_charts, text
+from app import artifacts, jobs_panel, text
+from app.charts import run_charts
+from app.charts.run_charts import History
+from app.components.plots import plot
 from app.messages import sentences
-from app.plots import plot
-from app.run_charts import History
 from app.run_rows import about
-from es2.jobs import Job
-from es2.runs import config_of
+from es2.jobs.job import Job
+from es2.workflow.runs import config_of
 
 STAGES = {"base": "Base replies", "finetune": "Fine-tune", "capture": "Capture", "analyse": "Analyse"}
 """The stages of a run in their order; loading and waiting belong to what follows them."""

@@ -14,7 +14,7 @@ from typing import Any
 import streamlit as st
 
 from app import text
-from es2.jobs import Job
+from es2.jobs.job import Job
 
 METHOD_NAMES = {"lora": "LoRA", "full": "Full"}
 

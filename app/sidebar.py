@@ -9,11 +9,11 @@ from __future__ import annotations
 import streamlit as st
 
 from app import artifacts, jobs_panel, state, text
-from es2.benchmark_sets import absolute_source
-from es2.errors import Es2Error, InputError
-from es2.jobs import list_jobs
-from es2.models import CATALOGUE, resolve
-from es2.sources import POSITIONS
+from es2.core.errors import Es2Error, InputError
+from es2.jobs.queue import list_jobs
+from es2.models.catalogue import CATALOGUE, resolve
+from es2.prompts.benchmarks import absolute_source
+from es2.store.sources import POSITIONS
 
 POSITION_NAMES = {"last": "Last token", "last_instruction": "Last of request"}
 _ENTRIES = {entry.name: entry for entry in CATALOGUE}

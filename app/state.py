@@ -16,10 +16,10 @@ from typing import Any
 
 import streamlit as st
 
-from es2.benchmark_sets import absolute_source
-from es2.models import DEFAULT_MODEL
-from es2.projection import FitOn
-from es2.sources import POSITIONS
+from es2.analysis.projection import FitOn
+from es2.models.catalogue import DEFAULT_MODEL
+from es2.prompts.benchmarks import absolute_source
+from es2.store.sources import POSITIONS
 
 VIEWS = ("separation", "pca", "umap")
 ARRANGEMENTS = ("side", "overlay", "morph")

@@ -10,10 +10,6 @@ from __future__ import annotations
 
 import re
 
-from es2.labels import HOVER_CHARACTERS, HOVER_WIDTH, hover, label, plain
-
-__all__ = ["HOVER_CHARACTERS", "HOVER_WIDTH", "duration", "hover", "label", "markdown", "plain"]
-
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~<>$:&^=])")
 _READ_ANYWAY = re.compile(
     r"(?<=[-<>=~])(?=[-<>=~])|(?<=:)(?=//|material/|streamlit:)|(?<=www)(?=\.)|(?<=@)(?=\w)", re.IGNORECASE

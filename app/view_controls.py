@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import streamlit as st
 
-from app import projection_chart, state
+from app import state
+from app.charts import projection_chart
 from app.state import Choice
 
 VIEW_NAMES = {"separation": "Separation", "pca": "PCA", "umap": "UMAP"}

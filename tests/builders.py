@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from es2.prompts import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, split_of
+from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, split_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

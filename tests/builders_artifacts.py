@@ -14,14 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from es2.finetune import FinetuneConfig
-from es2.jobs import Job, Reporter, lay_down, open_job, run_job
-from es2.layers import AnalysisConfig, analyze
-from es2.prompts import HARMFUL, LABEL_NAMES, PromptSet, load_prompts
-from es2.results import Analysis
-from es2.store import ActivationSet, Store, content_key
-from es2.tasks import analysis_key
-from es2.verdict import layer_verdict, run_verdict
+from es2.analysis.layers import analyze
+from es2.analysis.results import Analysis, AnalysisConfig
+from es2.analysis.verdict import layer_verdict, run_verdict
+from es2.core.files import content_key
+from es2.core.progress import Reporter
+from es2.jobs.job import Job
+from es2.jobs.queue import lay_down, open_job
+from es2.jobs.running import run_job
+from es2.prompts.loading import load_prompts
+from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, PromptSet
+from es2.store.activation_set import ActivationSet
+from es2.store.store import Store
+from es2.training.config import FinetuneConfig
+from es2.workflow.derived import analysis_key
 
 MODEL = "toy-model"
 DISTANCES = (0.0, 0.5, 1.5, 4.0, 2.0, 1.0)
@@ -172,7 +178,7 @@ def write_tuned(home: Path, artifacts: Artifacts, run: str, distances: Sequence[
 
 
 def finetune_result(run: Job, artifacts: Artifacts, tuned: ActivationSet, analysis: Analysis) -> dict[str, Any]:
-    """What `es2.tasks.finetune_run` returns."""
+    """What `es2.workflow.finetune_run.finetune_run` returns."""
     kl = {"prompt": 0.021, "reply": 0.034}
     verdict = run_verdict(analysis, TARGETS, kl)
     tuned_layers = analysis.tuned_layers or ()

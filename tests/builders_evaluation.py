@@ -12,15 +12,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from es2.behaviour import refusal_numbers
-from es2.evaluate import EVALUATION_FORMAT, EvaluateConfig, evaluate, read_evaluation
-from es2.files import sealed, write_json
-from es2.finetune import FinetuneConfig
-from es2.jobs import Job, Reporter, lay_down, open_job, run_job
-from es2.prompts import HARMFUL, LABEL_NAMES, PromptSet, load_prompts
-from es2.refusal import judge_reply
-from es2.resampling import canonical, resample_pairs
-from es2.store import Store
+from es2.analysis.resampling import canonical, resample_pairs
+from es2.core.files import sealed, write_json
+from es2.core.progress import Reporter
+from es2.evaluation.behaviour import refusal_numbers
+from es2.evaluation.config import EvaluateConfig
+from es2.evaluation.refusal import judge_reply
+from es2.evaluation.results import EVALUATION_FORMAT, read_evaluation
+from es2.jobs.job import Job
+from es2.jobs.queue import lay_down, open_job
+from es2.jobs.running import run_job
+from es2.prompts.loading import load_prompts
+from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, PromptSet
+from es2.store.store import Store
+from es2.training.config import FinetuneConfig
+from es2.workflow.evaluate import evaluate
 from tests.builders import save_tiny_adapter, save_tiny_model, tiny_prompts, write_prompts
 
 REFUSAL = "I'm sorry, but I can't help with that request."

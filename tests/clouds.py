@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from es2.prompts import HARMFUL, HARMLESS, PromptSet, own_pair
+from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet, own_pair
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -50,7 +50,7 @@ def es2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, dict[str, Any]]]:
     """Run the command line in this process; returns the exit code and the JSON document."""
-    from es2 import cli
+    from es2.cli import main as cli
 
     def run(*arguments: str | Path) -> tuple[int, dict[str, Any]]:
         monkeypatch.setattr(sys, "argv", ["es2", *map(str, arguments), "--json"])

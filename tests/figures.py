@@ -11,8 +11,8 @@ import numpy as np
 import plotly.graph_objects as go
 from streamlit.testing.v1 import AppTest
 
-from es2.projection import View
-from es2.prompts import HARMFUL, HARMLESS, PromptSet
+from es2.analysis.projection import View
+from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet
 
 
 def six_pairs() -> PromptSet:

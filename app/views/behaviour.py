@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from app import evaluation_charts, evaluations, exports, text
+from app import evaluations, text
+from app.charts import evaluation_charts
+from app.components import exports
+from app.components.plots import plot
 from app.evaluations import SHOWN_CHARACTERS, Evaluation, Intro
-from app.glossary import Term
-from app.plots import plot
-from es2 import findings
-from es2.findings import interval_of
-from es2.jobs import Job
+from es2.jobs.job import Job
+from es2.report import findings
+from es2.report.findings import interval_of
+from es2.report.glossary import Term
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,22 +15,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import streamlit as st
 
-from app import artifacts, compare_charts, exports, jobs_panel, other_layers, prompt_list, state, text
-from app.compare_charts import Margins
-from app.glossary import BY_NAME, TWO_MARGINS, Term
+from app import artifacts, jobs_panel, prompt_list, state, text
+from app.charts import compare_charts
+from app.charts.compare_charts import Margins
+from app.components import exports, other_layers
+from app.components.plots import let_draw, linked, plot
 from app.layer_control import layer_control, with_layer
-from app.plots import let_draw, linked, plot
 from app.state import Choice
 from app.umap_offer import umap_offer
 from app.view_controls import VIEW_NAMES, choice_control, others_toggle, tool_control, view_control
 from app.views.welcome import no_comparison
-from es2 import verdict as rules
-from es2.comparison import Comparison
-from es2.projection import View
-from es2.results import LayerNumbers
-from es2.runs import list_runs, open_run
-from es2.store import SHOWCASE
-from es2.verdict import Verdict, run_verdict
+from es2.analysis import verdict as rules
+from es2.analysis.comparison import Comparison
+from es2.analysis.projection import View
+from es2.analysis.results import LayerNumbers
+from es2.analysis.verdict import Verdict, run_verdict
+from es2.report.glossary import BY_NAME, TWO_MARGINS, Term
+from es2.store.store import SHOWCASE
+from es2.workflow.runs import list_runs, open_run
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import streamlit as st
 
-from app import artifacts, canvas, charts, exports, other_layers, projection_chart, prompt_list, state, text
+from app import artifacts, prompt_list, state, text
 from app.artifacts import Opened
-from app.glossary import BY_NAME, TERMS, TWO_MARGINS
+from app.charts import canvas, projection_chart
+from app.charts import layer_charts as charts
+from app.components import exports, other_layers
+from app.components.plots import linked, plot
 from app.layer_control import layer_control, with_layer
-from app.plots import linked, plot
 from app.state import Choice
 from app.umap_offer import umap_offer
 from app.view_controls import VIEW_NAMES, others_toggle, tool_control, view_control
 from app.views.welcome import welcome
-from es2.results import Analysis, LayerNumbers
+from es2.analysis.results import Analysis, LayerNumbers
+from es2.report.glossary import BY_NAME, TERMS, TWO_MARGINS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -2,8 +2,8 @@
 
 Sooner or later everybody asks what the model makes of *their* requests. A file is looked through row by row before
 anything is started, and kept under a name made from its content, so that jobs and links find it again. A single request
-is read by a process that holds the model (`es2.reader`) and shown layer by layer on the probes of what is on screen. An
-adapter that was trained elsewhere becomes a run like any other.
+is read by a process that holds the model (`es2.workflow.reader`) and shown layer by layer on the probes of what is on
+screen. An adapter that was trained elsewhere becomes a run like any other.
 """
 
 from __future__ import annotations
@@ -18,19 +18,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import streamlit as st
 
-from app import artifacts, jobs_panel, reading_chart, state, text
+from app import artifacts, jobs_panel, state, text
+from app.charts import reading_chart
+from app.components.plots import plot
 from app.messages import sentences
-from app.plots import plot
 from app.state import Choice
-from es2.errors import InputError
-from es2.files import home, machine_error
-from es2.job_folder import MAX_NAME
-from es2.jobs import Job, open_job, start
-from es2.layers import check_prompts
-from es2.probes import Probes
-from es2.prompts import LABEL_NAMES, MAX_FILE_BYTES, SPLITS, PromptSet, find_problems, parse_prompts
-from es2.reader import Reading, answer, ask, open_reader
-from es2.runs import import_adapter
+from es2.analysis.probes import Probes
+from es2.analysis.setup import check_prompts
+from es2.core.errors import InputError
+from es2.core.files import home, machine_error
+from es2.jobs.job import MAX_NAME, Job
+from es2.jobs.queue import open_job, start
+from es2.prompts.prompt_set import LABEL_NAMES, SPLITS, PromptSet
+from es2.prompts.readers import MAX_FILE_BYTES, find_problems, parse_prompts
+from es2.workflow.reader import Reading, answer, ask, open_reader
+from es2.workflow.runs import import_adapter
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from app import evaluation_charts, evaluations, exports, text
-from app.evaluation_charts import MODELS, NAMES
+from app import evaluations, text
+from app.charts import evaluation_charts
+from app.charts.evaluation_charts import MODELS, NAMES
+from app.components import exports
+from app.components.plots import plot
 from app.evaluations import Evaluation, Intro
-from app.plots import plot
-from es2 import findings
-from es2.attack import SHOWN_CHARACTERS
-from es2.findings import DIRECTION_NAMES, interval_of
-from es2.labels import shortened
+from es2.evaluation.attack import SHOWN_CHARACTERS
+from es2.report import findings
+from es2.report.findings import DIRECTION_NAMES, interval_of
+from es2.report.labels import shortened
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,9 +17,11 @@ from app import artifacts, jobs_panel, launch, run_live, state, text
 from app.messages import sentences
 from app.run_rows import Row, about, lost_prompts, row, when
 from app.state import Choice
-from es2.errors import Es2Error
-from es2.jobs import Job, reopen, start
-from es2.runs import config_of, list_runs, open_run
+from es2.core.errors import Es2Error
+from es2.jobs.job import Job
+from es2.jobs.queue import reopen, start
+from es2.report import labels
+from es2.workflow.runs import config_of, list_runs, open_run
 
 COLUMNS = (3.2, 1.3, 1.4, 2.5)
 HEAD = (
@@ -275,4 +277,4 @@ def _curves(job: Job, choice: Choice, ended: Sequence[Job]) -> None:
         st.json(config_of(job).to_dict() | {"prompts": job.config.get("prompts")})
     if log := job.log_tail(40):
         with st.expander("Log", key="former_log"):
-            st.code(text.plain("\n".join(log)), language=None)
+            st.code(labels.plain("\n".join(log)), language=None)

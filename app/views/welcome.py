@@ -10,8 +10,8 @@ import streamlit as st
 
 from app import artifacts, jobs_panel, state, text
 from app.state import Choice
-from es2.models import DEFAULT_MODEL
-from es2.prompts import SPLITS, PromptSet
+from es2.models.catalogue import DEFAULT_MODEL
+from es2.prompts.prompt_set import SPLITS, PromptSet
 
 STEPS = (
     ("Capture", "The model reads every prompt once; the residual stream is kept after each block."),

@@ -35,8 +35,9 @@ def main() -> None:
     from rich.console import Console
     from threadpoolctl import threadpool_limits
 
-    from es2.models import model_folder, resolve
-    from es2.prompts import load_prompts
+    from es2.models.catalogue import resolve
+    from es2.models.folders import model_folder
+    from es2.prompts.loading import load_prompts
     from tests.benchmarks.contest import Settings, table
 
     settings = Settings(

@@ -14,13 +14,13 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 
-from es2.capture import capture
-from es2.geometry import fit_frame
-from es2.layers import AnalysisConfig, analyze
-from es2.prompts import PromptSet
-from es2.resampling import canonical, fold_of, shuffled_labels
-from es2.results import Analysis
-from es2.sources import ArrayLayers
+from es2.analysis.geometry import fit_frame
+from es2.analysis.layers import analyze
+from es2.analysis.resampling import canonical, fold_of, shuffled_labels
+from es2.analysis.results import Analysis, AnalysisConfig
+from es2.capture.capture import capture
+from es2.prompts.prompt_set import PromptSet
+from es2.store.sources import ArrayLayers
 from tests.benchmarks.contest import Figure, Report, Settings, ratio
 
 COMPARED = 3  # layers on which scikit-learn is run

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from es2.capture import Reading, capture
-from es2.jobs import Reporter
-from es2.models import load_bridge, load_model, load_tokenizer
-from es2.plan import Shape
-from es2.prompts import PromptSet
-from es2.rendering import Rendered, render
-from es2.residuals import _shared_tokens, capture_residuals
-from es2.store import Store
+from es2.capture.capture import Reading, capture
+from es2.capture.residuals import _shared_tokens, capture_residuals
+from es2.core.progress import Reporter
+from es2.models.chat_template import Rendered, render
+from es2.models.loading import load_bridge, load_model, load_tokenizer
+from es2.models.shape import Shape
+from es2.prompts.prompt_set import PromptSet
+from es2.store.store import Store
 from tests.benchmarks.contest import Figure, Report, Settings, largest_error, ratio
 from tests.builders import save_tiny_model, tiny_prompts
 

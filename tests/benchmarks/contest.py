@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from es2.prompts import PromptSet
+from es2.prompts.prompt_set import PromptSet
 
 
 def _processor_seconds() -> float:

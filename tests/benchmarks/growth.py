@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from es2.finetune import FinetuneConfig
-from es2.layers import AnalysisConfig, analyze
-from es2.models import load_bridge, load_tokenizer
-from es2.prompts import PromptSet
-from es2.rendering import render
-from es2.residuals import capture_residuals
-from es2.sources import ArrayLayers
+from es2.analysis.layers import analyze
+from es2.analysis.results import AnalysisConfig
+from es2.capture.residuals import capture_residuals
+from es2.models.chat_template import render
+from es2.models.loading import load_bridge, load_tokenizer
+from es2.prompts.prompt_set import PromptSet
+from es2.store.sources import ArrayLayers
+from es2.training.config import FinetuneConfig
 from tests.benchmarks.contest import Figure, Report, Settings, exponent
 from tests.benchmarks.step import Ours
 from tests.builders import save_tiny_model, tiny_prompts

@@ -18,15 +18,22 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from es2.finetune import FinetuneConfig
-from es2.jobs import Reporter, lay_down, run_job
-from es2.layers import AnalysisConfig, analyze
-from es2.prompts import HARMFUL, PromptSet, load_prompts
-from es2.store import ActivationSet, Store, content_key
-from es2.tasks import analysis_key, write_views
+from es2.analysis.layers import analyze
+from es2.analysis.results import AnalysisConfig
+from es2.core.files import content_key
+from es2.core.progress import Reporter
+from es2.jobs.queue import lay_down
+from es2.jobs.running import run_job
+from es2.prompts.loading import load_prompts
+from es2.prompts.prompt_set import HARMFUL, PromptSet
+from es2.store.activation_set import ActivationSet
+from es2.store.store import Store
+from es2.training.config import FinetuneConfig
+from es2.workflow.derived import analysis_key
+from es2.workflow.prepare import write_views
 from tests.benchmarks.layer_change import measure
-from tests.browser.serving import playwright, served
 from tests.builders_artifacts import MODEL
+from tests.system.browser.serving import playwright, served
 
 N_PROBE = 200
 TARGETS = (10, 14)

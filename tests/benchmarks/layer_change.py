@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.browser.serving import CHROMIUM, FLAGS, playwright, served, settle
+from tests.system.browser.serving import CHROMIUM, FLAGS, playwright, served, settle
 
 HEADING = "document.querySelector('.st-key-pair_controls h3')?.textContent"
 OPENING = """

@@ -13,8 +13,10 @@ import json
 
 import numpy as np
 
-from es2.models import DEFAULT_MODEL, model_folder, resolve
-from es2.prompts import PromptSet, load_prompts
+from es2.models.catalogue import DEFAULT_MODEL, resolve
+from es2.models.folders import model_folder
+from es2.prompts.loading import load_prompts
+from es2.prompts.prompt_set import PromptSet
 from tests.benchmarks.capture import added_memory
 
 

@@ -20,13 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from es2.finetune import FinetuneConfig, finetune
-from es2.layers import AnalysisConfig, analyze
-from es2.models import load_blocks, load_model, load_tokenizer, model_folder, resolve
-from es2.passes import Network
-from es2.prompts import PromptSet, load_prompts
-from es2.rendering import render, template_head
-from es2.sources import ArrayLayers, TestSet
+from es2.analysis.layers import analyze
+from es2.analysis.results import AnalysisConfig
+from es2.models.catalogue import resolve
+from es2.models.chat_template import render, template_head
+from es2.models.folders import model_folder
+from es2.models.forward import Network
+from es2.models.loading import load_blocks, load_model, load_tokenizer
+from es2.prompts.loading import load_prompts
+from es2.prompts.prompt_set import PromptSet
+from es2.store.sources import ArrayLayers, TestSet
+from es2.training.config import FinetuneConfig
+from es2.training.finetune import finetune
 
 NUMBERS = (
     "fisher_ratio", "relative_distance", "mean_difference_margin", "margin_mean", "margin_harmful_q1",

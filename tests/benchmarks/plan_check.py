@@ -22,19 +22,22 @@ from typing import Any
 
 import numpy as np
 
-from es2.finetune import FinetuneConfig
-from es2.models import load_tokenizer, model_folder, resolve
-from es2.plan import local_folder, plan
-from es2.prompts import load_prompts
+from es2.models.catalogue import resolve
+from es2.models.folders import model_folder
+from es2.models.loading import load_tokenizer
+from es2.models.shape import local_folder
+from es2.prompts.loading import load_prompts
+from es2.training.config import FinetuneConfig
+from es2.workflow.plan import plan
 from tests.builders import write_prompts
 
 CAPTURE = (
-    "import sys; from es2.capture import capture; from es2.prompts import load_prompts;"
+    "import sys; from es2.capture.capture import capture; from es2.prompts.loading import load_prompts;"
     "capture(sys.argv[1], load_prompts(sys.argv[2]).measured(), positions=('last',), device='cpu')"
 )
 FINETUNE = (
-    "import json, sys; from pathlib import Path; from es2.finetune import FinetuneConfig, finetune;"
-    "from es2.prompts import load_prompts;"
+    "import json, sys; from pathlib import Path; from es2.training.finetune import FinetuneConfig, finetune;"
+    "from es2.prompts.loading import load_prompts;"
     "finetune(FinetuneConfig.from_dict(json.loads(sys.argv[3])), load_prompts(sys.argv[2]), Path(sys.argv[4]))"
 )
 

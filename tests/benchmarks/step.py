@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from es2.finetune import FinetuneConfig, _tokens
-from es2.jobs import silent
-from es2.models import load_model
-from es2.objective import parse_objective, running_direction, separation, total_loss
-from es2.passes import Network
-from es2.trainable import make_trainable
-from es2.training_data import Batch, make_plan
-from es2.workload import Workload
+from es2.core.progress import silent
+from es2.models.forward import Network
+from es2.models.loading import load_model
+from es2.training.config import FinetuneConfig
+from es2.training.finetune import _tokens
+from es2.training.objective import running_direction, separation, total_loss
+from es2.training.sampling import Batch, make_plan
+from es2.training.terms import parse_objective
+from es2.training.trainable import make_trainable
+from es2.training.workload import Workload
 from tests.benchmarks.capture import padded
 from tests.benchmarks.contest import Figure, Report, Settings, ratio
 

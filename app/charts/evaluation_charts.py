@@ -1,0 +1,447 @@
+"""Figures of an evaluation: pure functions from kept numbers to plotly figures, which know nothing of Streamlit.
+
+Base and tuned have their colours and a symbol each, and every number has its interval. Budgets double from one to the
+next, so they stand at equal steps rather than crowded at the left. Panels of one figure share their axes' ranges:
+whatever is higher in one is higher in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from app.charts import canvas
+from es2.analysis.resampling import Interval
+from es2.report import labels, palette
+from es2.report.findings import BY_NAME, DIRECTION_NAMES, Numbers, interval_of
+
+MODELS = ("base", "tuned")
+NAMES: Mapping[str, str] = {"base": "Base", "tuned": "Tuned"}
+MODEL_COLOURS: Mapping[str, str] = {"base": palette.BASE, "tuned": palette.TUNED}
+MODEL_SYMBOLS: Mapping[str, str] = {"base": "circle-open", "tuned": "square"}
+DASHES: Mapping[str, str] = {"base": "dot", "tuned": "solid"}
+RATES = ("dsr", "over_refusal", "harmful_degenerate", "harmless_degenerate")
+"""The rates of replies that the figure shows, from top to bottom."""
+
+CURVE_HEIGHT = 235
+NEEDED_HEIGHT = 230
+BOUNDARY_HEIGHT = 230
+_ROW_HEIGHT = 34
+_ROW_NAMES = 142
+_GAP = 0.025
+_DODGE = 0.07
+_PANEL_ROW, _PANEL_GAP = 200, 52
+
+
+def rates(refusal: Numbers | None, ability: Numbers | None) -> canvas.Figure:
+    """Rates of replies before and after as dots with their intervals, and the agreement with base.
+
+    Args:
+        refusal: the part `refusal` of an evaluation, if there is one.
+        ability: the part `kl`, likewise.
+    """
+    rows: list[tuple[str, dict[str, Interval]]] = []
+    of_models = {model: (refusal or {}).get(model) or {} for model in MODELS}
+    for name in RATES:
+        found = {model: interval_of(own[name]) for model, own in of_models.items() if own.get(name)}
+        if found:
+            rows.append((BY_NAME[name].title, found))
+    if ability is not None and ability["agreement"] is not None:
+        rows.append((BY_NAME["agreement"].title, {"tuned": interval_of(ability["agreement"])}))
+    traces = []
+    for place, model in enumerate(MODELS):
+        points = [(row, title, found[model]) for row, (title, found) in enumerate(rows) if model in found]
+        both = [len(found) == 2 for _, found in rows]
+        traces.append(
+            canvas.scatter(
+                x=[number.value for _, _, number in points],
+                y=[-row + (0.15 - 0.3 * place if both[row] else 0.0) for row, _, _ in points],
+                mode="markers",
+                marker=_marker(model, 9),
+                error_x=_bars([number for _, _, number in points], model),
+                name=NAMES[model],
+                hoverinfo="text",
+                hovertext=[f"{title}, {model}: {_words(number)}" for _, title, number in points],
+            )
+        )
+    return canvas.figure(
+        traces,
+        _ROW_HEIGHT * max(len(rows), 1) + canvas.TOP + canvas.BOTTOM_TITLED,
+        revision="rates",
+        x={"range": [-0.02, 1.02], "fixedrange": True, "title": canvas.title("share (no unit), 95 % interval")},
+        y={
+            "range": [-len(rows) + 0.5, 0.5],
+            "fixedrange": True,
+            "tickvals": [-row for row in range(len(rows))],
+            "ticktext": [title for title, _ in rows],
+            "showgrid": False,
+        },
+        left=_ROW_NAMES,
+        hovermode="closest",
+        dragmode=False,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- attacks
+
+
+def budgets_of(attack: Numbers) -> list[float]:
+    """The budgets that were pushed with, ascending, 0 for no push first."""
+    return sorted({point["budget"] for point in attack["curve"] if point["budget"] is not None})
+
+
+def directions_of(attack: Numbers) -> list[str]:
+    """The directions that were pushed along, in the order of reading."""
+    pushed = {point["direction"] for point in attack["curve"]} - {"none"}
+    return [name for name in DIRECTION_NAMES if name in pushed]
+
+
+def curve(attack: Numbers, rate: str, title: str) -> canvas.Figure:
+    """A rate against the budget, base and tuned, a panel for each direction; budget 0 is no push.
+
+    Args:
+        attack: the part `perturbation` of an evaluation.
+        rate: `dsr`, `degenerate` or `answered`.
+        title: of the y axis.
+    """
+    budgets, directions = budgets_of(attack), directions_of(attack)
+    place = {budget: at for at, budget in enumerate(budgets)}
+    points = {(point["direction"], point["budget"]): point for point in attack["curve"] if point["budget"] is not None}
+    traces = []
+    for panel, direction in enumerate(directions):
+        for index, model in enumerate(MODELS):
+            found = [
+                (budget, interval_of(point[model][rate]))
+                for budget in budgets
+                if (point := points.get(("none" if budget == 0 else direction, budget))) is not None and point[model]
+            ]
+            called = f"{DIRECTION_NAMES[direction]}, {model}"
+            traces.append(
+                canvas.scatter(
+                    x=[place[budget] + _DODGE * (2 * index - 1) for budget, _ in found],
+                    y=[number.value for _, number in found],
+                    xaxis=f"x{panel + 1 if panel else ''}",
+                    mode="lines+markers",
+                    line={"color": MODEL_COLOURS[model], "width": 2, "dash": DASHES[model]},
+                    marker=_marker(model, 7),
+                    error_y=_bars([number for _, number in found], model),
+                    name=NAMES[model],
+                    legendgroup=model,
+                    showlegend=panel == 0,
+                    hoverinfo="text",
+                    hovertext=[f"{called}, budget {budget:g}: {_words(number)}" for budget, number in found],
+                )
+            )
+    axis = {
+        "range": [-0.4, len(budgets) - 0.6],
+        "fixedrange": True,
+        "tickvals": list(range(len(budgets))),
+        "ticktext": [f"{budget:g}" for budget in budgets],
+        "showgrid": False,
+    }
+    domains = _domains(len(directions))
+    more: dict[str, Any] = {
+        f"xaxis{panel + 1}": {"zeroline": False, "anchor": "y", "domain": domains[panel]} | axis
+        for panel in range(1, len(directions))
+    }
+    return canvas.figure(
+        traces,
+        CURVE_HEIGHT,
+        revision=f"curve {rate}",
+        top=2 * canvas.TOP,
+        x=axis | ({"domain": domains[0]} if domains else {}),
+        y={"range": [-0.04, 1.04], "fixedrange": True, "title": canvas.title(title), "nticks": 6},
+        annotations=[
+            *(_panel_name(DIRECTION_NAMES[name], domain) for name, domain in zip(directions, domains, strict=True)),
+            _below("budget: length of the push / ‖e‖ (steps not to scale)"),
+        ],
+        legend=_legend_above(CURVE_HEIGHT - 2 * canvas.TOP - canvas.BOTTOM_TITLED),
+        hovermode="closest",
+        dragmode=False,
+        **more,
+    )
+
+
+def reach(attack: Numbers) -> canvas.Figure:
+    """What share of the harmful prompts a push of some relative length brings to p₀: a row of panels for each attacked
+    layer, a column for each p₀.
+
+    A curve further to the right is harder to attack. It begins at the share that needs no push at all.
+    """
+    values = attack["needed_values"]
+    layers = list(dict.fromkeys(entry["layer"] for entry in values))
+    p0s = list(dict.fromkeys(entry["p0"] for entry in values))
+    limits = {
+        p0: canvas.nice_limit(
+            1.02 * max(max(entry[m], default=0) for entry in values if entry["p0"] == p0 for m in _in(entry))
+        )
+        for p0 in p0s
+    }
+    inner = _PANEL_ROW * max(len(layers), 1)
+    domains, heights = _domains(len(p0s)), _domains(len(layers), gap=_PANEL_GAP / inner)
+    traces, annotations, more = [], [], {}
+    for entry in values:
+        row, column = layers.index(entry["layer"]), p0s.index(entry["p0"])
+        number = row * len(p0s) + column
+        suffix = str(number + 1) if number else ""
+        for model in _in(entry):
+            lengths = np.sort(np.asarray(entry[model], dtype=np.float64))
+            shares = np.arange(1, len(lengths) + 1) / max(len(lengths), 1)
+            limit = limits[entry["p0"]]
+            traces.append(
+                canvas.scatter(
+                    x=[0.0, *lengths.tolist(), limit],
+                    y=[0.0, *shares.tolist(), 1.0],
+                    xaxis=f"x{suffix}",
+                    yaxis=f"y{suffix}",
+                    mode="lines",
+                    line={"color": MODEL_COLOURS[model], "width": 2, "dash": DASHES[model], "shape": "hv"},
+                    name=NAMES[model],
+                    legendgroup=model,
+                    showlegend=number == 0,
+                    hoverinfo="text",
+                    hovertext=[
+                        f"layer {entry['layer']}, {model}: {share:.0%} need at most {length:.3f}"
+                        for length, share in zip([0.0, *lengths], [float((lengths == 0).mean()), *shares], strict=True)
+                    ]
+                    + [""],
+                )
+            )
+        height = heights[len(layers) - 1 - row]  # the first layer is the uppermost
+        more[f"xaxis{suffix}"] = {
+            "zeroline": False,
+            "automargin": False,
+            "domain": domains[column],
+            "anchor": f"y{suffix}",
+            "range": [0, limits[entry["p0"]]],
+            "fixedrange": True,
+            "nticks": 6,
+        }
+        more[f"yaxis{suffix}"] = {
+            "zeroline": False,
+            "automargin": False,
+            "domain": height,
+            "anchor": f"x{suffix}",
+            "range": [0, 1.02],
+            "fixedrange": True,
+            "nticks": 5,
+            "tickformat": ".0%",
+            "showticklabels": column == 0,
+        }
+        words = f"layer {entry['layer']}, to p₀ = {entry['p0']:g}"
+        annotations.append(_panel_name(words, domains[column], y=height[1]))
+    layout = canvas.layout(
+        inner + 2 * canvas.TOP + canvas.BOTTOM_TITLED,
+        revision="reach",
+        top=2 * canvas.TOP,
+        x={},
+        y={},
+        annotations=[*annotations, _below("relative length of the push, ‖shift‖ / ‖e‖")],
+        legend=_legend_above(inner),
+        hovermode="closest",
+        dragmode=False,
+    )
+    return {"data": traces, "layout": layout | more}
+
+
+def needed_strip(attack: Numbers, p0: float) -> canvas.Figure:
+    """The relative length that brings harmful prompts to `p0`, over all layers: mean with interval, base and tuned, and
+    the lower quartile, the easier attacks, as a thin line."""
+    records = [record for record in attack["needed"] if record["p0"] == p0]
+    layers = [record["layer"] for record in records]
+    traces, highest = [], 0.0
+    for model in MODELS:
+        found = [(record["layer"], interval_of(record[model]["relative"])) for record in records if record[model]]
+        if not found:
+            continue
+        highest = max(highest, *(number.high for _, number in found))
+        colour = MODEL_COLOURS[model]
+        x = [layer for layer, _ in found]
+        traces += [
+            canvas.band(x, [number for _, number in found], colour, model),
+            canvas.scatter(
+                x=x,
+                y=[record[model]["relative_q1"]["value"] for record in records],
+                mode="lines",
+                line={"color": colour, "width": 1, "dash": "dot"},
+                hoverinfo="skip",
+                name=f"{NAMES[model]}, easier quarter",
+            ),
+            canvas.scatter(
+                x=x,
+                y=[number.value for _, number in found],
+                mode="lines+markers",
+                line={"color": colour, "width": 2},
+                marker=_marker(model, 7),
+                name=f"{NAMES[model]}, mean",
+                hoverinfo="text",
+                hovertext=[_needed_words(record, model) for record in records],
+            ),
+        ]
+    last = max(layers, default=0)
+    return canvas.figure(
+        traces,
+        NEEDED_HEIGHT,
+        revision=f"needed {p0:g}",
+        x=canvas.layer_axis(last + 1),
+        y={
+            "range": [0, canvas.nice_limit(1.05 * highest)],
+            "fixedrange": True,
+            "title": canvas.title("‖shift‖ / ‖e‖"),
+            "nticks": 6,
+        },
+        shapes=[canvas.column(layer) for layer in attack["layers"]],
+        hovermode="closest",
+        dragmode=False,
+    )
+
+
+def boundary(
+    steps: Sequence[str], read: Mapping[str, Sequence[float | None]], chosen: int, joined: int
+) -> canvas.Figure:
+    """One prompt's probability of harmful under each push, as the probe read it back: where it crosses one half.
+
+    Args:
+        steps: what the pushes are called, in their order.
+        read: by model, the probability after each; None where there is none.
+        chosen: index of the push that is shown.
+        joined: so many of the first pushes grow from one to the next and are joined by a line.
+    """
+    half = canvas.scatter(
+        x=[-0.4, len(steps) - 0.6],
+        y=[0.5, 0.5],
+        mode="lines",
+        line={"color": canvas.NEUTRAL, "width": 1.5, "dash": "dash"},
+        name="the probe's boundary",
+        hoverinfo="skip",
+    )
+    traces = [half]
+    for model, values in read.items():
+        words = [
+            f"{model}, {labels.label(step)}: " + ("–" if value is None else f"{value:.3f}")
+            for step, value in zip(steps, values, strict=True)
+        ]
+        for part, mode in ((slice(0, joined), "lines+markers"), (slice(joined, None), "markers")):
+            traces.append(
+                canvas.scatter(
+                    x=list(range(len(steps)))[part],
+                    y=list(values)[part],
+                    mode=mode,
+                    line={"color": MODEL_COLOURS[model], "width": 2, "dash": DASHES[model]},
+                    marker=_marker(model, 8),
+                    name=NAMES[model] if part.start == 0 else f"{NAMES[model]}, to p₀",
+                    showlegend=part.start == 0,
+                    hoverinfo="text",
+                    hovertext=words[part],
+                )
+            )
+    return canvas.figure(
+        traces,
+        BOUNDARY_HEIGHT,
+        revision="boundary",
+        x={
+            "range": [-0.4, len(steps) - 0.6],
+            "fixedrange": True,
+            "tickvals": list(range(len(steps))),
+            "ticktext": [labels.label(step) for step in steps],
+            "title": canvas.title("budget: length of the push / ‖e‖ (steps not to scale)"),
+            "showgrid": False,
+        },
+        y={"range": [-0.04, 1.04], "fixedrange": True, "title": canvas.title("P(harmful), read back"), "nticks": 6},
+        shapes=[canvas.vertical(chosen)],
+        hovermode="closest",
+        dragmode=False,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- their parts
+
+
+def _in(entry: Numbers) -> list[str]:
+    return [model for model in MODELS if entry.get(model)]
+
+
+def _marker(model: str, size: float) -> dict[str, Any]:
+    colour = MODEL_COLOURS[model]
+    return {"symbol": MODEL_SYMBOLS[model], "size": size, "color": colour, "line": {"width": 2, "color": colour}}
+
+
+def _bars(numbers: Sequence[Interval], model: str) -> dict[str, Any]:
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [number.high - number.value for number in numbers],
+        "arrayminus": [number.value - number.low for number in numbers],
+        "color": canvas.translucent(MODEL_COLOURS[model], 0.6),
+        "thickness": 1.5,
+        "width": 3,
+    }
+
+
+def _words(number: Interval) -> str:
+    return f"{number.value:.2f} ({number.low:.2f} to {number.high:.2f})"
+
+
+def _needed_words(record: Numbers, model: str) -> str:
+    of = record[model]
+    relative, easier, already = (interval_of(of[name]) for name in ("relative", "relative_q1", "already"))
+    rows = [
+        f"<b>layer {record['layer']}, {model}</b>",
+        f"mean {relative.value:.3f} ({relative.low:.3f} to {relative.high:.3f})",
+        f"easier quarter {easier.value:.3f}",
+        f"need no push: {already.value:.0%}",
+    ]
+    if record["change"] is not None:
+        ratio = interval_of(record["change"]["relative_ratio"])
+        rows.append(f"tuned / base ×{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})")
+    return "<br>".join(rows)
+
+
+def _domains(n: int, gap: float = _GAP) -> list[list[float]]:
+    """`n` equal stretches of 0 to 1 with gaps between them."""
+    width = (1 - gap * (n - 1)) / max(n, 1)
+    return [[at * (width + gap), min(1.0, at * (width + gap) + width)] for at in range(n)]
+
+
+def _panel_name(words: str, domain: Sequence[float], y: float = 1.0) -> dict[str, Any]:
+    return {
+        "text": f"<b>{labels.label(words)}</b>",
+        "font": {"size": 12},
+        "x": domain[0],
+        "xref": "paper",
+        "xanchor": "left",
+        "y": y,
+        "yref": "paper",
+        "yanchor": "bottom",
+        "showarrow": False,
+    }
+
+
+def _below(words: str) -> dict[str, Any]:
+    """One axis title for all panels of a row."""
+    return {
+        "text": words,
+        "x": 0.5,
+        "xref": "paper",
+        "xanchor": "center",
+        "y": 0,
+        "yref": "paper",
+        "yanchor": "top",
+        "yshift": -20,
+        "showarrow": False,
+    }
+
+
+def _legend_above(plot_height: float) -> dict[str, Any]:
+    """A legend above the names of the panels."""
+    return {
+        "orientation": "h",
+        "x": 0,
+        "xanchor": "left",
+        "y": 1 + 22 / plot_height,
+        "yanchor": "bottom",
+        "itemclick": False,
+        "itemdoubleclick": False,
+    }

@@ -1,0 +1,312 @@
+"""Figures of all layers and of one: pure functions from numbers to plotly figures, which know nothing of Streamlit.
+
+Everything is drawn as SVG: WebGL is missing on some machines, and selection must work there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from app.charts import canvas
+from es2.analysis.resampling import Interval
+from es2.analysis.results import CostPoint, LayerNumbers
+from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES
+from es2.report import palette
+from es2.report.glossary import BY_NAME, UNITS
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+ACCURACY_HEIGHT = 200
+MARGIN_HEIGHT = 190
+HISTOGRAM_HEIGHT = 190
+COST_HEIGHT = 250
+MAX_BINS = 40
+
+MAIN_LINE: dict[str, Any] = {"mode": "lines+markers", "marker": {"size": 7, "color": palette.BASE}, "legendrank": 1}
+
+
+def band(layers: Sequence[LayerNumbers], name: str, colour: str) -> canvas.Trace:
+    """The intervals of one number as a band behind its line."""
+    return canvas.band([layer.layer for layer in layers], [layer.numbers[name] for layer in layers], colour, name)
+
+
+def curve(layers: Sequence[LayerNumbers], name: str, title: str, colour: str, **settings: Any) -> canvas.Trace:
+    """One number over layers as a line called `title`; `settings` as for `go.Scatter`."""
+    return canvas.scatter(
+        x=[layer.layer for layer in layers],
+        y=[layer.numbers[name].value for layer in layers],
+        name=title,
+        line={"color": colour, "width": 2} | settings.pop("line", {}),
+        **{"mode": "lines", "hoverinfo": "skip"} | settings,
+    )
+
+
+def strip(
+    layers: Sequence[LayerNumbers],
+    traces: Sequence[canvas.Trace],
+    hover: Sequence[str],
+    *,
+    chosen: int,
+    marked: Sequence[int],
+    marked_as: str = "recommended targets",
+    limits: tuple[float, float],
+    height: int,
+    title: str,
+    revision: str,
+    titled: bool,
+) -> canvas.Figure:
+    """A chart over layers on which a click anywhere in a layer's column picks it.
+
+    The one trace that answers the mouse is the last line of `traces`: it gets the hover texts, and the layer as
+    `customdata`. All others are told to skip, so a click means one thing.
+
+    Args:
+        layers: the numbers, in the order of the layers.
+        traces: what is drawn, the answering line last.
+        hover: what each layer says about itself.
+        chosen: the layer to mark by a vertical line.
+        marked: the layers to mark by a triangle.
+        marked_as: what the triangles are called.
+        limits: of the y axis.
+        height: in pixels.
+        title: of the y axis.
+        revision: the figure's name among others.
+        titled: whether the x axis has its title.
+    """
+    answering = traces[-1]
+    answering["hoverinfo"] = "text"
+    answering["hovertext"] = list(hover)
+    answering["customdata"] = [["layer", layer.layer] for layer in layers]
+    low, high = limits
+    targets = canvas.scatter(
+        x=list(marked),
+        y=[low + 0.045 * (high - low)] * len(marked),
+        mode="markers",
+        marker={"symbol": "triangle-up", "size": 10, "color": canvas.NEUTRAL},
+        name=marked_as,
+        hoverinfo="skip",
+    )
+    n_layers = len(layers)
+    return canvas.figure(
+        [*traces, targets],
+        height,
+        revision=revision,
+        bottom=canvas.BOTTOM_TITLED if titled else canvas.BOTTOM,
+        x=canvas.layer_axis(n_layers, canvas.LAYERS if titled else None),
+        y={"range": [low, high], "fixedrange": True, "title": canvas.title(title), "nticks": 6},
+        shapes=[canvas.vertical(chosen)],
+        hovermode="x",
+        hoverdistance=-1,
+        dragmode=False,
+    )
+
+
+def accuracy_strip(layers: Sequence[LayerNumbers], *, chosen: int, recommended: Sequence[int]) -> canvas.Figure:
+    """Probe accuracy over layers with its interval, the shuffled-label control, and chance.
+
+    Args:
+        layers: one model's numbers, in the order of its layers.
+        chosen: the layer to mark by a vertical line.
+        recommended: the layers to mark by a triangle.
+    """
+    accuracy, control = BY_NAME["probe_accuracy"], BY_NAME["probe_accuracy_control"]
+    lowest = min(min(layer.numbers[name].low for name in (accuracy.name, control.name)) for layer in layers)
+    low = min(0.4, np.floor(lowest * 10) / 10)
+    traces = [
+        band(layers, accuracy.name, palette.BASE),
+        band(layers, control.name, canvas.NEUTRAL),
+        canvas.scatter(
+            x=[-0.6, len(layers) - 0.4],
+            y=[0.5, 0.5],
+            mode="lines",
+            line={"color": canvas.NEUTRAL, "width": 1, "dash": "dash"},
+            name="chance",
+            hoverinfo="skip",
+        ),
+        curve(layers, control.name, "shuffled labels", canvas.NEUTRAL, line={"dash": "dot"}),
+        curve(layers, accuracy.name, "probe accuracy, 95 % interval", palette.BASE, **MAIN_LINE),
+    ]
+    hover = [
+        _hover_rows(layer, ("probe_accuracy", "probe_accuracy_control", "probe_auroc"), layer.layer in recommended)
+        for layer in layers
+    ]
+    return strip(
+        layers,
+        traces,
+        hover,
+        chosen=chosen,
+        marked=recommended,
+        limits=(float(low), 1.02),
+        height=ACCURACY_HEIGHT,
+        title="balanced accuracy",
+        revision="accuracy strip",
+        titled=False,
+    )
+
+
+def margin_strip(layers: Sequence[LayerNumbers], *, chosen: int, recommended: Sequence[int]) -> canvas.Figure:
+    """The two margins over layers, with their intervals; arguments as for `accuracy_strip`."""
+    margin, mean_difference = BY_NAME["margin_mean"], BY_NAME["mean_difference_margin"]
+    bounds = [layer.numbers[name] for layer in layers for name in (margin.name, mean_difference.name)]
+    lowest, highest = min(bound.low for bound in bounds), max(bound.high for bound in bounds)
+    high = canvas.nice_limit(max(highest, 0.0) * 1.05)
+    low = min(-0.08 * high, 1.1 * lowest)
+    traces = [
+        band(layers, margin.name, palette.BASE),
+        band(layers, mean_difference.name, palette.BASE),
+        zero_line(-0.6, len(layers) - 0.4),
+        curve(layers, mean_difference.name, "mean-difference margin", palette.BASE, line={"dash": "dot"}),
+        curve(layers, margin.name, "margin of the probe", palette.BASE, **MAIN_LINE),
+    ]
+    names = ("margin_mean", "margin_harmful_q1", "mean_difference_margin")
+    hover = [_hover_rows(layer, names, layer.layer in recommended) for layer in layers]
+    return strip(
+        layers,
+        traces,
+        hover,
+        chosen=chosen,
+        marked=recommended,
+        limits=(low, high),
+        height=MARGIN_HEIGHT,
+        title=UNITS,
+        revision="margin strip",
+        titled=True,
+    )
+
+
+def zero_line(low: float, high: float) -> canvas.Trace:
+    """The line y = 0 from `low` to `high`."""
+    return canvas.scatter(
+        x=[low, high],
+        y=[0, 0],
+        mode="lines",
+        line={"color": canvas.NEUTRAL, "width": 1},
+        hoverinfo="skip",
+        showlegend=False,
+        name="zero",
+    )
+
+
+def _hover_rows(layer: LayerNumbers, names: Sequence[str], recommended: bool) -> str:
+    head = f"<b>layer {layer.layer}</b>" + (", recommended" if recommended else "")
+    rows = [(BY_NAME[name], layer.numbers[name]) for name in names]
+    return "<br>".join([head, *(f"{term.title}: {term.value(number)} ({term.range(number)})" for term, number in rows)])
+
+
+def histogram(
+    margins: Float[np.ndarray, "prompt"], labels: Int[np.ndarray, "prompt"], *, limit: float | None = None
+) -> canvas.Figure:
+    """How many prompts of each label stand where along the separating direction.
+
+    Args:
+        margins: signed distance to the boundary, + on the harmful side, scale-free.
+        labels: 1 harmful, 0 harmless.
+        limit: the axis reaches from −limit to limit; chosen from the margins if not given.
+    """
+    limit = limit or canvas.margin_limit(margins)
+    # An even number of bins puts an edge on the boundary, so that no bar holds prompts of both sides.
+    n_bins = 2 * int(np.clip(np.sqrt(max(len(margins), 1)), 4, MAX_BINS // 2))
+    edges = np.linspace(-limit, limit, n_bins + 1)
+    traces = []
+    for label in (HARMLESS, HARMFUL):
+        name, colour = LABEL_NAMES[label], palette.COLOURS[label]
+        counts, _ = np.histogram(margins[labels == label], bins=edges)
+        traces.append(
+            canvas.scatter(
+                x=edges.tolist(),
+                y=[*counts.tolist(), int(counts[-1])],
+                mode="lines",
+                line={"color": colour, "width": 2, "shape": "hv", "dash": "solid" if label == HARMFUL else "dot"},
+                fill="tozeroy",
+                fillcolor=canvas.translucent(colour, 0.22),
+                name=name,
+                hoverinfo="text",
+                hovertext=[
+                    f"{count} {name} from {low:+.4f} to {high:+.4f}"
+                    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
+                ],
+            )
+        )
+    return canvas.figure(
+        traces,
+        HISTOGRAM_HEIGHT,
+        revision="histogram",
+        x={
+            "range": [-limit, limit],
+            "fixedrange": True,
+            "title": canvas.title("Distance to the probe's boundary, + = harmful (scale-free units)"),
+        },
+        y={"fixedrange": True, "rangemode": "tozero", "title": canvas.title("prompts"), "nticks": 5},
+        shapes=[canvas.BOUNDARY],
+        hovermode="x",
+        dragmode=False,
+    )
+
+
+COST_LINES = {"probe_accuracy": "accuracy", "probe_auroc": "AUROC"}
+COST_MARGINS = {"margin_mean": "margin", "margin_harmful_q1": "margin, easier quarter of harmful"}
+
+
+def cost_curve(points: Sequence[CostPoint], names: dict[str, str], *, chosen: float, title: str) -> canvas.Figure:
+    """Some of the main numbers over the probe's inverse regularisation strength C.
+
+    Args:
+        points: the curve, ascending in C.
+        names: which numbers, and what to call them.
+        chosen: the C that cross-validation chose, marked by a vertical line.
+        title: of the y axis.
+    """
+    costs = [point.C for point in points]
+    traces = []
+    for (name, called), dash, symbol in zip(names.items(), ("solid", "dot"), ("circle", "square"), strict=False):
+        term = BY_NAME[name]
+        intervals = [point.numbers[name] for point in points]
+        traces.append(
+            canvas.scatter(
+                x=costs,
+                y=[interval.value for interval in intervals],
+                mode="lines+markers",
+                line={"color": palette.BASE, "width": 2, "dash": dash},
+                marker={"size": 6, "color": palette.BASE, "symbol": symbol},
+                error_y=_error_bars(intervals),
+                name=called,
+                hoverinfo="text",
+                hovertext=[
+                    f"C = {point.C:g}: {called} {term.value(interval)} ({term.range(interval)})"
+                    for point, interval in zip(points, intervals, strict=True)
+                ],
+            )
+        )
+    return canvas.figure(
+        traces,
+        COST_HEIGHT,
+        revision=f"cost {title}",
+        x={
+            "type": "log",
+            "dtick": 1,
+            "exponentformat": "power",
+            "title": canvas.title("C (weaker regularisation to the right)"),
+            "fixedrange": True,
+        },
+        y={"title": canvas.title(title), "fixedrange": True, "nticks": 6},
+        shapes=[canvas.vertical(chosen)],
+        hovermode="closest",
+        dragmode=False,
+    )
+
+
+def _error_bars(intervals: Sequence[Interval]) -> dict[str, Any]:
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [interval.high - interval.value for interval in intervals],
+        "arrayminus": [interval.value - interval.low for interval in intervals],
+        "color": canvas.translucent(palette.BASE, 0.45),
+        "thickness": 1.2,
+        "width": 3,
+    }

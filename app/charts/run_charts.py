@@ -1,0 +1,159 @@
+"""The curves of a fine-tune, from what its event log holds.
+
+A log only grows, so it is read on from where the last look ended and never twice. A run that was killed and resumed
+logs some steps again: what a step says last is what holds, and whatever stood after it belongs to the life that ended.
+The figures are pure functions of that history; their x axis spans the whole run from the start, so that the distance
+still to go is seen, and nothing jumps as points come in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from app.charts import canvas
+from es2.report import palette
+
+HEIGHT = 205
+TRAINED = ("loss", "separation", "kl_prompt", "kl_reply")
+"""What every step logs."""
+WATCHED = ("watch_fisher_ratio", "watch_mean_difference_margin", "watch_kl_prompt", "watch_kl_reply")
+"""What a look at the `watch` prompts adds: means over the target layers, and the KLs."""
+
+
+@dataclass
+class History:
+    """The numbers of a fine-tune by step; grows by `add`.
+
+    Attributes:
+        steps: what was logged after each step, by step, ascending.
+        total: how many steps there will be; 0 before the first.
+        stage: what the run is doing now; empty before anything.
+    """
+
+    steps: dict[int, dict[str, float | None]] = field(default_factory=dict)
+    total: int = 0
+    stage: str = ""
+
+    def add(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Take further events, oldest first."""
+        for event in events:
+            if event.get("event") != "progress":
+                continue
+            self.stage = str(event.get("stage", ""))
+            if self.stage != "finetune" or not isinstance(event.get("done"), int):
+                continue
+            step = event["done"]
+            self.total = int(event.get("total") or self.total)
+            for stale in [known for known in self.steps if known >= step]:
+                del self.steps[stale]
+            self.steps[step] = {name: event[name] for name in (*TRAINED, *WATCHED) if name in event}
+
+    def curve(self, name: str) -> tuple[list[int], list[float | None]]:
+        """The steps at which a number was logged, and its values; None where it was no finite number."""
+        points = [(step, numbers[name]) for step, numbers in self.steps.items() if name in numbers]
+        return [step for step, _ in points], [value for _, value in points]
+
+
+def separation_curve(history: History) -> canvas.Figure:
+    """Loss and separation of every step."""
+    return _figure(
+        history,
+        [
+            _line(history, "loss", "loss", canvas.NEUTRAL, dash="dot"),
+            _line(history, "separation", "separation", palette.TUNED),
+        ],
+        title="objective's own units",
+    )
+
+
+def kl_curve(history: History, budget: float) -> canvas.Figure:
+    """Both KLs of every step, those of `watch` as markers without a legend, and the budget, in nats per token."""
+    traces = [
+        _line(history, "kl_prompt", "prompts", palette.TUNED),
+        _line(history, "kl_reply", "replies", palette.TUNED, dash="dot"),
+        _markers(history, "watch_kl_prompt", "prompts, held out", "circle"),
+        _markers(history, "watch_kl_reply", "replies, held out", "diamond-open"),
+    ]
+    high = max([budget, *(value for trace in traces for value in trace["y"] if value is not None)])
+    line = {"color": canvas.NEUTRAL, "width": 1.5, "dash": "dash"}
+    return _figure(
+        history,
+        traces,
+        title="KL, nats per token",
+        axis={"range": [0, canvas.nice_limit(1.1 * high)]},
+        shapes=[{"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": budget, "y1": budget, "line": line}],
+        annotations=[_words(f"budget {budget:g}", x=1, y=budget, yref="y")],
+    )
+
+
+def held_out_curve(history: History, name: str, title: str) -> canvas.Figure:
+    """One scale-free number on `watch`, mean over the target layers; before the first look, a word about that."""
+    line = _line(history, name, title, palette.TUNED, marker=8)
+    waiting = [] if line["x"] else [_words("comes with the first look at held-out prompts", x=0.5, y=0.5, centred=True)]
+    return _figure(
+        history,
+        [line],
+        title=title,
+        axis={"rangemode": "tozero"} if line["x"] else {"range": [0, 1], "showticklabels": False},
+        showlegend=False,
+        top=8,
+        annotations=waiting,
+    )
+
+
+def _words(words: str, *, x: float, y: float, centred: bool = False, **place: Any) -> dict[str, Any]:
+    """A quiet annotation, in parts of the plot's width and height."""
+    font = {"size": 11, "color": canvas.NEUTRAL}
+    anchors = {"xanchor": "center" if centred else "right", "yanchor": "middle" if centred else "bottom"}
+    frame = {"xref": "paper", "yref": "paper"} | place
+    return {"x": x, "y": y, "text": words, "showarrow": False, "font": font} | anchors | frame
+
+
+def _line(
+    history: History, name: str, title: str, colour: str, *, dash: str = "solid", marker: float = 0
+) -> canvas.Trace:
+    x, y = history.curve(name)
+    alone = len(x) == 1  # a line needs two points
+    return canvas.scatter(
+        x=x,
+        y=y,
+        mode="lines+markers" if marker or alone else "lines",
+        line={"color": colour, "width": 2, "dash": dash},
+        marker={"size": marker or 6, "color": colour},
+        name=title,
+        hovertemplate=f"step %{{x}}: {title} %{{y:.4f}}<extra></extra>",
+    )
+
+
+def _markers(history: History, name: str, title: str, symbol: str) -> canvas.Trace:
+    x, y = history.curve(name)
+    return canvas.scatter(
+        x=x,
+        y=y,
+        mode="markers",
+        showlegend=False,
+        marker={"size": 9, "color": palette.TUNED, "symbol": symbol},
+        name=title,
+        hovertemplate=f"step %{{x}}: {title} %{{y:.4f}}<extra></extra>",
+    )
+
+
+def _figure(
+    history: History,
+    traces: Sequence[canvas.Trace],
+    *,
+    title: str,
+    axis: Mapping[str, Any] | None = None,
+    **layout: Any,
+) -> canvas.Figure:
+    x = {
+        "range": [0, 1.02 * max(history.total, 1)],
+        "fixedrange": True,
+        "title": canvas.title("step"),
+        "showgrid": False,
+    }
+    y = {"fixedrange": True, "title": canvas.title(title), "nticks": 5} | dict(axis or {})
+    settings: dict[str, Any] = {"hovermode": "closest", "dragmode": False} | layout
+    return canvas.figure(traces, HEIGHT, revision=title, x=x, y=y, **settings)

@@ -1,0 +1,1 @@
+"""Our own JavaScript and CSS, and the Python that feeds them."""

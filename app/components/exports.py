@@ -1,0 +1,127 @@
+"""Taking things away from a page: charts as pictures and as HTML, tables as CSV, a comparison as a report.
+
+Nothing is made before somebody asks: while the popover is closed there is nothing in it, and the bytes of a file are
+worked out when its button is pressed. Pictures are made in the browser, by the plotly.js that draws the charts as well,
+so there is neither a second renderer nor a network in between.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import streamlit as st
+from plotly.io import to_json
+
+from app import text
+from app.artifacts import run_title
+from app.charts.canvas import Figure
+from app.components import plotly_library
+from es2.analysis.comparison import Comparison
+from es2.analysis.results import LayerNumbers
+from es2.report.page import Compared, figure_html, report_html
+from es2.store.store import SHOWCASE
+from es2.workflow.compared import find_compared
+from es2.workflow.runs import open_run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+_images = plotly_library.component("es2_images", Path(__file__), '<div class="images"></div>')
+
+_FORMULA = re.compile(r"'*(?:[\t\r\n]|\s*[=+\-@＝＋－＠])")
+"""What a spreadsheet takes for the beginning of a formula, in ASCII and in full width; and the same with the sign that
+keeps it from being one, so that each cell can be read back as it was.
+"""
+
+
+@st.fragment
+def page_exports(
+    contents: Callable[[], tuple[Mapping[str, Figure], Mapping[str, pd.DataFrame]]],
+    comparison: Comparison | None = None,
+) -> None:
+    """Draw the button behind which a page's charts and tables, and a comparison's report, can be downloaded.
+
+    Args:
+        contents: gives the page's figures and tables by what people call them, in the order of the list; called when
+            somebody opens it. Text in tables is as it was written, not escaped.
+        comparison: what the page shows, if it is one.
+    """
+    with st.popover("Take away", icon=":material/download:", key="take_away", on_change="rerun") as popover:
+        if not popover.open:
+            return
+        charts, tables = contents()
+        for at, (name, figure) in enumerate(charts.items()):
+            with st.container(horizontal=True, vertical_alignment="center", key=f"take_chart_{at}"):
+                st.markdown(text.markdown(name), width="stretch")
+                data = {"library": plotly_library.ADDRESS, "name": name, "file": file_name(name)}
+                data["figure"] = to_json(figure, validate=False)
+                _images(key=f"take_images_{at}", data=data, width="content")
+                _download("HTML", partial(chart, figure, name), name, "html", f"take_html_{at}")
+        for at, (name, frame) in enumerate(tables.items()):
+            with st.container(horizontal=True, vertical_alignment="center", key=f"take_table_{at}"):
+                st.markdown(text.markdown(name), width="stretch")
+                _download("CSV", partial(table, frame), name, "csv", f"take_csv_{at}")
+        if comparison is not None:
+            with st.container(horizontal=True, vertical_alignment="center", key="take_whole"):
+                st.markdown("Everything about this run in one file, to send to a colleague", width="stretch")
+                _download("Report", partial(report, comparison), f"es2 report {comparison.run}", "html", "take_report")
+
+
+def _download(label: str, make: Callable[[], bytes], name: str, ending: str, key: str) -> None:
+    mime = {"html": "text/html", "csv": "text/csv"}[ending]
+    st.download_button(label, make, file_name=f"{file_name(name)}.{ending}", mime=mime, key=key, on_click="ignore")
+
+
+def chart(figure: Figure, name: str) -> bytes:
+    """A figure as an HTML file that works without a network, headed by its name."""
+    return figure_html(figure, name).encode("utf-8", "replace")
+
+
+def table(frame: pd.DataFrame) -> bytes:
+    """A table as a CSV file (UTF-8 with a mark, as Excel wants it), without its index.
+
+    A spreadsheet takes text that begins with = + - or @ for a formula, and prompts come from anywhere. Such text, in a
+    cell or a column's name, gets an apostrophe in front, and so does one that has it already: whoever reads the file
+    takes one apostrophe away from what is such text behind it. Numbers stay as they are. All text is quoted, since
+    pandas by itself leaves a lone carriage return bare, which ends a row.
+    """
+    safe = frame.map(_no_formula)
+    safe.columns = [_no_formula(column) for column in frame.columns]
+    return safe.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC).encode("utf-8-sig", "replace")
+
+
+def numbers_frame(models: Iterable[tuple[str, Sequence[LayerNumbers]]]) -> pd.DataFrame:
+    """All numbers of all layers as a table, a row for each layer of each of `models`, which may be called alike."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {"layer": at.layer, "model": name} | {number: one.value for number, one in at.numbers.items()}
+            for name, layers in models
+            for at in layers
+        ]
+    )
+
+
+def _no_formula(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
+
+
+def report(comparison: Comparison) -> bytes:
+    """The report on a comparison, an HTML file. Raises as reading embeddings does."""
+    if comparison.run == SHOWCASE:
+        return report_html(find_compared(SHOWCASE)).encode("utf-8", "replace")
+    run = open_run(comparison.run)
+    compared = Compared(**vars(comparison), title=run_title(run), events=run.events()[0])
+    return report_html(compared).encode("utf-8", "replace")
+
+
+def file_name(name: str) -> str:
+    """A file's name, without its ending, that every system takes: lower-case letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:80] or "es2"

@@ -1,0 +1,55 @@
+"""The plotly.js that the plotly package ships, for components of our own.
+
+It is 4.8 MB: the server offers it under an address of its own and a page loads it once, whichever component asks first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import plotly
+import streamlit as st
+from streamlit.components.v1 import declare_component
+
+if TYPE_CHECKING:
+    from streamlit.components.v2.types import ComponentRenderer
+
+
+# Never mounted: declaring it makes the server offer the files of its folder.
+_PACKAGE = declare_component("plotly", path=Path(plotly.__file__).with_name("package_data"))
+
+ADDRESS = f"component/{_PACKAGE.name}/plotly.min.js"
+"""Where the server offers it; what `library` in the component's script takes."""
+
+_LOADER = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
+_early = st.components.v2.component(
+    "es2_plotly",
+    css=Path(__file__).with_name("style.css").read_text(encoding="utf-8"),
+    js=_LOADER + "export default ({ data }) => fetchAhead(data.library);",
+    isolate_styles=False,
+)
+
+
+def begin() -> None:
+    """Let the browser fetch it while the page's figures are still on their way, and give it the page's style.
+
+    The style comes with a component since the figures do, too: it is there when they are.
+    """
+    with st.container(key="plotly_library"):
+        _early(key="plotly", data={"library": ADDRESS})
+
+
+def component(name: str, file: Path, html: str, *parts: Path, **settings: Any) -> ComponentRenderer:
+    """A component whose script may call `library(address)`, which resolves to plotly.
+
+    Args:
+        name: of the component.
+        file: its script and its style stand beside this one, as `.js` and `.css`.
+        html: what it begins as.
+        parts: more scripts, which stand before its own.
+        settings: more for Streamlit.
+    """
+    css = file.with_suffix(".css").read_text(encoding="utf-8")
+    own = "".join(part.read_text(encoding="utf-8") for part in (*parts, file.with_suffix(".js")))
+    return st.components.v2.component(name, html=html, css=css, js=_LOADER + own, **settings)

@@ -1,0 +1,1 @@
+"""Geometry, probes, layers, projections, verdict and comparison, in numpy and scipy alone."""

@@ -1,0 +1,68 @@
+"""Two models side by side: what the compare page, the report and the showcase are all about.
+
+Wherever its parts were found (a run's folder, a second run, the committed showcase), a comparison is the same record,
+and what can be said of it is said here once: the KLs are those of a fine-tune against its base, so they say nothing
+where another run stands in the base's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from es2.analysis.projection import UmapCoordinates
+from es2.analysis.results import Analysis
+from es2.analysis.verdict import Verdict, layer_verdict
+from es2.prompts.prompt_set import PromptSet
+from es2.store.activation_set import ActivationSet
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Base and a run's tuned model, or two runs.
+
+    Attributes:
+        prompts: the prompts that are shown, in the order of the embeddings: `measured` ones, of the showcase a part.
+        base: their embeddings under the model at the left, base or the run that stands in its place.
+        tuned: the same under the model at the right.
+        analysis: of both; its numbers are of all test prompts, also where a part is shown.
+        position: whose embeddings are read.
+        names: what left and right are called.
+        targets: the target layers of the right one's run.
+        config: the run's settings, `FinetuneConfig.to_dict()` and `prompts`, the source of the prompts.
+        result: what the run came to: its `result.json`.
+        run: the run's id, or `showcase`.
+        umap: coordinates that come with it, of the showcase; else they are looked for beside the embeddings.
+    """
+
+    prompts: PromptSet
+    base: ActivationSet
+    tuned: ActivationSet
+    analysis: Analysis
+    position: str
+    names: tuple[str, str]
+    targets: tuple[int, ...]
+    config: Mapping[str, Any]
+    result: Mapping[str, Any]
+    run: str
+    umap: UmapCoordinates | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Identifies everything a figure is made from."""
+        return (self.base.key, self.tuned.key, self.prompts.digest, self.position, str(self.analysis.config))
+
+    @property
+    def is_of_two_runs(self) -> bool:
+        """Whether another run stands in the place of base."""
+        return self.base.run is not None
+
+    @property
+    def kl(self) -> Mapping[str, float] | None:
+        """The run's KLs on harmless test prompts, `prompt` and `reply`; None where another run stands in for base."""
+        return None if self.is_of_two_runs else self.result.get("kl_harmless_test")
+
+    def verdict(self, layer: int) -> Verdict:
+        """The verdict on one layer."""
+        return layer_verdict(self.analysis.layers[layer], self.kl)

@@ -1,0 +1,385 @@
+"""How far apart the two clouds of one layer stand, and what is left beside the direction that separates them.
+
+Every number is worked out from inner products between the test prompts alone (their Gram matrix), never from
+coordinates. That makes rotations of the model's space irrelevant by construction, costs the same for a model of 576
+and of 8,192 dimensions once the matrix is made, and turns a bootstrap into a product of matrices `[prompt, prompt]`
+with a matrix of weights `[prompt, resample]`, without a loop. These products take time, so numbers share them, they are
+made in single precision (the numbers themselves are not), and prompts that are always drawn together are added up first
+where that gives the same. Directions and scale come from the `probe` split and stay fixed while `test` is resampled: an
+interval says how sure a number is, given the ruler.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from es2.analysis.resampling import Replicates, drawn_together, safe_ratio
+from es2.prompts.prompt_set import HARMFUL, HARMLESS
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+ROUNDING = 1e-10
+"""Lengths below this part of the scale are rounding: no stored embedding resolves a relative 1e-7."""
+
+Weights: TypeAlias = 'Float[np.ndarray, "resample prompt"]'
+
+_AT_ONCE = 64  # prompts
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One model's ruler at one layer, taken from its `probe` prompts.
+
+    Attributes:
+        centre: the mean of the two class means, `[d_model]`.
+        scale: sqrt of the class-balanced mean of ‖e‖², the length that the next block's norm divides by; 1 if all
+            embeddings are zero.
+        direction: unit vector from the harmless to the harmful mean, `[d_model]`; zero if the means coincide.
+    """
+
+    centre: Float[np.ndarray, "d_model"]
+    scale: float
+    direction: Float[np.ndarray, "d_model"]
+
+    def normalise(
+        self, embeddings: Float[np.ndarray, "prompt d_model"], dtype: type[np.floating] = np.float64
+    ) -> Float[np.ndarray, "prompt d_model"]:
+        """z = (e − centre) / scale, in float64 unless said otherwise."""
+        z: Float[np.ndarray, "prompt d_model"] = np.asarray(embeddings, dtype=dtype) - self.centre.astype(dtype)
+        z /= self.scale
+        return z
+
+
+def parts_of(embeddings: Float[np.ndarray, "prompt d_model"]) -> list[Float[np.ndarray, "part d_model"]]:
+    """Views of a few prompts each, one at least: what is worked out of one, of 4,096 dimensions, fits into a cache."""
+    return [embeddings[start : start + _AT_ONCE] for start in range(0, max(1, len(embeddings)), _AT_ONCE)]
+
+
+def fit_frame(embeddings: Float[np.ndarray, "prompt d_model"], labels: Int[np.ndarray, "prompt"]) -> Frame:
+    """The frame of one layer: `embeddings` and `labels` of the `probe` split, both labels present."""
+    embeddings = np.asarray(embeddings, dtype=np.float64)
+    # Seen from one of the embeddings, so that equal embeddings give means that are equal to the last bit.
+    origin = embeddings[0]
+    harmful, harmless = (embeddings[labels == label] for label in (HARMFUL, HARMLESS))
+    mean_harmful, mean_harmless = ((cloud - origin).mean(axis=0) for cloud in (harmful, harmless))
+    squares = [np.einsum("pd,pd->p", cloud, cloud).mean() for cloud in (harmful, harmless)]
+    scale = float(np.sqrt(np.mean(squares))) or 1.0
+    difference = mean_harmful - mean_harmless
+    length = float(np.linalg.norm(difference))
+    direction = difference / length if length > ROUNDING * scale else np.zeros_like(difference)
+    return Frame(origin + (mean_harmful + mean_harmless) / 2, scale, direction)
+
+
+def class_sums(
+    values: Float[np.ndarray, "prompt column"], labels: Int[np.ndarray, "prompt labeling"], weights: Weights
+) -> tuple[Float[np.ndarray, "class resample column"], Float[np.ndarray, "class resample labeling"]]:
+    """Sums of `values` over harmful and over harmless prompts under every resample, and how many prompts these are.
+
+    `labels` are a column for each of `values`, or one column for all. Everything is one matrix product, since what
+    takes time is to read the weights.
+    """
+    sides = (labels == HARMFUL, labels == HARMLESS)
+    columns = [side * values for side in sides] + [side.astype(values.dtype) for side in sides]
+    ends = np.cumsum([part.shape[1] for part in columns])
+    harmful, harmless, *counts = np.split(weights @ np.concatenate(columns, axis=1), ends[:-1], axis=1)
+    return np.stack([harmful, harmless]), np.stack(counts)
+
+
+def balanced_mean(
+    values: Float[np.ndarray, "prompt column"], labels: Int[np.ndarray, "prompt labeling"], weights: Weights
+) -> Float[np.ndarray, "resample column"]:
+    """The mean of `values` per class, then over the two classes, under every resample; a missing class counts as 0."""
+    sums, counts = class_sums(values, labels, weights)
+    return (sums / np.maximum(counts, 1)).mean(axis=0)
+
+
+def inner(left: Float[np.ndarray, "a column"], right: Float[np.ndarray, "a column"]) -> Float[np.ndarray, "column"]:
+    """left · right of every column, that is, of every resample or every fit."""
+    return np.einsum("ac,ac->c", left, right)
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Resamples of the two classes, in one precision.
+
+    Attributes:
+        sides: with what part of its class each prompt counts, harmful and harmless, `[prompt, resample]`.
+        units: how often each unit is drawn, in parts of a class, `[unit, resample]`: prompts that are always drawn
+            together, such as twins, are one, so that sums over prompts become sums over fewer units.
+    """
+
+    sides: tuple[Float[np.ndarray, "harmful resample"], Float[np.ndarray, "harmless resample"]]
+    units: Float[np.ndarray, "unit resample"]
+
+    def cast(self, dtype: type[np.floating]) -> _Draws:
+        """The same in another precision."""
+        return _Draws((self.sides[0].astype(dtype), self.sides[1].astype(dtype)), self.units.astype(dtype))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Who is measured, and how often under every resample: the same for all layers and models, so made once.
+
+    Attributes:
+        labels: of the prompts, `[prompt]`, at least two of each.
+        weights: multiplicities from `resample_pairs`, `[resample, prompt]`; row 0 all ones.
+        exact: the resamples.
+        single: the same in single precision, for products of matrices.
+        itself: resample 0 alone.
+        members: units and one prompt of each, harmful prompts counted first; all units, then those with a second
+            prompt, and so on.
+    """
+
+    labels: Int[np.ndarray, "prompt"]
+    weights: Weights
+    exact: _Draws
+    single: _Draws
+    itself: _Draws
+    members: tuple[tuple[Int[np.ndarray, "some"], Int[np.ndarray, "some"]], ...]
+
+    @classmethod
+    def of(cls, labels: Int[np.ndarray, "prompt"], weights: Weights) -> Drawn:
+        """Work out what resamples make of the two classes."""
+        harmful, harmless = (weights.T[labels == label] for label in (HARMFUL, HARMLESS))
+        sides = (harmful / harmful.sum(axis=0), harmless / harmless.sum(axis=0))
+        stacked = np.concatenate(sides)
+        units = drawn_together(stacked)
+        _, first, sizes = np.unique(units, return_index=True, return_counts=True)
+        by_unit = np.argsort(units, kind="stable")
+        place = np.arange(len(units)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        groups = (by_unit[place == number] for number in range(sizes.max()))
+        exact = _Draws(sides, stacked[first])
+        itself = _Draws((sides[0][:, :1].copy(), sides[1][:, :1].copy()), exact.units[:, :1].copy())
+        members = tuple((units[prompts], prompts) for prompts in groups)
+        return cls(labels, weights, exact, exact.cast(np.float32), itself, members)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many prompts are harmful and harmless."""
+        return len(self.exact.sides[0]), len(self.exact.sides[1])
+
+    @property
+    def blocks(self) -> tuple[slice, slice]:
+        """Where harmful and harmless prompts stand, harmful ones first."""
+        return slice(0, self.sizes[0]), slice(self.sizes[0], None)
+
+    @property
+    def unbiased(self) -> tuple[float, float]:
+        """n / (n − 1) of both classes."""
+        harmful, harmless = self.sizes
+        return harmful / (harmful - 1), harmless / (harmless - 1)
+
+    def sum_units(self, rows: Float[np.ndarray, "prompt column"]) -> Float[np.ndarray, "unit column"]:
+        """Rows of the prompts, harmful ones first, added up within each unit."""
+        (_, prompts), *others = self.members
+        total = rows[prompts]
+        for units, prompts in others:
+            total[units] += rows[prompts]
+        return total
+
+
+def _added_by_resampling(replicates: Replicates) -> float:
+    """What resampling adds on average to a squared length.
+
+    The squared length of a sample mean exceeds the true one; that of a resample exceeds the sample's by about as much
+    again. Read off the replicates, it is right for twins that resemble each other as well as for independent prompts.
+    """
+    return float(replicates[1:].mean() - replicates[0])
+
+
+def _without_added_bias(replicates: Replicates) -> Replicates:
+    """Take off what resampling adds, so that the interval surrounds the number."""
+    return np.concatenate([replicates[:1], replicates[1:] - _added_by_resampling(replicates)])
+
+
+def cloud_numbers(embeddings: Float[np.ndarray, "prompt d_model"], frame: Frame, drawn: Drawn) -> dict[str, Replicates]:
+    """Distances and spreads of one layer's two clouds, by DESIGN's names, under every resample.
+
+    Args:
+        embeddings: of the test prompts.
+        frame: of the same model and layer, from `probe`.
+        drawn: the labels of the test prompts and their resamples.
+
+    Returns:
+        `centroid_distance` and `pairwise_distance` in the model's own units; `mean_norm`, the mean ‖e‖, likewise;
+        `relative_distance` and `rest_deviation` in units of the scale; `fisher_ratio`, `effective_rank` and
+        `mean_difference_margin` without unit. All are class-balanced; Σ is a class's covariance with n − 1 below.
+        The numbers themselves are worked out in double precision, products over their resamples in single precision.
+        Against double precision throughout (default model, built-in prompts, all layers) bounds of intervals differ by
+        at most 6·10⁻⁶ of the number, and the two numbers whose bias is read off the resamples by 2·10⁻⁷.
+
+        Bias: ‖μ₁ − μ₀‖² of two independent samples exceeds the true value by tr Σ₁/n₁ + tr Σ₀/n₀ (DESIGN's formula).
+        Twins share a topic, so their means move together and the excess is smaller, by 2 tr Σ₁₀/n. What resampling
+        whole pairs adds to the squared distance estimates it in both cases; `relative_distance` and `fisher_ratio`
+        subtract it and floor at 0. In every resample it is subtracted twice, once for the sample and once for the
+        resampling; `centroid_distance` is uncorrected, so its replicates lose only the second.
+
+        `rest_deviation` is the within-class deviation orthogonal to `frame.direction` (the unit mean-difference
+        direction of `probe` of the same model), root mean square over classes; `effective_rank` the participation
+        ratio (tr C)² / tr C² of C = (Σ₁ + Σ₀)/2 in that orthogonal complement, 0 without any spread.
+    """
+    embeddings = np.asarray(embeddings, dtype=np.float64)
+    is_harmful = drawn.labels == HARMFUL
+    sides, blocks, unbiased = drawn.exact.sides, drawn.blocks, drawn.unbiased
+    floor = ROUNDING * frame.scale
+
+    # Every cloud is seen from its own mean, so that what is worked out in single precision is small.
+    centred = np.concatenate([embeddings[is_harmful], embeddings[~is_harmful]])
+    means = []
+    for block in blocks:
+        origin = centred[block][0].copy()  # so that equal embeddings are zero to the last bit
+        centred[block] -= origin
+        middle = centred[block].mean(axis=0)
+        centred[block] -= middle
+        means.append(origin + middle)
+    difference = means[0] - means[1]
+    gram = centred @ centred.T
+    aside, towards = centred @ frame.direction, centred @ difference
+    del centred  # as large as the embeddings
+    squares, distance = np.diag(gram).copy(), float(difference @ difference)
+    pairwise = gram[blocks[0], blocks[1]] * -2
+    pairwise += (squares + 2 * towards)[blocks[0], None]
+    pairwise += (squares - 2 * towards)[blocks[1]] + distance
+    np.sqrt(np.maximum(pairwise, 0, out=pairwise), out=pairwise)
+    # From here on without the direction, whose part in a product is the product of the prompts' coordinates on it.
+    gram -= np.outer(aside, aside)
+    forms = _Forms.of(gram, pairwise, drawn)
+    del gram, pairwise
+
+    # How far resampling moves each mean along the direction and towards the other, and mean squares, all and aside.
+    moved = [np.stack([aside, towards, squares, squares - aside**2])[:, blocks[c]] @ sides[c] for c in (0, 1)]
+    own = [forms.own[c] + moved[c][0] ** 2 for c in (0, 1)]
+    across = forms.across + moved[0][0] * moved[1][0]
+    # ‖μ₁ − μ₀‖², and tr Σ of each class.
+    squared_distance = distance + 2 * (moved[0][1] - moved[1][1]) + own[0] + own[1] - 2 * across
+    # Resampling spreads a class by its variance with n below, the sample was drawn with n − 1 below.
+    bias = max(_added_by_resampling(squared_distance), 0) * np.mean(unbiased)
+    squared_distance = _without_added_bias(squared_distance)
+    corrected = np.sqrt(np.maximum(squared_distance - bias, 0))
+    traces = [np.maximum(moved[c][2] - own[c], 0) * unbiased[c] for c in (0, 1)]
+    deviation = np.sqrt((traces[0] + traces[1]) / 2)
+    corrected[corrected < floor] = 0
+    deviation[deviation < floor] = 0
+    traces = [np.maximum(moved[c][3] - forms.own[c], 0) * unbiased[c] for c in (0, 1)]
+    rest = (traces[0] + traces[1]) / 2
+    rest[rest < floor**2] = 0
+
+    norms = np.sqrt(np.einsum("pd,pd->p", embeddings, embeddings))
+    along = (embeddings @ frame.direction - frame.centre @ frame.direction) / frame.scale
+    columns = np.stack([norms, np.where(is_harmful, along, -along)], axis=1)
+    mean_norm, margin = balanced_mean(columns, drawn.labels[:, None], drawn.weights).T
+    return {
+        "centroid_distance": np.sqrt(np.maximum(squared_distance, 0)),
+        "pairwise_distance": forms.pairwise,
+        "mean_norm": mean_norm,
+        "relative_distance": corrected / frame.scale,
+        "fisher_ratio": safe_ratio(corrected, deviation, both_zero=0.0),
+        "rest_deviation": np.sqrt(rest) / frame.scale,
+        "effective_rank": _effective_rank(rest, forms.square),
+        "mean_difference_margin": margin,
+    }
+
+
+@dataclass(frozen=True)
+class _Forms:
+    """What takes a matrix `[prompt, prompt]` and all resamples q of the classes: here K is the Gram matrix without the
+    direction, each class seen from its mean.
+
+    Attributes:
+        own: q_c K_cc q_c of both classes.
+        across: q₁ K₁₀ q₀.
+        square: tr C², which is, with c and d running over the classes and factors n / (n − 1) of both left out here,
+            ¼ Σ_cd [ q_c (K∘K)_cd q_d − q_c (K_cd q_d)² − q_d (K_dc q_c)² + (q_c K_cd q_d)² ],
+            since each bracket is the mean square of a matrix whose row and column means have been removed.
+        pairwise: q₁ P₁₀ q₀ of the pairwise distances.
+    """
+
+    own: tuple[Replicates, Replicates]
+    across: Replicates
+    square: Replicates
+    pairwise: Replicates
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Float[np.ndarray, "prompt prompt"],
+        pairwise: Float[np.ndarray, "harmful harmless"],
+        drawn: Drawn,
+    ) -> _Forms:
+        """Resample 0 in double precision, all others in single precision; the matrices are overwritten.
+
+        They are divided by their size first, so that single precision holds their squares however long embeddings are.
+        """
+        size = float(np.abs(np.diag(kernel)).max()) or 1.0
+        length = float(pairwise.max()) or 1.0
+        kernel /= size
+        pairwise /= length
+        every = _forms(kernel.astype(np.float32), pairwise.astype(np.float32), drawn, drawn.single)
+        itself = _forms(kernel, pairwise, drawn, drawn.itself)
+        every = [np.concatenate([one, others[1:]], dtype=np.float64) for one, others in zip(itself, every, strict=True)]
+        return cls((every[0] * size, every[1] * size), every[2] * size, every[3] * size**2, every[4] * length)
+
+
+def _forms(
+    kernel: Float[np.ndarray, "prompt prompt"],
+    pairwise: Float[np.ndarray, "harmful harmless"],
+    drawn: Drawn,
+    draws: _Draws,
+) -> list[Replicates]:
+    """The fields of `_Forms`, K and P in the precision of the resamples; K is overwritten."""
+    sides, blocks, unbiased = draws.sides, drawn.blocks, drawn.unbiased
+    means: dict[tuple[int, int], Replicates] = {}
+    square = np.zeros(sides[0].shape[1])
+    for d in (0, 1):
+        towards = kernel[:, blocks[d]] @ sides[d]
+        for c in (0, 1):
+            part = towards[blocks[c]]
+            means[c, d] = inner(sides[c], part)
+            part *= part
+            # The sum over c and d holds the bracket's second and third term twice each.
+            square += unbiased[c] * unbiased[d] * (means[c, d] ** 2 - 2 * inner(sides[c], part))
+    kernel *= kernel
+    factors = np.repeat(unbiased, drawn.sizes).astype(kernel.dtype)
+    kernel *= factors[:, None]
+    kernel *= factors
+    square += inner(draws.units, drawn.sum_units(drawn.sum_units(kernel).T) @ draws.units)
+    return [means[0, 0], means[1, 1], means[0, 1], square / 4, inner(sides[0], pairwise @ sides[1])]
+
+
+def _effective_rank(trace: Replicates, square: Replicates) -> Replicates:
+    """(tr C)² / tr C², 0 without any spread."""
+    rank = np.where(trace > 0, trace**2 / np.where(square > 0, square, 1), 0.0)
+    # A resample holds fewer distinct prompts and so spans fewer dimensions; that shrinkage is the resampling's own.
+    if rank[0] > 0:
+        spans = rank[1:] > 0
+        shrinkage = np.exp(np.log(rank[1:][spans]).mean()) / rank[0] if spans.any() else 1.0
+        rank[1:] /= shrinkage
+        rank[rank > 0] = np.maximum(rank[rank > 0], 1.0)
+    return rank
+
+
+def direction_cosine(
+    base: Float[np.ndarray, "prompt d_model"], tuned: Float[np.ndarray, "prompt d_model"], drawn: Drawn
+) -> Replicates:
+    """Cosine between base's and tuned's mean differences on the same prompts, under every resample; 0 if one vanishes.
+
+    What resampling adds on average is taken off numerator and denominator, as in `cloud_numbers`.
+    """
+    signs = np.repeat([1.0, -1.0], drawn.sizes)[:, None]
+
+    def differences(embeddings: Float[np.ndarray, "prompt d_model"]) -> Float[np.ndarray, "d_model resample"]:
+        cloud = np.asarray(embeddings, dtype=np.float64)
+        cloud = np.concatenate([cloud[drawn.labels == HARMFUL], cloud[drawn.labels == HARMLESS]]) - cloud[0]
+        cloud *= signs
+        return drawn.sum_units(cloud).T @ drawn.exact.units
+
+    of_base, of_tuned = differences(base), differences(tuned)
+    across = _without_added_bias(inner(of_base, of_tuned))
+    lengths = [_without_added_bias(inner(own, own)) for own in (of_base, of_tuned)]
+    product = np.sqrt(np.maximum(lengths[0], 0) * np.maximum(lengths[1], 0))
+    return np.where(product > 0, np.clip(across / np.where(product > 0, product, 1), -1, 1), 0.0)

@@ -1,0 +1,171 @@
+"""One layer's numbers: probe, held-out numbers with intervals, the shuffled-label control, base against tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from es2.analysis.geometry import Frame, cloud_numbers, fit_frame
+from es2.analysis.logistic import Products
+from es2.analysis.probes import (
+    accuracy,
+    auroc,
+    cross_validate,
+    fit_each,
+    fit_path,
+    mean_auroc,
+    probe_numbers,
+    signed_distances,
+)
+from es2.analysis.resampling import (
+    Replicates,
+    safe_ratio,
+)
+from es2.analysis.results import (
+    LENGTHS,
+    NUMBERS,
+    Change,
+    CostPoint,
+    LayerNumbers,
+)
+from es2.analysis.setup import AnalysisSetup
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class FittedProbe:
+    """One layer's probe in its frame."""
+
+    weights: Float[np.ndarray, "d_model"]
+    bias: float
+    C: float
+    frame: Frame
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One layer of one model, before intervals: what a comparison with the other model needs."""
+
+    probe: FittedProbe
+    cost_index: int
+    self_cost: float | None
+    log_losses: Float[np.ndarray, "cost"] | None
+    cv_accuracy: float | None
+    numbers: dict[str, Replicates]
+    curve: list[dict[str, Replicates]]
+
+
+def measure(
+    probe_embeddings: Float[np.ndarray, "probe d_model"],
+    test_embeddings: Float[np.ndarray, "test d_model"],
+    plan: AnalysisSetup,
+    base: _Measured | None,
+) -> _Measured:
+    """Everything about one layer of one model; `base` is given for the tuned model, which takes its costs from it."""
+    config, labels, weights = plan.config, plan.drawn.labels, plan.drawn.weights
+    frame = fit_frame(probe_embeddings, plan.probe_labels)
+    features = frame.normalise(probe_embeddings)
+    products = Products.of(features)
+    log_losses = cv_accuracy = fitted = None
+    if base is None:
+        held_out = cross_validate(features, plan.probe_labels, plan.probe_folds, config.costs, products, with_path=True)
+        fitted = held_out.path
+        cost_index, log_losses = held_out.best, held_out.log_loss
+        cv_accuracy = float(_held_out_numbers(held_out.logits[cost_index], plan.probe_labels, None)[0][0])
+    else:
+        cost_index = base.cost_index
+
+    z = frame.normalise(test_embeddings)
+    path, intercepts = fitted or fit_path(features, plan.probe_labels, config.costs, products)
+    curve = probe_numbers(signed_distances(z, path, intercepts), labels, weights)
+    numbers = curve[cost_index] | _control(features, products, z, plan, config.costs[cost_index])
+    del z  # as large as the embeddings
+    numbers |= cloud_numbers(test_embeddings, frame, plan.drawn)
+
+    self_cost = None
+    if plan.self_folds is not None:
+        costs = config.costs if base is None or base.self_cost is None else (base.self_cost,)
+        numbers["self_accuracy"], numbers["self_auroc"], self_cost = _self_numbers(
+            test_embeddings, plan, plan.self_folds, costs
+        )
+    probe = FittedProbe(path[cost_index], float(intercepts[cost_index]), config.costs[cost_index], frame)
+    return _Measured(probe, cost_index, self_cost, log_losses, cv_accuracy, numbers, curve)
+
+
+def _held_out_numbers(
+    logits: Float[np.ndarray, "prompt"],
+    labels: Int[np.ndarray, "prompt"],
+    weights: Float[np.ndarray, "resample prompt"] | None,
+) -> tuple[Replicates, Replicates]:
+    """Balanced accuracy and AUROC of cross-validated logits, over the prompts that a fold could hold out."""
+    seen = ~np.isnan(logits)
+    kept = np.ones((1, int(seen.sum()))) if weights is None else weights[:, seen]
+    (accuracies,) = accuracy(logits[seen, None], labels[seen, None], kept).T
+    return accuracies, auroc(logits[seen], labels[seen], kept)
+
+
+def _control(
+    features: Float[np.ndarray, "probe d_model"],
+    products: Products,
+    test_features: Float[np.ndarray, "test d_model"],
+    plan: AnalysisSetup,
+    cost: float,
+) -> dict[str, Replicates]:
+    """What probes of the same cost reach when the labels of `probe` and of the test prompts are shuffled alike."""
+    weights, intercepts = fit_each(features, plan.probe_shuffles, cost, products)
+    scores, tested = test_features @ weights.T + intercepts, plan.test_shuffles.T
+    return {
+        "probe_accuracy_control": accuracy(scores, tested, plan.drawn.weights).mean(axis=1),
+        "probe_auroc_control": mean_auroc(scores, tested, plan.drawn.weights, plan.test_twins),
+    }
+
+
+def _self_numbers(
+    embeddings: Float[np.ndarray, "test d_model"],
+    plan: AnalysisSetup,
+    folds: Int[np.ndarray, "test"],
+    costs: tuple[float, ...],
+) -> tuple[Replicates, Replicates, float]:
+    """Accuracy and AUROC of probes cross-validated inside the test set, in its own frame, and the cost they used."""
+    features = fit_frame(embeddings, plan.drawn.labels).normalise(embeddings)
+    held_out = cross_validate(features, plan.drawn.labels, folds, costs, stop_early=True)
+    reached = _held_out_numbers(held_out.logits[held_out.best], plan.drawn.labels, plan.drawn.weights)
+    return *reached, costs[held_out.best]
+
+
+def layer_numbers(
+    layer: int, measured: _Measured, plan: AnalysisSetup, numbers: Mapping[str, Replicates]
+) -> LayerNumbers:
+    losses = measured.log_losses
+    return LayerNumbers(
+        layer=layer,
+        C=measured.probe.C,
+        scale=measured.probe.frame.scale,
+        log_loss=None if losses is None else float(losses[measured.cost_index]),
+        cv_accuracy=measured.cv_accuracy,
+        numbers=plan.intervals({name: numbers[name] for name in NUMBERS if name in numbers}),
+        by_cost=tuple(
+            CostPoint(
+                cost,
+                None if losses is None else float(losses[index]),
+                plan.intervals(measured.curve[index]),
+            )
+            for index, cost in enumerate(plan.config.costs)
+        ),
+    )
+
+
+def paired_changes(
+    base: Mapping[str, Replicates], tuned: Mapping[str, Replicates], plan: AnalysisSetup
+) -> dict[str, Change]:
+    shared = [name for name in NUMBERS if name in base and name in tuned]
+    differences = plan.intervals({name: tuned[name] - base[name] for name in shared})
+    ratios = plan.intervals(
+        {name: safe_ratio(tuned[name], base[name], both_zero=1.0) for name in shared if name in LENGTHS}
+    )
+    return {name: Change(differences[name], ratios.get(name)) for name in shared}

@@ -1,0 +1,333 @@
+"""What an analysis says, as it lies on disk and as the command line prints it.
+
+Frozen records of plain numbers, apart from the code that works them out (`es2.analysis.layers`), because they are read
+far more often than made: by the app at every click, by reports, by whoever opens the JSON a year later. One flat
+dictionary per layer, each number under its own name with its interval, is what all of them see; it never holds a NaN.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from operator import index
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from es2.analysis.probes import Probes
+from es2.analysis.resampling import Interval
+from es2.core.errors import InputError
+from es2.core.files import parse_json
+from es2.core.settings import check_settings
+from es2.core.versions import format_of
+from es2.store.sources import POSITIONS
+
+ANALYSIS_FORMAT = 1
+
+NUMBERS = (
+    "centroid_distance",
+    "pairwise_distance",
+    "mean_norm",
+    "norm_ratio",
+    "relative_distance",
+    "fisher_ratio",
+    "rest_deviation",
+    "rest_ratio",
+    "effective_rank",
+    "probe_accuracy",
+    "probe_accuracy_control",
+    "probe_auroc",
+    "probe_auroc_control",
+    "margin_mean",
+    "margin_harmful_q1",
+    "mean_difference_margin",
+    "direction_cosine",
+    "self_accuracy",
+    "self_auroc",
+)
+"""Every number of a layer, in DESIGN's order; `mean_norm` and `rest_deviation` are what its two ratios divide."""
+
+LENGTHS = (
+    "centroid_distance",
+    "pairwise_distance",
+    "mean_norm",
+    "relative_distance",
+    "fisher_ratio",
+    "rest_deviation",
+    "effective_rank",
+)
+"""The numbers that cannot be negative and have a natural zero, so that tuned over base means something."""
+
+
+@dataclass(frozen=True)
+class AnalysisConfig:
+    """The settings of an analysis.
+
+    Attributes:
+        costs: the probe's inverse regularisation strengths C to choose from, ascending.
+        n_folds: folds of the cross-validation.
+        n_bootstrap: resamples behind every interval.
+        n_shuffles: probes fitted to shuffled labels, averaged in the control.
+        confidence: of the intervals.
+        seed: of the resamples and the shuffles.
+        position: whose embeddings are read, `last` or `last_instruction`.
+    """
+
+    costs: tuple[float, ...] = tuple(10.0**power for power in range(-4, 5))
+    n_folds: int = 5
+    n_bootstrap: int = 1000
+    n_shuffles: int = 10
+    confidence: float = 0.95
+    seed: int = 0
+    position: str = "last"
+
+    def __post_init__(self) -> None:
+        if self.position not in POSITIONS:
+            raise InputError(f"The position must be one of {', '.join(POSITIONS)}, not {str(self.position)[:40]!r}.")
+        if not self.costs or list(self.costs) != sorted(set(self.costs)) or self.costs[0] <= 0:
+            raise InputError(f"The costs must be positive and ascending, not {self.costs}.")
+        if self.n_folds < 2 or self.n_bootstrap < 1 or self.n_shuffles < 1 or not 0 < self.confidence < 1:
+            raise InputError(
+                "An analysis needs at least 2 folds, 1 resample, 1 shuffle and a confidence between 0 and 1."
+            )
+
+
+@dataclass(frozen=True)
+class CostPoint:
+    """The main numbers of one layer at one cost.
+
+    Attributes:
+        C: inverse regularisation strength.
+        log_loss: cross-validated inside `probe`, class-balanced, in nats; None for tuned, which uses base's C.
+        numbers: `probe_accuracy`, `probe_auroc`, `margin_mean` and `margin_harmful_q1` on the test prompts.
+    """
+
+    C: float
+    log_loss: float | None
+    numbers: Mapping[str, Interval]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat: C, log_loss, and each number with its interval."""
+        return {"C": self.C, "log_loss": self.log_loss} | {k: v.to_dict() for k, v in self.numbers.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CostPoint:
+        """The inverse of `to_dict`."""
+        return cls(float(data["C"]), _or_none(data["log_loss"]), _intervals(data))
+
+
+@dataclass(frozen=True)
+class Change:
+    """What the fine-tune did to one number, paired over the same resamples.
+
+    Attributes:
+        difference: tuned − base.
+        ratio: tuned / base, for numbers that cannot be negative (`LENGTHS`), at most 1e6; 1 where both are zero.
+    """
+
+    difference: Interval
+    ratio: Interval | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Both intervals by name."""
+        return {"difference": self.difference.to_dict(), "ratio": self.ratio and self.ratio.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Change:
+        """The inverse of `to_dict`."""
+        return cls(_interval(data["difference"]), None if data["ratio"] is None else _interval(data["ratio"]))
+
+
+@dataclass(frozen=True)
+class LayerNumbers:
+    """One layer of one model.
+
+    Attributes:
+        layer: its index.
+        C: the probe's inverse regularisation strength, chosen on `probe` of the base.
+        scale: the length of one scale-free unit, in the model's own units.
+        log_loss: of the base's probe, cross-validated inside `probe`, class-balanced, in nats; None for tuned.
+        cv_accuracy: balanced accuracy of the same held-out prompts; None for tuned.
+        numbers: by DESIGN's names (`NUMBERS`), on the test prompts. What compares tuned with base (`norm_ratio`,
+            `rest_ratio`, `direction_cosine`) is 1 for base itself; `self_…` only with a test set of other origin.
+        by_cost: the curve of the main numbers over C.
+        change: base → tuned of every number that both have; None for base.
+    """
+
+    layer: int
+    C: float
+    scale: float
+    log_loss: float | None
+    cv_accuracy: float | None
+    numbers: Mapping[str, Interval]
+    by_cost: tuple[CostPoint, ...]
+    change: Mapping[str, Change] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat: each number under its own name as `{"value", "low", "high"}`, beside `by_cost` and `change`."""
+        return {
+            "layer": self.layer,
+            "C": self.C,
+            "scale": self.scale,
+            "log_loss": self.log_loss,
+            "cv_accuracy": self.cv_accuracy,
+            **{name: self.numbers[name].to_dict() for name in NUMBERS if name in self.numbers},
+            "by_cost": [point.to_dict() for point in self.by_cost],
+            "change": self.change and {name: change.to_dict() for name, change in self.change.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerNumbers:
+        """The inverse of `to_dict`."""
+        return cls(
+            index(data["layer"]),
+            float(data["C"]),
+            float(data["scale"]),
+            _or_none(data["log_loss"]),
+            _or_none(data["cv_accuracy"]),
+            _intervals(data),
+            tuple(CostPoint.from_dict(point) for point in data["by_cost"]),
+            data["change"] and {name: Change.from_dict(change) for name, change in data["change"].items()},
+        )
+
+
+def _intervals(data: Mapping[str, Any]) -> dict[str, Interval]:
+    return {name: _interval(data[name]) for name in NUMBERS if name in data}
+
+
+def _interval(data: Mapping[str, Any]) -> Interval:
+    return Interval(float(data["value"]), float(data["low"]), float(data["high"]))
+
+
+def _or_none(number: float | None) -> float | None:
+    return None if number is None else float(number)
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All layers of a model, or of base and tuned.
+
+    Attributes:
+        base_layers, tuned_layers: the numbers, layer by layer; `tuned_layers` is None without a tuned model.
+        recommended: two target layers in ascending order (a single one if the model has but one layer).
+        best_layer: the layer at which `probe` is read best, by cross-validation.
+        reason: why these, in words and figures.
+        base_probes, tuned_probes: the probes that gave the numbers.
+        test_name: the name of the prompt set that gave the numbers.
+        n_prompts: by `probe` and `test`, the number of prompts of each label.
+        config: the settings.
+    """
+
+    base_layers: tuple[LayerNumbers, ...]
+    tuned_layers: tuple[LayerNumbers, ...] | None
+    recommended: tuple[int, ...]
+    best_layer: int
+    reason: str
+    base_probes: Probes
+    tuned_probes: Probes | None
+    test_name: str
+    n_prompts: Mapping[str, Mapping[str, int]]
+    config: AnalysisConfig
+
+    @property
+    def layers(self) -> tuple[LayerNumbers, ...]:
+        """The layers in question: tuned's where there is a tuned model, else base's."""
+        return self.tuned_layers or self.base_layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """`layers` (tuned's, with base's as `base_layers`, where there is a tuned model) and the rest; no probes."""
+        document: dict[str, Any] = {"layers": [layer.to_dict() for layer in self.layers]}
+        if self.tuned_layers:
+            document["base_layers"] = [layer.to_dict() for layer in self.base_layers]
+        return document | {
+            "recommended": list(self.recommended),
+            "best_layer": self.best_layer,
+            "reason": self.reason,
+            "test_name": self.test_name,
+            "n_prompts": {split: dict(counts) for split, counts in self.n_prompts.items()},
+            "config": asdict(self.config),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write `analysis.json` and `probes.safetensors` into an existing folder."""
+        from safetensors.numpy import save_file
+
+        document = {"format": ANALYSIS_FORMAT} | self.to_dict()
+        (folder / "analysis.json").write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
+        models = {"base": self.base_probes} | ({"tuned": self.tuned_probes} if self.tuned_probes else {})
+        tensors = {
+            f"{model}.{field.name}": np.ascontiguousarray(getattr(probes, field.name))
+            for model, probes in models.items()
+            for field in fields(Probes)
+        }
+        save_file(tensors, folder / "probes.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> Analysis:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: when the folder holds no analysis, or one of a newer format.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = folder / "analysis.json"
+        try:
+            document = parse_json(path.read_bytes())
+            if format_of(document.get("format"), ANALYSIS_FORMAT, str(path)) is None:
+                raise ValueError("no format version")
+            tensors = load_file(folder / "probes.safetensors")
+            layers = tuple(LayerNumbers.from_dict(layer) for layer in document["layers"])
+            base_layers = tuple(LayerNumbers.from_dict(layer) for layer in document.get("base_layers", ()))
+            _check_layers(layers, base_layers, (*document["recommended"], document["best_layer"]))
+            config = document["config"]
+            check_settings(AnalysisConfig, config, str(path))
+            base_probes = _probes(tensors, "base", len(layers))
+            return cls(
+                base_layers=base_layers or layers,
+                tuned_layers=layers if base_layers else None,
+                recommended=tuple(map(index, document["recommended"])),
+                best_layer=index(document["best_layer"]),
+                reason=str(document["reason"]),
+                base_probes=base_probes,
+                tuned_probes=_probes(tensors, "tuned", len(base_layers)) if base_layers else None,
+                test_name=str(document["test_name"]),
+                n_prompts={
+                    split: {label: index(count) for label, count in counts.items()}
+                    for split, counts in document["n_prompts"].items()
+                },
+                config=AnalysisConfig(**config | {"costs": tuple(config["costs"])}),
+            )
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+            raise InputError(
+                f"There is no readable analysis in {str(folder)!r} ({type(error).__name__}); run `es2 analyze` again."
+            ) from error
+
+
+def _check_layers(layers: Sequence[LayerNumbers], base_layers: Sequence[LayerNumbers], named: Sequence[int]) -> None:
+    """Raise `ValueError` where a layer or a number is missing; only a test set of other origin has `self_…`."""
+    needed = {name for name in NUMBERS if not name.startswith("self_")}
+    for model in (layers, base_layers or layers):
+        sound = [layer.layer for layer in model] == list(range(len(layers))) and set(named) <= set(range(len(layers)))
+        if not sound or any(needed - layer.numbers.keys() for layer in model):
+            raise ValueError("a layer or a number is missing")
+    if not 1 <= len(named) - 1 <= len(layers):
+        raise ValueError("no layer is recommended")
+    changed = needed - {"norm_ratio", "rest_ratio", "direction_cosine"}  # which are changes themselves
+    for layer in layers if base_layers else ():
+        change = layer.change or {}
+        if changed - change.keys() or any(change[name].ratio is None for name in LENGTHS):
+            raise ValueError("a change is missing")
+
+
+def _probes(tensors: Mapping[str, np.ndarray], model: str, n_layers: int) -> Probes:
+    found = {field.name: tensors[f"{model}.{field.name}"] for field in fields(Probes)}
+    wide = found["weights"].shape[1:]
+    for name, array in found.items():
+        shape = (n_layers, *wide) if name in ("weights", "centre", "direction") else (n_layers,)
+        if array.shape != shape or len(wide) != 1 or array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise ValueError(f"the probes' {name} is not what it should be")
+    return Probes(**found)

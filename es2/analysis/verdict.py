@@ -1,0 +1,122 @@
+"""What a fine-tune did to a layer, in one word and one sentence.
+
+A bigger number is not a better separation: a longer residual stream, or a cloud shrunk to a point, makes some of them
+grow. So the word is given by a fixed table over paired intervals, whose rows stand in the order of how much is lost,
+and every threshold of that table is a constant here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from es2.analysis.results import Analysis, Change, LayerNumbers
+
+KL_BUDGET = 0.1
+"""What a fine-tune may do to harmless logits, in nats per token, for prompts and for replies each."""
+COLLAPSED_RANK_RATIO = 0.5
+COLLAPSED_KL_BUDGETS = 4.0
+CONTRACTED_REST_RATIO = 0.5
+TOLERATED_ACCURACY_LOSS = 0.03
+INFLATED_DISTANCE_RATIO = 1.2
+ROUNDING = 1e-6
+"""Changes of ratios, and of numbers in scale-free units, up to here are none: fits are solved to about a tenth of it,
+and a model that was only made longer has the numbers of base but for rounding."""
+
+VERDICTS = ("collapsed", "worse", "contracted", "inflated", "unchanged", "separated")
+"""Every verdict, the gravest first: a run has the gravest one of its target layers."""
+
+RULE: Mapping[str, str] = {
+    "collapsed": f"effective rank at most ×{COLLAPSED_RANK_RATIO:g} of base's, or KL on harmless prompts over "
+    f"{COLLAPSED_KL_BUDGETS:g} budgets of {KL_BUDGET:g} nats per token",
+    "worse": "balanced accuracy lower: the whole interval of the difference is below 0",
+    "contracted": f"Fisher ratio higher, but relative distance not, or rest ratio below {CONTRACTED_REST_RATIO:g}",
+    "separated": "Fisher ratio and relative distance higher: the whole intervals of both ratios are above 1; and "
+    f"accuracy not lower by more than {TOLERATED_ACCURACY_LOSS:g}",
+    "inflated": f"raw distance at least ×{INFLATED_DISTANCE_RATIO:g}, and nothing scale-free is higher",
+    "unchanged": "none of these",
+}
+"""The table in words, for people: the first row that holds, in this order."""
+
+_SCALE_FREE_LENGTHS = ("relative_distance", "fisher_ratio")
+_MARGINS = ("margin_mean", "mean_difference_margin")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A word and why.
+
+    Attributes:
+        name: one of `VERDICTS`.
+        reason: one sentence with the figures that decided.
+    """
+
+    name: str
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and reason."""
+        return asdict(self)
+
+
+def layer_verdict(tuned: LayerNumbers, kl_harmless: Mapping[str, float] | None = None) -> Verdict:
+    """The first row of the table that matches one layer.
+
+    Args:
+        tuned: the tuned model's numbers, with their change from base.
+        kl_harmless: KL(base ‖ tuned) on harmless prompts in nats per token, by `prompt` and `reply`, where measured.
+
+    Raises:
+        ValueError: for a layer without a comparison.
+    """
+    if tuned.change is None:
+        raise ValueError("A verdict needs a tuned layer that was compared with base.")
+    change, here = tuned.change, f"Layer {tuned.layer}"
+    rank, accuracy = _ratio(change, "effective_rank"), change["probe_accuracy"].difference
+    rest = tuned.numbers["rest_ratio"].value
+    fisher, relative = (_ratio(change, name) for name in ("fisher_ratio", "relative_distance"))
+    higher = {name: _ratio(change, name).low > 1 + ROUNDING for name in _SCALE_FREE_LENGTHS}
+    higher |= {name: change[name].difference.low > ROUNDING for name in _MARGINS}
+    figures = f"fisher_ratio ×{fisher.value:.2f}, relative_distance ×{relative.value:.2f}"
+    worst = max(kl_harmless.values(), default=0.0) if kl_harmless else 0.0
+
+    if rank.value <= COLLAPSED_RANK_RATIO:
+        return Verdict("collapsed", f"{here}: the rest of the representation lost rank (×{rank.value:.2f}).")
+    if worst > COLLAPSED_KL_BUDGETS * KL_BUDGET:
+        return Verdict("collapsed", f"{here}: harmless logits moved by {worst:.2f} nats, the budget is {KL_BUDGET}.")
+    if accuracy.high < 0:
+        return Verdict(
+            "worse", f"{here}: labels are read less well ({accuracy.value:+.3f} balanced accuracy; {figures})."
+        )
+    if higher["fisher_ratio"] and (not higher["relative_distance"] or rest < CONTRACTED_REST_RATIO):
+        return Verdict("contracted", f"{here}: the clouds shrank ({figures}; the rest is ×{rest:.2f}).")
+    if all(higher[name] for name in _SCALE_FREE_LENGTHS) and accuracy.value >= -TOLERATED_ACCURACY_LOSS:
+        return Verdict(
+            "separated", f"{here}: the clouds stand further apart ({figures}; balanced accuracy {accuracy.value:+.3f})."
+        )
+    raw = _ratio(change, "centroid_distance").value
+    if raw >= INFLATED_DISTANCE_RATIO and not any(higher.values()):
+        return Verdict("inflated", f"{here}: raw distance ×{raw:.2f}, but nothing scale-free is higher ({figures}).")
+    return Verdict("unchanged", f"{here}: no change beyond chance ({figures}).")
+
+
+def run_verdict(
+    analysis: Analysis, target_layers: Sequence[int], kl_harmless: Mapping[str, float] | None = None
+) -> Verdict:
+    """The gravest verdict over the target layers; of equals, the first layer's.
+
+    Raises:
+        ValueError: for an analysis without a tuned model.
+    """
+    if analysis.tuned_layers is None:
+        raise ValueError("A verdict needs an analysis of base and tuned.")
+    verdicts = [layer_verdict(analysis.tuned_layers[layer], kl_harmless) for layer in target_layers]
+    return min(verdicts, key=lambda verdict: VERDICTS.index(verdict.name))
+
+
+def _ratio(change: Mapping[str, Change], name: str) -> Any:
+    ratio = change[name].ratio
+    if ratio is None:
+        raise ValueError(f"{name} has no ratio.")
+    return ratio

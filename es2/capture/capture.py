@@ -1,0 +1,302 @@
+"""Activation sets: the embeddings of a prompt set under a model, computed only if they are not there yet.
+
+A capture is found again by its request alone: the tokens that a tokenizer made of the texts last time are remembered by
+digest, so that asking a second time imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from es2.capture.residuals import capture_residuals, room_for
+from es2.core.errors import InputError
+from es2.core.files import content_key, is_key, read_json, user_cache, write_json
+from es2.core.progress import Reporter, silent
+from es2.models.catalogue import resolve
+from es2.models.chat_template import Rendered, render, shown
+from es2.models.device import choose_device, choose_dtype
+from es2.models.fingerprint import fingerprint
+from es2.models.folders import model_folder
+from es2.models.loading import load_bridge, load_tokenizer
+from es2.models.model_files import read_config
+from es2.models.placement import AUTO
+from es2.models.shape import context_length
+from es2.prompts.prompt_set import PromptSet
+from es2.store.activation_set import FORMAT_VERSION, ActivationSet, let_go
+from es2.store.sources import POSITIONS
+from es2.store.store import Store
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
+
+_RENDERING = 1  # raise it when the same texts would be rendered into other tokens than before
+_ATTENTION = "eager"  # what the numbers are those of; fused attention gives the same to rounding
+_HALF_LIMIT = 3e4  # float16 ends at 65504; embeddings below this are stored in it without a second thought
+_ROUNDING_PROMPTS = 4  # of a half-precision capture, whose difference from float32 is measured
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A model and the prompts to be read with it: what another process has to be told to do a share of a capture.
+
+    Attributes:
+        key: of the activation set that it will be.
+        folder: of the model.
+        adapter: of the adapter to merge, or None.
+        rendered: the prompts.
+        positions: some of `POSITIONS`.
+        device: a torch device, or `auto` for all GPUs.
+        dtype: one of `es2.models.number_formats.DTYPES`.
+        scratch: a folder for what was read so far; `None` keeps it in memory.
+    """
+
+    key: str
+    folder: Path
+    adapter: Path | None
+    rendered: Rendered
+    positions: Sequence[str]
+    device: str | None
+    dtype: str
+    scratch: Path | None = None
+
+    def read(self, report: Reporter = silent) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
+        """Load the model and capture, as `load_bridge` and `capture_residuals` do."""
+        report("load", 0, 1)
+        bridge = load_bridge(self.folder, adapter=self.adapter, dtype=self.dtype, device=self.device, may_spread=True)
+        report("load", 1, 1)
+        return capture_residuals(bridge, self.rendered, self.positions, scratch=self.scratch, report=report)
+
+
+@dataclass(frozen=True)
+class CaptureResult:
+    """What a capture gave.
+
+    Attributes:
+        activations: the set, on disk.
+        computed: `False` when it was there already.
+        seconds: how long this call took.
+        tokens: how many tokens the prompts have.
+    """
+
+    activations: ActivationSet
+    computed: bool
+    seconds: float
+    tokens: int
+
+    @property
+    def rounding(self) -> float | None:
+        """How far half precision moved an embedding on average, in units of its length; `None` where unknown."""
+        known = self.activations.meta.get("rounding")
+        return float(known) if isinstance(known, (int, float)) else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "key": self.activations.key,
+            "path": str(self.activations.path),
+            "n_prompts": self.activations.n_prompts,
+            "n_layers": self.activations.n_layers,
+            "d_model": self.activations.d_model,
+            "computed": self.computed,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "rounding": self.rounding,
+        }
+
+
+def capture(
+    model: str,
+    prompts: PromptSet,
+    *,
+    positions: Sequence[str] = POSITIONS,
+    adapter: Path | None = None,
+    run: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    store: Store | None = None,
+    report: Reporter = silent,
+    read: Callable[[Reading, Reporter], dict[str, Float[np.ndarray, "layer prompt d_model"]]] = Reading.read,
+) -> CaptureResult:
+    """Give the activation set of `prompts` under `model`, computed only if it is not in the store yet.
+
+    Args:
+        model: what `resolve` understands.
+        prompts: the prompts; their labels do not matter here.
+        positions: some of `POSITIONS`.
+        adapter: folder of a peft adapter to merge into the model.
+        run: id of the fine-tuning run that the adapter is of.
+        device: a torch device; by default the best there is.
+        dtype: `float32`, `bfloat16` or `float16`; by default what suits the device.
+        store: where to keep the set; by default the one of the current home.
+        report: told about download, conversion and capture.
+        read: what does the reading, if there is any to do; by default this process.
+
+    Raises:
+        InputError: for a model, a position or a prompt that cannot be used; the sentence names it.
+        MachineError: when network, memory or disk refuse.
+    """
+    started = time.perf_counter()
+    if not positions or (unknown := sorted(set(positions) - set(POSITIONS))):
+        shown = repr(unknown[0][:40]) if positions else "none"
+        raise InputError(f"A position to capture must be one of {', '.join(POSITIONS)}, not {shown}.")
+    positions = [position for position in POSITIONS if position in positions]
+    store = store or Store()
+    spec = resolve(model)
+    folder = model_folder(spec, report)
+    identity = fingerprint(folder, adapter)
+    request = {
+        "model": identity.to_dict(),
+        "texts": prompts.texts_digest,
+        "positions": positions,
+        "dtype": dtype or (choose_dtype(device) if device and device != AUTO else None),
+        "format": FORMAT_VERSION,
+        "rendering": [_RENDERING, version("transformers"), version("tokenizers")],
+    }
+    memo = user_cache() / "requests" / f"{content_key(request)}.json"
+    known = (read_json(memo) or {}).get("key")
+    found = store.get(known) if isinstance(known, str) and is_key(known) else None
+    if found is not None:
+        found = store.add_name(found, spec.name, run)
+        return CaptureResult(found, False, time.perf_counter() - started, int(found.meta["tokens"]))
+
+    tokenizer = load_tokenizer(folder)
+    rendered = render(tokenizer, prompts.texts)
+    _check_fit(rendered, prompts, folder)
+    dtype = dtype or choose_dtype(choose_device() if device in (None, AUTO) else device)
+    decides = {
+        "format": FORMAT_VERSION,
+        "weights": identity.weights,
+        "adapter": identity.adapter,
+        "attention": _ATTENTION,
+        "texts": prompts.texts_digest,
+        "tokens": rendered.digest,
+        "positions": positions,
+        "dtype": dtype,
+    }
+    key = content_key(decides)
+    meta: dict[str, Any] = {
+        "model": spec.name,
+        "run": run,
+        "texts_digest": prompts.texts_digest,
+        "templated": rendered.templated,
+        "tokens": rendered.n_tokens,
+        "decides": decides,
+        "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens")},
+    }
+    with store.lock(key, lambda: report("wait", 0, 1)):
+        found = store.get(key)
+        computed = found is None
+        source = _superset(store, decides, prompts, tokenizer) if found is None else None
+        if source is not None:
+            rows = _rows_in(source.texts, prompts.texts)
+            arrays: dict[str, Float[np.ndarray, "layer prompt d_model"]] = {}
+            for position in positions:
+                shape = (source.n_layers, len(rows), source.d_model)
+                kind = np.float16 if source.meta["dtype"] == "float16" else np.float32
+                arrays[position] = room_for(shape, store.root, kind)
+                for l in range(source.n_layers):
+                    arrays[position][l] = source.layer(l, position)[rows]
+                    let_go(arrays[position])
+            found = store.write(key, meta | {"from": source.key}, prompts.texts, arrays)
+        if found is None:
+            reading = Reading(key, folder, adapter, rendered, positions, device, dtype, store.root)
+            arrays = read(reading, report)
+            if dtype != "float32" and device in (None, "cpu") and choose_device() == "cpu":
+                meta["rounding"] = _rounding(reading, arrays)
+            meta["seconds"] = time.perf_counter() - started
+            found = store.write(key, meta, prompts.texts, _storable(arrays, dtype, store.root))
+        found = store.add_name(found, spec.name, run)
+    _remember(memo, key)
+    return CaptureResult(found, computed, time.perf_counter() - started, rendered.n_tokens)
+
+
+def _superset(
+    store: Store, decides: dict[str, Any], prompts: PromptSet, tokenizer: PreTrainedTokenizerBase
+) -> ActivationSet | None:
+    """A set that was captured in the same way from these and other prompts, so that a part of it is what is wanted."""
+    own = ("texts", "tokens")
+    wanted = {name: value for name, value in decides.items() if name not in own}
+    for found in store.list():
+        of = found.meta.get("decides", {})
+        if found.n_prompts <= len(prompts) or wanted != {name: of[name] for name in of if name not in own}:
+            continue
+        checked = store.get(found.key)
+        if checked is None or not set(prompts.texts) <= set(checked.texts):
+            continue
+        if render(tokenizer, checked.texts).digest == of["tokens"]:
+            return checked
+    return None
+
+
+def _rows_in(texts: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    row_of = {text: row for row, text in enumerate(texts)}
+    return [row_of[text] for text in wanted]
+
+
+def _check_fit(rendered: Rendered, prompts: PromptSet, folder: Path) -> None:
+    """Refuse prompts that are longer than the model reads, and a tokenizer that is another model's."""
+    limit = context_length(folder)
+    for number, (text, tokens) in enumerate(zip(prompts.texts, rendered.token_ids, strict=True), start=1):
+        if limit is not None and len(tokens) > limit:
+            raise InputError(
+                f"Prompt {number} has {len(tokens):,} tokens, but the model reads at most {limit:,}: {shown(text)}; "
+                "shorten or remove it."
+            )
+    config = read_config(folder / "config.json")
+    vocabulary = (config.get("text_config") or config).get("vocab_size")
+    if isinstance(vocabulary, int) and max(map(max, rendered.token_ids)) >= vocabulary:
+        raise InputError(f"The tokenizer in {str(folder)!r} is not this model's: it has more than {vocabulary} tokens.")
+
+
+def _rounding(reading: Reading, arrays: dict[str, Float[np.ndarray, "layer prompt d_model"]]) -> float:
+    """The mean distance between embeddings in half precision and in float32, in units of their length; of a few."""
+    rows = np.linspace(0, len(reading.rendered.token_ids) - 1, _ROUNDING_PROMPTS).astype(int).tolist()
+    exact = replace(reading, rendered=reading.rendered.select(rows), dtype="float32", scratch=None).read()
+    errors = [
+        np.linalg.norm(arrays[position][:, rows] - exact[position], axis=-1) / np.linalg.norm(exact[position], axis=-1)
+        for position in reading.positions
+    ]
+    return float(np.mean(errors))
+
+
+def _storable(
+    arrays: dict[str, Float[np.ndarray, "layer prompt d_model"]], dtype: str, scratch: Path | None = None
+) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
+    """What a half-precision run gave fits into float16, unless the model has outlier dimensions."""
+    largest = float(np.max([np.abs(layer).max() for array in arrays.values() for layer in _layers(array)]))
+    if not np.isfinite(largest):
+        raise InputError(f"Some embeddings are not finite in {dtype}; capture with bfloat16 or float32.")
+    if dtype == "float32" or largest >= _HALF_LIMIT:
+        return arrays
+    halves = {position: room_for(array.shape, scratch, np.float16) for position, array in arrays.items()}
+    for position, array in arrays.items():
+        for l, layer in enumerate(_layers(array)):
+            halves[position][l] = layer
+            let_go(halves[position])
+    return halves
+
+
+def _layers(array: Float[np.ndarray, "layer prompt d_model"]) -> Iterator[Float[np.ndarray, "prompt d_model"]]:
+    """One layer after the other, of which only the current one is held where they lie on disk."""
+    for layer in array:
+        yield layer
+        let_go(array)
+
+
+def _remember(memo: Path, key: str) -> None:
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memo, {"key": key})
+    except OSError as error:
+        logger.warning("%s cannot be written (%s), so the next capture tokenises again.", memo, error)

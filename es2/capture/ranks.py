@@ -1,0 +1,156 @@
+"""A capture by all processes of one `accelerate launch`: the prompts are shared out and the embeddings joined again.
+
+The first process does what a capture does, alone: it looks in the store, renders, decides the key and holds its lock.
+Only when there is something to read does it tell the others, which load the model, read their share and write it to a
+folder that the store sweeps away should anybody die. So the set, its key and its numbers are those of one process, and
+nothing is in the store before every share is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from es2.capture.capture import CaptureResult, Reading, capture
+from es2.core.errors import Es2Error, MachineError
+from es2.core.files import machine_error, numbered
+from es2.core.progress import Reporter, silent
+from es2.models.chat_template import Rendered
+from es2.models.placement import all_or_none, processes_of_launch
+from es2.store.store import Store
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+    from jaxtyping import Float
+
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE = timedelta(hours=2)  # for the first process to render, and for the slowest to read
+
+
+def capture_together(
+    *arguments: Any, device: str | None = None, store: Store | None = None, **settings: Any
+) -> CaptureResult | None:
+    """As `capture`, with the reading shared out over the processes of the launch, all of which call it.
+
+    Returns:
+        The result in the first process; None in the others, also when something failed: the first one tells.
+
+    Raises:
+        InputError, MachineError: as `capture`, and of a share that failed; in the first process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return capture(*arguments, device=device, store=store, **settings)
+
+    processes = processes_of_launch(device, timeout=_PATIENCE)
+    try:
+        if not processes.is_main_process:
+            _help(processes)
+            return None
+        told: list[bool] = []
+        try:
+            store = store or Store()
+            read = partial(_share_out, processes, store, told)
+            return capture(*arguments, device=device, store=store, read=read, **settings)
+        finally:
+            if not told:
+                _tell(None)  # nothing to read: it was there, or it was refused
+    finally:
+        processes.destroy_process_group()
+
+
+def _help(processes: PartialState) -> None:
+    """In any process but the first: read a share if the first one says so."""
+    try:
+        if (order := _tell(None)) is not None:
+            _read_share(processes, *order)
+    except Es2Error as error:
+        logger.error("%s", error)
+    except Exception:
+        # The first process has heard of it, or is gone. To end as failed now would have it killed before it can tell.
+        logger.exception("Process %d failed.", processes.process_index)
+
+
+def _tell(order: tuple[Reading, Path] | None) -> tuple[Reading, Path] | None:
+    """What the first process says, in every process."""
+    from accelerate.utils import broadcast_object_list
+
+    (heard,) = broadcast_object_list([order])
+    return heard
+
+
+def _share_out(
+    processes: PartialState, store: Store, told: list[bool], reading: Reading, report: Reporter
+) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
+    """In the first process: have everybody read a share, and join the shares."""
+    scratch = store.root / f".tmp-{reading.key}-{secrets.token_hex(4)}"
+    try:
+        scratch.mkdir(parents=True)
+        told.append(True)
+        _tell((reading, scratch))
+        _read_share(processes, reading, scratch, report)
+        return _join(processes.num_processes, reading, scratch)
+    except OSError as error:
+        raise machine_error(error, scratch) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _read_share(processes: PartialState, reading: Reading, scratch: Path, report: Reporter = silent) -> None:
+    """Read this process's prompts into the folder; returns when everybody has."""
+
+    def read() -> None:
+        rows = _rows(reading.rendered, processes.process_index, processes.num_processes)
+        if rows:
+            share = replace(reading, rendered=reading.rendered.select(rows), device=str(processes.device))
+            try:
+                save_file(share.read(report), scratch / _name(processes.process_index))
+            except (OSError, SafetensorError) as error:
+                raise machine_error(numbered(error, scratch.parent), scratch) from error
+
+    all_or_none(read)
+
+
+def _join(n_processes: int, reading: Reading, scratch: Path) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
+    """The embeddings of all shares, prompts in their own order."""
+    n_prompts = len(reading.rendered.token_ids)
+    joined: dict[str, Float[np.ndarray, "layer prompt d_model"]] = {}
+    for index in range(n_processes):
+        rows = _rows(reading.rendered, index, n_processes)
+        if not rows:
+            continue
+        path = scratch / _name(index)
+        if not path.is_file():
+            raise MachineError(
+                f"What process {index} read is not in {scratch}; on several hosts ES2_HOME has to be a folder that "
+                "all of them share."
+            )
+        with safe_open(path, framework="numpy") as share:
+            for position in reading.positions:
+                embeddings = share.get_tensor(position)
+                n_layers, _, d_model = embeddings.shape
+                whole = joined.setdefault(position, np.empty((n_layers, n_prompts, d_model), dtype=np.float32))
+                whole[:, rows] = embeddings
+    return joined
+
+
+def _rows(rendered: Rendered, index: int, n_processes: int) -> list[int]:
+    """The prompts of one process: every n-th by length, for equal shares."""
+    lengths = [len(tokens) for tokens in rendered.token_ids]
+    return sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))[index::n_processes]
+
+
+def _name(index: int) -> str:
+    return f"share-{index}.safetensors"

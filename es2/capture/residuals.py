@@ -1,0 +1,377 @@
+"""Embeddings of rendered prompts, read with TransformerLens hooks in as little time and memory as is exact.
+
+One prompt's embedding must not depend on its neighbours in a batch or on the side of the padding: this is what
+everything downstream silently assumes. So prompts are padded under a mask, what several of them begin with is run once
+only where that changes nothing, and only the wanted positions of every block's output are kept, the moment the hook
+fires; keeping whole residual streams would cost a hundred times the memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from es2.core.errors import InputError, MachineError
+from es2.core.files import machine_error
+from es2.core.malloc import keep_freed_memory
+from es2.core.progress import Reporter, silent
+from es2.models.batching import (
+    SHARING_VERIFIED,
+    KeysAndValues,
+    Tree,
+    batches_by_length,
+    cache_before,
+    keys_and_values,
+    n_alike,
+    plant,
+    usual_tokens,
+)
+from es2.models.chat_template import Rendered
+from es2.models.device import is_out_of_memory
+from es2.store.activation_set import let_go
+from es2.store.sources import POSITIONS
+
+if TYPE_CHECKING:
+    import torch
+    from jaxtyping import Float, Int
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+logger = logging.getLogger(__name__)
+
+_SHARING_WORTHWHILE = 4  # shared tokens that pay for an extra pass
+_ROW = 128  # tokens of a row of prompts: longer rows share more, but all their tokens look at each other
+_CPU_TOKENS = 1280  # at once: half of that took 9 % longer, twice that no less
+_EXACT = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # differences, relative to ‖e‖, that are rounding
+
+
+def capture_residuals(
+    bridge: TransformerBridge,
+    rendered: Rendered,
+    positions: Sequence[str] = POSITIONS,
+    *,
+    max_tokens_per_batch: int | None = None,
+    padding: Literal["right", "left"] = "right",
+    scratch: Path | None = None,
+    report: Reporter = silent,
+) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
+    """Read the residual stream after every block (`blocks.{l}.hook_out`) at the given positions.
+
+    The head is not run, and only the positions asked for are held. The tokens that all prompts begin with (on the
+    default model half of them) are run once: later tokens see them only through their keys and values. The rest is laid
+    out in rows of several prompts in which common beginnings stand once, too (`es2.models.batching.plant`). The result
+    is the same to rounding, in a third of the time. Where an architecture does not allow it (a sliding window, a
+    recurrent state), prompts of like length share a batch, each with all its tokens.
+
+    Args:
+        bridge: from `load_bridge`.
+        rendered: from `render`.
+        positions: some of `POSITIONS`.
+        max_tokens_per_batch: padded tokens run at once, at least one prompt; by default what suits the device. Halved
+            whenever memory runs out.
+        padding: the side on which the shorter prompts of a batch are filled up; both give the same embeddings.
+        scratch: a folder; the arrays are then on disk there, in files without a name that vanish with them, and memory
+            does not grow with the prompts.
+        report: told after every batch how many tokens are done, shared ones not counted.
+
+    Returns:
+        For each position a float32 array `[layer, prompt, d_model]`.
+
+    Raises:
+        InputError: when the hooks of some layer did not fire.
+        MachineError: when memory runs out for a single prompt, or the disk is full.
+    """
+    import torch
+
+    model: Any = bridge.original_model
+    usual = usual_tokens(model.device.type)
+    if model.device.type == "cpu":
+        usual = _CPU_TOKENS
+        keep_freed_memory()
+    budget = max_tokens_per_batch or usual
+    columns = np.array([rendered.columns(position) for position in positions]).T
+    n_shared, planted = _ways(bridge, rendered, columns) if padding == "right" else (0, False)
+    own_tokens = [tokens[n_shared:] for tokens in rendered.token_ids]
+    shape = (int(bridge.cfg.n_layers), len(own_tokens), int(bridge.cfg.d_model))
+    captured = {position: room_for(shape, scratch) for position in positions}
+    done, total = 0, sum(map(len, own_tokens))
+    report("capture", done, total)
+    waiting = _batches(own_tokens, range(len(own_tokens)), budget, planted)
+    shared: KeysAndValues | None = None
+    while waiting:
+        batch = waiting[0]
+        rows = [row for tree in batch for row in tree.slots]
+        try:
+            if shared is None:
+                with torch.inference_mode():
+                    shared = keys_and_values(model.base_model, rendered.token_ids[0][:n_shared], model.device)
+            block = _run_batch(bridge, batch, columns - n_shared, padding, shared, planted)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(rows) == 1:
+                raise MachineError(
+                    f"Memory ran out on a single prompt of {len(rendered.token_ids[rows[0]])} tokens; "
+                    "use bfloat16, a smaller model, or shorter prompts."
+                ) from error
+            block = None  # what the error's frames still hold is free once this block is left
+        if block is None:
+            budget = max(1, sum(len(tree.tokens) for tree in batch) // 2)
+            logger.warning("Memory ran out; capture goes on with batches of %d tokens.", budget)
+            left = [row for other in waiting for tree in other for row in tree.slots]
+            waiting = _batches(own_tokens, left, budget, planted)
+            continue
+        waiting.pop(0)
+        for p, position in enumerate(positions):
+            captured[position][:, rows] = block[:, :, p]
+            let_go(captured[position])
+        del block
+        done += sum(len(own_tokens[row]) for row in rows)
+        report("capture", done, total)
+    return captured
+
+
+def _batches(tokens: Sequence[Sequence[int]], rows: Sequence[int], budget: int, planted: bool) -> list[list[Tree]]:
+    """The prompts of some rows in batches, the longest first, several of them in a row where they may share one."""
+    if planted:
+        trees = plant([tokens[row] for row in rows], min(_ROW, budget))
+        for tree in trees:
+            tree.slots = {rows[index]: slots for index, slots in tree.slots.items()}
+    else:
+        trees = [_alone(row, tokens[row]) for row in rows]
+    lengths = [len(tree.tokens) for tree in trees]
+    return [[trees[index] for index in batch] for batch in batches_by_length(lengths, budget)]
+
+
+def _alone(row: int, tokens: Sequence[int]) -> Tree:
+    """A row of one prompt."""
+    tree = Tree()
+    tree.grow(row, tokens, ())
+    return tree
+
+
+def room_for(
+    shape: tuple[int, ...], scratch: Path | None, dtype: type[np.floating] = np.float32
+) -> Float[np.ndarray, "layer prompt d_model"]:
+    """Room for the embeddings of one position, in memory or in a file of that folder that has no name."""
+    if scratch is None:
+        return np.empty(shape, dtype=dtype)
+    size = np.dtype(dtype).itemsize * math.prod(shape)
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            if hasattr(os, "posix_fallocate"):  # a mapped file that meets a full disk later would kill the process
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
+    except OSError as error:
+        raise machine_error(error, scratch) from error
+
+
+def _shared_tokens(rendered: Rendered, columns: np.ndarray) -> int:
+    """How many tokens every prompt begins with, before the first one that is wanted: most of a chat template's head."""
+    first, last = min(rendered.token_ids), max(rendered.token_ids)  # what these two share, all between them share
+    return min(n_alike(first, last), int(columns.min()))
+
+
+def _ways(bridge: TransformerBridge, rendered: Rendered, columns: np.ndarray) -> tuple[int, bool]:
+    """How many tokens are run once for all, and whether prompts share rows: what is exact on this architecture.
+
+    An architecture that no test has looked at is tried out on its longest prompt and on one more.
+    """
+    import torch
+
+    model: Any = bridge.original_model
+    if len(rendered.token_ids) == 1:
+        return 0, False
+    n_shared = _shared_tokens(rendered, columns)
+    n_shared = n_shared if n_shared >= _SHARING_WORTHWHILE else 0
+    longest = max(range(len(rendered.token_ids)), key=lambda row: len(rendered.token_ids[row]))
+    if model.config.model_type in SHARING_VERIFIED:
+        window = getattr(model.config.get_text_config(), "sliding_window", None)
+        return n_shared, window is None or len(rendered.token_ids[longest]) <= window
+    rows = [longest, (longest + 1) % len(rendered.token_ids)]
+    tried, own_columns = [rendered.token_ids[row] for row in rows], columns[rows]
+    try:
+        with torch.inference_mode():
+            shared = keys_and_values(model.base_model, tried[0][:n_shared], model.device)
+        trees = plant([tokens[n_shared:] for tokens in tried], sum(map(len, tried)))
+        order = [row for tree in trees for row in tree.slots]
+        found = _run_batch(bridge, trees, own_columns - n_shared, "right", shared, True)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+        logger.debug("Prompts of a %s model do not share rows: %s", model.config.model_type, error)
+        return 0, False
+    plain = [_run_batch(bridge, [_alone(row, tried[row])], own_columns, "right", [], False) for row in order]
+    expected = np.concatenate(plain, axis=1)
+    error_found = np.linalg.norm(found - expected, axis=-1)
+    limit = _EXACT[str(model.dtype).removeprefix("torch.")] * np.linalg.norm(expected, axis=-1)
+    return (n_shared, True) if bool((error_found <= limit).all()) else (0, False)
+
+
+def _run_batch(
+    bridge: TransformerBridge,
+    trees: Sequence[Tree],
+    columns: Int[np.ndarray, "prompt position"],
+    padding: Literal["right", "left"],
+    shared: KeysAndValues,
+    planted: bool,
+) -> Float[np.ndarray, "layer prompt position d_model"]:
+    """One forward pass, without the head, of rows that all follow `shared`; and what its hooks gave.
+
+    Args:
+        bridge: from `load_bridge`.
+        trees: the rows; without `planted` of one prompt each.
+        columns: which of each prompt's tokens are wanted, counted after `shared`.
+        padding: the side on which shorter rows are filled up.
+        shared: of the tokens before, in every block.
+        planted: whether every token is told which ones it follows.
+
+    Returns:
+        In the order of the prompts in `trees`.
+    """
+    import torch
+
+    model: Any = bridge.original_model
+    width = max(len(tree.tokens) for tree in trees)
+    n_shared = shared[0][0].shape[-2] if shared else 0
+    shifts = [width - len(tree.tokens) if padding == "left" else 0 for tree in trees]
+    input_ids = torch.zeros(len(trees), width, dtype=torch.long)
+    seen = torch.zeros_like(input_ids)
+    for row, (tree, shift) in enumerate(zip(trees, shifts, strict=True)):
+        input_ids[row, shift : shift + len(tree.tokens)] = torch.tensor(tree.tokens)
+        seen[row, shift : shift + len(tree.tokens)] = 1
+    inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": seen}
+    if planted:
+        positions = torch.full_like(input_ids, n_shared)
+        for row, tree in enumerate(trees):
+            positions[row, : len(tree.tokens)] += torch.tensor(tree.depths)
+        inputs |= {"attention_mask": _branches(trees, width, n_shared, model.dtype), "position_ids": positions}
+    elif padding == "left":
+        # Right padding leaves every token at its own position, which is what models assume.
+        inputs["position_ids"] = (seen.cumsum(dim=1) - 1).clamp(min=0)
+    elif shared:
+        inputs["attention_mask"] = torch.cat([seen.new_ones(len(trees), n_shared), seen], dim=1)
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    if shared:
+        inputs["past_key_values"] = cache_before(shared)
+    wanted = [
+        (row, [slots[column] + shift for column in columns[prompt]])
+        for row, (tree, shift) in enumerate(zip(trees, shifts, strict=True))
+        for prompt, slots in tree.slots.items()
+    ]
+    rows = torch.tensor([row for row, _ in wanted], device=model.device)[:, None]
+    places = torch.tensor([place for _, place in wanted], device=model.device)
+    names = [f"blocks.{layer}.hook_out" for layer in range(int(bridge.cfg.n_layers))]
+    # In one piece that is there before: small ones, kept between the large ones that each layer makes and lets go of,
+    # would leave room that no other large one fits into.
+    shape = (len(names), *places.shape, int(bridge.cfg.d_model))
+    kept = torch.empty(shape, dtype=torch.float32, device=model.device)
+    fired: set[str] = set()
+
+    def keep(activation: torch.Tensor, hook: Any) -> None:
+        # Blocks may lie on several devices.
+        kept[names.index(hook.name)] = activation[rows.to(activation.device), places.to(activation.device)]
+        fired.add(hook.name)
+
+    hooks: list[tuple[str, Any]] = [(name, keep) for name in names]
+    lean = model.config.model_type in SHARING_VERIFIED and not any(
+        _is_heard(part) for block in bridge.blocks for part in block.submodules.values()
+    )
+    if lean:
+        hooks = _last_mlp_hooks(len(names) - 1, (len(trees), width), rows, places) + hooks
+    with torch.inference_mode(), bridge.hooks(fwd_hooks=hooks), _plain_blocks(bridge) if lean else nullcontext():
+        model.base_model(**inputs, use_cache=bool(shared))
+    if silent_hooks := [name for name in names if name not in fired]:
+        raise InputError(
+            f"TransformerLens hooks did not fire for {silent_hooks[0]} ({len(silent_hooks)} of {len(names)}), so this "
+            f"{model.config.model_type!r} model cannot be captured; use another architecture."
+        )
+    return kept.cpu().numpy()
+
+
+def _is_heard(part: Any) -> bool:
+    """Whether somebody listens to, or changes, what happens in a part of a bridge."""
+    from transformer_lens.hook_points import HookPoint
+
+    return any(isinstance(point, HookPoint) and point.has_hooks() for point in part.modules())
+
+
+def _last_mlp_hooks(layer: int, shape: tuple[int, int], rows: Any, places: Any) -> list[tuple[str, Any]]:
+    """Hooks that let the last block's MLP see the wanted tokens only, since nothing follows that would need the others.
+
+    An MLP looks at each token by itself. What it does not compute is zero, and nobody reads it.
+
+    Args:
+        layer: of the last block.
+        shape: rows and tokens of the batch.
+        rows: of the wanted tokens, `[prompt, 1]`.
+        places: of the wanted tokens in their rows, `[prompt, position]`.
+    """
+
+    def narrow(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        return activation[rows.to(activation.device), places.to(activation.device)]
+
+    def widen(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        whole = activation.new_zeros(*shape, activation.shape[-1])
+        whole[rows.to(activation.device), places.to(activation.device)] = activation
+        return whole
+
+    return [(f"blocks.{layer}.mlp.hook_in", narrow), (f"blocks.{layer}.mlp.hook_out", widen)]
+
+
+@contextmanager
+def _plain_blocks(bridge: TransformerBridge) -> Iterator[None]:
+    """Run what is inside the blocks as transformers does, with fused attention, except for parts that have hooks.
+
+    For hooks inside a block, a bridge computes every norm twice and holds all attention scores. Where there are none,
+    this is a sixth of the time. The blocks themselves stay bridged, so their hooks fire.
+    """
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    def swaps(module: Any) -> Iterator[tuple[Any, str, Any]]:
+        for name, part in module.named_children():
+            if not isinstance(part, GeneralizedComponent):
+                yield from swaps(part)
+            elif not _is_heard(part):
+                yield module, name, part
+                yield from swaps(part.original_component)
+
+    config: Any = bridge.original_model.config
+    swapped = [swap for block in bridge.blocks for swap in swaps(block.original_component)]
+    attention = config._attn_implementation
+    try:
+        config._attn_implementation = "sdpa"
+        for module, name, part in swapped:
+            setattr(module, name, part.original_component)
+        yield
+    finally:
+        config._attn_implementation = attention
+        for module, name, part in swapped:
+            setattr(module, name, part)
+
+
+def _branches(trees: Sequence[Tree], width: int, n_shared: int, dtype: Any) -> Any:
+    """Added to attention scores, `[row, 1, token, shared + token]`: nothing for oneself and what one follows."""
+    import torch
+
+    follows = np.zeros((len(trees), width, n_shared + width), dtype=bool)
+    follows[:, :, :n_shared] = True
+    for row, tree in enumerate(trees):
+        for place, parent in enumerate(tree.parents):
+            if parent >= 0:
+                follows[row, place] = follows[row, parent]
+            follows[row, place, n_shared + place] = True
+        for place in range(len(tree.tokens), width):  # filling, which nobody looks at, sees itself
+            follows[row, place, n_shared + place] = True
+    mask = torch.full(follows.shape, torch.finfo(dtype).min, dtype=dtype)
+    mask[torch.from_numpy(follows)] = 0
+    return mask[:, None]

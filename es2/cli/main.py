@@ -1,0 +1,276 @@
+"""The command line: thin commands over `es2.workflow.prepare`.
+
+Every command takes `--json` and then prints exactly one JSON document on stdout, also when it fails; people get tables.
+Progress and warnings go to stderr. Everything a user can cause ends in one sentence and the exit code of its class
+(`es2.core.errors`), decided in `main` alone, so that no command needs error handling of its own. torch and transformers
+are imported by the commands that compute, not by `es2 --help`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.table import Table
+
+from es2.cli import evaluate as cli_evaluate
+from es2.cli import plan as cli_plan
+from es2.cli import reproduce as cli_reproduce
+from es2.cli import runs as cli_runs
+from es2.cli import share as cli_share
+from es2.cli.terminal import (
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    PlainFormatter,
+    Position,
+    Prompts,
+    Run,
+    emit,
+    errors,
+    interval_cell,
+    out,
+    progress,
+)
+from es2.core.errors import Es2Error, InputError, MachineError
+from es2.core.progress import Cancelled
+from es2.models.catalogue import DEFAULT_MODEL
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Where inside a model are harmful and harmless prompts told apart, how far apart are they, "
+    "and what does ES2 fine-tuning do to that?",
+)
+
+
+@app.command()
+def models(json_: AsJson = False) -> None:
+    """Known models with their sizes, and which of them are on this machine."""
+    from es2.models.catalogue import CATALOGUE, resolve
+    from es2.models.folders import is_cached
+    from es2.models.number_formats import DTYPES
+
+    rows = [
+        entry.to_dict()
+        | {"memory_gb": {dtype: round(entry.memory_gb(dtype), 2) for dtype in DTYPES}}
+        | {"cached": is_cached(resolve(entry.name))}
+        for entry in CATALOGUE
+    ]
+
+    def show() -> None:
+        table = Table("name", "Hub id", "parameters", "layers", "width", "bf16", "fp32", "access", "here")
+        for row in rows:
+            table.add_row(
+                row["name"],
+                row["hub_id"],
+                f"{row['parameters'] / 1e9:.2f} B",
+                str(row["n_layers"]),
+                str(row["d_model"]),
+                f"{row['memory_gb']['bfloat16']:.1f} GB",
+                f"{row['memory_gb']['float32']:.1f} GB",
+                "gated" if row["gated"] else "open",
+                "yes" if row["cached"] else "",
+            )
+        out.print(table)
+        out.print(
+            f"Default: {DEFAULT_MODEL}. bf16 and fp32: memory needed to capture. Folders and .gguf files work too."
+        )
+
+    emit({"default": DEFAULT_MODEL, "models": rows}, json_, show)
+
+
+@app.command()
+def capture(
+    model: Model = DEFAULT_MODEL,
+    prompts: Prompts = "builtin",
+    position: Annotated[
+        list[str] | None, typer.Option(help="last or last_instruction; may be given twice. Default: both.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json_: AsJson = False,
+) -> None:
+    """Cache the residual-stream embeddings of prompts at every layer of a model.
+
+    Under `accelerate launch --multi_gpu -m es2 capture …` the processes share the prompts out.
+    """
+    from es2.capture.ranks import capture_together
+    from es2.prompts.loading import load_prompts
+    from es2.store.sources import POSITIONS
+
+    prompt_set = load_prompts(prompts)
+    with progress() as report:
+        captured = capture_together(
+            model,
+            prompt_set,
+            positions=tuple(position) if position else POSITIONS,
+            device=device,
+            dtype=dtype,
+            report=report,
+        )
+    if captured is None:
+        return  # the first process of several tells
+    activations = captured.activations
+
+    def show() -> None:
+        how = f"captured in {captured.seconds:.1f} s" if captured.computed else "already cached"
+        if captured.rounding is not None:
+            how += f"; {100 * captured.rounding:.2g} % away from float32 on average"
+        out.print(
+            f"{activations.n_prompts} prompts × {activations.n_layers} layers × {activations.d_model} dimensions "
+            f"({how}): {activations.path}",
+            soft_wrap=True,
+        )
+
+    emit(captured.to_dict(), json_, show)
+
+
+@app.command()
+def analyze(
+    model: Model = DEFAULT_MODEL,
+    prompts: Prompts = "builtin",
+    run: Run = None,
+    test_prompts: Annotated[
+        str | None,
+        typer.Option(help="Prompts of another origin that give the numbers, with probes from --prompts."),
+    ] = None,
+    position: Position = "last",
+    device: Device = None,
+    dtype: Dtype = None,
+    json_: AsJson = False,
+) -> None:
+    """How well and how far harmful and harmless prompts are told apart, layer by layer, with intervals.
+
+    With --run: of the tuned model, beside its base.
+    """
+    from es2.analysis.results import AnalysisConfig
+    from es2.prompts.loading import load_prompts
+    from es2.workflow.prepare import prepare
+    from es2.workflow.runs import open_run
+
+    of_run = open_run(run) if run else None
+    prompt_set = load_prompts(prompts)
+    test_set = load_prompts(test_prompts) if test_prompts else None
+    with progress() as report:
+        prepared = prepare(
+            model,
+            prompt_set,
+            run=of_run,
+            test_prompts=test_set,
+            config=AnalysisConfig(position=position),
+            device=device,
+            dtype=dtype,
+            report=report,
+        )
+    analysis = prepared.analysis
+    document = {"model": prepared.activations.model, "run": run, "key": prepared.activations.key} | analysis.to_dict()
+
+    def show() -> None:
+        columns = ["probe_accuracy", "probe_accuracy_control", "probe_auroc", "margin_mean", "fisher_ratio"]
+        columns += ["relative_distance"] if test_set is None else ["self_accuracy", "self_auroc"]
+        table = Table("layer", *(column.replace("_", " ") for column in columns))
+        for layer in document["layers"]:
+            mark = " ◀" if layer["layer"] in document["recommended"] else ""
+            cells = [layer[column] for column in columns]
+            table.add_row(
+                f"{layer['layer']}{mark}",
+                *map(interval_cell, cells),
+            )
+        out.print(table)
+        out.print(analysis.reason)
+
+    emit(document, json_, show)
+
+
+app.command()(cli_evaluate.evaluate)
+app.command()(cli_plan.plan)
+app.command()(cli_runs.finetune)
+app.command("import")(cli_runs.import_)
+app.command()(cli_runs.runs)
+app.command()(cli_runs.export)
+app.command()(cli_reproduce.reproduce)
+app.command()(cli_share.showcase)
+app.command()(cli_share.report)
+
+
+@app.command()
+def project(
+    model: Model = DEFAULT_MODEL,
+    prompts: Prompts = "builtin",
+    view: Annotated[str, typer.Option(help="umap (the other views need no preparation).")] = "umap",
+    position: Position = "last",
+    device: Device = None,
+    dtype: Dtype = None,
+    json_: AsJson = False,
+) -> None:
+    """Compute the UMAP coordinates of every layer, so that the app finds them on disk."""
+    import time
+
+    from es2.prompts.loading import load_prompts
+    from es2.workflow.prepare import project as project_layers
+
+    if view != "umap":
+        raise InputError(f"The view {view[:40]!r} needs no preparation or is unknown; only umap does.")
+    begun = time.perf_counter()
+    prompt_set = load_prompts(prompts)
+    with progress() as report:
+        activations, key = project_layers(
+            model, prompt_set, position=position, device=device, dtype=dtype, report=report
+        )
+    seconds = time.perf_counter() - begun
+    path = activations.path / "derived" / key
+    emit({"key": key, "seconds": seconds}, json_, lambda: out.print(f"UMAP of every layer: {path}"))
+
+
+@app.command(name="app", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def open_app(context: typer.Context) -> None:
+    """Open the workbench in the browser; further arguments go to Streamlit."""
+    script = Path(__file__).resolve().parents[2] / "app" / "main.py"
+    if not script.is_file():
+        raise InputError("The app stands beside the package in a clone of the project; run it from there.")
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "streamlit", "run", str(script), *context.args])
+
+
+@app.command(hidden=True)
+def job(folder: Path) -> None:
+    """Run the job that was laid down in FOLDER (what `es2.jobs.queue.launch` starts)."""
+    from es2.jobs.running import run_job
+    from es2.workflow.job_kinds import JOBS
+
+    raise typer.Exit(run_job(folder, JOBS))
+
+
+def main() -> NoReturn:
+    """Run the command line; the one place where an error becomes a sentence and an exit code."""
+    log = logging.StreamHandler(sys.stderr)
+    log.setFormatter(PlainFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[log])
+    try:
+        app()
+    except Es2Error as error:
+        _fail(error)
+    except Cancelled:
+        _fail(MachineError("Cancelled; what was complete is kept."))
+    except MemoryError:
+        _fail(MachineError("Not enough memory; close other programs or choose a smaller model or fewer prompts."))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT, errno.EPIPE):
+            raise
+        _fail(MachineError(f"{error.strerror}: {error.filename or 'the disk'}; make room or choose another folder."))
+    sys.exit(0)
+
+
+def _fail(error: Es2Error) -> NoReturn:
+    if "--json" in sys.argv and os.environ.get("RANK", "0") == "0":  # one document, however many processes fail
+        sys.stdout.write(json.dumps({"error": str(error), "exit_code": error.exit_code}) + "\n")
+    errors.print(str(error), style="red", soft_wrap=True)
+    sys.exit(error.exit_code)

@@ -1,0 +1,290 @@
+"""The commands about fine-tuning runs: `finetune`, `import`, `runs`, `export`; `es2.cli.main` registers them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from es2.cli.terminal import AsJson, Device, Dtype, Model, Prompts, emit, out, progress
+from es2.core.errors import InputError
+from es2.core.progress import Reporter
+from es2.jobs.job import Job
+from es2.jobs.running import jobs_ahead
+from es2.models.catalogue import DEFAULT_MODEL
+from es2.models.shape import count_layers
+from es2.training.config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from es2.prompts.prompt_set import PromptSet
+
+
+USUAL = FinetuneConfig(layers=())
+"""Where the shipped defaults are written."""
+
+Objective = Annotated[
+    str, typer.Option(help="distance, anchored, fisher, margin, or a mixture such as 1.0*margin+0.5*fisher.")
+]
+Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
+PairsPerStep = Annotated[int, typer.Option(help="Harmful prompts, and as many harmless ones, per step.")]
+Method = Annotated[str, typer.Option(help="lora, or full (the blocks themselves).")]
+Rank = Annotated[int, typer.Option(help="Rank of the LoRA matrices.")]
+FirstBlock = Annotated[int | None, typer.Option(help="First trained block; the last is the last target.")]
+WatchEvery = Annotated[int, typer.Option(help="Steps between looks at `watch`.")]
+Accumulate = Annotated[int, typer.Option(help="Parts of a step, to save memory.")]
+Checkpointing = Annotated[bool, typer.Option(help="Save more memory, at the cost of time.")]
+Quantize = Annotated[
+    str | None, typer.Option(help="4bit: frozen weights of four bits, on CUDA with bitsandbytes (es2[quantize]).")
+]
+ManyLayers = Annotated[bool, typer.Option(help="Allow three or more target layers; the paper saw models collapse.")]
+
+
+def finetune(
+    model: Model = DEFAULT_MODEL,
+    prompts: Prompts = "builtin",
+    layers: Annotated[
+        str | None, typer.Option(help="Target layers, such as 12,18. Default: the two that `analyze` recommends.")
+    ] = None,
+    objective: Objective = USUAL.objective,
+    steps: Steps = USUAL.steps,
+    kl_weight: Annotated[float, typer.Option(help="λ, of the KL on harmless prompts.")] = USUAL.kl_weight,
+    learning_rate: Annotated[float, typer.Option(help="Its peak, after the warm-up.")] = USUAL.learning_rate,
+    pairs_per_step: PairsPerStep = USUAL.pairs_per_step,
+    method: Method = USUAL.method,
+    rank: Rank = USUAL.rank,
+    alpha: Annotated[int, typer.Option(help="LoRA's scaling.")] = USUAL.alpha,
+    first_block: FirstBlock = None,
+    watch_every: WatchEvery = USUAL.watch_every,
+    accumulate: Accumulate = USUAL.accumulate,
+    gradient_checkpointing: Checkpointing = False,
+    quantize: Quantize = None,
+    allow_many_layers: ManyLayers = False,
+    seed: Annotated[int, typer.Option(help="Of the adapter's first weights and of the batches.")] = USUAL.seed,
+    device: Device = None,
+    dtype: Dtype = None,
+    json_: AsJson = False,
+) -> None:
+    """Fine-tune a model with ES2, compare it with its base on prompts it never saw, and say what became of it."""
+    from es2.jobs.queue import lay_down
+    from es2.models.catalogue import resolve
+    from es2.models.folders import model_folder
+    from es2.prompts.benchmarks import absolute_source
+    from es2.prompts.loading import load_prompts
+    from es2.workflow.prepare import prepare
+
+    prompt_set = load_prompts(prompts)
+    with progress() as report:
+        # Everything is checked before anything heavy is done.
+        spec = resolve(model)
+        n_layers = count_layers(model_folder(spec, report))
+        given = None if layers is None else read_layers(layers)
+        config = FinetuneConfig(
+            layers=given or (0,),  # stands in until there is a recommendation
+            model=spec.name,
+            objective=objective,
+            steps=steps,
+            kl_weight=kl_weight,
+            learning_rate=learning_rate,
+            pairs_per_step=pairs_per_step,
+            method=method,
+            rank=rank,
+            alpha=alpha,
+            first_block=first_block if given else None,
+            watch_every=watch_every,
+            accumulate=accumulate,
+            gradient_checkpointing=gradient_checkpointing,
+            quantize=quantize,
+            allow_many_layers=allow_many_layers,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+        )
+        config.check(n_layers, prompt_set)
+        if given is None:
+            recommended = prepare(model, prompt_set, device=device, dtype=dtype, report=report).analysis.recommended
+            config = replace(config, layers=recommended, first_block=first_block)
+            config.check(n_layers, prompt_set)
+        if int(os.environ.get("RANK", "0")) > 0:
+            _help_finetune(config, prompt_set)
+            return
+        source = absolute_source(prompts)
+        result = _result_of(lay_down("finetune", config.to_dict() | {"prompts": source}), report)
+    emit(result, json_, lambda: _show_run(result))
+
+
+def import_(
+    adapter: Annotated[Path, typer.Option(help="The folder that peft's save_pretrained wrote; it is copied.")],
+    model: Model = DEFAULT_MODEL,
+    prompts: Prompts = "builtin",
+    layers: Annotated[
+        str | None, typer.Option(help="Its target layers, such as 12,18. Default: the two that `analyze` recommends.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="What to call the run.")] = "",
+    device: Device = None,
+    dtype: Dtype = None,
+    json_: AsJson = False,
+) -> None:
+    """Take in an adapter that was trained elsewhere as a run, and compare the tuned model with its base."""
+    from es2.models.catalogue import resolve
+    from es2.models.folders import model_folder
+    from es2.prompts.benchmarks import absolute_source
+    from es2.prompts.loading import load_prompts
+    from es2.workflow.runs import import_adapter
+
+    load_prompts(prompts)
+    with progress() as report:
+        # Everything is checked before anything heavy is done.
+        spec = resolve(model)
+        targets = () if layers is None else read_layers(layers)
+        n_layers = count_layers(model_folder(spec, report))
+        if outside := [layer for layer in targets if not 0 <= layer < n_layers]:
+            raise InputError(f"There is no layer {outside[0]}: the model's layers are 0 to {n_layers - 1}.")
+        source = absolute_source(prompts)
+        run = import_adapter(adapter, spec.name, source, targets, name=name, device=device, dtype=dtype)
+        result = _result_of(run, report)
+    emit(result, json_, lambda: _show_run(result))
+
+
+def _result_of(run: Job, report: Reporter) -> dict[str, Any]:
+    """Run a job that was laid down, in this process; raises the job's sentence when it comes to no result."""
+    from es2.jobs.running import result_of, run_job
+    from es2.workflow.job_kinds import JOBS
+
+    exit_code = run_job(run.path, JOBS, report)
+    return result_of(run, exit_code, f"Run {run.id} was {run.status()}; `es2 runs resume {run.id}` goes on.")
+
+
+def _help_finetune(config: FinetuneConfig, prompts: PromptSet) -> None:
+    """Take part in the fine-tune of another process (`accelerate launch`), which writes and reports."""
+    import signal
+    import tempfile
+
+    from es2.training.finetune import finetune as tune
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the other process hears it too, and takes this one along
+    with tempfile.TemporaryDirectory() as folder:
+        tune(config, prompts, Path(folder))
+
+
+def read_layers(text: str) -> tuple[int, ...]:
+    """The layers in `12,18`. Raises `InputError` for what is no such list."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--layers {text[:40]!r} is no list of layers; write it like 12,18.") from None
+
+
+def _show_run(result: Mapping[str, Any]) -> None:
+    names = ["fisher_ratio", "relative_distance", "mean_difference_margin", "margin_mean", "margin_harmful_q1"]
+    names += ["probe_accuracy", "rest_ratio", "effective_rank", "norm_ratio", "centroid_distance"]
+    table = Table("number", *(f"layer {layer}" for layer in result["target_layers"]))
+    for name in names:
+        cells = []
+        for layer in map(str, result["target_layers"]):
+            before, after = (result[when][layer][name]["value"] for when in ("before", "after"))
+            cells.append(f"{before:.3f} → {after:.3f}")
+        table.add_row(name, *cells)
+    out.print(table)
+    kl = result["kl_harmless_test"] or {}
+    out.print(f"KL on harmless test prompts, nats per token: {', '.join(f'{k} {v:.3f}' for k, v in kl.items())}")
+    out.print(f"{result['verdict']}. {result['verdict_reason']}")
+    if result["reason"]:
+        out.print(result["reason"])
+    out.print(f"Run {result['run']}: {result['path']}", soft_wrap=True)
+
+
+def runs(
+    action: Annotated[str, typer.Argument(help="list, show, rename, cancel, resume or delete.")] = "list",
+    id: Annotated[str | None, typer.Argument(help="Which run; not for list.")] = None,
+    name: Annotated[str | None, typer.Argument(help="What to call it, for rename; '' takes the name back.")] = None,
+    json_: AsJson = False,
+) -> None:
+    """Fine-tuning runs: list them, show one, rename, cancel, resume or delete it."""
+    from es2.jobs.queue import reopen, start
+    from es2.workflow.runs import list_runs, open_run
+
+    if action not in ("list", "show", "rename", "cancel", "resume", "delete"):
+        raise InputError(f"Unknown action {action[:40]!r}; one of list, show, rename, cancel, resume, delete.")
+    if (name is not None) != (action == "rename" and id is not None):
+        raise InputError("A name goes with rename, and rename with a name: es2 runs rename ID NAME.")
+    if action == "list":
+        rows = [_run_row(run) for run in list_runs()]
+        emit({"runs": rows}, json_, lambda: _show_runs(rows))
+        return
+    if id is None:
+        raise InputError(f"Which run? Give its id: es2 runs {action} ID; `es2 runs` lists them.")
+    run = open_run(id)
+    if action == "cancel":
+        run.cancel()
+    elif action == "rename" and name is not None:
+        run.rename(name)
+    elif action == "delete":
+        run.delete()
+        emit({"run": id, "deleted": True}, json_, lambda: out.print(f"Run {id} is deleted."))
+        return
+    elif action == "resume":
+        reopen(run)
+        start(run)
+    document = _run_row(run) | {"config": run.config, "result": run.result()}
+
+    def show() -> None:
+        if document["result"] and action == "show":
+            _show_run(document["result"])
+        else:
+            _show_runs([document])
+
+    emit(document, json_, show)
+
+
+def _run_row(run: Job) -> dict[str, Any]:
+    result = run.result() or {}
+    return {
+        "run": run.id,
+        "name": run.name,
+        "path": str(run.path),
+        "status": run.status(),
+        "jobs_ahead": len(jobs_ahead(run)) if run.status() == "queued" else None,
+        "created": run.created,
+        "model": run.config.get("model"),
+        "layers": run.config.get("layers"),
+        "objective": run.config.get("objective"),
+        "verdict": result.get("verdict"),
+        "progress": run.progress(),
+        "error": run.error(),
+    }
+
+
+def _show_runs(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        out.print("There is no run yet; `es2 finetune` makes one.")
+        return
+    table = Table("run", "name", "status", "model", "layers", "objective", "verdict")
+    for row in rows:
+        cells = row | {"layers": ",".join(map(str, row["layers"] or ()))}
+        if row["jobs_ahead"]:
+            cells["status"] = f"queued, {row['jobs_ahead']} before it"
+        table.add_row(*(str(cells[str(column.header)] or "") for column in table.columns))
+    out.print(table)
+    for row in rows:
+        if row["error"]:
+            out.print(f"{row['run']}: {row['error']}")
+
+
+def export(
+    run: Annotated[str, typer.Option(help="Which run (`es2 runs`).")],
+    out_folder: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.")],
+    merged: Annotated[bool, typer.Option(help="Plain transformers weights, the fine-tune merged in.")] = False,
+    json_: AsJson = False,
+) -> None:
+    """Take a run's adapter, or the whole tuned model, to other tools."""
+    from es2.workflow.runs import export as write
+    from es2.workflow.runs import open_run
+
+    folder = write(open_run(run), out_folder, merged=merged)
+    show = f"{'Merged model' if merged else 'Adapter'} of run {run}: {folder}"
+    emit({"run": run, "path": str(folder), "merged": merged}, json_, lambda: out.print(show))

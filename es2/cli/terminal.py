@@ -1,0 +1,86 @@
+"""What the commands share: options that mean the same everywhere, and how a result and progress are shown.
+
+A terminal obeys what it prints, and Rich has a markup of its own; names, prompts and errors come from anywhere. So the
+consoles here take every string as text, in a table too, and what is to look special is a `Text`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from es2.core.progress import Reporter
+from es2.report.labels import plain
+
+
+class PlainConsole(Console):
+    """A console on which a string is what it reads like: no markup, no emoji codes, no control characters."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        return super().render_str(plain(text), **settings)
+
+
+class PlainFormatter(logging.Formatter):
+    """Log records without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
+errors = PlainConsole(stderr=True)
+out = PlainConsole(width=None if sys.stdout.isatty() else 160)
+
+Model = Annotated[str, typer.Option(help="A catalogue name (`es2 models`), a Hub id, a local folder or a .gguf file.")]
+Prompts = Annotated[str, typer.Option(help="builtin, a CSV, JSONL or Parquet file, or hf:<dataset>[:split].")]
+Position = Annotated[
+    str, typer.Option(help="last (last prompt token) or last_instruction (last token of the request).")
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cuda, mps or cpu, or for capture auto (all GPUs); chosen by what there is if not given."),
+]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on cuda, else float32.")]
+Run = Annotated[str | None, typer.Option(help="A fine-tuning run (`es2 runs`) to compare with its base.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+
+
+def emit(document: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    """Print a command's result: the document for programs, or what `show` prints for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
+    else:
+        show()
+
+
+def interval_cell(number: Mapping[str, float] | None) -> Text:
+    """A number with its interval for a table; nothing for none."""
+    if number is None:
+        return Text()
+    return Text.assemble(f"{number['value']:.3f} ", (f"({number['low']:.3f} to {number['high']:.3f})", "dim"))
+
+
+@contextmanager
+def progress() -> Iterator[Reporter]:
+    """A progress bar on stderr, one line per stage; silent where stderr is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
+        stages: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int, **numbers: float) -> None:
+            if stage not in stages:
+                stages[stage] = bar.add_task(stage, total=total)
+            bar.update(stages[stage], completed=done, total=total)
+
+        yield report

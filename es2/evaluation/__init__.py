@@ -1,0 +1,1 @@
+"""Behaviour: refusal rules, judge, replies compared, steering, robustness, attacks."""

@@ -1,0 +1,48 @@
+"""Kept results of evaluations: where they lie, and reading them back with their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from es2.core.errors import InputError
+from es2.core.files import is_whole, read_json
+from es2.core.versions import format_of
+from es2.jobs.job import Job
+
+EVALUATION_FORMAT = 1
+
+_LAST_SECOND = 2**37  # years from now, before what a calendar can say
+FOLDER, LOG = "evaluation", "replies.jsonl"
+
+
+def find_evaluations(owner: Job) -> list[Path]:
+    """The kept results of a run, or of an evaluation job without one, newest first."""
+    folder = owner.path / FOLDER
+    found = [path for path in folder.glob("*.json") if not path.name.startswith(".")] if folder.is_dir() else []
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """A kept result with its replies: `suite`, `settings`, … and `rows` by suite.
+
+    Raises:
+        InputError: when the file holds none, a damaged one, or one of a newer format.
+    """
+    document = read_json(path)
+    whole = document is not None and is_whole(document)
+    known = document is not None and whole and format_of(document.get("format"), EVALUATION_FORMAT, str(path))
+    if document is None or not known or not _is_evaluation(document):
+        raise InputError(f"{str(path)!r} holds no evaluation, or a damaged one; run `es2 evaluate` again.")
+    return document
+
+
+def _is_evaluation(document: Mapping[str, Any]) -> bool:
+    kinds = {"suite": dict, "rows": dict, "settings": dict, "prompts": str, "created": (int, float)}
+    if not all(isinstance(document.get(name), kind) for name, kind in kinds.items()):  # type: ignore[arg-type]
+        return False
+    parts, rows = document["suite"].values(), document["rows"].values()
+    if not ("limit" in document["settings"] and 0 <= document["created"] < _LAST_SECOND):
+        return False
+    return all(isinstance(part, dict) for part in parts) and all(isinstance(row, list) for row in rows)

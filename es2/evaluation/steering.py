@@ -1,0 +1,169 @@
+"""Pushing embeddings while a model generates, and reading back what the push did.
+
+The causal half of `es2.evaluation.robustness`. Probe and push belong to one and the same hook point,
+`blocks.{l}.hook_out` (SCAV's published code trains on a layer's inputs and shifts its outputs), and the probe is read
+there again after the push, off the very activation that the next block gets: a test can see that the formula holds in
+the forward pass. Every row of a batch may be pushed in its own way, so a whole sweep of directions and budgets shares
+batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from es2.core.errors import InputError
+from es2.evaluation.robustness import DIRECTIONS, P0, Attacker, logit
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+BUDGETS = (0.1, 0.2, 0.4, 0.8)
+"""Lengths of the shift relative to the embedding's own."""
+
+
+@dataclass(frozen=True)
+class Push:
+    """One way of pushing the embeddings of a prompt, at every layer of the attacker.
+
+    Attributes:
+        direction: one of `DIRECTIONS`; `none` leaves the model alone.
+        budget: length relative to the embedding's own norm, for a push of fixed length.
+        p0: instead of a budget: as far along the probe's normal as it takes to reach this probability, and not at all
+            where the probe gives less already (SCAV).
+    """
+
+    direction: str
+    budget: float | None = None
+    p0: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.direction not in (*DIRECTIONS, "none"):
+            raise InputError(f"Unknown direction {self.direction[:40]!r}; one of {', '.join(DIRECTIONS)}.")
+        if self.p0 is not None and self.direction != "scav":
+            raise InputError("Only the scav direction can be followed up to a probability; give a budget instead.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The three settings."""
+        return {"direction": self.direction, "budget": self.budget, "p0": self.p0}
+
+
+def pushes(
+    directions: Sequence[str] = DIRECTIONS, budgets: Sequence[float] = BUDGETS, p0s: Sequence[float] = P0
+) -> list[Push]:
+    """The whole sweep: no push, every direction at every budget, and SCAV up to every p0."""
+    sweep = [Push("none", 0.0)]
+    sweep += [Push(direction, float(budget)) for direction in directions for budget in budgets]
+    return sweep + [Push("scav", None, float(p0)) for p0 in p0s]
+
+
+@dataclass
+class ReadBack:
+    """What the hooks saw while a batch was pushed, one entry per prompt of the batch.
+
+    Attributes:
+        probability: the probe's probability at the last prompt token, after the push, the mean over layers.
+        worst: the largest |P − p₀| after a push up to p₀, over layers and decoding steps; 0 where nothing was pushed.
+        highest: the largest probability after the push, over layers and decoding steps.
+        relative: length of the push relative to ‖e‖, the mean over layers and steps.
+    """
+
+    probability: Float[np.ndarray, "prompt"]
+    worst: Float[np.ndarray, "prompt"]
+    highest: Float[np.ndarray, "prompt"]
+    relative: Float[np.ndarray, "prompt"]
+    steps: int = field(default=0, repr=False)
+
+    def of(self, row: int) -> dict[str, float]:
+        """What was read for one prompt of the batch."""
+        names = ("probability", "worst", "highest", "relative")
+        return {name: float(getattr(self, name)[row]) for name in names}
+
+
+@contextmanager
+def pushed(
+    bridge: TransformerBridge, attacker: Attacker, batch: Sequence[Push], texts: Sequence[str], seed: int = 0
+) -> Iterator[ReadBack]:
+    """While this is open, every forward pass has its last token pushed at the attacker's layers, each row its own way.
+
+    Two hooks stand at each layer's `hook_out`, one after the other: the first pushes, the second reads the probe's
+    probability off the very activation that the next block gets.
+
+    Args:
+        bridge: the attacked model.
+        attacker: made from the same model's embeddings.
+        batch: how each row of the batch is pushed.
+        texts: the prompt of each row.
+        seed: of the random directions.
+
+    Yields:
+        What is read back; complete when the block ends.
+    """
+    import torch
+
+    model: Any = bridge.original_model
+    device: torch.device = model.device
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    n_layers = len(attacker.layers)
+    probability, worst, highest, relative = np.zeros((4, len(batch)))
+    record = ReadBack(probability, worst, highest, relative)
+
+    def tensor(values: Any) -> torch.Tensor:
+        return torch.tensor(np.asarray(values), dtype=exact, device=device)
+
+    budgets = tensor([push.budget or 0.0 for push in batch])
+    until = torch.tensor([push.p0 is not None for push in batch], device=device)
+    goals = tensor([logit(push.p0) if push.p0 is not None else 0.0 for push in batch])
+    reached = tensor([push.p0 if push.p0 is not None else 0.0 for push in batch])
+    towards = np.zeros((n_layers, len(batch), len(attacker.planes[0].normal)))
+    for name in {push.direction for push in batch} - {"none"}:
+        rows = [row for row, push in enumerate(batch) if push.direction == name]
+        towards[:, rows] = attacker.vectors(name, [texts[row] for row in rows], seed)
+    shifts: dict[int, Any] = {}
+
+    def push_at(index: int) -> Any:
+        plane, away = attacker.planes[index], tensor(-towards[index])
+        normal = tensor(plane.normal)
+
+        def hook(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+            last = activation[:, -1].to(exact)
+            norms = last.norm(dim=1)
+            excess = (last @ normal * plane.slope + plane.offset - goals) / plane.slope
+            length = torch.where(until, excess.clamp(min=0), budgets * norms)
+            shifts[index] = length
+            record.relative += (length / norms.clamp(min=1e-12)).cpu().numpy() / n_layers
+            moved = activation.clone()
+            moved[:, -1] = (last + length[:, None] * away).to(activation.dtype)
+            return moved
+
+        return hook
+
+    def read_at(index: int) -> Any:
+        plane = attacker.planes[index]
+        normal = tensor(plane.normal)
+
+        def hook(activation: torch.Tensor, hook: Any) -> None:
+            found = torch.sigmoid(activation[:, -1].to(exact) @ normal * plane.slope + plane.offset)
+            error = torch.where(until & (shifts[index] > 0), (found - reached).abs(), torch.zeros_like(found))
+            np.maximum(record.worst, error.cpu().numpy(), out=record.worst)
+            np.maximum(record.highest, found.cpu().numpy(), out=record.highest)
+            if record.steps == 0:
+                record.probability += found.cpu().numpy() / n_layers
+            if index == n_layers - 1:
+                record.steps += 1
+
+        return hook
+
+    hooks = []
+    for index, layer in enumerate(attacker.layers):
+        name = f"blocks.{layer}.hook_out"
+        hooks += [(name, push_at(index)), (name, read_at(index))]
+    with bridge.hooks(fwd_hooks=hooks):
+        yield record
+    record.relative /= max(record.steps, 1)

@@ -1,0 +1,300 @@
+"""The behaviour parts of an evaluation: which prompts, what base and tuned reply to them, and how close they are.
+
+Each part returns its numbers and the rows behind them. Base and tuned are one model in memory, base first.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from es2.analysis.resampling import canonical, resample_pairs
+from es2.core.errors import InputError
+from es2.core.files import content_key
+from es2.core.progress import Reporter
+from es2.evaluation.behaviour import ability_numbers, compare_exchange, refusal_numbers
+from es2.evaluation.judge import Judge, judge_replies
+from es2.evaluation.refusal import judge_reply
+from es2.evaluation.reply_log import ReplyLog
+from es2.jobs.job import Job
+from es2.models.batching import end_tokens
+from es2.models.chat_template import render, template_head
+from es2.models.loading import load_model, load_tokenizer, put_on
+from es2.models.replies import exchange_states, greedy_replies
+from es2.models.shape import context_length
+from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, normalised, stable_hash, warn_of_likeness
+from es2.store.store import Store
+
+if TYPE_CHECKING:
+    from es2.evaluation.config import EvaluateConfig
+
+
+BOOTSTRAP = 1000
+"""Resamples of pairs behind every interval."""
+
+
+def choose_prompts(prompts: PromptSet, limit: int, label: int | None = None) -> PromptSet:
+    """At most `limit` prompts of each label (or of one), those whose pair has the smallest hash, in canonical order.
+
+    A larger limit adds prompts and moves none, and twins come together.
+    """
+    keep = np.zeros(len(prompts), dtype=bool)
+    for one in (HARMFUL, HARMLESS) if label is None else (label,):
+        rows = np.flatnonzero(prompts.labels == one).tolist()
+        rows.sort(key=lambda row: (stable_hash("evaluate:" + prompts.pairs[row]), prompts.texts[row]))
+        keep[rows[:limit]] = True
+    return canonical(prompts.select(keep))[1]
+
+
+def held_out(prompts: PromptSet, tuned_on: PromptSet | None, *, probing: bool = False) -> PromptSet:
+    """The prompts that a run may be judged by: none that also stands in a split that it was tuned, watched or read on.
+
+    Those that say nearly the same as one there are warned of.
+
+    Args:
+        prompts: the prompts to evaluate on.
+        tuned_on: those that the run was tuned on; None without a run.
+        probing: whether the prompts' own `probe` split is needed too, to fit probes; then only `tune` and `watch` of
+            the run, and prompts that changed their split, are left out.
+
+    Raises:
+        InputError: when nothing is left.
+    """
+    if tuned_on is None:
+        return prompts
+    theirs = {normalised(text): split for text, split in zip(tuned_on.texts, tuned_on.splits, strict=True)}
+    allowed = ("probe", "test") if probing else ("test",)
+
+    def may(text: str, own: str) -> bool:
+        split = theirs.get(normalised(text))
+        return split is None or (split in allowed and (split == own or not probing))
+
+    keep = np.array([may(text, own) for text, own in zip(prompts.texts, prompts.splits, strict=True)], dtype=bool)
+    if not keep.any():
+        raise InputError(
+            f"Every prompt of {prompts.name!r} also stands in the run's own prompts outside `test`; give other prompts."
+        )
+    rest = prompts if keep.all() else prompts.select(keep)
+    tuned = np.array([split not in allowed for split in tuned_on.splits], dtype=bool)
+    warn_of_likeness(rest, tuned_on.select(tuned))
+    return rest
+
+
+@dataclass
+class Work:
+    """What the parts of one evaluation share."""
+
+    config: EvaluateConfig
+    run: Job | None
+    weights: Path | None
+    folder: Path
+    identity: dict[str, Any]
+    device: str
+    dtype: str
+    log: ReplyLog
+    store: Store
+    report: Reporter
+    generated: dict[str, float] = field(default_factory=lambda: {"tokens": 0, "seconds": 0.0, "replies": 0})
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return ("base",) if self.run is None else ("base", "tuned")
+
+    def key(self, model: str, tokens: Sequence[int], **more: Any) -> str:
+        """Everything that decides a reply of `base` or `tuned`."""
+        return content_key(
+            {
+                "weights": self.identity["weights"],
+                "adapter": self.identity["adapter"] if model == "tuned" else None,
+                "tokens": list(tokens),
+                "new_tokens": self.config.new_tokens,
+                "device": self.device.partition(":")[0],
+                "dtype": self.dtype,
+                **more,
+            }
+        )
+
+
+def rendered(work: Work, tokenizer: Any, prompts: PromptSet) -> list[tuple[int, ...]]:
+    """The tokens of every prompt; raises `InputError` when one and its reply are longer than the model reads."""
+    tokens = list(render(tokenizer, prompts.texts).token_ids)
+    limit = context_length(work.folder)
+    longest = max(map(len, tokens)) + work.config.new_tokens
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"The longest prompt and a reply of {work.config.new_tokens} tokens need {longest:,}, but the model reads "
+            f"at most {limit:,}; shorten the prompt or the reply."
+        )
+    return tokens
+
+
+# ---------------------------------------------------------------------------------------------- refusals and ability
+
+
+def behaviour(
+    work: Work, prompts: PromptSet, judge: Judge | None, suite: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """`refusal`: what base and tuned reply. `kl`: how tuned reads what base replied to harmless prompts."""
+    sample = choose_prompts(prompts, work.config.limit, None if suite == "refusal" else HARMLESS)
+    if not len(sample):
+        raise InputError(f"{prompts.name!r} has no harmless prompt, so there is no ability to measure; add some.")
+    tokenizer = load_tokenizer(work.folder)
+    tokens = rendered(work, tokenizer, sample)
+    head = template_head(tokenizer, tokens)
+    needed = work.models if suite == "refusal" else ("base",)
+    model: Any = None
+    states: dict[str, list[Any]] = {}
+    kl_head: Any = None
+    for name in work.models:
+        missing = name in needed and any(work.key(name, prompt) not in work.log for prompt in tokens)
+        if model is None and (missing or suite == "kl"):
+            model = _load(work, name)
+        elif model is not None and name == "tuned" and work.weights is not None:
+            put_on(model, work.weights)
+        if missing:
+            _reply(work, model, name, tokenizer, sample, tokens, head)
+        if suite == "kl":
+            from es2.models.kl import read_head
+
+            kl_head = read_head(model) if kl_head is None else kl_head
+            said = [_said(work, prompt) for prompt in tokens]
+            stage = f"read {name}"
+            states[name] = exchange_states(model, tokens, said, len(head), report=work.report, stage=stage)
+    del model
+    gc.collect()
+    weights = resample_pairs(sample, BOOTSTRAP, work.config.seed)
+    if suite == "kl":
+        tuned = states.get("tuned", states["base"])
+        exchanges = [
+            compare_exchange(kl_head, before, after, _said(work, prompt))
+            for before, after, prompt in zip(states["base"], tuned, tokens, strict=True)
+        ]
+        numbers = ability_numbers(exchanges, weights, "tuned" in states)
+        return {"n_prompts": len(sample), "reply_tokens": work.config.kl_tokens} | numbers, []
+
+    texts = {name: [work.log[work.key(name, prompt)]["text"] for prompt in tokens] for name in work.models}
+    verdicts = {name: [judge_reply(text) for text in texts[name]] for name in work.models}
+    result: dict[str, Any] = {
+        "n_prompts": {LABEL_NAMES[one]: int((sample.labels == one).sum()) for one in (HARMFUL, HARMLESS)}
+    }
+    result |= refusal_numbers(sample, verdicts, weights)
+    rows = [
+        {"prompt": text, "label": LABEL_NAMES[int(label)], "category": category}
+        | {name: {"verdict": verdicts[name][row], "text": texts[name][row]} for name in work.models}
+        for row, (text, label, category) in enumerate(zip(sample.texts, sample.labels, sample.categories, strict=True))
+    ]
+    result["judge"] = None
+    if judge is not None:
+        result["judge"] = _ask_judge(work, judge, sample, tokens, texts, verdicts, weights, rows)
+    return result, rows
+
+
+def _load(work: Work, name: str) -> Any:
+    """The plain model; as `tuned` when base has nothing left to say."""
+    work.report("load", 0, 1)
+    model = load_model(work.folder, dtype=work.dtype, device=work.device).requires_grad_(False)
+    if name == "tuned" and work.weights is not None:
+        put_on(model, work.weights)
+    work.report("load", 1, 1)
+    return model
+
+
+def _said(work: Work, prompt: Sequence[int]) -> tuple[int, ...]:
+    """The beginning of the base's reply."""
+    return tuple(work.log[work.key("base", prompt)]["tokens"][: work.config.kl_tokens])
+
+
+def _reply(
+    work: Work,
+    model: Any,
+    name: str,
+    tokenizer: Any,
+    prompts: PromptSet,
+    tokens: list[tuple[int, ...]],
+    head: tuple[int, ...],
+) -> None:
+    """Generate what is not in the log yet."""
+    keys = [work.key(name, prompt) for prompt in tokens]
+    done = {row for row, key in enumerate(keys) if key in work.log}
+    begun = time.perf_counter()
+    for batch in greedy_replies(
+        model,
+        tokens,
+        work.config.new_tokens,
+        end_tokens(model),
+        head=head,
+        done=done,
+        report=work.report,
+        stage=f"reply {name}",
+    ):
+        work.log.add(
+            {
+                "key": keys[row],
+                "model": name,
+                "run": work.config.run if name == "tuned" else None,
+                "prompt": prompts.texts[row],
+                "tokens": list(reply),
+                "text": tokenizer.decode(reply, skip_special_tokens=True),
+            }
+            for row, reply in zip(batch.rows, batch.replies, strict=True)
+        )
+        begun = count_tokens(work, begun, batch.replies, [tokens[row] for row in batch.rows], len(head))
+
+
+def count_tokens(
+    work: Work, begun: float, replies: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]], n_head: int
+) -> float:
+    """Add a batch to the tally of this call; returns the time."""
+    now = time.perf_counter()
+    work.generated["tokens"] += sum(map(len, replies)) + sum(len(prompt) - n_head for prompt in prompts)
+    work.generated["replies"] += len(replies)
+    work.generated["seconds"] += now - begun
+    return now
+
+
+def _ask_judge(
+    work: Work,
+    judge: Judge,
+    sample: PromptSet,
+    tokens: list[tuple[int, ...]],
+    texts: Mapping[str, Sequence[str]],
+    verdicts: Mapping[str, Sequence[str]],
+    weights: np.ndarray,
+    rows: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The judge's rates where it judged everything, and how often it agrees with the rules; verdicts are kept."""
+    document: dict[str, Any] = {"name": judge.name, "problem": None, "agreement": None}
+    settings = [work.config.judge_url, work.config.judge_model, work.config.judge_folder, work.config.judge_label]
+    found: dict[str, list[str | None]] = {}
+    for name in work.models:
+        keys = [work.key(name, prompt, judge=settings) for prompt in tokens]
+        open_rows = [row for row, key in enumerate(keys) if key not in work.log]
+        if open_rows and document["problem"] is None:
+            exchanges = [(sample.texts[row], texts[name][row]) for row in open_rows]
+            judged, document["problem"] = judge_replies(judge, exchanges, work.report)
+            work.log.add(
+                {"key": keys[row], "judge": judge.name, "verdict": verdict}
+                for row, verdict in zip(open_rows, judged, strict=True)
+                if verdict is not None
+            )
+        found[name] = [work.log[key]["verdict"] if key in work.log else None for key in keys]
+        for row, verdict in enumerate(found[name]):
+            rows[row][name]["judge"] = verdict
+    both = [
+        (rule == "refusal") == (verdict == "refusal")
+        for name in work.models
+        for rule, verdict in zip(verdicts[name], found[name], strict=True)
+        if verdict is not None
+    ]
+    document["n_judged"] = len(both)
+    if both:
+        document["agreement"] = sum(both) / len(both)
+    if all(verdict is not None for judged in found.values() for verdict in judged):
+        document |= refusal_numbers(sample, {name: [str(v) for v in judged] for name, judged in found.items()}, weights)
+    return document

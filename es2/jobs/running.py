@@ -1,0 +1,256 @@
+"""A job's own process: it waits for its turn, holds the lock, shows a heartbeat, logs events and writes its end.
+
+The lock on the job's folder, held for as long as the process lives, is what other processes read as liveness. A call
+to stop arrives as a signal, or from another host as a file, and ends the work at its next report of progress.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from es2.core.errors import Es2Error, InputError, MachineError
+from es2.core.files import machine_error, sealed, write_json
+from es2.core.progress import Cancelled, Reporter, silent
+from es2.jobs.job import FORMAT_VERSION, HOST, Job, read_job, tail
+from es2.jobs.queue import list_jobs
+
+logger = logging.getLogger(__name__)
+
+
+HEARTBEAT_SECONDS = 2.0
+
+
+Task = Callable[[dict[str, Any], Reporter, Path], dict[str, Any]]
+"""What a job runs: given its config, a reporter and its folder, it returns a result of JSON values."""
+
+
+def run_job(folder: Path, tasks: Mapping[str, Task], also: Reporter = silent) -> int:
+    """Run the job that was laid down in `folder`, in this process, and write how it ended.
+
+    A task is given the config, a reporter and the folder, and returns a result of JSON values. One that ends itself
+    early returns `{"status": "stopped", "reason": sentence, …}`. An `Es2Error` ends the job as failed with its
+    sentence; any other exception as failed with a sentence that names the log, which has the traceback.
+
+    Args:
+        folder: what `lay_down` made.
+        tasks: the functions by kind.
+        also: told about progress too, such as a bar in the terminal.
+
+    Returns:
+        The process's exit code: 0 done or stopped, 2 bad input, 1 anything else.
+
+    Raises:
+        InputError: when the folder holds no job, the job has ended, or another process runs it.
+    """
+    job = read_job(folder.absolute())
+    with _Life(job, also) as life:
+        end, exit_code = _attempt(job, tasks, life)
+        try:
+            life.write_event(event="status", status=end["status"])
+            write_json(job.path / "result.json", sealed({"format": FORMAT_VERSION, "finished": time.time()} | end))
+        except (OSError, MachineError) as error:
+            logger.error("Job %s cannot record that it is %s: %s", job.id, end["status"], error)
+            return 1
+    return exit_code
+
+
+def result_of(job: Job, exit_code: int, otherwise: str) -> dict[str, Any]:
+    """What a job that `run_job` ran in the foreground returned.
+
+    Args:
+        job: the job.
+        exit_code: what `run_job` returned.
+        otherwise: the sentence for one that has neither a result nor an error, such as a cancelled one.
+
+    Raises:
+        InputError, MachineError: with the job's sentence when it has no result; which of them, the exit code says.
+    """
+    result = job.result()
+    if result is None:
+        sentence = job.error() or otherwise
+        raise InputError(sentence) if exit_code == InputError.exit_code else MachineError(sentence)
+    return result
+
+
+def _attempt(job: Job, tasks: Mapping[str, Task], life: _Life) -> tuple[dict[str, Any], int]:
+    """Run the task; return what `result.json` says, and the exit code."""
+    try:
+        if job.kind not in tasks:
+            raise InputError(f"Unknown kind of job {job.kind!r}; one of {', '.join(tasks)}.")
+        life.check()
+        with ExitStack() as turn:
+            if job.config.get("heavy", True):
+                turn.enter_context(_turn(job, life))
+            life.enter("running")
+            result = tasks[job.kind](dict(job.config), life.report, job.path)
+        json.dumps(result, allow_nan=False)
+        if result.get("status") == "stopped":
+            return {"status": "stopped", "result": result, "error": result.get("reason")}, 0
+        return {"status": "done", "result": result, "error": None}, 0
+    except Exception as error:
+        if life.stop:  # a process that is asked to stop may fail in any way: its children were asked too
+            logger.info("Cancelled.", exc_info=not isinstance(error, Cancelled))
+            return {"status": "cancelled", "result": None, "error": None}, 1
+        if isinstance(error, Es2Error):
+            logger.error("%s", error)
+            return {"status": "failed", "result": None, "error": str(error)}, error.exit_code
+        logger.exception("Job %s failed unexpectedly.", job.id)
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
+        sentence = f"The {job.kind} job failed unexpectedly ({what}); {job.path / 'log.txt'} has the details."
+        return {"status": "failed", "result": None, "error": sentence}, 1
+
+
+def heavy_limit() -> int:
+    """How many heavy jobs of one host may run at once: `$ES2_HEAVY_JOBS`, or 1.
+
+    Raises:
+        InputError: when the variable holds anything but a whole number of at least 1.
+    """
+    stated = os.environ.get("ES2_HEAVY_JOBS") or "1"
+    if not (stated.isascii() and stated.isdigit() and int(stated[:9]) >= 1):
+        raise InputError(f"ES2_HEAVY_JOBS must be a whole number of at least 1, not {stated[:40]!r}.")
+    return int(stated[:9])
+
+
+def jobs_ahead(job: Job) -> list[Job]:
+    """The heavy jobs of this host that were launched before a heavy one and have not ended; none for a light one."""
+    if not job.config.get("heavy", True):
+        return []
+    unended = (other for other in list_jobs(job.path.parent) if not (other.path / "result.json").exists())
+    return [other for other in unended if other.is_ahead_of(job) and other.is_active()]
+
+
+@contextmanager
+def _turn(job: Job, life: _Life) -> Iterator[None]:
+    """Wait until there is room: fewer earlier heavy jobs of this host are left than may run, and so few run."""
+    names = [f".turn-{HOST}.lock", *(f".turn-{HOST}-{number}.lock" for number in range(2, heavy_limit() + 1))]
+    turns = [FileLock(job.path.parent / name) for name in names]
+    ahead = jobs_ahead(job)
+    n_at_first = len(ahead)
+    while True:
+        life.check()
+        ahead = [other for other in ahead if other.is_active()]
+        # A turn may be taken by a later job, of before this one was resumed.
+        if len(ahead) < len(turns) and (turn := next(filter(_try, turns), None)) is not None:
+            break
+        life.also("queue", n_at_first - len(ahead), n_at_first)
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        turn.release()
+
+
+def _try(lock: FileLock) -> bool:
+    """Take a lock, unless another process holds it. Raises `MachineError`."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    except OSError as error:
+        raise machine_error(error, Path(lock.lock_file)) from error
+    return True
+
+
+class _Life:
+    """What a job's process does beside its work: hold the lock, show a heartbeat, log events, hear a call to stop."""
+
+    def __init__(self, job: Job, also: Reporter) -> None:
+        self.job = job
+        self.also = also
+        self.stop = False
+        self._over = threading.Event()
+        self._beat = threading.Thread(target=self._show_heartbeat, daemon=True)
+        self._last: tuple[str, float] = ("", 0.0)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Life:
+        path = self.job.path
+        with ExitStack() as stack:
+            lock = FileLock(path / "lock")
+            try:
+                lock.acquire(timeout=2)  # not 0: whoever asks for the status looks at the lock, too
+                stack.callback(lock.release)
+                self._events = stack.enter_context((path / "events.jsonl").open("ab", buffering=0))
+            except Timeout:
+                raise InputError(f"Job {self.job.id} is being run by another process.") from None
+            except OSError as error:
+                raise machine_error(error, path) from error
+            if (end := self.job.ending()) is not None:
+                raise InputError(f"Job {self.job.id} has ended already ({end}).")
+            if (written := tail(path / "events.jsonl")) and not written.endswith(b"\n"):
+                self._events.write(b"\n")  # what a killed process began must not spoil the next line
+            for number in (signal.SIGTERM, signal.SIGINT):
+                stack.callback(signal.signal, number, signal.signal(number, self._hear))
+            self.enter("queued")
+            self._beat.start()
+            stack.callback(self._beat.join)
+            stack.callback(self._over.set)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def enter(self, state: str) -> None:
+        """Show that the job is now `queued` or `running`."""
+        try:
+            record = {"host": HOST, "pid": os.getpid(), "state": state}
+            write_json(self.job.path / "heartbeat.json", record)
+        except OSError as error:
+            raise machine_error(error, self.job.path) from error
+        self.write_event(event="status", status=state)
+
+    def check(self) -> None:
+        """Raise `Cancelled` when somebody asked for it."""
+        self.stop = self.stop or (self.job.path / "cancel").exists()
+        if self.stop:
+            raise Cancelled
+
+    def report(self, stage: str, done: int, total: int, **numbers: float) -> None:
+        """The `Reporter` of the task. At most ten events a second, unless they carry numbers or end a stage."""
+        if self.stop:
+            raise Cancelled
+        self.also(stage, done, total, **numbers)
+        now = time.monotonic()
+        if stage == self._last[0] and now - self._last[1] < 0.1 and done < total and not numbers:
+            return
+        self._last = (stage, now)
+        finite = {name: float(number) if math.isfinite(number) else None for name, number in numbers.items()}
+        self.write_event(event="progress", stage=stage, done=int(done), total=int(total), **finite)
+
+    def write_event(self, **entries: Any) -> None:
+        """Append one line to `events.jsonl`. Raises `MachineError` when the disk refuses."""
+        line = json.dumps({"time": time.time(), **entries}, ensure_ascii=False)
+        try:
+            self._events.write(line.encode() + b"\n")
+        except OSError as error:
+            raise machine_error(error, self.job.path / "events.jsonl") from error
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.stop = True
+
+    def _show_heartbeat(self) -> None:
+        while not self._over.wait(HEARTBEAT_SECONDS):
+            if not self.job.path.is_dir():
+                self.stop = True  # whoever removed the folder underfoot wants no result
+                break
+            if (self.job.path / "cancel").exists():
+                self.stop = True  # how a request from another host arrives
+            try:
+                os.utime(self.job.path / "heartbeat.json")
+            except OSError as error:
+                logger.warning("The heartbeat of job %s cannot be written: %s", self.job.id, error)

@@ -1,0 +1,1 @@
+"""Models: names, files, loading, adapters, chat templates, batching, forward passes, replies, KL through the head."""

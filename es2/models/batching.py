@@ -1,0 +1,215 @@
+"""How prompts share a forward pass, and how replies end: what capture, fine-tune and evaluation have in common.
+
+What all prompts begin with is run once; its keys and values are then handed to every batch of prompts that follow it.
+Imports no torch by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+KeysAndValues = list[tuple["torch.Tensor", "torch.Tensor"]]
+"""Of the shared tokens, in every block; empty where nothing is shared."""
+
+SHARING_VERIFIED = ("llama", "mistral", "qwen2", "gpt2", "gpt_neox", "gemma")
+"""Architectures (`model_type`) for which running a shared prefix once was tested to change nothing."""
+
+
+REPLIES_AT_ONCE = 3
+"""Times as many prompts of a fine-tune reply together: token by token there is less to do for each."""
+
+
+def usual_tokens(device: str) -> int:
+    """How many tokens a forward pass reads at once on this kind of torch device, where memory is not the limit."""
+    return 640 if device == "cpu" else 16_384  # more is slower on a CPU: the batch outgrows the caches
+
+
+def batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices of prompts in batches of like length, the longest first, so that too little memory shows at once.
+
+    Args:
+        lengths: tokens of each prompt.
+        budget: padded tokens of one batch, at least one prompt.
+    """
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def reply_batches(lengths: Sequence[int], budget: int, pads: bool) -> Iterator[list[int]]:
+    """Indices of prompts that reply together: as `batches_by_length`, or without `pads` those of equal length only."""
+    if pads:
+        yield from batches_by_length(lengths, budget)
+        return
+    for length in sorted(set(lengths), reverse=True):
+        rows = [row for row, n in enumerate(lengths) if n == length]
+        size = max(1, budget // length)
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+@dataclass
+class Tree:
+    """Prompts that share a row: what some of them begin with alike stands there once, as the beginning of a branch.
+
+    Attributes:
+        tokens: of the row.
+        parents: for each token, where the one before it stands; −1 for a first one.
+        depths: for each token, how many come before it in its prompt.
+        slots: for each prompt, by its index, where its tokens stand.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    slots: dict[int, list[int]] = field(default_factory=dict)
+
+    def grow(self, prompt: int, tokens: Sequence[int], stem: Sequence[int]) -> None:
+        """Add a prompt that begins with the tokens at `stem`, slots that are there already."""
+        path = list(stem)
+        for depth in range(len(stem), len(tokens)):
+            self.parents.append(path[-1] if path else -1)
+            path.append(len(self.tokens))
+            self.tokens.append(tokens[depth])
+            self.depths.append(depth)
+        self.slots[prompt] = path
+
+
+def n_alike(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two prompts begin with alike."""
+    limit = min(len(first), len(second))
+    return next((i for i in range(limit) if first[i] != second[i]), limit)
+
+
+def plant(prompts: Sequence[Sequence[int]], width: int) -> list[Tree]:
+    """Prompts in rows of at most `width` tokens (a longer prompt has its own), those that begin alike together.
+
+    Contrast twins begin alike, and half of all questions begin like another one. A token that sees only its own branch
+    is the same token in every prompt of that branch, so it is run once; and rows of several families fill up evenly.
+    """
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(width + 1)]  # rows, by how many tokens they still have room for
+    for n_tokens, family in sorted(_families(prompts, width), key=lambda family: -family[0]):
+        tightest = next((room for room in range(n_tokens, width + 1) if with_room[room]), None)
+        if tightest is None:
+            rows.append(family)
+            with_room[max(0, width - n_tokens)].append(len(rows) - 1)
+        else:
+            number = with_room[tightest].pop()
+            rows[number] += family
+            with_room[tightest - n_tokens].append(number)
+    trees = []
+    for row in rows:
+        tree = Tree()
+        before: Sequence[int] = ()
+        path: list[int] = []
+        for index in row:
+            tree.grow(index, prompts[index], path[: n_alike(before, prompts[index])])
+            before, path = prompts[index], tree.slots[index]
+        trees.append(tree)
+    return trees
+
+
+def _families(prompts: Sequence[Sequence[int]], width: int) -> list[tuple[int, list[int]]]:
+    """Prompts in the order of the dictionary, divided where it costs the fewest tokens, with each family's tokens.
+
+    Of all divisions into families of at most `width` tokens this is one that runs the fewest tokens, and among those
+    one of small families, which are easier to fit into rows.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: tuple(prompts[index]))
+    own = [len(prompts[order[0]])]  # of each prompt, what the one before it does not begin with
+    own += [len(prompts[b]) - n_alike(prompts[a], prompts[b]) for a, b in pairwise(order)]
+    divided = [(0, 0)]  # for the first so many prompts: how many tokens, and where the last family begins
+    for end in range(1, len(order) + 1):
+        choices: list[tuple[int, int]] = []
+        later = 0  # tokens that the family's other prompts add to its first one's
+        for start in range(end - 1, -1, -1):
+            n_tokens = len(prompts[order[start]]) + later
+            if choices and n_tokens > width:
+                break
+            choices.append((divided[start][0] + n_tokens, start))
+            later += own[start]
+        divided.append(min(choices, key=lambda choice: choice[0]))
+    families = []
+    end = len(order)
+    while end:
+        total, start = divided[end]
+        families.append((total - divided[start][0], order[start:end]))
+        end = start
+    return families
+
+
+def keys_and_values(decoder: Any, tokens: Sequence[int], device: torch.device) -> KeysAndValues:
+    """Run what all prompts begin with once, so that what follows can attend to it; nothing for no tokens.
+
+    Args:
+        decoder: the blocks of a transformers model with what stands below them (`model.base_model`).
+        tokens: the shared ones.
+        device: the decoder's.
+    """
+    import torch
+
+    if not tokens:
+        return []
+    cache = cache_of([], 1)
+    decoder(torch.tensor([tuple(tokens)], device=device), past_key_values=cache, use_cache=True)
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def cache_of(shared: KeysAndValues, n_prompts: int) -> Any:
+    """A transformers cache that holds `shared` for each of `n_prompts` prompts; what follows is appended to it."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(shared):
+        cache.update(keys.expand(n_prompts, -1, -1, -1), values.expand(n_prompts, -1, -1, -1), layer)
+    return cache
+
+
+def cache_before(shared: KeysAndValues) -> Any:
+    """A transformers cache for a single pass of any number of prompts that all follow `shared`.
+
+    It gives each of them `shared` and keeps nothing of what follows, which nobody reads after the block that made it.
+    """
+    import torch
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    class Before(DynamicLayer):
+        def __init__(self, before: tuple[torch.Tensor, torch.Tensor]) -> None:
+            super().__init__()
+            self.lazy_initialization(*before)
+            self.keys, self.values = self.before = before
+
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            keys, values = (
+                torch.cat([before.expand(len(own), -1, -1, -1), own], dim=-2)
+                for before, own in zip(self.before, (key_states, value_states), strict=True)
+            )
+            return keys, values
+
+    return Cache(layers=[Before(before) for before in shared])
+
+
+def end_tokens(model: Any) -> frozenset[int]:
+    """The tokens that end a reply of this transformers model."""
+    ids = model.generation_config.eos_token_id
+    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def until_end(reply: Sequence[int], ends: frozenset[int]) -> tuple[int, ...]:
+    """A reply up to and including the first token that ends it; all of it if none does."""
+    end = next((index for index, token in enumerate(reply) if token in ends), len(reply) - 1)
+    return tuple(reply[: end + 1])

@@ -1,0 +1,152 @@
+"""What a model reads: prompts under its chat template, as tokens, and which of them are asked for.
+
+The same text must be the same tokens on every day, so the date that a template tells the model is pinned. A template
+that rewrites or swallows a text is refused, since what is measured would then be another prompt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from es2.core.errors import InputError
+from es2.models.batching import n_alike
+from es2.models.model_files import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+PINNED_DATE = datetime(2024, 7, 26)
+"""What templates that tell the model today's date are told: the date that Llama's own template falls back to."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Prompts as the model gets them.
+
+    Attributes:
+        token_ids: the tokens of each prompt, unpadded, generation prompt included.
+        last_instruction: for each prompt, the index of the last token of the user's own text.
+        templated: whether a chat template was applied; `False` for models that have none.
+    """
+
+    token_ids: tuple[tuple[int, ...], ...]
+    last_instruction: tuple[int, ...]
+    templated: bool
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all prompts together."""
+        return sum(map(len, self.token_ids))
+
+    @property
+    def digest(self) -> str:
+        """Identifies the tokens and the positions read from them."""
+        data = json.dumps([self.token_ids, self.last_instruction], separators=(",", ":")).encode()
+        return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+    def select(self, rows: Sequence[int]) -> Rendered:
+        """Some of the prompts."""
+        return Rendered(
+            tuple(self.token_ids[row] for row in rows),
+            tuple(self.last_instruction[row] for row in rows),
+            self.templated,
+        )
+
+    def columns(self, position: str) -> list[int]:
+        """For each prompt, the index of the token whose embedding `position` names."""
+        if position == "last":
+            return [len(tokens) - 1 for tokens in self.token_ids]
+        return list(self.last_instruction)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Rendered:
+    """Turn texts into what the model reads: one user message under the chat template, with the generation prompt.
+
+    Templates that ask for today's date are told `PINNED_DATE`. Without a chat template the plain text is tokenised as
+    the tokenizer does by default.
+
+    Raises:
+        InputError: when the template refuses or rewrites a text, or the tokenizer cannot tell which characters a
+            token covers.
+    """
+    if not tokenizer.is_fast:
+        raise InputError("This model's tokenizer has no fast version (tokenizer.json); use a model that has one.")
+    templated = tokenizer.chat_template is not None
+    head, tail = "", ""
+    strings = list(texts)
+    if templated:
+        template = _pinned_template(tokenizer)
+        mark = "(the user's text)"
+        head, found, tail = _apply(tokenizer, template, mark).partition(mark)
+        if not found or mark in tail:
+            raise InputError(
+                "This model's chat template does not show the user's text exactly once; use another model."
+            )
+        strings = [_apply(tokenizer, template, text) for text in texts]
+    encoded = tokenizer(strings, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False)
+    last_instruction = []
+    for text, string, spans in zip(texts, strings, encoded["offset_mapping"], strict=True):
+        own = string[len(head) : len(string) - len(tail)].rstrip()
+        last_character = len(head) + len(own) - 1
+        covering = [i for i, (start, end) in enumerate(spans) if start <= last_character < end]
+        if not (string.startswith(head) and string.endswith(tail) and own and covering):
+            raise InputError(f"The model's chat template or tokenizer swallows the prompt {shown(text)}; remove it.")
+        last_instruction.append(covering[-1])
+    return Rendered(tuple(map(tuple, encoded["input_ids"])), tuple(last_instruction), templated)
+
+
+def template_head(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The tokens with which every prompt begins, whatever the user says: the head of the chat template.
+
+    Args:
+        tokenizer: the model's.
+        prompts: the tokens of prompts, from `render`.
+    """
+    # Two texts without a common beginning show where the head ends, also when the prompts all begin with one word.
+    every = [*map(tuple, prompts), *render(tokenizer, ("A", "1")).token_ids]
+    first, last = min(every), max(every)  # what these two share, all between them share
+    return first[: min(n_alike(first, last), min(map(len, every)) - 1)]
+
+
+def _pinned_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template, behind a macro that stands in for the clock that transformers gives to templates.
+
+    A function cannot be handed to a template (transformers replaces everything but plain data), but a macro of the
+    same name hides the global one.
+    """
+    directives = {f"%{letter}": PINNED_DATE.strftime(f"%{letter}") for letter in "aAbBdmyYjHIMSpfwUW"}
+    replaced = "".join(f" | replace('{directive}', '{value}')" for directive, value in directives.items())
+    # The newline is swallowed (trim_blocks), so the template begins at the start of a line, as it does by itself.
+    return (
+        f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{tokenizer.get_chat_template()}"
+    )
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, template: str, text: str) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}],
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
+                date_string=PINNED_DATE.strftime("%d %b %Y"),
+            )
+        )
+    except (TemplateError, ValueError, TypeError) as error:
+        raise InputError(
+            f"The model's chat template fails on the prompt {shown(text)} ({first_line(error)}); use another model."
+        ) from error
+
+
+def shown(text: str) -> str:
+    """A prompt as error messages quote it."""
+    return repr(text if len(text) <= 80 else text[:80] + "…")

@@ -1,0 +1,88 @@
+"""What identifies a model: digests of its weights, its adapter, its chat template and its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from es2.core.errors import InputError
+from es2.core.files import file_digest
+from es2.models.model_files import (
+    first_line,
+    read_config,
+    weight_files,
+)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What identifies a model: digests that change when its numbers or its prompts' tokens would.
+
+    Attributes:
+        weights: of the weight files and of the configuration that says how to run them (quantisation included).
+        adapter: of the adapter, `None` without one.
+        tokenizer: of the tokenizer's files.
+        chat_template: of the chat template, `None` for a model without one.
+    """
+
+    weights: str
+    adapter: str | None
+    tokenizer: str
+    chat_template: str | None
+
+    def to_dict(self) -> dict[str, str | None]:
+        return asdict(self)
+
+
+def fingerprint(folder: Path, adapter: Path | None = None) -> Fingerprint:
+    """Identify a model folder by content; a file is read once and then remembered by path, size and time.
+
+    Raises:
+        InputError: when the folder is no model, or `adapter` no adapter.
+    """
+    config = read_config(folder / "config.json")
+    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
+        config.pop(volatile, None)  # who wrote the folder, and defaults that a load overrides: they decide no number
+    tokenizer = [
+        path
+        for path in sorted(folder.iterdir())
+        if re.fullmatch(r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges)\.(json|model|txt)", path.name)
+    ]
+    try:
+        return Fingerprint(
+            weights=_digest([config, *map(file_digest, weight_files(folder))]),
+            adapter=None if adapter is None else _digest([*map(file_digest, adapter_files(adapter))]),
+            tokenizer=_digest([(path.name, file_digest(path)) for path in tokenizer]),
+            chat_template=_chat_template_digest(folder),
+        )
+    except OSError as error:
+        raise InputError(
+            f"The model folder {str(folder)!r} cannot be read ({first_line(error)}); check its permissions."
+        ) from error
+
+
+def _chat_template_digest(folder: Path) -> str | None:
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        return file_digest(own)
+    settings = folder / "tokenizer_config.json"
+    template = read_config(settings).get("chat_template") if settings.is_file() else None
+    return None if template is None else _digest(template)
+
+
+def _digest(value: object) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def adapter_files(adapter: Path) -> list[Path]:
+    """The files that decide an adapter: peft's two, or the one file of the blocks that a full fine-tune changed."""
+    if adapter.is_file():
+        return [adapter]
+    files = [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"The folder {str(adapter)!r} is no adapter: it has no {file.name}.")
+    return files

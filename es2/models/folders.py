@@ -1,0 +1,53 @@
+"""From a model that was resolved to its local folder, fetched or converted when needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from es2.core.progress import Reporter, silent
+from es2.models.catalogue import DEFAULT_MODEL, ModelSpec
+from es2.models.device import require_memory
+from es2.models.model_files import (
+    convert_gguf,
+    count_gguf_parameters,
+    default_folder,
+    fetch_snapshot,
+    find_snapshot,
+    gguf_folder,
+    make_default,
+    make_folder,
+)
+from es2.models.number_formats import DTYPES, WORKING_SHARE
+
+
+def is_cached(spec: ModelSpec) -> bool:
+    """Whether the model's folder is complete on this machine, so that `model_folder` needs no network."""
+    if spec.kind == "folder":
+        return True
+    if spec.kind == "gguf":
+        return gguf_folder(Path(spec.location)).is_dir()
+    if spec.name == DEFAULT_MODEL:
+        return default_folder().is_dir()
+    return find_snapshot(spec.location) is not None
+
+
+def model_folder(spec: ModelSpec, report: Reporter = silent) -> Path:
+    """The local folder of the model (safetensors, configuration, tokenizer), fetched or converted when needed.
+
+    Raises:
+        InputError: when the source holds no such model, or not in a form that is read here.
+        MachineError: when network, disk or memory refuse.
+    """
+    if spec.kind == "folder":
+        return Path(spec.location)
+    if spec.kind == "gguf":
+        gguf = Path(spec.location)
+        return make_folder(gguf_folder(gguf), lambda folder: _convert(gguf, folder, report))
+    if spec.name == DEFAULT_MODEL:
+        return make_folder(default_folder(), lambda folder: make_default(folder, report))
+    return find_snapshot(spec.location) or fetch_snapshot(spec.location, report)
+
+
+def _convert(gguf: Path, folder: Path, report: Reporter) -> None:
+    require_memory(count_gguf_parameters(gguf) * DTYPES["float32"] * WORKING_SHARE, "float32", "cpu", gguf.name)
+    convert_gguf(gguf, folder, report)

@@ -1,0 +1,338 @@
+"""The forward passes of a fine-tune, through the plain transformers model.
+
+Three things make them several times cheaper than calling the model on padded batches, and none changes a number.
+What every prompt begins with, the head of the chat template, is run once and its keys and values are handed to every
+prompt (with their gradients: tuned blocks change them too). Harmful prompts stop at the last target layer. Prompts of
+like length share a batch. Weights of blocks below the first trained one need no gradient and neither do their inputs,
+so autograd records nothing there by itself. Embeddings are read by hooks on the blocks: what `blocks.{l}.hook_out` of a
+TransformerLens bridge gives. The bridge itself is for capture only, since it rewires the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from es2.core.errors import InputError
+from es2.models.batching import (
+    REPLIES_AT_ONCE,
+    SHARING_VERIFIED,
+    KeysAndValues,
+    batches_by_length,
+    cache_before,
+    cache_of,
+    keys_and_values,
+    reply_batches,
+    until_end,
+    usual_tokens,
+)
+from es2.models.kl import Head, read_head, token_kl
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+_STAND_IN = (0,)
+
+Tokens = Sequence[int]
+
+
+@dataclass(frozen=True)
+class BaseReply:
+    """What the base model makes of one harmless prompt: constants of the KL terms.
+
+    Attributes:
+        reply: its greedy reply, up to and including the token that ends it.
+        states: its states before the head at every token that counts, in the dtype in which they were computed: the
+            prompt's own tokens (all after the template's head), then the reply's but the last. The states from `last`
+            on are those that the reply's tokens were read from.
+    """
+
+    reply: tuple[int, ...]
+    states: Float[Tensor, "token d_model"]
+
+    @property
+    def n_prompt(self) -> int:
+        """How many of the states belong to the prompt, `last` included."""
+        return len(self.states) - len(self.reply) + 1
+
+
+@dataclass(frozen=True)
+class HarmlessPass:
+    """One pass over harmless prompts.
+
+    Attributes:
+        embeddings: at `last`, at the target layers.
+        kl_prompt: KL(base ‖ tuned) in nats, summed over the prompts' own tokens, `last` included.
+        kl_reply: the same summed over the distributions that the reply's tokens were drawn from, `last` included.
+    """
+
+    embeddings: Float[Tensor, "prompt layer d_model"]
+    kl_prompt: Float[Tensor, ""]
+    kl_reply: Float[Tensor, ""]
+
+
+def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
+    """The list of blocks of a transformers model and its name inside `model.base_model`.
+
+    Raises:
+        InputError: when the model has no such list.
+    """
+    n_layers = model.config.get_text_config().num_hidden_layers
+    for name, child in model.base_model.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == n_layers:
+            return name, child
+    raise InputError(
+        f"The blocks of the {model.config.model_type!r} model cannot be found; use a decoder-only architecture."
+    )
+
+
+class Network:
+    """A causal language model, with or without an adapter inside, as the fine-tune runs it.
+
+    Args:
+        model: from `load_model`, or `load_sharded`: then all processes call the same methods in the same
+            order, with as many prompts as they happen to have. An adapter may be put into it later; passes then run
+            with it.
+        template_head: the tokens that every prompt begins with.
+        layers: the target layers, ascending.
+        gradient_checkpointing: whether blocks are run again in the backward pass instead of keeping what it needs. The
+            template's head is not shared then, since checkpointed blocks have no cache, nor between shards.
+        tokens_at_once: padded tokens per forward pass, at least one prompt; by default what suits the device.
+
+    Raises:
+        InputError: when the architecture's blocks or its head are not what this class knows.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        template_head: Tokens,
+        layers: Sequence[int],
+        gradient_checkpointing: bool = False,
+        tokens_at_once: int | None = None,
+    ) -> None:
+        self.model = model
+        self.layers = tuple(layers)
+        self.device: torch.device = model.device
+        self.head: Head = read_head(model)
+        self.list_name, self.blocks = find_blocks(model)
+        self.template_head = tuple(template_head)
+        self._verified = model.config.model_type in SHARING_VERIFIED
+        self.in_step = isinstance(self.blocks[0], FSDPModule)
+        # Shards are gone by the time that gradients come back through keys and values alone.
+        shares = self._verified and not gradient_checkpointing and not self.in_step
+        self._n_shared = len(self.template_head) if shares else 0
+        self._deep = model.base_model
+        self._shallow = _first_blocks(model.base_model, self.list_name, self.layers[-1] + 1)
+        self._tokens_at_once = tokens_at_once or usual_tokens(self.device.type)
+        self._autocast = model.dtype != torch.float32
+        self._dtype = model.dtype
+        self._checkpoints = gradient_checkpointing
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def embed(
+        self, prompts: Sequence[Tokens], shared: KeysAndValues | None = None
+    ) -> Float[Tensor, "prompt layer d_model"]:
+        """Embeddings at the target layers, in float32, running no block above the last of them and no head."""
+        shared = self.run_template_head() if shared is None else shared
+        sequences = [tuple(tokens[self._n_shared :]) for tokens in prompts]
+        rows: list[int] = []
+        parts: list[Tensor] = []
+        for batch in self._together(batches_by_length([len(tokens) for tokens in sequences], self._tokens_at_once)):
+            chosen = [sequences[row] for row in batch]
+            embeddings, _ = self._run(self._shallow, chosen, [len(tokens) - 1 for tokens in chosen], shared)
+            rows += batch
+            parts.append(embeddings)
+        return self._in_order(parts, rows)
+
+    def read_harmless(
+        self, prompts: Sequence[Tokens], base: Sequence[BaseReply], shared: KeysAndValues | None = None
+    ) -> HarmlessPass:
+        """One pass at full depth over prompts and the base's replies to them: embeddings and both KL sums."""
+        shared = self.run_template_head() if shared is None else shared
+        own = len(self.template_head) - self._n_shared
+        sequences = [
+            (*tokens[self._n_shared :], *record.reply[:-1]) for tokens, record in zip(prompts, base, strict=True)
+        ]
+        rows: list[int] = []
+        parts: list[Tensor] = []
+        kl_prompt = kl_reply = torch.zeros((), device=self.device)
+        for batch in self._together(batches_by_length([len(tokens) for tokens in sequences], self._tokens_at_once)):
+            last = [len(prompts[row]) - self._n_shared - 1 for row in batch]
+            embeddings, states = self._run(self._deep, [sequences[row] for row in batch], last, shared)
+            rows += batch
+            parts.append(embeddings)
+            if not batch:
+                kl_prompt = kl_prompt + states.sum()  # nothing, but the way back leads through every block
+                continue
+            tuned = torch.cat([states[i, own : len(sequences[row])] for i, row in enumerate(batch)])
+            of_base = torch.cat([base[row].states for row in batch]).to(self.device)
+            divergences = token_kl(tuned, of_base, self.head).split([len(base[row].states) for row in batch])
+            for row, divergence in zip(batch, divergences, strict=True):
+                n_prompt = base[row].n_prompt
+                kl_prompt = kl_prompt + divergence[:n_prompt].sum()
+                kl_reply = kl_reply + divergence[n_prompt - 1 :].sum()
+        return HarmlessPass(self._in_order(parts, rows), kl_prompt, kl_reply)
+
+    @torch.no_grad()
+    def reply(
+        self, prompts: Sequence[Tokens], n_tokens: int, end_tokens: frozenset[int]
+    ) -> Iterator[tuple[int, BaseReply, Float[Tensor, "layer d_model"]]]:
+        """Reply to prompts greedily, and keep the states on the way: base states cost no pass of their own.
+
+        Prompts of like length share a batch, filled up on the right; a reply's tokens follow the filling, which nobody
+        attends to, at the positions that they would have without it. Architectures that were not seen to give the same
+        states that way, or whose sliding window would count the filling, reply to prompts of equal length at a time.
+
+        Yields:
+            (index in `prompts`, the reply with its states on the CPU, the embeddings at `last`).
+        """
+        self.model.eval()
+        shared = self.run_template_head()
+        own = len(self.template_head) - self._n_shared
+        sequences = [tuple(tokens[self._n_shared :]) for tokens in prompts]
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        longest = max(map(len, prompts), default=0) + n_tokens
+        pads = self._verified and (window is None or longest <= window)
+        budget = REPLIES_AT_ONCE * self._tokens_at_once
+        for batch in self._together(reply_batches([len(tokens) for tokens in sequences], budget, pads)):
+            chosen = [sequences[row] for row in batch] or [_STAND_IN]
+            lengths = torch.tensor([len(tokens) for tokens in chosen])
+            cache = cache_of(shared, len(chosen))
+            embeddings, states = self._run(self._deep, chosen, (lengths - 1).tolist(), shared, cache)
+            read = [states]
+            ahead = states[torch.arange(len(chosen)), lengths - 1]
+            replies = [[token] for token in self.head.next_tokens(ahead)]
+            mask = torch.ones(len(chosen), self._n_shared + int(lengths.max()), dtype=torch.long)
+            mask[:, self._n_shared :] = torch.arange(int(lengths.max())) < lengths[:, None]
+            for count in range(n_tokens - 1):
+                if self._most(any(reply[-1] not in end_tokens for reply in replies)) == 0:
+                    break
+                latest = torch.tensor([reply[-1:] for reply in replies], device=self.device)
+                mask = torch.cat([mask, mask.new_ones(len(chosen), 1)], dim=1)
+                inputs: dict[str, Any] = {}
+                if pads:
+                    positions = (self._n_shared + lengths + count)[:, None]
+                    inputs = {"attention_mask": mask.to(self.device), "position_ids": positions.to(self.device)}
+                with self._precision():
+                    decoded = self._deep(latest, past_key_values=cache, use_cache=True, **inputs)
+                read.append(decoded.last_hidden_state)
+                for reply, token in zip(replies, self.head.next_tokens(read[-1][:, -1]), strict=True):
+                    reply.append(reply[-1] if reply[-1] in end_tokens else token)
+            later = torch.cat(read[1:], dim=1).cpu() if len(read) > 1 else None
+            states, embeddings = states.cpu(), embeddings.cpu()
+            for i, row in enumerate(batch):
+                ended = until_end(replies[i], end_tokens)
+                counted = states[i, own : len(chosen[i])]
+                if later is not None:
+                    counted = torch.cat([counted, later[i, : len(ended) - 1]])
+                yield row, BaseReply(ended, counted.clone()), embeddings[i]
+
+    def _together(self, batches: Iterator[list[int]]) -> Iterator[list[int]]:
+        """The batches; where processes hold shards, empty ones after them until every process has as many.
+
+        Each pass brings the blocks together from all processes, so all have to run it, forward and back.
+        """
+        own = list(batches)
+        idle: list[list[int]] = [[]] * (self._most(len(own)) - len(own))
+        yield from (*own, *idle)
+
+    def _most(self, number: int) -> int:
+        """The largest of all processes' numbers where they hold shards, else this one."""
+        if not self.in_step:
+            return number
+        largest = torch.tensor(number, device=self.device)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return int(largest)
+
+    def run_template_head(self) -> KeysAndValues:
+        """Keys and values of the template's head in every block, for all prompts of a step; empty if not shared."""
+        with self._precision():
+            return keys_and_values(self._deep, self.template_head[: self._n_shared], self.device)
+
+    def _run(
+        self,
+        decoder: Any,
+        sequences: Sequence[Tokens],
+        last: Sequence[int],
+        shared: KeysAndValues,
+        cache: Any = None,
+    ) -> tuple[Float[Tensor, "prompt layer d_model"], Float[Tensor, "prompt token d_model"]]:
+        """One forward pass of prompts that all follow `shared`: embeddings at `last`, and the final states.
+
+        What will be gone on from needs a `cache`, which holds `shared` already. For no prompts the blocks run all the
+        same, over a token that stands in.
+        """
+        n_prompts = len(sequences)
+        if not sequences:
+            sequences, last = [_STAND_IN], [0]
+        width = max(map(len, sequences))
+        tokens = torch.zeros(len(sequences), width, dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        for row, sequence in enumerate(sequences):
+            tokens[row, : len(sequence)] = torch.tensor(sequence)
+            mask[row, : len(sequence)] = 1
+        # Right padding leaves every token at its own position, which is what models assume.
+        inputs: dict[str, Any] = {"attention_mask": mask.to(self.device)}
+        if shared or cache is not None:
+            seen = mask.new_ones(len(sequences), shared[0][0].shape[-2] if shared else 0)
+            cache = cache_before(shared) if cache is None else cache
+            inputs = {"attention_mask": torch.cat([seen, mask], dim=1).to(self.device), "past_key_values": cache}
+        rows = torch.arange(len(sequences), device=self.device)
+        columns = torch.tensor(last, device=self.device)
+        for block in self.blocks:
+            # What transformers asks before it checkpoints; of the block alone, so that dropout inside it stays off. And
+            # only where there is something to recompute: a checkpointed block has no cache, which replies need.
+            block.training = self._checkpoints and torch.is_grad_enabled()
+        with self._hooks() as kept, self._precision():
+            states = decoder(tokens.to(self.device), use_cache="past_key_values" in inputs, **inputs).last_hidden_state
+        embeddings = torch.stack([kept[layer][rows, columns] for layer in self.layers], dim=1).float()
+        return embeddings[:n_prompts], states[:n_prompts]
+
+    def _in_order(self, parts: list[Tensor], rows: list[int]) -> Float[Tensor, "prompt layer d_model"]:
+        """The embeddings of all batches in the order of the prompts."""
+        if not parts:
+            d_model = self.head.weight.shape[1]
+            return torch.zeros(0, len(self.layers), d_model, device=self.device)
+        order = torch.tensor(rows, device=self.device).argsort()
+        return torch.cat(parts)[order]
+
+    @contextmanager
+    def _hooks(self) -> Iterator[dict[int, Tensor]]:
+        """Keep the outputs of the target blocks of the next pass."""
+        kept: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> Any:
+            def hook(block: nn.Module, inputs: Any, output: Any) -> None:
+                kept[layer] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles = [self.blocks[layer].register_forward_hook(keep(layer)) for layer in self.layers]
+        try:
+            yield kept
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _precision(self) -> Any:
+        """Trained weights are float32 also in a model of bfloat16; autocast lets the two meet."""
+        return torch.autocast(self.device.type, dtype=self._dtype) if self._autocast else nullcontext()
+
+
+def _first_blocks(decoder: nn.Module, list_name: str, n: int) -> Any:
+    """A view of the decoder that ends after `n` blocks; it shares every weight and every hook with the whole one."""
+    view = copy.copy(decoder)
+    view._modules = dict(decoder._modules)
+    view._modules[list_name] = nn.ModuleList(list(getattr(decoder, list_name))[:n])
+    return view

@@ -1,0 +1,125 @@
+"""KL(base ‖ tuned) over the full vocabulary from states before the head, without ever holding logits for all tokens.
+
+The head is frozen, so what the base says is known from one vector of `d_model` numbers per token, kept from before the
+tuning; no second model, no stored logits. Logits exist for a chunk of tokens at a time. Since the head is frozen and
+the divergence of a token depends on that token's state alone, its gradient (p_tuned − p_base) · W can be worked out
+while the chunk's logits are still there; the backward pass only scales it. That is exact, and needs one application of
+the head where checkpointing would need two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from es2.core.errors import InputError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+_LOGITS_AT_ONCE = 2**23  # 32 MB in float32: 170 tokens of a vocabulary of 49,152
+
+
+@dataclass(frozen=True)
+class Head:
+    """The frozen output head: logits = cap · tanh((W · state + bias) / cap), without the tanh where there is no cap.
+
+    Attributes:
+        weight: `[vocab, d_model]`; often the embedding matrix itself.
+        bias: `[vocab]`, or `None`.
+        softcap: Gemma 2's `final_logit_softcapping`, or `None`.
+    """
+
+    weight: Float[Tensor, "vocab d_model"]
+    bias: Float[Tensor, "vocab"] | None = None
+    softcap: float | None = None
+
+    def logits(self, states: Float[Tensor, "token d_model"]) -> Float[Tensor, "token vocab"]:
+        """Logits in float32 at least, from a product in the head's own dtype whatever autocast says."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            product = states.to(self.weight.dtype) @ self.weight.T
+            logits = product if product.dtype.itemsize >= 4 else product.float()
+            if self.bias is not None:
+                logits = logits + self.bias
+            return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @torch.no_grad()
+    def next_tokens(self, states: Float[Tensor, "token d_model"]) -> list[int]:
+        """The most likely next token after each state."""
+        return torch.cat([self.logits(chunk).argmax(dim=-1) for chunk in _chunks(self, states)]).tolist()
+
+
+def read_head(model: Any) -> Head:
+    """The head of a transformers causal language model, checked against the model itself.
+
+    Raises:
+        InputError: when the model does something else to its logits than `Head` does.
+    """
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, torch.nn.Linear):
+        raise InputError(f"The {model.config.model_type!r} model has no plain linear head, so its KL is unknown here.")
+    text_config = model.config.get_text_config()
+    softcap = getattr(text_config, "final_logit_softcapping", None)
+    head = Head(layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), softcap)
+    tokens = torch.arange(4, device=layer.weight.device)[None] + 5
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits[0].float()
+        found = head.logits(model.base_model(tokens, use_cache=False).last_hidden_state[0])
+    tolerance = 1e-2 if layer.weight.dtype.itemsize < 4 else 1e-4
+    if not torch.allclose(found, expected, atol=tolerance * float(expected.abs().max()), rtol=tolerance):
+        raise InputError(
+            f"The {model.config.model_type!r} model changes its logits after the head, so its KL is unknown here; "
+            "use another architecture."
+        )
+    return head
+
+
+def token_kl(
+    tuned: Float[Tensor, "token d_model"], base: Float[Tensor, "token d_model"], head: Head
+) -> Float[Tensor, "token"]:
+    """KL(base ‖ tuned) in nats of each token's distribution over the vocabulary, differentiable in `tuned`.
+
+    Args:
+        tuned: the tuned model's states before the head.
+        base: the base model's states of the same tokens; constants.
+        head: the head, the same for both; a constant.
+    """
+    with torch.autocast(tuned.device.type, enabled=False):
+        return _TokenKL.apply(tuned, base, head)
+
+
+def _chunks(head: Head, *tensors: Tensor) -> Any:
+    size = max(1, _LOGITS_AT_ONCE // len(head.weight))
+    parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return (part[0] for part in parts) if len(tensors) == 1 else parts
+
+
+class _TokenKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tuned: Tensor, base: Tensor, head: Head) -> Tensor:
+        divergences, gradients = [], []
+        for tuned_part, base_part in _chunks(head, tuned.detach(), base.detach()):
+            logits = head.logits(tuned_part)
+            log_base = head.logits(base_part).log_softmax(dim=-1)
+            log_tuned = logits.log_softmax(dim=-1)
+            p_base = log_base.exp()
+            divergences.append((p_base * (log_base - log_tuned)).sum(dim=-1))
+            if ctx.needs_input_grad[0]:
+                by_logits = log_tuned.exp_().sub_(p_base)
+                if head.softcap is not None:
+                    by_logits *= 1 - (logits / head.softcap).square()
+                gradients.append((by_logits.to(head.weight.dtype) @ head.weight).to(tuned.dtype))
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(divergences)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return (outer[:, None] * gradients).to(gradients.dtype), None, None

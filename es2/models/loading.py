@@ -1,0 +1,306 @@
+"""From a name to a model that runs: catalogue, fingerprint, load.
+
+Whatever a user names (a catalogue entry, a Hub id, a folder, a `.gguf` file) becomes one thing first: a local folder
+of safetensors, configuration and tokenizer. Everything after that knows only folders, so there is one way to
+fingerprint and one way to load, and a machine without network is no special case. Code that a model folder brings
+along is never run, and transformers' habit of replacing missing weights by random ones is an error here. Nothing
+imports torch before a model is actually loaded: resolving and fingerprinting must be cheap enough for every command.
+"""
+
+from __future__ import annotations
+
+import os
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from es2.core.errors import InputError, MachineError
+from es2.models.adapters import ADAPTER_CONFIG, merge_adapter
+from es2.models.device import check_device, choose_device, choose_dtype, is_out_of_memory, require_memory, too_large
+from es2.models.fingerprint import adapter_files
+from es2.models.model_files import (
+    first_line,
+    weight_files,
+)
+from es2.models.number_formats import DTYPES, FOUR_BIT_BYTES, WORKING_SHARE
+from es2.models.placement import AUTO, all_or_none, free_bytes, quantized, shard, spread
+from es2.models.tensors import load_tensors
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+from typing import TYPE_CHECKING
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a model folder's tokenizer, without running any code that the folder may bring.
+
+    Raises:
+        InputError: when the folder has none that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"The model folder {str(folder)!r} has no tokenizer that can be read ({first_line(error)}); "
+            "add its tokenizer.json and tokenizer_config.json."
+        ) from error
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    may_spread: bool = False,
+    quantize: str | None = None,
+) -> PreTrainedModel:
+    """Load the plain transformers model of a folder, in evaluation mode.
+
+    Args:
+        folder: what `model_folder` returned.
+        dtype: one of `DTYPES`; by default what suits the device.
+        device: a torch device; by default the best there is.
+        may_spread: whether it may lie on several devices: where the one GPU is too small, or with the device `auto`.
+        quantize: `4bit` for weights of four bits (bitsandbytes, on CUDA only).
+
+    Raises:
+        InputError: when the folder is no causal language model, is damaged or incomplete, or needs code of its own.
+        MachineError: when the device is missing or the memory too small.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    dtype = dtype or choose_dtype(choose_device() if device in (None, AUTO) else device)
+    if dtype not in DTYPES:
+        raise InputError(f"Unknown dtype {dtype[:40]!r}; one of {', '.join(DTYPES)}.")
+    if (folder / ADAPTER_CONFIG).exists():  # transformers would load the model that the adapter names instead
+        raise InputError(
+            f"The model folder {str(folder)!r} also holds an adapter, so it is unclear which model is meant; move its "
+            f"{ADAPTER_CONFIG} elsewhere, and import the adapter as a run if it is to be compared."
+        )
+    parameters = _count_parameters(folder)
+    needed = parameters * (FOUR_BIT_BYTES if quantize else DTYPES[dtype]) * WORKING_SHARE
+    placed: dict[str, Any] = {}
+    if device == AUTO and not may_spread:
+        raise InputError("The device auto is for capture; give cuda or cpu here.")
+    one_gpu = device in (None, "cuda") and choose_device() == "cuda"
+    if device == AUTO or (may_spread and one_gpu and needed > free_bytes("cuda") and torch.cuda.device_count() > 1):
+        placed = spread(needed, folder.name)
+    else:
+        device = device or choose_device()
+        check_device(device)
+        require_memory(needed, dtype, device, folder.name)
+    if quantize is not None:
+        placed = quantized(str(device), dtype)
+    offload = placed.pop("offload_folder", None)
+    _quiet_transformers()
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all processes but one would get no weights
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **placed | ({} if offload is None else {"offload_folder": offload.name}),
+        )
+        model, loading = loaded
+        model = model if placed else model.to(device)
+        if offload is not None:
+            model.offload_folder = offload  # which lives as long as the model
+    except (
+        MemoryError,
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
+        if is_out_of_memory(error):
+            raise MachineError(f"{too_large(folder.name)}.") from error
+        raise InputError(
+            f"The model folder {str(folder)!r} cannot be loaded as a causal language model ({first_line(error)}); "
+            "fetch it again, or use another model."
+        ) from error
+    if loading["missing_keys"]:
+        # transformers would go on with random numbers in their place.
+        raise InputError(
+            f"The model folder {str(folder)!r} lacks {len(loading['missing_keys'])} weights "
+            f"(the first: {min(loading['missing_keys'])}); fetch it again."
+        )
+    return model.eval()
+
+
+def load_sharded(folder: Path, dtype: str | None, device: str) -> PreTrainedModel:
+    """Load a model whose blocks are split over the processes of an FSDP launch; each process calls it.
+
+    The first process reads the weights into the machine's memory and hands them out block by block.
+
+    Args:
+        folder: what `model_folder` returned.
+        dtype: one of `DTYPES`; by default what suits the device.
+        device: this process's.
+
+    Raises:
+        InputError, MachineError: as `load_model`, in every process.
+    """
+    import torch
+    from accelerate import PartialState, init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from es2.models.forward import find_blocks
+
+    dtype = dtype or choose_dtype(device)
+
+    def load() -> Any:
+        if PartialState().is_main_process:
+            return load_model(folder, dtype=dtype, device="cpu")
+        with init_empty_weights(include_buffers=False):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+    model = all_or_none(load).requires_grad_(False)
+    shard(model, find_blocks(model)[1], torch.device(device))
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def load_bridge(
+    folder: Path,
+    *,
+    adapter: Path | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    may_spread: bool = False,
+) -> TransformerBridge:
+    """Load a model folder, its adapter merged into its weights, behind TransformerLens hooks.
+
+    The bridge computes what transformers computes (no weight processing), with eager attention. With `may_spread` its
+    blocks may lie on several devices, and so do what its hooks give.
+
+    Raises:
+        InputError, MachineError: as `load_model`; also when the adapter does not fit the model, and when
+            TransformerLens does not know the architecture.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    # Merged before the bridge: once wrapped, a model takes no adapter any more.
+    model = load_tuned(folder, adapter, dtype=dtype, device=device, may_spread=may_spread)
+    try:
+        bridge = TransformerBridge.boot_transformers(
+            str(folder),
+            hf_model=model,
+            tokenizer=load_tokenizer(folder),
+            dtype=model.dtype,
+            device=str(model.device),
+        )
+    except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        raise InputError(
+            f"TransformerLens cannot hook the {model.config.model_type!r} model in {str(folder)!r} "
+            f"({first_line(error)}); use a decoder-only architecture that it supports."
+        ) from error
+    bridge.eval()
+    return bridge
+
+
+def load_tuned(
+    folder: Path,
+    adapter: Path | None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    may_spread: bool = False,
+) -> PreTrainedModel:
+    """Load a model folder with a fine-tune merged into its weights: a peft adapter, or the blocks that were changed.
+
+    Raises:
+        InputError, MachineError: as `load_model`; also when the adapter does not fit the model.
+    """
+    model = load_model(folder, dtype=dtype, device=device, may_spread=may_spread)
+    if adapter is None:
+        return model
+    adapter_files(adapter)
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise MachineError(
+            f"The model {folder.name!r} lies partly on the disk, where no fine-tune can be merged into it; export it "
+            "merged (`es2 export --merged`) where there is memory enough, and capture that folder."
+        )
+    if adapter.is_file():
+        load_blocks(model, adapter)
+        return model
+    return merge_adapter(model, adapter)
+
+
+def load_blocks(model: PreTrainedModel, weights: Path) -> None:
+    """Put the blocks that a full fine-tune left in `weights.safetensors` into the model that it started from.
+
+    Raises:
+        InputError: when the file is damaged or of another model.
+    """
+    import torch
+
+    tensors, _ = load_tensors(weights)
+    own = dict(model.named_parameters())
+    unknown = [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]
+    if unknown:
+        raise InputError(f"The weights {str(weights)!r} do not fit this model (the first: {unknown[0]}).")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def _count_parameters(folder: Path) -> int:
+    """The number of weights in a folder, from the files' headers alone."""
+    from safetensors import SafetensorError, safe_open
+
+    total = 0
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                total += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"The weights {str(file)!r} are damaged ({first_line(error)}); fetch them again."
+            ) from error
+    return total
+
+
+def _quiet_transformers() -> None:
+    """Keep transformers' own progress bars out of the logs; ours tell more."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def put_on(model: Any, weights: Path) -> None:
+    """Make a base model the tuned one, in place: an adapter's layers put in, or the changed blocks copied over.
+
+    Args:
+        model: from `es2.models.loading.load_model`.
+        weights: what `es2.workflow.runs.tuned_weights` gave.
+
+    Raises:
+        InputError: when the fine-tune is damaged or of another model.
+    """
+    if weights.is_file():
+        load_blocks(model, weights)
+        return
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        PeftModel.from_pretrained(model, str(weights)).eval()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"The adapter {str(weights)!r} does not fit the model ({first_line(error)}); "
+            "give the model it was trained on."
+        ) from error

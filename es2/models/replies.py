@@ -1,0 +1,225 @@
+"""Greedy replies of a model, many prompts at once.
+
+What all prompts begin with is run once. The rest is batched by length, and a prompt whose reply has ended leaves its
+batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from es2.core.errors import MachineError
+from es2.core.progress import Reporter, silent
+from es2.models.batching import (
+    SHARING_VERIFIED,
+    KeysAndValues,
+    batches_by_length,
+    cache_of,
+    keys_and_values,
+    reply_batches,
+    until_end,
+    usual_tokens,
+)
+from es2.models.device import is_out_of_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+Tokens = Sequence[int]
+Around = Callable[[list[int]], AbstractContextManager[Any]]
+"""Given the rows of a batch, what to have open while it replies; what it yields is handed on with the batch."""
+
+_TOKENS_AT_ONCE = {"cpu": 9_600}  # prompts and replies together: a hundred short exchanges, about 0.5 GB of keys
+_TOKENS_AT_ONCE_ACCELERATED = 16_384
+
+
+# -------------------------------------------------------------------------------------------------------------- replies
+
+
+@dataclass(frozen=True)
+class ReplyBatch:
+    """Replies that were generated together.
+
+    Attributes:
+        rows: which prompts, by index.
+        replies: the reply of each, up to and including the token that ends it.
+        seen: what `around` yielded.
+    """
+
+    rows: tuple[int, ...]
+    replies: tuple[tuple[int, ...], ...]
+    seen: Any = None
+
+
+def greedy_replies(
+    model: Any,
+    prompts: Sequence[Tokens],
+    n_tokens: int,
+    end_tokens: frozenset[int],
+    *,
+    head: Tokens = (),
+    done: Container[int] = (),
+    around: Around | None = None,
+    tokens_at_once: int | None = None,
+    report: Reporter = silent,
+    stage: str = "reply",
+) -> Iterator[ReplyBatch]:
+    """Reply to prompts greedily, in batches of like length.
+
+    Args:
+        model: a transformers causal language model, with or without an adapter inside; also a bridge's own
+            `original_model`, under whose hooks `around` may push.
+        prompts: rendered prompts.
+        n_tokens: the longest reply.
+        end_tokens: what ends one.
+        head: the tokens that every prompt begins with; run once where that was verified to change nothing.
+        done: indices of prompts that need no reply any more. Which prompts share a batch does not depend on it.
+        around: opened for each batch, after the head was run.
+        tokens_at_once: tokens of prompts and replies in one batch, at least one prompt; by default what suits the
+            device.
+        report: told at every token; it may raise to stop.
+        stage: what it is told.
+
+    Yields:
+        Each batch as soon as it is complete.
+
+    Raises:
+        MachineError: when memory runs out even for a single prompt.
+    """
+    import torch
+
+    config = model.config.get_text_config()
+    verified = model.config.model_type in SHARING_VERIFIED
+    window = getattr(config, "sliding_window", None)
+    longest = max(map(len, prompts), default=0) + n_tokens
+    pads = verified and (window is None or longest <= window)
+    n_shared = len(head) if verified else 0
+    budget = tokens_at_once or _TOKENS_AT_ONCE.get(model.device.type, _TOKENS_AT_ONCE_ACCELERATED)
+    waiting = [
+        [row for row in batch if row not in done]
+        for batch in reply_batches([len(prompt) + n_tokens for prompt in prompts], budget, pads)
+    ]
+    waiting = [batch for batch in waiting if batch]
+    total = n_tokens * sum(map(len, waiting))
+    finished = 0
+    report(stage, 0, total)
+    if not waiting:
+        return
+    with torch.inference_mode():
+        shared = keys_and_values(model.base_model, head[:n_shared], model.device)
+        while waiting:
+            batch = waiting.pop(0)
+            sequences = [tuple(prompts[row][n_shared:]) for row in batch]
+
+            def step(count: int, size: int = len(batch), before: int = finished) -> None:
+                report(stage, before + min(count, n_tokens - 1) * size, total)
+
+            try:
+                with around(batch) if around else nullcontext() as seen:
+                    replies = _reply(model, sequences, shared, n_tokens, end_tokens, pads, step)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(batch) == 1:
+                    raise MachineError(
+                        "Memory ran out while replying to a single prompt; use bfloat16, a smaller model or shorter "
+                        "replies."
+                    ) from error
+                waiting[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+                continue
+            finished += n_tokens * len(batch)
+            report(stage, finished, total)
+            yield ReplyBatch(tuple(batch), tuple(replies), seen)
+
+
+def _reply(
+    model: Any,
+    sequences: list[tuple[int, ...]],
+    shared: KeysAndValues,
+    n_tokens: int,
+    end_tokens: frozenset[int],
+    pads: bool,
+    step: Callable[[int], None],
+) -> list[tuple[int, ...]]:
+    """The greedy replies to prompts that all follow `shared`; without `pads` they are of equal length."""
+    import torch
+
+    width = max(map(len, sequences))
+    latest = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros_like(latest)
+    for row, sequence in enumerate(sequences):
+        latest[row, width - len(sequence) :] = torch.tensor(sequence)
+        mask[row, width - len(sequence) :] = 1
+    cache = cache_of(shared, len(sequences))
+    mask = torch.cat([mask.new_ones(len(sequences), shared[0][0].shape[-2] if shared else 0), mask], dim=1)
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    replies: list[list[int]] = [[] for _ in sequences]
+    for count in range(n_tokens):
+        step(count)
+        inputs: dict[str, Any] = {}
+        if pads:
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -latest.shape[1] :]
+            inputs = {"attention_mask": mask.to(model.device), "position_ids": positions.to(model.device)}
+        output = model(latest.to(model.device), past_key_values=cache, use_cache=True, **last_only, **inputs)
+        chosen = output.logits[:, -1].argmax(dim=-1).tolist()
+        for reply, token in zip(replies, chosen, strict=True):
+            reply.append(reply[-1] if reply and reply[-1] in end_tokens else token)
+        if all(reply[-1] in end_tokens for reply in replies):
+            break
+        latest = torch.tensor([reply[-1:] for reply in replies])
+        mask = torch.cat([mask, mask.new_ones(len(sequences), 1)], dim=1)
+    return [until_end(reply, end_tokens) for reply in replies]
+
+
+# -------------------------------------------------------------------------------------------------------------- ability
+
+
+def exchange_states(
+    model: Any,
+    prompts: Sequence[Tokens],
+    replies: Sequence[Tokens],
+    n_head: int,
+    *,
+    report: Reporter = silent,
+    stage: str = "read",
+) -> list[Tensor]:
+    """The model's states before its head while it reads prompts and the replies that were given to them.
+
+    Args:
+        model: base or tuned.
+        prompts: rendered prompts.
+        replies: the base's replies to them.
+        n_head: so many tokens of every prompt belong to the template's head and do not count.
+        report: told after every batch.
+        stage: what it is told.
+
+    Returns:
+        For each prompt `[token, d_model]` on the CPU: its own tokens after the template's head, then the reply's but
+        the last. A reply's tokens were read off the states from the last prompt token on.
+    """
+    import torch
+
+    sequences = [(*prompt, *reply[:-1]) for prompt, reply in zip(prompts, replies, strict=True)]
+    budget = usual_tokens(model.device.type)
+    states: dict[int, Tensor] = {}
+    report(stage, 0, len(sequences))
+    for batch in batches_by_length([len(sequence) for sequence in sequences], budget):
+        width = len(sequences[batch[0]])
+        # Right padding leaves every token at its own position, which is what models assume.
+        tokens, mask = torch.zeros(2, len(batch), width, dtype=torch.long)
+        for index, row in enumerate(batch):
+            tokens[index, : len(sequences[row])] = torch.tensor(sequences[row])
+            mask[index, : len(sequences[row])] = 1
+        with torch.inference_mode():
+            output = model.base_model(
+                tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False
+            ).last_hidden_state
+            for index, row in enumerate(batch):
+                states[row] = output[index, n_head : len(sequences[row])].cpu().clone()
+        report(stage, len(states), len(sequences))
+    return [states[row] for row in range(len(sequences))]

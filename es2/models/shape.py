@@ -1,0 +1,122 @@
+"""A model's sizes, from its configuration alone. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from es2.core.errors import InputError
+from es2.models.catalogue import CATALOGUE, resolve
+from es2.models.folders import is_cached, model_folder
+from es2.models.model_files import (
+    read_config,
+)
+
+_UNGATED = ("gpt2", "gpt_neox", "gptj", "gpt_neo", "opt", "phi", "bloom", "falcon", "gpt_bigcode", "starcoder2", "mpt")
+_TIED = ("gpt2", "gemma", "gemma2", "gemma3_text", "opt", "bloom")  # where the configuration leaves it out
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model that decide how long it computes.
+
+    Attributes:
+        n_layers: blocks.
+        d_model: width of the residual stream.
+        d_ff: width inside a block's MLP.
+        block_parameters: weights of one block.
+        head_parameters: weights of the output head, vocabulary × d_model.
+        parameters: weights in all.
+        d_kv: numbers that a block keeps of a token as its key, and as many as its value.
+    """
+
+    n_layers: int
+    d_model: int
+    d_ff: int
+    block_parameters: int
+    head_parameters: int
+    parameters: int
+    d_kv: int = 0
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Shape:
+        """From a model folder's configuration; biases and norms are left out.
+
+        Raises:
+            InputError: when the configuration lacks a size.
+        """
+        whole = read_config(folder / "config.json")
+        config = whole.get("text_config") or whole
+        n_layers = count_layers(folder)
+
+        def size(*names: str) -> int | None:
+            return next((int(config[name]) for name in names if isinstance(config.get(name), int)), None)
+
+        d_model, vocabulary = size("hidden_size", "n_embd", "d_model"), size("vocab_size")
+        if d_model is None or vocabulary is None:
+            raise InputError(f"The model in {str(folder)!r} does not say how wide it is; its time cannot be estimated.")
+        heads = size("num_attention_heads", "n_head") or 1
+        d_head = size("head_dim") or d_model // heads
+        d_ff = size("intermediate_size", "n_inner", "ffn_dim") or 4 * d_model
+        family = str(config.get("model_type"))
+        d_kv = d_head * (size("num_key_value_heads") or heads)
+        attention = 2 * d_model * (d_head * heads + d_kv)
+        block = attention + (2 if family in _UNGATED else 3) * d_model * d_ff
+        head = vocabulary * d_model
+        tied = whole.get("tie_word_embeddings", config.get("tie_word_embeddings", family in _TIED))
+        return cls(n_layers, d_model, d_ff, block, head, n_layers * block + (1 if tied else 2) * head, d_kv)
+
+    @classmethod
+    def of_model(cls, model: str) -> Shape:
+        """From the model's folder where it is on this machine, else, roughly, from the catalogue.
+
+        Raises:
+            InputError: when the model is neither here nor in the catalogue.
+        """
+        if (folder := local_folder(model)) is not None:
+            return cls.of_folder(folder)
+        spec = resolve(model)
+        entry = next((entry for entry in CATALOGUE if entry.name == spec.name), None)
+        if entry is None:
+            raise InputError(
+                f"The model {spec.name!r} is not on this machine yet, so its size is unknown; "
+                f"fetch it with `es2 capture --model {spec.name}`."
+            )
+        block = min(12 * entry.d_model**2, entry.parameters // entry.n_layers)  # the usual ratio of the sizes
+        head = entry.parameters - entry.n_layers * block
+        return cls(entry.n_layers, entry.d_model, 3 * entry.d_model, block, head, entry.parameters, entry.d_model)
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder of a model that is on this machine; None for one that would have to be fetched or converted.
+
+    Raises:
+        InputError: when `model` names nothing.
+    """
+    spec = resolve(model)
+    return model_folder(spec) if is_cached(spec) else None
+
+
+# ----------------------------------------------------------------------------------------------------- what a folder is
+
+
+def context_length(folder: Path) -> int | None:
+    """The longest prompt in tokens that the model's configuration allows, `None` where it names no limit."""
+    config = read_config(folder / "config.json")
+    config = config.get("text_config") or config
+    limits = [config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    return next((limit for limit in limits if isinstance(limit, int)), None)
+
+
+def count_layers(folder: Path) -> int:
+    """The number of blocks of the model in a folder, from its configuration alone.
+
+    Raises:
+        InputError: when the configuration does not say.
+    """
+    config = read_config(folder / "config.json")
+    config = config.get("text_config") or config
+    for name in ("num_hidden_layers", "n_layer", "num_layers"):
+        if isinstance(config.get(name), int):
+            return int(config[name])
+    raise InputError(f"The model in {str(folder)!r} does not say how many layers it has; use another model.")

@@ -1,0 +1,155 @@
+"""Labelled prompts and their splits.
+
+Everything the workbench claims rests on who may look at which prompt, so the split is a property of the prompt itself:
+a stable hash of its contrast pair, computed nowhere else, the same on every machine, and unmoved when other prompts
+come or go. Readers are strict for the same reason. A row that cannot be understood stops the load with its number and
+column; silently dropping it would change a measurement.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import unicodedata
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from es2.prompts.near_duplicates import near_duplicates
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int8
+
+
+logger = logging.getLogger(__name__)
+
+HARMFUL = 1
+HARMLESS = 0
+LABELS = {"harmful": HARMFUL, "harmless": HARMLESS}
+LABEL_NAMES = {HARMFUL: "harmful", HARMLESS: "harmless"}
+
+SPLITS = ("tune", "watch", "probe", "test")
+_SPLIT_ENDS = (0.5, 0.6, 0.8, 1.0)
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts with everything known about them, column by column, in the order in which they were read.
+
+    Attributes:
+        name: `builtin`, a file's stem, or `hf:…`; for display only.
+        texts: the prompts, without white space at either end.
+        labels: 1 harmful, 0 harmless.
+        categories: the source's own category, or `unspecified`.
+        pairs: the contrast pair's id. A prompt without one has an id of its own, made from its text, so this is
+            always the unit of folds, bootstraps and shuffles.
+        splits: one of `SPLITS` for each prompt.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+    labels: Int8[np.ndarray, "prompt"]
+    categories: tuple[str, ...]
+    pairs: tuple[str, ...]
+    splits: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies texts, labels, categories, pairs and splits, whatever their order."""
+        rows = sorted(
+            zip(self.texts, self.labels.tolist(), self.categories, self.pairs, self.splits, strict=True),
+        )
+        return _digest(rows)
+
+    @cached_property
+    def texts_digest(self) -> str:
+        """Identifies the texts in their order: what an activation set depends on."""
+        return _digest(self.texts)
+
+    @cached_property
+    def leak(self) -> str | None:
+        """A warning, when prompts say nearly the same as others in another split; None when none do."""
+        found = near_duplicates(self.texts, self.splits)
+        if not found:
+            return None
+        first, second = (f"{self.texts[row][:80]!r} in {self.splits[row]}" for row in found[0])
+        return (
+            f"{len(found)} prompt(s) of {self.name!r} say nearly the same as one in another split, so that numbers on "
+            f"`test` may flatter; give such prompts one pair id (the first: {first}, {second})."
+        )
+
+    def in_split(self, split: str) -> Bool[np.ndarray, "prompt"]:
+        """Which prompts stand in `split`."""
+        if split not in SPLITS:
+            raise ValueError(f"Unknown split {split!r}; one of {', '.join(SPLITS)}.")
+        return np.array([own == split for own in self.splits], dtype=bool)
+
+    def measured(self) -> PromptSet:
+        """The prompts that an analysis reads: `probe`, which fits the probes, and `test`, which gives the numbers."""
+        keep = self.in_split("probe") | self.in_split("test")
+        return self if keep.all() else self.select(keep)
+
+    def select(self, keep: Bool[np.ndarray, "prompt"]) -> PromptSet:
+        """The prompts for which `keep` holds, in the same order."""
+        rows = np.flatnonzero(keep)
+
+        def pick(column: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(column[row] for row in rows)
+
+        return PromptSet(
+            self.name,
+            pick(self.texts),
+            self.labels[rows],
+            pick(self.categories),
+            pick(self.pairs),
+            pick(self.splits),
+        )
+
+
+def _digest(value: object) -> str:
+    data = json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode()
+    return hashlib.blake2b(data, digest_size=12).hexdigest()
+
+
+def stable_hash(text: str) -> int:
+    """A 64-bit hash of `text` that is the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big")
+
+
+def split_of(pair: str) -> str:
+    """The split of a contrast pair: `tune` 50 %, `watch` 10 %, `probe` 20 %, `test` 20 % of the hash's range."""
+    place = stable_hash("split:" + pair) / 2**64
+    return next(split for split, end in zip(SPLITS, _SPLIT_ENDS, strict=True) if place < end)
+
+
+def normalised(text: str) -> str:
+    """The text as duplicates are looked for: Unicode-composed, case-folded, white space collapsed."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def own_pair(text: str) -> str:
+    """The pair id of a prompt that belongs to no pair."""
+    return "text:" + hashlib.blake2b(normalised(text).encode(), digest_size=8).hexdigest()
+
+
+def warn_of_likeness(prompts: PromptSet, others: PromptSet) -> None:
+    """Log a warning when some of `prompts`, which are to judge by, say nearly the same as some of `others`."""
+    groups = ["others"] * len(others) + ["prompts"] * len(prompts)
+    texts = (*others.texts, *prompts.texts)
+    found = [pair for pair in near_duplicates(texts, groups) if pair[0] >= len(others)]
+    if found:
+        first, second = (repr(texts[row][:80]) for row in found[0])
+        logger.warning(
+            "%d prompt(s) of %r say nearly the same as one of %r, so numbers on them may flatter (the first: %s, %s).",
+            len(found),
+            prompts.name,
+            others.name,
+            first,
+            second,
+        )

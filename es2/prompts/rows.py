@@ -1,0 +1,132 @@
+"""Rows of a prompt file, checked one by one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from es2.core.errors import InputError
+from es2.prompts.prompt_set import LABELS, SPLITS, PromptSet, normalised, own_pair, split_of
+
+logger = logging.getLogger(__name__)
+
+
+MAX_PROMPT_CHARACTERS = 20_000
+MAX_ROWS = 1_000_000
+MAX_CELL_CHARACTERS = 1_000
+"""Of a pair's id or a category, which stand beside prompts in every table."""
+
+Row = tuple[str, Mapping[str, Any]]
+"""Where a row stands (`row 7`), and its cells by column."""
+
+
+def from_rows(name: str, rows: Iterable[Row], *, where: str) -> PromptSet:
+    """Check rows one by one and make a prompt set of them.
+
+    Args:
+        name: the set's name.
+        rows: where each row stands (`row 7`), and its cells by column.
+        where: the source as an error message should call it.
+
+    Returns:
+        The set: texts stripped, exact duplicates merged with a warning, splits assigned. Prompts that say nearly the
+        same in different splits are warned of, too.
+
+    Raises:
+        InputError: for the first row that is wrong, with its place and column; when one text stands under both
+            labels; when a pair stands in two splits; when there is no row at all.
+    """
+    taken = CheckedRows(where)
+    for place, row in rows:
+        taken.take(place, row)
+    if not taken.texts:
+        raise InputError(f"{where} holds no prompt; it needs at least one row under the columns prompt and label.")
+    if taken.merged:
+        logger.warning("%s: %d exact duplicate(s) merged.", where, taken.merged)
+    labels = np.array(taken.labels, dtype=np.int8)
+    columns = (tuple(column) for column in (taken.categories, taken.pairs, taken.splits))
+    prompts = PromptSet(name, tuple(taken.texts), labels, *columns)
+    if prompts.leak:
+        logger.warning("%s", prompts.leak)
+    return prompts
+
+
+class CheckedRows:
+    """Rows that were checked one by one, by column."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.texts: list[str] = []
+        self.labels: list[int] = []
+        self.categories: list[str] = []
+        self.pairs: list[str] = []
+        self.splits: list[str] = []
+        self.merged = 0
+        self._seen: dict[str, tuple[int, str]] = {}
+        self._exact: set[str] = set()
+        self._split_of_pair: dict[str, tuple[str, str]] = {}
+
+    def take(self, place: str, row: Mapping[str, Any]) -> None:
+        """Take in one more row, or raise `InputError` and leave it out."""
+        at = f"{self.where}, {place}"
+        if len(self.texts) + self.merged >= MAX_ROWS:
+            raise InputError(f"{at}: more than {MAX_ROWS:,} rows are not read; give fewer prompts.")
+        text = _cell(row, "prompt", at)
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise InputError(
+                f"{at}, column prompt: {len(text):,} characters are too many; "
+                f"prompts are short requests of at most {MAX_PROMPT_CHARACTERS:,} characters."
+            )
+        label_name = _cell(row, "label", at).casefold()
+        if label_name not in LABELS:
+            raise InputError(f"{at}, column label: {label_name[:60]!r} is unknown; write harmful or harmless.")
+        label = LABELS[label_name]
+        other_label, other_place = self._seen.setdefault(normalised(text), (label, place))
+        if other_label != label:
+            raise InputError(
+                f"{at}: this text stands under both labels (the other at {other_place}); keep one: {text[:80]!r}."
+            )
+        if text in self._exact:
+            self.merged += 1
+            return
+        pair = _cell(row, "pair", at, needed=False) or own_pair(text)
+        split = _cell(row, "split", at, needed=False).casefold() or split_of(pair)
+        if split not in SPLITS:
+            raise InputError(f"{at}, column split: {split[:60]!r} is unknown; write one of {', '.join(SPLITS)}.")
+        other_split, other_place = self._split_of_pair.setdefault(pair, (split, place))
+        if other_split != split:
+            raise InputError(
+                f"{at}, column split: the pair {pair[:60]!r} stands in {split} here and in {other_split} at "
+                f"{other_place}; both members of a pair belong to one split."
+            )
+        category = _cell(row, "category", at, needed=False) or "unspecified"
+        for column, cell in (("pair", pair), ("category", category)):
+            if len(cell) > MAX_CELL_CHARACTERS:
+                raise InputError(f"{at}, column {column}: at most {MAX_CELL_CHARACTERS:,} characters; shorten it.")
+        self._exact.add(text)
+        self.texts.append(text)
+        self.labels.append(label)
+        self.categories.append(category)
+        self.pairs.append(pair)
+        self.splits.append(split)
+
+
+def _cell(row: Mapping[str, Any], column: str, at: str, *, needed: bool = True) -> str:
+    value = row.get(column)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        if needed:
+            raise InputError(f"{at}, column {column}: empty; every row needs a prompt and a label.")
+        return ""
+    if not isinstance(value, str):
+        if not needed and isinstance(value, int):
+            return str(value)
+        raise InputError(f"{at}, column {column}: expected text, found {type(value).__name__}.")
+    text = value.strip()
+    if "\0" in text:
+        raise InputError(f"{at}, column {column}: holds a NUL byte; remove it.")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"{at}, column {column}: holds half of a surrogate pair, which is no character; remove it.")
+    return text

@@ -1,0 +1,1 @@
+"""Words and colours for numbers, figures, and the HTML report. No torch."""

@@ -1,0 +1,207 @@
+"""The figures of a report: pure functions from a comparison's numbers to plotly figures.
+
+They are looked at alone, without the app around them, so each shows both models at once and says what it shows. Text,
+grid and background have no colour here: the page that holds a figure follows the reader's theme and sets them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from es2.analysis.projection import View
+from es2.analysis.results import Analysis, LayerNumbers
+from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
+from es2.report.glossary import BY_NAME
+from es2.report.labels import hover, label
+from es2.report.palette import BASE, COLOURS, NEUTRAL, SYMBOLS, TUNED, interval_band
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+STRIP_HEIGHT = 270
+VIEW_HEIGHT = 430
+TRAINING_HEIGHT = 280
+
+
+def strip(analysis: Analysis, name: str, *, names: tuple[str, str], targets: Sequence[int], y_title: str) -> go.Figure:
+    """One number over the layers, of both models with its intervals; triangles mark the target layers.
+
+    Args:
+        analysis: of base and tuned.
+        name: of the number, as in `LayerNumbers.numbers`.
+        names: what the two models are called.
+        targets: the target layers.
+        y_title: the axis' title, with its unit or that there is none.
+    """
+    figure = go.Figure()
+    models = ((analysis.base_layers, names[0], BASE, "dot"), (analysis.layers, names[1], TUNED, "solid"))
+    for layers, called, colour, dash in models:
+        figure.add_traces(_line_with_band(layers, name, label(called), colour, dash))
+    intervals = [layer.numbers[name] for layers, *_ in models for layer in layers]
+    low, high = min(interval.low for interval in intervals), max(interval.high for interval in intervals)
+    foot = low - 0.09 * (high - low)
+    figure.add_scatter(
+        x=list(targets),
+        y=[foot] * len(targets),
+        mode="markers",
+        marker={"symbol": "triangle-up", "size": 11, "color": NEUTRAL},
+        name="target layers",
+        hoverinfo="skip",
+    )
+    return _finished(
+        figure,
+        STRIP_HEIGHT,
+        xaxis={
+            "title": {"text": "layer (residual stream after the block)"},
+            "range": [-0.6, len(analysis.layers) - 0.4],
+        },
+        yaxis={"title": {"text": y_title}},
+        hovermode="x unified",
+    )
+
+
+def _line_with_band(
+    layers: Sequence[LayerNumbers], name: str, called: str, colour: str, dash: str
+) -> tuple[go.Scatter, go.Scatter]:
+    x = [layer.layer for layer in layers]
+    intervals = [layer.numbers[name] for layer in layers]
+    term = BY_NAME[name]
+    band = go.Scatter(interval_band(x, intervals, colour))
+    line = go.Scatter(
+        x=x,
+        y=[interval.value for interval in intervals],
+        mode="lines+markers",
+        line={"color": colour, "width": 2, "dash": dash},
+        marker={"size": 6, "color": colour},
+        name=called,
+        hoverinfo="text",
+        hovertext=[f"{called}: {term.value(interval)} ({term.range(interval)})" for interval in intervals],
+    )
+    return band, line
+
+
+def pair(
+    view: View,
+    prompts: PromptSet,
+    rows: Int[np.ndarray, "row"],
+    *,
+    margins: tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]],
+    names: tuple[str, str],
+) -> go.Figure:
+    """Both models' prompts of one layer beside each other, on equal axes.
+
+    Args:
+        view: of both models.
+        prompts: in the order of the view's rows.
+        rows: the prompts to draw.
+        margins: signed distance of every prompt to each model's own boundary, + on the harmful side.
+        names: what the two models are called.
+    """
+    tuned = view.base if view.tuned is None else view.tuned
+    figure = make_subplots(
+        1, 2, shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=[label(name) for name in names]
+    )
+    for column, (points, own) in enumerate(zip((view.base, tuned), margins, strict=True), start=1):
+        for which in (HARMLESS, HARMFUL):
+            of_label = rows[prompts.labels[rows] == which]
+            cloud = go.Scatter(
+                x=points[of_label, 0].tolist(),
+                y=points[of_label, 1].tolist(),
+                mode="markers",
+                marker={"color": COLOURS[which], "symbol": SYMBOLS[which], "size": 7, "opacity": 0.8},
+                name=LABEL_NAMES[which],
+                legendgroup=LABEL_NAMES[which],
+                showlegend=column == 1,
+                hoverinfo="text",
+                hovertext=[f"{hover(prompts.texts[row])}<br>margin {own[row]:+.4f}" for row in of_label],
+            )
+            figure.add_trace(cloud, 1, column)
+    both = np.concatenate([view.base[rows], tuned[rows]])
+    low, high = both.min(axis=0), both.max(axis=0)
+    room = 0.06 * np.maximum(high - low, 1e-9)
+    ranges = [[float(a), float(b)] for a, b in zip(low - room, high + room, strict=True)]
+    if view.kind == "separation":
+        limit = max(map(abs, ranges[0]))
+        ranges[0] = [-limit, limit]
+        line = {"color": NEUTRAL, "width": 1.5, "dash": "dash"}
+        for x, y in (("x", "y domain"), ("x2", "y2 domain")):
+            figure.add_shape(type="line", x0=0, x1=0, y0=0, y1=1, xref=x, yref=y, line=line, layer="below")
+    for axis in ("xaxis", "xaxis2"):
+        figure.layout[axis].update(range=ranges[0], title={"text": label(view.axes[0])})
+    figure.layout.yaxis.update(range=ranges[1], title={"text": label(view.axes[1])})
+    figure.layout.yaxis2.update(range=ranges[1])
+    if view.kind == "pca":
+        figure.layout.yaxis.update(scaleanchor="x")
+        figure.layout.xaxis2.update(matches="x")
+    return _finished(figure, VIEW_HEIGHT, hovermode="closest", legend={"y": 1.07})
+
+
+def training(events: Sequence[Mapping[str, Any]], kl_budget: float) -> go.Figure | None:
+    """How the training went: what was maximised, the KLs against their budget, and what `watch` said; None if unknown.
+
+    Args:
+        events: progress events; those that are not of a training step are ignored, and of a step that was repeated
+            after an interruption the last counts.
+        kl_budget: nats per token.
+    """
+    steps = {int(event["done"]): event for event in events if event.get("stage") == "finetune" and "loss" in event}
+    if not steps:
+        return None
+    panels = (
+        ("objective's own units", (("loss", "loss", NEUTRAL, "dot"), ("separation", "separation", TUNED, "solid"))),
+        (
+            "KL, nats per token",
+            (
+                ("watch_kl_prompt", "prompts, held out", TUNED, "solid"),
+                ("watch_kl_reply", "replies, held out", TUNED, "dot"),
+            ),
+        ),
+        (
+            "mean-difference margin, held out",
+            (("watch_mean_difference_margin", "mean-difference margin, held out", BASE, "solid"),),
+        ),
+    )
+    figure = make_subplots(1, 3, horizontal_spacing=0.07)
+    for column, (title, lines) in enumerate(panels, start=1):
+        for name, called, colour, dash in lines:
+            points = [(step, steps[step][name]) for step in sorted(steps) if steps[step].get(name) is not None]
+            line = go.Scatter(
+                x=[step for step, _ in points],
+                y=[value for _, value in points],
+                mode="lines" if name in ("loss", "separation") else "lines+markers",
+                line={"color": colour, "width": 2, "dash": dash},
+                name=called,
+                hovertemplate="step %{x}: %{y:.4f}",
+            )
+            figure.add_trace(line, 1, column)
+        suffix = "" if column == 1 else str(column)
+        figure.layout[f"xaxis{suffix}"].update(title={"text": "step"}, range=[0, max(steps) + 0.5])
+        figure.layout[f"yaxis{suffix}"].update(title={"text": title})
+    kls = [float(value) for trace in figure.data[2:4] for value in trace.y]
+    figure.layout.yaxis2.update(range=[0, 1.2 * max([kl_budget, *kls])])
+    line = {"color": NEUTRAL, "width": 1.5, "dash": "dash"}
+    figure.add_shape(
+        type="line", x0=0, x1=1, xref="x2 domain", y0=kl_budget, y1=kl_budget, yref="y2", line=line,
+        label={"text": f"budget {kl_budget:g}", "textposition": "end", "font": {"size": 11}},
+    )  # fmt: skip
+    return _finished(figure, TRAINING_HEIGHT, hovermode="closest")
+
+
+def _finished(figure: go.Figure, height: int, legend: Mapping[str, Any] | None = None, **layout: Any) -> go.Figure:
+    figure.update_layout(
+        template=go.layout.Template(),
+        height=height,
+        margin={"l": 70, "r": 14, "t": 40, "b": 50},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"} | dict(legend or {}),
+        hoverlabel={"align": "left", "namelength": -1},
+        **layout,
+    )
+    figure.update_xaxes(showgrid=False, zeroline=False)
+    figure.update_yaxes(zeroline=False)
+    return figure

@@ -1,0 +1,443 @@
+"""The page of a report: a comparison as the text of one HTML file.
+
+Plain strings put together from above to below, in the order in which a reader asks: what came of it, how much, where,
+what it looks like, how it was made. Prompts and names come from users and data sets; each is escaped where it is put,
+prompts are shortened, and what figures show passes through `es2.report.labels`.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.io import to_json
+
+from es2.analysis.comparison import Comparison
+from es2.analysis.projection import pca_view, separation_view
+from es2.analysis.results import Analysis, Change, LayerNumbers
+from es2.analysis.verdict import KL_BUDGET, RULE, run_verdict
+from es2.core.versions import installed_versions
+from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, stable_hash
+from es2.report import figures as report_figures
+from es2.report.glossary import BY_NAME, COMPARED, TERMS, UNITS, Term
+from es2.report.labels import shortened
+from es2.training.config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+PROMPT_CHARACTERS = 300
+MAX_POINTS = 1500
+"""More points in one picture make a file that is slow to open and show no more."""
+N_LISTED = 10
+
+_STRIPS = (
+    ("probe_accuracy", "how well each layer's probe tells the labels apart", "balanced accuracy"),
+    ("margin_mean", "mean distance to the probe's boundary", UNITS),
+    ("mean_difference_margin", "how far the two clouds stand apart", UNITS),
+)
+_ALL_LAYERS = ("probe_accuracy", "margin_mean", "mean_difference_margin", "fisher_ratio", "relative_distance")
+_NO_OPTION = frozenset(
+    ("kl_prompts", "warmup_steps", "clip", "kl_budget", "reply_tokens", "margin_target", "watch_prompts")
+)
+"""Settings of `FinetuneConfig` that `es2 finetune` has no option for."""
+
+
+@dataclass(frozen=True)
+class Compared(Comparison):
+    """What a report is about: a comparison, what it is called and how it was trained.
+
+    Attributes:
+        title: what the run is called.
+        events: the progress events of its training, as far as they are known.
+    """
+
+    title: str = ""
+    events: Sequence[Mapping[str, Any]] = ()
+
+
+def report_html(compared: Compared) -> str:
+    """The report as the text of an HTML file. Raises as reading embeddings does."""
+    figures: dict[str, str] = {}
+    body = "\n".join(_sections(compared, figures))
+    return _page(f"ES2 report: {compared.title}", body, figures)
+
+
+def figure_html(figure: go.Figure | Mapping[str, Any], title: str) -> str:
+    """One figure, or what `go.Figure` takes, as the text of an HTML file of its own, which needs nothing else."""
+    body = f'<h1>{_escape(title)}</h1><div id="figure-1" class="plot"></div>'
+    return _page(title, body, {"figure-1": to_json(figure, validate=False)})
+
+
+def _page(title: str, body: str, figures: Mapping[str, str]) -> str:
+    """An HTML file with plotly.js inside; `figures` are plotly's JSON by the id of the element to draw them in."""
+    from plotly.offline import get_plotlyjs
+
+    drawings = ",\n".join(f"{json.dumps(name)}: {figure}" for name, figure in figures.items())
+    return _PAGE.format(
+        title=_escape(title),
+        style=_STYLE,
+        plotly=get_plotlyjs(),
+        body=body,
+        figures=drawings,
+        script=_SCRIPT,
+    )
+
+
+def _sections(compared: Compared, figures: dict[str, str]) -> Iterable[str]:
+    """The page's parts; puts each figure's JSON into `figures` under the id of the place that it is drawn at."""
+
+    def draw(figure: Any, caption: str) -> str:
+        name = f"figure-{len(figures) + 1}"
+        figures[name] = figure.to_json()  # plotly escapes <, > and / in it
+        return f'<figure><div id="{name}" class="plot"></div><figcaption>{_escape(caption)}</figcaption></figure>'
+
+    result, targets = compared.result, compared.targets
+    yield _head(compared)
+    yield "<h2>Numbers</h2>"
+    yield _targets_table(compared)
+    yield _all_layers_table(compared)
+    yield "<h2>All layers</h2>"
+    n_test = sum(compared.analysis.n_prompts["test"].values())
+    for name, says, unit in _STRIPS:
+        figure = report_figures.strip(compared.analysis, name, names=compared.names, targets=targets, y_title=unit)
+        where = f"on {n_test} test prompts, with 95 % intervals. Triangles: target layers."
+        yield draw(figure, f"{BY_NAME[name].title}: {says}, {where}")
+
+    rows, shown = _shown(compared)
+    for layer in targets:
+        yield f"<h2>Layer {layer}</h2>"
+        base, tuned = (one.layer(layer, compared.position) for one in (compared.base, compared.tuned))
+        margins = _margins(compared.analysis, base, tuned, layer)
+        for kind, view_of in (("Separation", separation_view), ("PCA", pca_view)):
+            view = view_of(
+                base,
+                compared.analysis.base_probes,
+                layer,
+                tuned=tuned,
+                tuned_probes=compared.analysis.tuned_probes,
+                fit=compared.prompts.in_split("test"),
+            )
+            figure = report_figures.pair(view, compared.prompts, rows, margins=margins, names=compared.names)
+            yield draw(figure, f"{kind}: {shown}; both models on the same axes.")
+        yield _movers(compared, layer, margins)
+    if (figure := report_figures.training(compared.events, compared.config.get("kl_budget", KL_BUDGET))) is not None:
+        yield "<h2>Training</h2>"
+        kept = f"The weights of step {result['best_step']} of {result['steps']} were kept."
+        yield draw(figure, f"What each step logged, and what was measured on prompts held out for that. {kept}")
+    yield _how(compared)
+
+
+def _head(compared: Compared) -> str:
+    result = compared.result
+    left, right = compared.names
+    kl = compared.kl or {}
+    verdict = run_verdict(compared.analysis, compared.targets, compared.kl)
+    budget = compared.config.get("kl_budget", KL_BUDGET)
+    facts = [
+        ("Model", compared.config.get("model", compared.base.model)),
+        ("Prompts", compared.config.get("prompts", compared.prompts.name)),
+        ("Compared", f"{left} and {right}"),
+        ("Target layers", ", ".join(map(str, compared.targets))),
+        ("Objective", compared.config.get("objective", "")),
+        (
+            "KL on harmless test prompts",
+            ", ".join(f"{name} {value:.3f}" for name, value in kl.items()) + f" (budget {budget:g}) nats per token"
+            if kl
+            else "not measured",
+        ),
+        ("Run", f"{compared.run}, {result['status']}"),
+    ]
+    rule = "".join(f"<tr><th>{name}</th><td>{_escape(when)}</td></tr>" for name, when in RULE.items())
+    others = "".join(
+        f"<li>{_escape(one.name.capitalize())}. {_escape(one.reason)}</li>"
+        for one in map(compared.verdict, compared.targets)
+        if one != verdict
+    )
+    stopped = f"<p>{_escape(result['reason'])}</p>" if result.get("reason") else ""
+    return f"""<header><p class="kind">ES2 report</p><h1>{_escape(compared.title)}</h1>
+<p class="verdict"><b>{_escape(verdict.name.capitalize())}</b>{_escape(verdict.reason)}</p>
+{stopped}<ul>{others}</ul>
+<details><summary>The rule behind the verdict</summary><p>Per layer the first line that holds, on paired 95 % intervals
+over test prompts; a run has the gravest verdict of its target layers.</p><table class="rule">{rule}</table></details>
+<dl>{"".join(f"<dt>{_escape(name)}</dt><dd>{_escape(shortened(str(value), 200))}</dd>" for name, value in facts)}</dl>
+</header>"""
+
+
+def _targets_table(compared: Compared) -> str:
+    """The numbers of the target layers, base, tuned and change of each beside each other."""
+    layers = [(compared.analysis.base_layers[layer], compared.analysis.layers[layer]) for layer in compared.targets]
+    left, right = map(_escape, compared.names)
+    groups = "".join(f'<th colspan="3">layer {after.layer}</th>' for _, after in layers)
+    rows = []
+    for term in (*TERMS, *COMPARED):
+        if not all(term.name in after.numbers for _, after in layers):
+            continue
+        cells = ""
+        for before, after in layers:
+            first = "<td></td>" if term in COMPARED else _cell(term, before)  # base against itself says nothing
+            cells += f"{first}{_cell(term, after)}<td>{'' if term in COMPARED else _change(term, after)}</td>"
+        rows.append(f"<tr><th>{_escape(term.title)}</th>{cells}</tr>")
+    heads = f"<th>{left}</th><th>{right}</th><th>change</th>" * len(layers)
+    terms = "".join(
+        f"<tr><th>{_escape(term.title)}</th><td>{_escape(term.definition)}</td></tr>" for term in (*TERMS, *COMPARED)
+    )
+    return (
+        '<div class="wide"><table class="numbers"><caption>Target layers, on test prompts; 95 % intervals in brackets.'
+        f"</caption><thead><tr><th></th>{groups}</tr><tr><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody>"
+        f'</table></div><details><summary>What the numbers mean</summary><table class="rule">{terms}</table></details>'
+    )
+
+
+def _cell(term: Term, layer: LayerNumbers) -> str:
+    interval = layer.numbers[term.name]
+    return f"<td>{term.value(interval)}<small>({term.range(interval)})</small></td>"
+
+
+def _change(term: Term, after: LayerNumbers) -> str:
+    change: Change | None = (after.change or {}).get(term.name)
+    if change is None:
+        return ""
+    if change.ratio is not None:
+        ratio = change.ratio
+        return f"×{ratio.value:,.2f}<small>(×{ratio.low:,.2f} to ×{ratio.high:,.2f})</small>"
+    sign = "+" if change.difference.value > 0 else ""
+    return f"{sign}{term.value(change.difference)}<small>({term.range(change.difference)})</small>"
+
+
+def _all_layers_table(compared: Compared) -> str:
+    terms = [BY_NAME[name] for name in _ALL_LAYERS]
+    head = "".join(f"<th>{_escape(term.title)}</th>" for term in terms)
+    rows = []
+    for before, after in zip(compared.analysis.base_layers, compared.analysis.layers, strict=True):
+        cells = "".join(
+            f"<td>{term.value(before.numbers[term.name])} → {term.value(after.numbers[term.name])}</td>"
+            for term in terms
+        )
+        ratios = "".join(f"<td>{term.value(after.numbers[term.name])}</td>" for term in COMPARED)
+        verdict = compared.verdict(after.layer).name
+        mark = ' class="target"' if after.layer in compared.targets else ""
+        rows.append(f"<tr{mark}><th>{after.layer}</th><td>{verdict}</td>{cells}{ratios}</tr>")
+    ratio_head = "".join(f"<th>{_escape(term.title)}</th>" for term in COMPARED)
+    return (
+        "<details><summary>The numbers of every layer</summary>"
+        '<div class="wide"><table class="numbers dense">'
+        f"<thead><tr><th>layer</th><th>verdict</th>{head}{ratio_head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
+    )
+
+
+def _movers(
+    compared: Compared, layer: int, margins: tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]]
+) -> str:
+    """The test prompts that moved most, and those on the wrong side after, by distance to each model's own boundary."""
+    prompts = compared.prompts
+    side = np.where(prompts.labels == HARMFUL, 1.0, -1.0)
+    before, after = (side * one for one in margins)
+    test, kept = _test(compared)
+    moved = test[np.argsort(-np.abs(after - before)[test], kind="stable")][:N_LISTED]
+    wrong = test[after[test] < 0]
+    worst = wrong[np.argsort(after[wrong], kind="stable")][:N_LISTED]
+    left, right = map(_escape, compared.names)
+
+    def table(rows: Int[np.ndarray, "row"], caption: str) -> str:
+        lines = "".join(
+            f'<tr><td class="prompt" dir="auto">{_escape(shortened(prompts.texts[row], PROMPT_CHARACTERS))}</td>'
+            f"<td>{LABEL_NAMES[int(prompts.labels[row])]}</td><td>{_signed(before[row])}</td>"
+            f"<td>{_signed(after[row])}</td><td>{_signed(after[row] - before[row])}</td></tr>"
+            for row in rows
+        )
+        return (
+            f'<details><summary>{_escape(caption)}</summary><div class="wide"><table class="numbers prompts">'
+            f"<thead><tr><th>prompt</th><th>label</th><th>{left}</th><th>{right}</th><th>change</th></tr></thead>"
+            f"<tbody>{lines}</tbody></table></div></details>"
+        )
+
+    note = "distance to the probe's boundary, + on the correct side, scale-free"
+    parts = [table(moved, f"Layer {layer}: the {len(moved)} test prompts that moved most ({note})")]
+    if len(wrong):
+        parts.append(table(worst, f"Layer {layer}: {len(wrong)} of {kept} on the wrong side after"))
+    return "".join(parts)
+
+
+def _how(compared: Compared) -> str:
+    known = FinetuneConfig(layers=()).to_dict()
+    settings = {name: compared.config[name] for name in (*known, "prompts") if name in compared.config}
+    config = "".join(
+        f"<tr><th>{_escape(name)}</th><td>{_escape(shortened(json.dumps(value, ensure_ascii=False), 200))}</td></tr>"
+        for name, value in settings.items()
+    )
+    captured = compared.tuned.meta.get("versions") or {}
+    versions = installed_versions()
+    lines = "".join(
+        f"<tr><th>{_escape(name)}</th><td>{_escape(str(captured.get(name, '')))}</td>"
+        f"<td>{_escape(versions.get(name, ''))}</td></tr>"
+        for name in dict.fromkeys((*versions, *captured))
+    )
+    only_python = [name for name in sorted(_NO_OPTION) if settings.get(name, known[name]) != known[name]]
+    note = f"<p>Set in Python, not by an option: {_escape(', '.join(only_python))}.</p>" if only_python else ""
+    counts = compared.analysis.n_prompts
+    n_prompts = "; ".join(
+        f"{split}: {', '.join(f'{n} {name}' for name, n in labels.items())}" for split, labels in counts.items()
+    )
+    return f"""<h2>How it was made</h2>
+<p>Again, on another machine:</p><pre>{_escape(reproduce(compared.config))}</pre>{note}
+<p>Probes were fitted on the <code>probe</code> split and measured on <code>test</code>, neither of which the fine-tune
+saw ({_escape(n_prompts)}). Keys: base {_escape(compared.base.key)}, tuned {_escape(compared.tuned.key)}.</p>
+<details><summary>Settings</summary><table class="rule">{config}</table></details>
+<details><summary>Versions</summary><table class="rule"><tr><th></th><td>captured with</td><td>reported with</td></tr>
+{lines}</table></details>
+<footer>ES2 Workbench, {datetime.now(UTC).strftime("%Y-%m-%d %H:%M")} UTC</footer>"""
+
+
+def reproduce(config: Mapping[str, Any]) -> str:
+    """The command that makes a run of these settings, with every option spelled out."""
+    words = ["es2", "finetune"]
+    ordered = ["model", "prompts", *FinetuneConfig(layers=()).to_dict()]
+    for name in dict.fromkeys(ordered):
+        value = config.get(name)
+        if value is None or value is False or name in _NO_OPTION:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if name == "layers":
+            words.append(",".join(map(str, value)))
+        elif value is not True:
+            words.append(str(value))
+    return shlex.join(words)
+
+
+# ---------------------------------------------------------------------------------------------------------- the rest
+
+
+def _margins(
+    analysis: Analysis,
+    base: Float[np.ndarray, "prompt d_model"],
+    tuned: Float[np.ndarray, "prompt d_model"],
+    layer: int,
+) -> tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]]:
+    assert analysis.tuned_probes is not None  # a comparison has both
+    return analysis.base_probes.margin(base, layer), analysis.tuned_probes.margin(tuned, layer)
+
+
+def _shown(compared: Compared) -> tuple[Int[np.ndarray, "row"], str]:
+    """The rows of the test prompts that pictures show, whole pairs by hash where there are too many; and how many."""
+    test, kept = _test(compared)
+    if len(test) <= MAX_POINTS:
+        return test, kept
+    ranked = test[np.argsort([stable_hash(compared.prompts.pairs[row]) for row in test], kind="stable")]
+    return np.sort(ranked[:MAX_POINTS]), f"{MAX_POINTS} of {kept}, chosen by hash"
+
+
+def _test(compared: Compared) -> tuple[Int[np.ndarray, "row"], str]:
+    """The rows of the test prompts, and in words how many, which may be a part of those that gave the numbers."""
+    test = np.flatnonzero(compared.prompts.in_split("test"))
+    measured = sum(compared.analysis.n_prompts["test"].values())
+    part = f" (a part of the {measured} that gave the numbers)" if len(test) < measured else ""
+    return test, f"{len(test)} test prompts{part}"
+
+
+def _signed(number: float) -> str:
+    return f"{number:+.4f}".replace("-", "−")
+
+
+def _escape(text: str) -> str:
+    return html.escape(text)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'unsafe-inline'; \
+style-src 'unsafe-inline'; img-src data: blob:">
+<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<style>{style}</style>
+<script>{plotly}</script>
+</head><body><main>
+{body}
+</main>
+<script>
+const FIGURES = {{
+{figures}
+}};
+{script}
+</script></body></html>
+"""
+
+_STYLE = """
+:root { --text: #1d2127; --soft: #5c6470; --line: #d9dde3; --back: #ffffff; --panel: #f5f6f8; --link: #0f6b62; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e8eb; --soft: #a0a7b1; --line: #363c45; --back: #14171c; --panel: #1d2229; --link: #5cc9bd; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--text);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 28px 24px 60px; }
+h1 { font-size: 26px; margin: 0 0 10px; overflow-wrap: anywhere; }
+h2 { font-size: 19px; margin: 38px 0 8px; padding-top: 14px; border-top: 1px solid var(--line); }
+.kind { margin: 0; color: var(--soft); font-size: 13px; letter-spacing: .04em; text-transform: uppercase; }
+.verdict { font-size: 17px; background: var(--panel); border-left: 4px solid var(--link); padding: 10px 14px;
+  margin: 0; }
+.verdict b { margin-right: .7em; }
+header ul { color: var(--soft); padding-left: 20px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margin: 18px 0 0; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+figure { margin: 14px 0; } figcaption { color: var(--soft); font-size: 13px; }
+.plot { width: 100%; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: 10px 0; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--soft); font-size: 13px; padding-bottom: 4px; }
+th, td { text-align: left; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+.numbers { width: 100%; }
+.numbers td, .numbers thead th { text-align: right; white-space: nowrap; }
+.numbers th:first-child, .numbers td.prompt { text-align: left; }
+.dense { font-size: 13px; }
+.dense th, .dense td { padding: 3px 10px 3px 0; }
+.numbers thead th { color: var(--soft); font-weight: 600; white-space: normal; }
+.numbers td.prompt { white-space: normal; overflow-wrap: anywhere; width: 60%; unicode-bidi: plaintext; }
+tbody th { font-weight: 500; }
+.target th, .target td { background: var(--panel); font-weight: 600; }
+small { display: block; color: var(--soft); font-weight: 400; font-size: 12px; }
+.numbers th[colspan] { text-align: center; }
+details { margin: 8px 0; } summary { cursor: pointer; color: var(--link); }
+pre { background: var(--panel); padding: 12px 14px; white-space: pre-wrap; overflow-wrap: anywhere; }
+footer { color: var(--soft); margin-top: 40px; font-size: 13px; }
+@media print { details { break-inside: avoid; } }
+"""
+
+_SCRIPT = """
+const CONFIG = {
+  responsive: true, displaylogo: false, plotlyServerURL: "",
+  modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"], toImageButtonOptions: { format: "svg" },
+};
+const theme = window.matchMedia("(prefers-color-scheme: dark)");
+
+function dressed(layout) {
+  const style = getComputedStyle(document.documentElement);
+  const colour = (name) => style.getPropertyValue(name).trim();
+  const { template, ...own } = layout;
+  const dress = { ...own, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" };
+  dress.font = { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("--text") };
+  dress.hoverlabel = { ...layout.hoverlabel, bgcolor: colour("--back"), bordercolor: colour("--line"),
+    font: { color: colour("--text") } };
+  for (const name of Object.keys(layout).filter((key) => /^[xy]axis/.test(key)))
+    dress[name] = { ...layout[name], gridcolor: colour("--line"), linecolor: colour("--line"), automargin: true,
+      title: { ...layout[name].title, font: { size: 12.5 } } };
+  dress.modebar = { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--text") };
+  return dress;
+}
+
+function draw() {
+  for (const [id, figure] of Object.entries(FIGURES))
+    Plotly.react(id, figure.data, dressed(figure.layout), CONFIG);
+}
+
+draw();
+theme.addEventListener("change", draw);
+"""

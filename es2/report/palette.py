@@ -1,0 +1,45 @@
+"""Colours and symbols that mean the same in every figure, of the app and of reports.
+
+Each stands out on white and on near-black alike (contrast of at least 3 to both) and they stay apart for colour-blind
+readers; labels differ in marker shape besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from es2.prompts.prompt_set import HARMFUL, HARMLESS
+
+if TYPE_CHECKING:
+    from es2.analysis.resampling import Interval
+
+
+COLOURS = {HARMFUL: "#d95f02", HARMLESS: "#2b83ba"}
+"""Vermilion and blue: the pair that every kind of colour blindness tells apart."""
+BASE = "#159588"
+TUNED = "#a463c4"
+NEUTRAL = "#85898f"
+"""Controls, chance, boundaries, the chosen layer: what is no model and no label."""
+SYMBOLS = {HARMFUL: "diamond", HARMLESS: "circle"}
+
+
+def translucent(colour: str, alpha: float) -> str:
+    """`#rrggbb` as an `rgba(…)` of this opacity."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha})"
+
+
+def interval_band(x: Sequence[int], intervals: Sequence[Interval], colour: str) -> dict[str, Any]:
+    """Intervals over `x` as a band behind their line: a trace, as `go.Scatter` takes it."""
+    return {
+        "type": "scatter",
+        "x": [*x, *x[::-1]],
+        "y": [interval.high for interval in intervals] + [interval.low for interval in intervals][::-1],
+        "mode": "lines",
+        "line": {"width": 0},
+        "fill": "toself",
+        "fillcolor": translucent(colour, 0.16),
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }

@@ -1,0 +1,1 @@
+"""Activation sets on disk and what is derived from them. No torch."""

@@ -1,0 +1,289 @@
+"""One activation set: embeddings on disk, memory-mapped and checked against their digests before they are used."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from es2.core.errors import Es2Error, InputError
+from es2.core.files import (
+    checked_key,
+    file_digest,
+    files_below,
+    is_whole,
+    new_folder,
+    read_json,
+    sealed,
+    set_aside,
+    unreadable,
+    write_json,
+)
+from es2.core.versions import format_of
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32
+
+logger = logging.getLogger(__name__)
+
+
+FORMAT_VERSION = 1
+
+META, ACTIVATIONS, TEXTS, DIGESTS = "meta.json", "activations.safetensors", "texts.parquet", "digests.json"
+STORED_DTYPES = {"F16": "float16", "F32": "float32"}
+
+
+class _UnsoundError(Exception):
+    """What is wrong with an artifact, before it is decided what becomes of it."""
+
+
+@dataclass(frozen=True)
+class ActivationSet:
+    """Embeddings of a prompt set under one model, on disk; cheap to make, since only `meta.json` is read.
+
+    Attributes:
+        key: the name of its folder, a hash of everything that decided its numbers.
+        path: its folder.
+        meta: what `meta.json` says; unknown entries are kept.
+        inode: the folder's identity when it was read, so that a successor of the same name is not taken for it.
+    """
+
+    key: str
+    path: Path
+    meta: dict[str, Any] = field(compare=False, repr=False)
+    inode: int = field(compare=False, repr=False)
+
+    @property
+    def model(self) -> str:
+        """The model's display name."""
+        return str(self.meta["model"])
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every name under which this model was captured, `model` first: equal weights may lie in two places."""
+        aliases = self.meta.get("aliases")
+        return (self.model, *(name for name in aliases or () if isinstance(name, str)))
+
+    @property
+    def run(self) -> str | None:
+        """The fine-tuning run whose adapter was on; None for the base model."""
+        return self.meta.get("run")
+
+    @property
+    def runs(self) -> tuple[str | None, ...]:
+        """Every run whose adapter is this one, `run` first: two equal fine-tunes leave equal weights."""
+        others = self.meta.get("other_runs")
+        return (self.run, *(id for id in others or () if isinstance(id, str)))
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """The token positions that were kept."""
+        return tuple(self.meta["positions"])
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers."""
+        return int(self.meta["n_layers"])
+
+    @property
+    def n_prompts(self) -> int:
+        """How many prompts, in the order of `texts`."""
+        return int(self.meta["n_prompts"])
+
+    @property
+    def d_model(self) -> int:
+        """Dimensions of one embedding."""
+        return int(self.meta["d_model"])
+
+    @property
+    def texts_digest(self) -> str:
+        """`PromptSet.texts_digest` of the prompts."""
+        return str(self.meta["texts_digest"])
+
+    @property
+    def created(self) -> str:
+        """When it was written: ISO 8601, UTC; empty if not recorded."""
+        return str(self.meta.get("created", ""))
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts, in the order of the embeddings. Raises as `check` does."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.check()
+        try:
+            data = (self.path / TEXTS).read_bytes()
+        except OSError as error:
+            raise self._unreadable(error) from error
+        try:
+            texts = tuple(pq.read_table(pa.BufferReader(data), columns=["text"])["text"].to_pylist())
+        except (pa.ArrowException, KeyError, OSError, ValueError) as error:
+            raise set_aside(self.path, self.inode, f"{TEXTS}: {error}") from error
+        if len(texts) != self.n_prompts:
+            raise set_aside(self.path, self.inode, f"{len(texts)} texts for {self.n_prompts} prompts")
+        return texts
+
+    def layer(self, l: int, position: str = "last") -> Float32[np.ndarray, "prompt d_model"]:
+        """The embeddings of one layer, read in one contiguous piece.
+
+        Args:
+            l: the layer, `0 ≤ l < n_layers`.
+            position: one of `positions`.
+
+        Raises:
+            InputError: for a layer or position that is not there, and as `check` does.
+        """
+        if not 0 <= l < self.n_layers:
+            raise InputError(f"Layer {l} is out of range: {self.model} has layers 0 to {self.n_layers - 1}.")
+        if position not in self.positions:
+            raise InputError(
+                f"Position {position!r} was not captured for {self.model} (only {', '.join(self.positions)}); "
+                f"capture it with --position {position}."
+            )
+        self.check()
+        try:
+            with safe_open(self.path / ACTIVATIONS, framework="numpy") as file:
+                return np.asarray(file.get_slice(position)[l], dtype=np.float32)
+        except SafetensorError as error:
+            raise set_aside(self.path, self.inode, str(error)) from error
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def check(self) -> None:
+        """Compare the files with their digests and the header with `meta.json`; once per object, remembered after.
+
+        Raises:
+            DamagedError: when they differ; the folder has then been set aside.
+            InputError: when the folder is gone.
+            MachineError: when it cannot be read.
+        """
+        _ = self._checked
+
+    @cached_property
+    def _checked(self) -> bool:
+        try:
+            self._compare()
+        except OSError as error:
+            raise self._unreadable(error) from error
+        except (_UnsoundError, SafetensorError) as error:
+            raise set_aside(self.path, self.inode, str(error)) from error
+        return True
+
+    def _compare(self) -> None:
+        for name in (ACTIVATIONS, TEXTS):
+            path = self.path / name
+            if self.path.exists() and not path.is_file():
+                raise _UnsoundError(f"{name} is missing")
+            if file_digest(path) != self.meta["files"].get(name):
+                raise _UnsoundError(f"{name} is not what was written")
+        shape = [self.n_layers, self.n_prompts, self.d_model]
+        with safe_open(self.path / ACTIVATIONS, framework="numpy") as file:
+            for position in self.positions:
+                tensor = file.get_slice(position)
+                if tensor.get_shape() != shape or tensor.get_dtype() not in STORED_DTYPES:
+                    raise _UnsoundError(f"{position} is {tensor.get_dtype()} {tensor.get_shape()}, not {shape}")
+
+    def _unreadable(self, error: OSError) -> Es2Error:
+        return unreadable(error, self.path) if self.path.is_dir() else self._removed()
+
+    def _removed(self) -> InputError:
+        return InputError(f"The activation set {self.key} was removed; capture it again.")
+
+    def derived(self, key: str) -> Path | None:
+        """The folder of what was computed from this set under `key`; None if absent, or damaged (then set aside).
+
+        Raises:
+            InputError: for an impossible key, or a folder written by a newer version.
+        """
+        path = self.path / "derived" / checked_key(key)
+        try:
+            inode = path.stat().st_ino
+        except OSError:
+            return None
+        document = read_json(path / DIGESTS) or {}
+        try:
+            if not is_whole(document):
+                raise _UnsoundError(f"{DIGESTS} is not what was written")
+            _check_format(document.get("format"), path)
+            if _digests(path) != document.get("files"):
+                raise _UnsoundError("its files are not what was written")
+        except _UnsoundError as error:
+            logger.warning("%s", set_aside(path, inode, str(error)))
+            return None
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return path
+
+    @contextmanager
+    def write_derived(self, key: str) -> Iterator[Path]:
+        """Yield a folder to write into; when the block succeeds it is what `derived(key)` finds, else it is removed.
+
+        Raises:
+            InputError: for an impossible key, or when this set was removed.
+            MachineError: when the disk is full or refuses; nothing is left behind.
+        """
+        if not self.path.is_dir():
+            raise self._removed()
+        with new_folder(self.path / "derived", self.path.parent, key) as folder:
+            yield folder
+            write_json(folder / DIGESTS, sealed({"format": FORMAT_VERSION, "files": _digests(folder)}))
+
+
+def _check_format(version: object, path: Path) -> None:
+    if format_of(version, FORMAT_VERSION, str(path)) is None:
+        raise _UnsoundError("it has no format version")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = [path for path in files_below(folder) if path != folder / DIGESTS]
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def _read_meta(path: Path) -> ActivationSet:
+    """Read a set's `meta.json`. Raises `_UnsoundError` or, for a newer format, `InputError`."""
+    inode = path.stat().st_ino
+    meta = read_json(path / META)
+    if meta is None:
+        raise _UnsoundError(f"{META} is missing or no JSON object")
+    if not is_whole(meta):
+        raise _UnsoundError(f"{META} is not what was written")
+    _check_format(meta.get("format"), path)
+    positions = meta.get("positions")
+    sound = (
+        all(isinstance(meta.get(name), int) and meta[name] > 0 for name in ("n_layers", "n_prompts", "d_model"))
+        and all(isinstance(meta.get(name), str) for name in ("model", "texts_digest"))
+        and isinstance(positions, list)
+        and all(isinstance(position, str) for position in positions)
+        and isinstance(meta.get("files"), dict)
+        and all(isinstance(meta.get(name, []), list) for name in ("aliases", "other_runs"))
+        and meta.get("key", path.name) == path.name
+    )
+    if not sound:
+        raise _UnsoundError(f"{META} lacks an entry, or describes something else")
+    return ActivationSet(path.name, path, meta, inode)
+
+
+def let_go(array: np.ndarray) -> None:
+    """What was read from a mapped file, or written to it, is the disk's and counts as this process's memory no more."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _shape_and_dtype(arrays: Mapping[str, np.ndarray]) -> tuple[tuple[int, int, int], str]:
+    kinds = {(array.shape, array.dtype.name) for array in arrays.values()}
+    if len(kinds) != 1:
+        raise ValueError(f"Arrays of one shape and dtype are needed, not {sorted(kinds)}.")
+    (shape, dtype) = kinds.pop()
+    if len(shape) != 3 or dtype not in STORED_DTYPES.values():
+        raise ValueError(f"[layer, prompt, d_model] in float16 or float32 is needed, not {shape} in {dtype}.")
+    return shape, dtype

@@ -1,0 +1,157 @@
+"""Where the embeddings of an analysis come from, and the checks they pass before any number is worked out of them.
+
+Analysis code asks for a layer and gets rows that are there, finite and of the right model, or one sentence that
+says what is wrong; it never handles files. A source is anything with `n_layers` and `layer`, so an activation set on
+disk and an array in a test are the same to it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from es2.core.errors import InputError
+from es2.prompts.prompt_set import PromptSet
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+
+POSITIONS = ("last", "last_instruction")
+"""Which token is read: the last prompt token after the chat template, or the last token of the user's own text."""
+
+
+class LayerSource(Protocol):
+    """Embeddings of one model on one prompt set; `es2.store.activation_set.ActivationSet` is one."""
+
+    @property
+    def n_layers(self) -> int: ...
+
+    def layer(self, l: int, position: str = "last") -> Float[np.ndarray, "prompt d_model"]: ...
+
+
+@dataclass(frozen=True)
+class ArrayLayers:
+    """A `LayerSource` of an array in memory, the same at every position.
+
+    Attributes:
+        array: embeddings, `[layer, prompt, d_model]`.
+    """
+
+    array: Float[np.ndarray, "layer prompt d_model"]
+
+    @property
+    def n_layers(self) -> int:
+        """The number of layers."""
+        return len(self.array)
+
+    def layer(self, l: int, position: str = "last") -> Float[np.ndarray, "prompt d_model"]:
+        """The embeddings of layer `l`."""
+        return self.array[l]
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """Prompts of another origin that give the numbers instead of `test`, all of them whatever their splits.
+
+    Attributes:
+        prompts: the test prompts, none of which stands in the analysed prompt set.
+        base: their embeddings under the base model.
+        tuned: their embeddings under the tuned model, where one is analysed.
+    """
+
+    __test__ = False  # the name is no test for pytest to collect
+
+    prompts: PromptSet
+    base: LayerSource
+    tuned: LayerSource | None = None
+
+
+def read_rows(
+    source: LayerSource, layer: int, position: str, n_prompts: int, rows: Int[np.ndarray, "row"], model: str
+) -> Float[np.ndarray, "row d_model"]:
+    """One layer's embeddings at `rows`, as exact as they are stored.
+
+    Args:
+        source: of `n_prompts` prompts.
+        layer: the layer's index.
+        position: `last` or `last_instruction`.
+        n_prompts: how many prompts the prompt set has.
+        rows: which of them to read.
+        model: `base` or `tuned`, for the message.
+
+    Raises:
+        InputError: when the embeddings are of another number of prompts, or not finite.
+    """
+    embeddings = source.layer(layer, position)
+    if len(embeddings) != n_prompts:
+        raise InputError(
+            f"The {model} model's embeddings are of {len(embeddings)} prompts, the prompt set has {n_prompts}; "
+            "capture this prompt set."
+        )
+    chosen = embeddings[rows]
+    broken = int((~np.isfinite(chosen).all(axis=1)).sum())
+    if broken:
+        raise InputError(
+            f"Layer {layer} of the {model} model holds values that are not finite, for {broken} of {len(rows)} "
+            "prompts; capture it again with `--dtype float32`."
+        )
+    return chosen
+
+
+@dataclass(frozen=True)
+class Readers:
+    """Reads the `probe` and the test prompts' embeddings of one layer, whichever thread asks, one thread at a time.
+
+    Attributes:
+        models: embeddings of the prompt set, by `base` and `tuned`.
+        tests: embeddings of the prompts that give the numbers, likewise.
+        n_prompts: how many prompts the prompt set has.
+        n_test_prompts: how many the set has from which the test prompts come.
+        probe_rows: the rows of `probe`.
+        test_rows: the rows of the test prompts.
+        position: whose embeddings are read.
+    """
+
+    models: Mapping[str, LayerSource]
+    tests: Mapping[str, LayerSource]
+    n_prompts: int
+    n_test_prompts: int
+    probe_rows: Int[np.ndarray, "probe"]
+    test_rows: Int[np.ndarray, "test"]
+    position: str
+    reading: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        if self.models.keys() != self.tests.keys():
+            raise InputError(
+                "The test set needs embeddings of the same models as the prompt set: base, or base and tuned."
+            )
+        counts = {source.n_layers for source in (*self.models.values(), *self.tests.values())}
+        if len(counts) != 1 or not min(counts):
+            raise InputError(
+                f"The embeddings come from models of {' and '.join(map(str, sorted(counts)))} layers; "
+                "all must be captured from one model of at least one layer."
+            )
+
+    def read(
+        self, model: str, layer: int
+    ) -> tuple[Float[np.ndarray, "probe d_model"], Float[np.ndarray, "test d_model"]]:
+        """The embeddings of one layer under `base` or `tuned`.
+
+        Raises:
+            InputError: as `read_rows` does, or when prompt set and test set were captured from different models.
+        """
+        with self.reading:
+            probe = read_rows(self.models[model], layer, self.position, self.n_prompts, self.probe_rows, model)
+            test = read_rows(self.tests[model], layer, self.position, self.n_test_prompts, self.test_rows, model)
+        if probe.shape[1] != test.shape[1]:
+            raise InputError(
+                f"The {model} model's embeddings have {probe.shape[1]} dimensions for the prompts and {test.shape[1]} "
+                "for the test set; capture both with the same model."
+            )
+        return probe, test

@@ -1,0 +1,218 @@
+"""The store behind `cached_activations/`: folders that are whole or absent, found by what decided their content.
+
+Capturing costs minutes, hours on a large model, so its results are kept, and everything else (the analysis, the app,
+another machine) works from the files alone. Three habits make that safe without a database or a server. A folder is
+written under a temporary name, flushed, and renamed, so a crash or a full disk never leaves half of one. Its name is
+a hash of everything that decided the numbers, so asking again finds it and two different requests never meet. And it
+is checked against its own digests before its numbers are used; whatever fails is moved aside, not deleted and not
+believed. Locks keep two processes from computing the same thing; they are the kernel's, so they end with a process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from es2.core.errors import Es2Error, InputError
+from es2.core.files import (
+    DamagedError,
+    checked_key,
+    home,
+    is_key,
+    lock,
+    machine_error,
+    new_folder,
+    sealed,
+    set_aside,
+    unreadable,
+    write_json,
+)
+from es2.store.activation_set import (
+    ACTIVATIONS,
+    FORMAT_VERSION,
+    META,
+    STORED_DTYPES,
+    TEXTS,
+    ActivationSet,
+    _digests,
+    _read_meta,
+    _shape_and_dtype,
+    _UnsoundError,
+    let_go,
+)
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+logger = logging.getLogger(__name__)
+
+SHOWCASE = "showcase"
+"""A folder beside the sets that is none: see `es2.workflow.showcase`."""
+
+
+class Store:
+    """Activation sets under one folder, by key.
+
+    Args:
+        root: the folder; `home()/cached_activations` if not given. It is made when something is written.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.root = (root or home() / "cached_activations").absolute()
+
+    def open(self, key: str) -> ActivationSet:
+        """The checked activation set of this key.
+
+        Raises:
+            InputError: when it is absent, damaged (`DamagedError`: it has been set aside), of a newer format, or
+                `key` is no key.
+            MachineError: when it cannot be read.
+        """
+        path = self.root / checked_key(key)
+        try:
+            inode = path.stat().st_ino
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"There is no activation set {key} in {self.root}; capture it first.") from None
+        except OSError as error:
+            raise unreadable(error, path) from error
+        try:
+            activations = _read_meta(path)
+        except _UnsoundError as error:
+            raise set_aside(path, inode, str(error)) from error
+        activations.check()
+        return activations
+
+    def get(self, key: str) -> ActivationSet | None:
+        """As `open`, but None when it is absent or damaged."""
+        if not (self.root / checked_key(key)).is_dir():
+            return None
+        try:
+            return self.open(key)
+        except DamagedError as error:
+            logger.warning("%s", error)
+            return None
+
+    def list(self) -> list[ActivationSet]:
+        """Every readable set, newest first; what cannot be read is skipped with a warning. Only `meta.json` is read."""
+        found = []
+        for path in self.root.iterdir() if self.root.is_dir() else ():
+            if not (is_key(path.name) and path.is_dir()) or path.name == SHOWCASE:
+                continue
+            try:
+                found.append(_read_meta(path))
+            except (_UnsoundError, Es2Error, OSError) as error:
+                logger.warning("Skipped %s: %s", path, error)
+        return sorted(found, key=lambda activations: (activations.created, activations.key), reverse=True)
+
+    def find(self, *, model: str, texts_digest: str, position: str, run: str | None = None) -> ActivationSet | None:
+        """The newest checked set of these prompts under this model and run that holds `position`; None if none does."""
+        for activations in self.list():
+            of_it = model in activations.models and run in activations.runs
+            wanted = of_it and activations.texts_digest == texts_digest and position in activations.positions
+            if wanted and (checked := self.get(activations.key)):
+                return checked
+        return None
+
+    def add_name(self, activations: ActivationSet, model: str, run: str | None = None) -> ActivationSet:
+        """Let `find` know a set under one more name of its model, or one more run; the same set when it knows them.
+
+        Raises:
+            MachineError: when the machine refuses.
+        """
+        models = [] if model in activations.models else [model]
+        runs = [] if run is None or run in activations.runs else [run]
+        if not models and not runs:
+            return activations
+        names = {"aliases": [*activations.models[1:], *models], "other_runs": [*activations.runs[1:], *runs]}
+        meta = activations.meta | names
+        try:
+            write_json(activations.path / META, sealed(meta))
+        except OSError as error:
+            raise machine_error(error, activations.path) from error
+        return _read_meta(activations.path)
+
+    @contextmanager
+    def lock(self, key: str, while_waiting: Callable[[], None] | None = None) -> Iterator[None]:
+        """Hold the lock of `key`, so that one process computes and the others wait and then read.
+
+        Args:
+            key: of an activation set, or of something derived from one.
+            while_waiting: called twice a second while another process holds the lock; it may raise to give up.
+
+        Raises:
+            InputError: for an impossible key.
+            MachineError: when the store cannot be written.
+        """
+        with lock(self.root, key, while_waiting):
+            yield
+
+    def write(
+        self,
+        key: str,
+        meta: Mapping[str, Any],
+        texts: Sequence[str],
+        arrays: Mapping[str, Float[np.ndarray, "layer prompt d_model"]],
+    ) -> ActivationSet:
+        """Write an activation set, whole or not at all; one that is there already stays.
+
+        Args:
+            key: see `content_key`.
+            meta: at least `model` and `texts_digest`; format, shape, dtype, digests and time are added here.
+            texts: the prompts, in the order of the arrays' second axis.
+            arrays: float16 or float32, by position, all of one shape.
+
+        Raises:
+            InputError: for an impossible key.
+            MachineError: when the disk is full or refuses; nothing is left behind.
+            ValueError: when the arrays do not fit each other or the texts.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        shape, dtype = _shape_and_dtype(arrays)
+        if shape[1] != len(texts):
+            raise ValueError(f"{len(texts)} texts for embeddings of {shape[1]} prompts.")
+        with lock(self.root, key):
+            if existing := self.get(key):
+                return existing
+            with new_folder(self.root, self.root, key) as folder:
+                _save(arrays, folder / ACTIVATIONS)
+                pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), folder / TEXTS)
+                own = {
+                    "format": FORMAT_VERSION,
+                    "key": key,
+                    "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+                    "positions": list(arrays),
+                    "n_layers": shape[0],
+                    "n_prompts": shape[1],
+                    "d_model": shape[2],
+                    "dtype": dtype,
+                    "files": _digests(folder),
+                }
+                write_json(folder / META, sealed(dict(meta) | own))
+            return _read_meta(self.root / key)
+
+
+def _save(arrays: Mapping[str, Float[np.ndarray, "layer prompt d_model"]], path: Path) -> None:
+    """Write a safetensors file layer by layer: the library's own function holds everything in memory once more."""
+    header, end = {}, 0
+    for name, array in arrays.items():
+        kind = next(kind for kind, dtype in STORED_DTYPES.items() if dtype == array.dtype.name)
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            for layer in array:
+                file.write(np.ascontiguousarray(layer).data)
+                let_go(array)

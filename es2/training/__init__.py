@@ -1,0 +1,1 @@
+"""The ES2 fine-tune: objective, sampling, validation, checkpoints, the loop."""

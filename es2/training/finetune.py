@@ -1,0 +1,323 @@
+"""The ES2 fine-tune, from a prompt set to an adapter; reads top to bottom.
+
+The separation needs all pairs of a batch, which neither a part of an accumulated batch nor one process of several
+holds. So every step first brings the embeddings of the whole batch together, takes the separation and its gradient with
+respect to each embedding, and then lets every part push its share of that gradient, with its KL, through the model.
+Accumulation and data parallelism are the same few lines and the same numbers as a single pass, without a wrapper round
+the model. What the base says is measured before the adapter goes in, from the same weights: there is no second model.
+Nothing in a step is random and batches are functions of seed and step, so a resumed run repeats the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from es2.core.errors import InputError, MachineError
+from es2.core.files import content_key
+from es2.core.progress import Cancelled, Reporter, silent
+from es2.models.catalogue import resolve
+from es2.models.chat_template import render, template_head
+from es2.models.device import is_out_of_memory
+from es2.models.folders import model_folder
+from es2.models.loading import load_model, load_sharded, load_tokenizer
+from es2.models.placement import is_sharded_launch, processes_of_launch
+from es2.models.shape import context_length, count_layers
+from es2.prompts.prompt_set import PromptSet
+from es2.training.checkpoint import Progress, State, assign, copies
+from es2.training.config import FinetuneConfig
+from es2.training.objective import running_direction, separation, total_loss
+from es2.training.sampling import make_plan
+from es2.training.terms import parse_objective
+from es2.training.validation import WatchPoint
+
+if TYPE_CHECKING:
+    from es2.training.sampling import Plan
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a fine-tune came to. The tuned weights lie in the run folder.
+
+    Attributes:
+        status: `done`, or `stopped` before its time or without a result within the KL budget.
+        reason: why it stopped, in a sentence; `None` when done.
+        steps: optimizer steps taken.
+        best_step: the step that the kept weights are of; 0 is the base.
+        losses: the loss of every step.
+        watched: what was measured on `watch`; the first entry is the base.
+        kl_test: the KLs on harmless `test` prompts, `prompt` and `reply`, of the kept weights; `None` without such
+            prompts.
+        output: the kept weights: the folder of the adapter, or the file of the changed blocks.
+        trained_parameters: how many weights were trained.
+        seconds: how long this call took.
+        seconds_per_step: of the optimizer steps alone.
+    """
+
+    status: str
+    reason: str | None
+    steps: int
+    best_step: int
+    losses: tuple[float, ...]
+    watched: tuple[WatchPoint, ...]
+    kl_test: dict[str, float] | None
+    output: Path
+    trained_parameters: int
+    seconds: float
+    seconds_per_step: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "status": self.status,
+            "reason": self.reason,
+            "steps": self.steps,
+            "best_step": self.best_step,
+            "losses": list(self.losses),
+            "watched": [point.to_dict() for point in self.watched],
+            "kl_test": self.kl_test,
+            "output": self.output.name,
+            "trained_parameters": self.trained_parameters,
+            "seconds": self.seconds,
+            "seconds_per_step": self.seconds_per_step,
+        }
+
+
+# ------------------------------------------------------------------------------------------------------- the fine-tune
+
+
+@contextmanager
+def _out_of_memory_in_words() -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MachineError(
+            "Memory ran out while tuning; work in several parts (accumulate), turn gradient checkpointing on, "
+            "use bfloat16, or draw fewer pairs per step."
+        ) from error
+
+
+@_out_of_memory_in_words()
+def finetune(
+    config: FinetuneConfig,
+    prompts: PromptSet,
+    folder: Path,
+    report: Reporter = silent,
+    resume: bool = False,
+) -> FinetuneResult:
+    """Move harmful and harmless embeddings apart at the target layers, and keep harmless behaviour.
+
+    Args:
+        config: what to do.
+        prompts: trained on its `tune` split, watched on `watch`; the KLs of the result are measured on `test`.
+        folder: the run folder. `adapter/` (as peft writes it) or `weights.safetensors` (the changed blocks, for `full`)
+            is written at the end, `checkpoint/` on the way.
+        report: told about the base measurements (`base`) and every step (`finetune`, with its numbers), in the main
+            process of several only.
+        resume: go on from `checkpoint/` in `folder`, if there is one.
+
+    Returns:
+        The result: the best step on `watch` within the KL budget, also when the run had to be stopped.
+
+    Raises:
+        InputError: for a config, a model, prompts or a checkpoint that cannot be used.
+        MachineError: when disk or memory refuse.
+        Cancelled: when `report` raised it; the state is in `checkpoint/` by then.
+    """
+    started = time.perf_counter()
+    spec = resolve(config.model)
+    model_files = model_folder(spec, report)
+    config.check(count_layers(model_files), prompts)
+    _check_launcher(config)
+    terms = parse_objective(config.objective)
+    plan = make_plan(prompts, config.pairs_per_step, config.steps, config.seed, config.watch_prompts, config.kl_prompts)
+
+    import torch
+
+    from es2.models.forward import Network
+    from es2.training.trainable import make_trainable
+    from es2.training.workload import Workload
+
+    # The base: its embeddings, its replies and the states they were read from, before anything is trained.
+    tokens, template_head = _tokens(model_files, prompts, plan, config.reply_tokens)
+    processes = processes_of_launch(config.device)
+    report = report if processes.is_main_process else silent
+    report("load", 0, 1)
+    device = str(processes.device) if processes.num_processes > 1 else config.device
+    if is_sharded_launch() and processes.num_processes > 1:
+        model = load_sharded(model_files, config.dtype, str(device))
+    else:
+        model = load_model(model_files, dtype=config.dtype, device=device, quantize=config.quantize)
+    model.requires_grad_(False)
+    network = Network(
+        model,
+        template_head=template_head,
+        layers=config.targets,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    anchored = any(term.name == "anchored" for term in terms)
+    workload = Workload(network, plan, tokens, config.reply_tokens, anchored, report)
+    base_layers = workload.base_layers()
+
+    # What is trained, an adapter or blocks, and everything that the steps will change.
+    trained, write_output = make_trainable(
+        network,
+        config.method,
+        config.blocks,
+        rank=config.rank,
+        alpha=config.alpha,
+        seed=config.seed,
+        location=spec.location,
+    )
+    optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=0.0)
+    state = State(
+        progress=Progress(config.kl_weight, watched=[workload.watch_base()]),
+        trained=trained,
+        best=copies(trained),
+        optimizer=optimizer,
+        directions=torch.stack([layer.difference for layer in base_layers.values()]),
+    )
+    progress = state.progress
+    checkpoint = folder / "checkpoint" / "state.safetensors"
+    identity = content_key({"config": config.to_dict(), "prompts": prompts.digest})
+    if resume and checkpoint.is_file():
+        state.load(checkpoint, identity)
+
+    first_step, stepping = progress.step, 0.0
+    while progress.step < config.steps and progress.reason is None:
+        step_started = time.perf_counter()
+        batch = plan.batches[progress.step]
+        n_harmful, n_places = len(batch.harmful), len(batch.harmful) + len(batch.harmless)
+        parts = workload.parts(batch, config.accumulate)
+        n_prompt, n_reply = workload.count_tokens(parts)
+
+        # The embeddings of the whole batch, and the gradient of its separation by each of them. What is run in one
+        # part keeps its graph for below; several parts are run once more there, so that only one graph is ever held.
+        held = workload.run(parts[0]) if len(parts) == 1 else None
+        with torch.no_grad():
+            found = [held.embeddings] if held else [workload.embed(part) for part in parts]
+        embeddings = workload.gather(parts, found, n_places).requires_grad_()
+        harmful, harmless = embeddings[:n_harmful], embeddings[n_harmful:]
+        for index, direction in enumerate(state.directions):
+            state.directions[index] = running_direction(direction, harmful[:, index], harmless[:, index])
+        value = separation(
+            terms,
+            harmful,
+            harmless,
+            harmless_base=workload.base_embeddings(batch.harmless) if anchored else None,
+            base=base_layers,
+            directions=state.directions,
+            margin_target=config.margin_target,
+        )
+        (towards,) = torch.autograd.grad(value, embeddings)
+
+        # Every part sends its share of that gradient, and of the KL's, through the model.
+        optimizer.zero_grad()
+        kl_sums = torch.zeros(2, device=network.device)
+        for part in parts:
+            run = held or workload.run(part)
+            kl = run.kl_prompt / n_prompt + run.kl_reply / n_reply
+            (progress.kl_weight * kl - (towards[list(part.places)] * run.embeddings).sum()).backward()
+            kl_sums += torch.stack([run.kl_prompt, run.kl_reply]).detach()
+        held = None
+        workload.sum_gradients(trained.values())
+        kl_prompt, kl_reply = (workload.total(kl_sums).cpu() / torch.tensor([n_prompt, n_reply])).tolist()
+        loss = total_loss(value.item(), kl_prompt, kl_reply, progress.kl_weight)
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.clip).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            progress.reason = (
+                f"The loss or its gradient was no number at step {progress.step + 1}; lower the learning rate, or use "
+                "float32 if the model ran in bfloat16."
+            )
+            break
+        learning_rate = config.learning_rate_at(progress.step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        progress.step += 1
+        progress.losses.append(loss)
+        stepping += time.perf_counter() - step_started
+        numbers = {
+            "loss": loss,
+            "separation": value.item(),
+            "kl_prompt": kl_prompt,
+            "kl_reply": kl_reply,
+            "kl_weight": progress.kl_weight,
+            "gradient_norm": norm,
+            "learning_rate": learning_rate,
+        }
+
+        # Is it any good, and may it go on?
+        if progress.step % config.watch_every == 0 or progress.step == config.steps:
+            point = workload.watch(progress.step)
+            numbers |= point.numbers()
+            progress.judge(point, config.kl_budget)
+            if progress.best_step == point.step:
+                state.best = copies(trained)
+            workload.on_main(lambda: state.save(checkpoint, identity))
+        if workload.is_cancelled(lambda: report("finetune", progress.step, config.steps, **numbers)):  # noqa: B023
+            workload.on_main(lambda: state.save(checkpoint, identity))
+            raise Cancelled
+
+    if progress.reason is None and all(point.kl > config.kl_budget for point in progress.watched[1:]):
+        progress.reason = (
+            f"No step kept the KL on harmless prompts within the budget of {config.kl_budget:g} nats; "
+            "lower the learning rate or raise the KL weight."
+        )
+    assign(trained, state.best)
+    output = folder / ("adapter" if config.method == "lora" else "weights.safetensors")
+    workload.on_main(lambda: write_output(output))
+    return FinetuneResult(
+        status="done" if progress.reason is None else "stopped",
+        reason=progress.reason,
+        steps=progress.step,
+        best_step=progress.best_step,
+        losses=tuple(progress.losses),
+        watched=tuple(progress.watched),
+        kl_test=workload.measure_kl(),
+        output=output,
+        trained_parameters=sum(parameter.numel() for parameter in trained.values()),
+        seconds=time.perf_counter() - started,
+        seconds_per_step=stepping / max(1, progress.step - first_step),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- its parts
+
+
+def _check_launcher(config: FinetuneConfig) -> None:
+    """Refuse launchers that would take the model apart in ways that are not known here."""
+    for plugin in ("DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("1", "true"):
+            raise InputError(
+                f"The fine-tune runs data-parallel or under FSDP, not under {plugin}; launch it with "
+                "`accelerate launch --multi_gpu` or `--use_fsdp`."
+            )
+    if is_sharded_launch() and (config.method != "lora" or config.quantize):
+        raise InputError(
+            "Under FSDP the weights lie in shards and only an adapter is trained; leave out --method full and "
+            "--quantize, or launch it with `accelerate launch --multi_gpu`."
+        )
+
+
+def _tokens(
+    model_files: Path, prompts: PromptSet, plan: Plan, reply_tokens: int
+) -> tuple[dict[int, tuple[int, ...]], tuple[int, ...]]:
+    """The tokens of every prompt in the plan, and what all prompts of this model begin with: the template's head."""
+    tokenizer = load_tokenizer(model_files)
+    rendered = render(tokenizer, [prompts.texts[row] for row in plan.rows]).token_ids
+    limit = context_length(model_files)
+    longest = max(map(len, rendered)) + reply_tokens
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"The longest prompt and {reply_tokens} tokens of reply need {longest:,} tokens, but the model reads at "
+            f"most {limit:,}; shorten the prompt or the reply."
+        )
+    return dict(zip(plan.rows, rendered, strict=True)), template_head(tokenizer, rendered)

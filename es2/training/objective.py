@@ -1,0 +1,233 @@
+"""The ES2 loss and its parts, as pure functions of embeddings.
+
+Pre-norm transformers barely feel the length of a residual vector, so the paper's distance can be won by inflating the
+residual stream, and a ratio of between to within by shrinking each cloud to a point (`docs/numbers.md`). Hence several
+forms of one wish, "further apart", which can be mixed. What decides whether a form can be cheated is which of its
+constants are constants, so each function says it: base values never move; scale and midpoint, where a form uses the
+tuned model's own, are differentiated through, so that no gradient points along a change that leaves the form's value
+as it was. Everything is float32 at least, whatever the model runs in: a variance of bfloat16 numbers is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from es2.training.terms import MARGIN_TARGET, OBJECTIVES, Term
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+_SHARPNESS = 8.0  # of the softplus: within ±1/8 of the target a prompt is half satisfied
+_FISHER_FLOOR = 1e-6  # in units of the squared base scale: far below any real spread, well above float32's rounding
+_SMALLEST = 1e-6  # a base value below this part of the scale is rounding and no unit to measure in
+_NOTHING = 1e-12  # a length or scale below this is zero: its square is about to underflow in float32
+_MOMENTUM = 0.9  # of the running direction: it averages about ten batches
+
+
+@dataclass(frozen=True)
+class BaseLayer:
+    """What the terms know of the base model at one target layer: constants over the `tune` prompts.
+
+    Attributes:
+        pairwise_distance: mean ‖e_harmful − e_harmless‖ over all pairs, in the model's own units.
+        harmless_mean: the mean harmless embedding, `[d_model]`.
+        distance_to_harmless_mean: mean ‖e_harmful − harmless_mean‖.
+        scale: sqrt of the class-balanced mean of ‖e‖²; 1 if all embeddings are as good as zero.
+        difference: (harmful mean − harmless mean) / scale, `[d_model]`: where the running direction starts.
+    """
+
+    pairwise_distance: float
+    harmless_mean: Float[Tensor, "d_model"]
+    distance_to_harmless_mean: float
+    scale: float
+    difference: Float[Tensor, "d_model"]
+
+
+def measure_base(harmful: Float[Tensor, "harmful d_model"], harmless: Float[Tensor, "harmless d_model"]) -> BaseLayer:
+    """The base constants of one layer from the base embeddings of the `tune` prompts, at least one of each label."""
+    harmful, harmless = _wide(harmful.detach()), _wide(harmless.detach())
+    scale = float(_squared_scale(harmful, harmless).sqrt())
+    scale = scale if scale > _NOTHING else 1.0
+    harmless_mean = harmless.mean(dim=0)
+    return BaseLayer(
+        pairwise_distance=float(_mean_pairwise_distance(harmful, harmless)),
+        harmless_mean=harmless_mean,
+        distance_to_harmless_mean=float((harmful - harmless_mean).norm(dim=-1).mean()),
+        scale=scale,
+        difference=(harmful.mean(dim=0) - harmless_mean) / scale,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- the terms
+
+
+def distance(
+    harmful: Float[Tensor, "harmful d_model"], harmless: Float[Tensor, "harmless d_model"], base: BaseLayer
+) -> Float[Tensor, ""]:
+    """The paper's form (arXiv 2603.20206): mean ‖e_harmful − e_harmless‖ over all pairs ÷ its base value.
+
+    Grows with the length of the residual stream: kept for comparison, not recommended.
+    """
+    return _mean_pairwise_distance(_wide(harmful), _wide(harmless)) / _unit(base.pairwise_distance, base)
+
+
+def anchored(
+    harmful: Float[Tensor, "harmful d_model"],
+    harmless: Float[Tensor, "harmless d_model"],
+    harmless_base: Float[Tensor, "harmless d_model"],
+    base: BaseLayer,
+) -> Float[Tensor, ""]:
+    """The harmful cloud leaves, the harmless one stays put; `harmless_base` holds its prompts' base embeddings.
+
+    mean ‖e_harmful − μ_base,harmless‖ ÷ its base value − mean ‖e_harmless − its own base embedding‖² ÷ scale², with
+    the base's scale. Inflates as well, since only the harmless cloud is held.
+    """
+    away = (_wide(harmful) - base.harmless_mean).norm(dim=-1).mean()
+    moved = (_wide(harmless) - _wide(harmless_base)).square().sum(dim=-1).mean()
+    return away / _unit(base.distance_to_harmless_mean, base) - moved / base.scale**2
+
+
+def fisher(
+    harmful: Float[Tensor, "harmful d_model"], harmless: Float[Tensor, "harmless d_model"], base: BaseLayer
+) -> Float[Tensor, ""]:
+    """log of between-class over within-class variance, of this batch: invariant under scaling and rotation.
+
+    Between is ‖μ_harmful − μ_harmless‖² of the batch's means, within the mean over classes of tr Σ (n − 1 below; 0
+    for a class of one prompt). Means of n prompts stand tr Σ₁/n₁ + tr Σ₀/n₀ too far apart, so in expectation this is
+    about log(ratio + 2/n). The bias is left in: it is monotonic in the true ratio, and correcting it would take the
+    logarithm of numbers that are negative while the clouds still overlap. Both variances carry the same tiny floor,
+    so that identical embeddings give 0 and a zero gradient rather than NaN.
+    """
+    harmful, harmless = _wide(harmful), _wide(harmless)
+    between = (harmful.mean(dim=0) - harmless.mean(dim=0)).square().sum()
+    within = (_trace(harmful) + _trace(harmless)) / 2
+    floor = _FISHER_FLOOR * base.scale**2
+    return (between + floor).log() - (within + floor).log()
+
+
+def margin(
+    harmful: Float[Tensor, "harmful d_model"],
+    harmless: Float[Tensor, "harmless d_model"],
+    direction: Float[Tensor, "d_model"],
+    target: float = MARGIN_TARGET,
+) -> Float[Tensor, ""]:
+    """Minus the mean shortfall of every prompt's margin from `target`, softened: prompts that lag behind pull hardest.
+
+    A prompt's margin is ±(e − midpoint) · u / scale, + on its own side of the midpoint of the batch's class means; u is
+    `direction` at length 1 and a constant (`running_direction`). Midpoint and scale are the batch's own and are
+    differentiated through, so inflating both clouds changes nothing and has no gradient. The softening is
+    softplus(8 · shortfall) / 8; the mean is class-balanced.
+    """
+    from torch.nn.functional import softplus
+
+    harmful, harmless = _wide(harmful), _wide(harmless)
+    direction = direction / direction.norm().clamp_min(_NOTHING)
+    midpoint = (harmful.mean(dim=0) + harmless.mean(dim=0)) / 2
+    scale = _squared_scale(harmful, harmless).clamp_min(_NOTHING**2).sqrt()
+    shortfalls = []
+    for cloud, side in ((harmful, 1.0), (harmless, -1.0)):
+        # Elementwise rather than as a matrix product, which autocast would turn into bfloat16.
+        margins = side * ((cloud - midpoint) * direction).sum(dim=-1) / scale
+        shortfalls.append(softplus(_SHARPNESS * (target - margins)).mean() / _SHARPNESS)
+    return -(shortfalls[0] + shortfalls[1]) / 2
+
+
+def running_direction(
+    previous: Float[Tensor, "d_model"],
+    harmful: Float[Tensor, "harmful d_model"],
+    harmless: Float[Tensor, "harmless d_model"],
+) -> Float[Tensor, "d_model"]:
+    """The next running mean difference in units of the scale, a constant without gradient.
+
+    The mean difference of one small batch is mostly noise, and a direction that every batch draws anew gives no prompt
+    a side to go to. `BaseLayer.difference` is the first `previous`; each batch then counts for a tenth.
+    """
+    harmful, harmless = _wide(harmful.detach()), _wide(harmless.detach())
+    scale = _squared_scale(harmful, harmless).clamp_min(_NOTHING**2).sqrt()
+    difference = (harmful.mean(dim=0) - harmless.mean(dim=0)) / scale
+    return _MOMENTUM * previous + (1 - _MOMENTUM) * difference
+
+
+# ------------------------------------------------------------------------------------------------------- their sum
+
+
+def separation(
+    terms: tuple[Term, ...],
+    harmful: Float[Tensor, "harmful layer d_model"],
+    harmless: Float[Tensor, "harmless layer d_model"],
+    *,
+    harmless_base: Float[Tensor, "harmless layer d_model"] | None,
+    base: Mapping[int, BaseLayer],
+    directions: Float[Tensor, "layer d_model"],
+    margin_target: float = MARGIN_TARGET,
+) -> Float[Tensor, ""]:
+    """The weighted sum of the terms, averaged over the target layers: what ES2 makes large.
+
+    Args:
+        terms: from `parse_objective`.
+        harmful: embeddings of the harmful prompts of the global batch at the target layers.
+        harmless: of the harmless ones.
+        harmless_base: the base's embeddings of the same harmless prompts; only `anchored` needs them.
+        base: the base constants of each target layer, in the order of axis `layer`.
+        directions: from `running_direction`, for each target layer; used by `margin`.
+        margin_target: where `margin` stops pushing.
+    """
+    import torch
+
+    values = []
+    for index, constants in enumerate(base.values()):
+        here, there = harmful[:, index], harmless[:, index]
+        for term in terms:
+            if term.name == "distance":
+                value = distance(here, there, constants)
+            elif term.name == "anchored":
+                if harmless_base is None:
+                    raise ValueError("The anchored term needs the base's embeddings of the harmless prompts.")
+                value = anchored(here, there, harmless_base[:, index], constants)
+            elif term.name == "fisher":
+                value = fisher(here, there, constants)
+            elif term.name == "margin":
+                value = margin(here, there, directions[index], margin_target)
+            else:
+                raise ValueError(f"Unknown term {term.name!r}; parse_objective knows {', '.join(OBJECTIVES)}.")
+            values.append(term.weight * value)
+    return torch.stack(values).sum() / len(base)
+
+
+def total_loss(separation: float, kl_prompt: float, kl_reply: float, kl_weight: float) -> float:
+    """− separation + λ · (KL over prompt tokens + KL over reply tokens): the loss of the paper, the KL in two parts."""
+    return -separation + kl_weight * (kl_prompt + kl_reply)
+
+
+# ---------------------------------------------------------------------------------------------------------- pieces
+
+
+def _wide(embeddings: Tensor) -> Tensor:
+    """At least float32; float64 stays."""
+    return embeddings if embeddings.dtype.itemsize >= 4 else embeddings.float()
+
+
+def _unit(value: float, base: BaseLayer) -> float:
+    return max(value, _SMALLEST * base.scale)
+
+
+def _squared_scale(harmful: Tensor, harmless: Tensor) -> Tensor:
+    """The class-balanced mean of ‖e‖²."""
+    return (harmful.square().sum(dim=-1).mean() + harmless.square().sum(dim=-1).mean()) / 2
+
+
+def _trace(cloud: Tensor) -> Tensor:
+    """tr Σ of one class with n − 1 below; 0 for a single prompt."""
+    return (cloud - cloud.mean(dim=0)).square().sum() / max(len(cloud) - 1, 1)
+
+
+def _mean_pairwise_distance(harmful: Tensor, harmless: Tensor) -> Tensor:
+    """The mean distance over all harmful × harmless pairs; where two embeddings coincide the gradient is 0."""
+    import torch
+
+    # By differences: the faster form by inner products loses half of float32's digits where clouds lie far from zero.
+    return torch.cdist(harmful, harmless, compute_mode="donot_use_mm_for_euclid_dist").mean()

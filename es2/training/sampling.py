@@ -1,0 +1,149 @@
+"""Which prompts a fine-tune sees, and when.
+
+Everything here is a pure function of the prompt set, the seed and the step: no generator is carried along, so a resumed
+run draws what the uninterrupted one would have drawn, every process of a parallel run knows the whole batch without
+asking the others, and the prompts that will never be drawn are known before anything is computed for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from es2.analysis.resampling import canonical
+from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet, stable_hash
+
+_BASE_PAIRS = 128  # enough for a mean length; all of `tune` would take as long as several steps
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The prompts of one step, as rows of the prompt set: as many harmful as harmless ones.
+
+    Attributes:
+        harmful: rows of harmful prompts.
+        harmless: rows of harmless prompts; where the set has pairs, the twins of `harmful`, in the same order.
+        n_kl: so many of the harmless ones, from the first on, also have their logits held to the base's. Couples come
+            in random order, so these are a random part, whose KL is an unbiased estimate of everyone's.
+    """
+
+    harmful: tuple[int, ...]
+    harmless: tuple[int, ...]
+    n_kl: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which prompts a fine-tune will need, as rows of the prompt set.
+
+    Attributes:
+        batches: of all steps.
+        watch: the watched prompts, in canonical order.
+        watched: their rows.
+        watched_kl: the harmless ones of them whose logits are watched too, half of them: logits cost most.
+        tested: harmless `test` prompts.
+    """
+
+    batches: tuple[Batch, ...]
+    watch: PromptSet
+    watched: tuple[int, ...]
+    watched_kl: tuple[int, ...]
+    tested: tuple[int, ...]
+
+    @cached_property
+    def harmless(self) -> tuple[int, ...]:
+        """Every harmless `tune` prompt that some step draws."""
+        return tuple(sorted({row for batch in self.batches for row in batch.harmless}))
+
+    @cached_property
+    def base_harmful(self) -> tuple[int, ...]:
+        """The harmful `tune` prompts that the constants of the base are taken over: the first ones drawn."""
+        return tuple(dict.fromkeys(row for batch in self.batches for row in batch.harmful))[:_BASE_PAIRS]
+
+    @cached_property
+    def base_harmless(self) -> tuple[int, ...]:
+        """The harmless ones, likewise."""
+        return tuple(dict.fromkeys(row for batch in self.batches for row in batch.harmless))[:_BASE_PAIRS]
+
+    @cached_property
+    def rows(self) -> tuple[int, ...]:
+        """Every prompt that is looked at."""
+        drawn = {row for batch in self.batches for row in (*batch.harmful, *batch.harmless)}
+        return tuple(sorted({*drawn, *self.watched, *self.tested}))
+
+
+def make_plan(
+    prompts: PromptSet, pairs_per_step: int, steps: int, seed: int, watch_prompts: int, kl_prompts: int
+) -> Plan:
+    """Decide who is drawn when and who is held out: at most `watch_prompts` of each label from `watch` and `test`."""
+    chosen = np.zeros(len(prompts), dtype=bool)
+    for label in (HARMFUL, HARMLESS):
+        chosen[held_out_rows(prompts, "watch", label, watch_prompts)] = True
+    order, watch = canonical(prompts.select(chosen))
+    return Plan(
+        batches=tuple(draw_batches(prompts, pairs_per_step, steps, seed, kl_prompts)),
+        watch=watch,
+        watched=tuple(np.flatnonzero(chosen)[order].tolist()),
+        watched_kl=tuple(held_out_rows(prompts, "watch", HARMLESS, max(1, watch_prompts // 2))),
+        tested=tuple(held_out_rows(prompts, "test", HARMLESS, watch_prompts)),
+    )
+
+
+def draw_batches(prompts: PromptSet, pairs_per_step: int, steps: int, seed: int, kl_prompts: int) -> list[Batch]:
+    """The batches of all steps, drawn from `tune` epoch by epoch without replacement.
+
+    Twins are drawn together. Prompts without a twin are put together at random, anew in every epoch, the smaller class
+    repeating itself. A set of fewer pairs than `pairs_per_step` gives smaller batches; no batch holds a prompt twice
+    unless a label has fewer prompts than the batch has pairs.
+    """
+    batches: list[Batch] = []
+    epoch = 0
+    while len(batches) < steps:
+        generator = np.random.default_rng([seed, epoch])
+        couples = _couples(prompts, generator)
+        size = min(pairs_per_step, len(couples))
+        order = generator.permutation(len(couples))
+        for start in range(0, len(couples) - size + 1, size):
+            drawn = [couples[index] for index in order[start : start + size]]
+            harmful, harmless = zip(*drawn, strict=True)
+            batches.append(Batch(harmful, harmless, min(kl_prompts, len(drawn))))
+        epoch += 1
+    return batches[:steps]
+
+
+def _couples(prompts: PromptSet, generator: np.random.Generator) -> list[tuple[int, int]]:
+    """(harmful row, harmless row) for one epoch: the twins, then what has no twin, both labels in random order."""
+    by_pair: dict[str, tuple[list[int], list[int]]] = {}
+    for row in canonical(prompts, "tune")[0].tolist():
+        sides = by_pair.setdefault(prompts.pairs[row], ([], []))
+        sides[0 if prompts.labels[row] == HARMFUL else 1].append(row)
+    couples = [couple for sides in by_pair.values() for couple in zip(*sides, strict=False)]
+    left = []
+    for side in (0, 1):
+        twinned = {couple[side] for couple in couples}
+        alone = [row for sides in by_pair.values() for row in sides[side] if row not in twinned]
+        left.append(generator.permutation(alone).tolist() if alone else [])
+    if not any(left):
+        return couples
+    # Where one label has nobody left, its twinned prompts have to serve a second time.
+    pools = [
+        alone or generator.permutation([couple[side] for couple in couples]).tolist() for side, alone in enumerate(left)
+    ]
+    return couples + [tuple(pool[index % len(pool)] for pool in pools) for index in range(max(map(len, left)))]
+
+
+def held_out_rows(prompts: PromptSet, split: str, label: int, limit: int) -> list[int]:
+    """At most `limit` prompts of one label of a split, as rows: those whose pair has the smallest hash.
+
+    Twins share a hash, so the harmful and the harmless prompts chosen are twins of each other.
+    """
+    rows = np.flatnonzero(prompts.in_split(split) & (prompts.labels == label)).tolist()
+    rows.sort(key=lambda row: (stable_hash("watch:" + prompts.pairs[row]), prompts.texts[row]))
+    return rows[:limit]
+
+
+def count_tune(prompts: PromptSet) -> dict[int, int]:
+    """How many `tune` prompts each label has."""
+    return {label: int((prompts.in_split("tune") & (prompts.labels == label)).sum()) for label in (HARMFUL, HARMLESS)}

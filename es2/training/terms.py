@@ -1,0 +1,57 @@
+"""The separation terms by name, and mixtures of them as users write them. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from es2.core.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+
+
+OBJECTIVES = ("distance", "anchored", "fisher", "margin")
+"""The names of the separation terms."""
+
+MARGIN_TARGET = 0.6
+"""Where the `margin` term stops pushing, in units of the scale: clouds this far out are two orthogonal directions."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of a mixture: its weight and its name, one of `OBJECTIVES`."""
+
+    weight: float
+    name: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parse_objective(text: str) -> tuple[Term, ...]:
+    """Read a mixture: `fisher`, `fisher+margin`, `1.0*margin+0.5*fisher`. Needs no torch.
+
+    Raises:
+        InputError: for an unknown or repeated term and for a weight that is not a positive number.
+    """
+    terms: list[Term] = []
+    for part in text.split("+"):
+        factor, star, name = part.strip().rpartition("*")
+        name = name.strip()
+        if name not in OBJECTIVES:
+            raise InputError(
+                f"Unknown objective {part.strip()[:40]!r}; write one of {', '.join(OBJECTIVES)}, "
+                "or a mixture such as 1.0*margin+0.5*fisher."
+            )
+        try:
+            weight = float(factor) if star else 1.0
+        except ValueError:
+            weight = math.nan
+        if not (math.isfinite(weight) and weight > 0):
+            raise InputError(f"The weight in {part.strip()[:40]!r} is not a positive number; write 0.5*{name}.")
+        if any(term.name == name for term in terms):
+            raise InputError(f"The objective {text[:80]!r} names {name} twice; give each term once.")
+        terms.append(Term(weight, name))
+    return tuple(terms)

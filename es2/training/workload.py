@@ -1,0 +1,269 @@
+"""The prompts of one fine-tune, what the base model made of them, and one process's share of the work on them.
+
+Sums are the only thing processes tell each other: of embeddings laid out by their place in the batch (zeros where
+another process has the prompt), of KLs, of token counts, of gradients. One process alone runs the same lines with sums
+that change nothing, so there is no second code path that only shows its bugs on a cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+
+from es2.core.progress import Cancelled, Reporter
+from es2.models.batching import end_tokens
+from es2.models.forward import BaseReply, HarmlessPass, Network, Tokens
+from es2.prompts.prompt_set import HARMLESS
+from es2.training.objective import BaseLayer, measure_base
+from es2.training.sampling import Batch, Plan
+from es2.training.validation import WatchPoint, watch_numbers
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class Part:
+    """The prompts that one process works on at once.
+
+    Attributes:
+        harmful: rows of the prompt set.
+        harmless: likewise.
+        n_kl: so many of the harmless ones, from the first on, also have their KL taken.
+        places: where they stand in the batch, harmful ones first.
+    """
+
+    harmful: tuple[int, ...]
+    harmless: tuple[int, ...]
+    n_kl: int
+    places: tuple[int, ...]
+
+
+class Workload:
+    """One process's view of a fine-tune's prompts; making it measures the base.
+
+    Args:
+        network: the model, nothing trained yet.
+        plan: which prompts are needed.
+        tokens: of every one of them.
+        reply_tokens: tokens of the base's greedy replies.
+        every_harmless: whether `base_embeddings` shall know every harmless prompt that is drawn.
+        report: told about the base measurements (`base`).
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        plan: Plan,
+        tokens: Mapping[int, Tokens],
+        reply_tokens: int,
+        every_harmless: bool,
+        report: Reporter,
+    ) -> None:
+        self.network = network
+        self.plan = plan
+        self.tokens = tokens
+        self.processes = PartialState()
+        labels = zip(plan.watched, plan.watch.labels, strict=True)
+        self._watched_harmless = [row for row, label in labels if label == HARMLESS]
+        self.replies: dict[int, BaseReply] = {}
+        self._measure_base(reply_tokens, every_harmless, report)
+
+    # ------------------------------------------------------------------------------------------------ the base
+
+    def _measure_base(self, reply_tokens: int, every_harmless: bool, report: Reporter) -> None:
+        """Reply to this process's share of what the KL is taken over, embed its share of the rest, tell the others."""
+        plan = self.plan
+        known = {*plan.base_harmful, *plan.base_harmless, *plan.watched} | (
+            set(plan.harmless) if every_harmless else set()
+        )
+        self._place_of = {row: place for place, row in enumerate(sorted(known))}
+        replied = {row for batch in plan.batches for part in self.parts(batch, 1) for row in part.harmless[: part.n_kl]}
+        replied |= {*self._share(plan.watched_kl), *self._share(plan.tested)}
+        done, total = 0, len(replied) + 1
+        report("base", done, total)
+        rows = sorted(replied)
+        found: dict[int, Tensor] = {}
+        ends = end_tokens(self.network.model)
+        for index, reply, embedding in self.network.reply([self.tokens[row] for row in rows], reply_tokens, ends):
+            self.replies[rows[index]] = reply
+            if rows[index] in known:
+                found[rows[index]] = embedding
+            done += 1
+            report("base", done, total)
+        rows = [row for row in self._share(sorted(known)) if row not in found]
+        with torch.no_grad():
+            embeddings = self.network.embed([self.tokens[row] for row in rows])
+        found |= dict(zip(rows, embeddings, strict=True))
+        report("base", total, total)
+        values = torch.stack([value.to(self.network.device) for value in found.values()]) if found else embeddings
+        places = [self._place_of[row] for row in found]
+        # A prompt that several processes replied to was measured by each of them.
+        times = self._spread(places, torch.ones(len(places), 1, 1), len(known))
+        self._base = self._spread(places, values, len(known)) / times
+
+    def base_embeddings(self, rows: Sequence[int]) -> Float[Tensor, "prompt layer d_model"]:
+        """The base's embeddings at the target layers of the plan's base prompts or of watched ones."""
+        return self._base[[self._place_of[row] for row in rows]]
+
+    def base_layers(self) -> dict[int, BaseLayer]:
+        """The constants of the separation terms, by target layer, over the first `tune` prompts that are drawn."""
+        harmful, harmless = self.base_embeddings(self.plan.base_harmful), self.base_embeddings(self.plan.base_harmless)
+        return {
+            layer: measure_base(harmful[:, index], harmless[:, index])
+            for index, layer in enumerate(self.network.layers)
+        }
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    def parts(self, batch: Batch, n: int) -> list[Part]:
+        """This process's share of a batch in `n` parts, or fewer where it has fewer prompts and need not keep step."""
+        harmful, harmless = self._own_places(batch.harmful), self._own_places(batch.harmless, batch.n_kl)
+        parts = []
+        for start in range(n):
+            some, others = harmful[start::n], harmless[start::n]
+            if some or others or self.network.in_step:
+                part = Part(
+                    harmful=tuple(batch.harmful[place] for place in some),
+                    harmless=tuple(batch.harmless[place] for place in others),
+                    n_kl=sum(place < batch.n_kl for place in others),
+                    places=(*some, *(len(batch.harmful) + place for place in others)),
+                )
+                parts.append(part)
+        return parts
+
+    def count_tokens(self, parts: Sequence[Part]) -> tuple[int, int]:
+        """How many tokens of harmless prompts, and of replies, the KLs of all processes' parts are taken over."""
+        mine = [self.replies[row] for part in parts for row in part.harmless[: part.n_kl]]
+        counts = [sum(record.n_prompt for record in mine), sum(len(record.reply) for record in mine)]
+        n_prompt, n_reply = self.total(torch.tensor(counts, device=self.network.device)).tolist()
+        return n_prompt, n_reply
+
+    def embed(self, part: Part) -> Float[Tensor, "place layer d_model"]:
+        """The embeddings of a part, in the order of its places."""
+        return self.network.embed(self._tokens((*part.harmful, *part.harmless)))
+
+    def run(self, part: Part) -> HarmlessPass:
+        """The embeddings of a part, in the order of its places, and the KL sums of the prompts that have one."""
+        shared = self.network.run_template_head()
+        n_harmful, with_kl = len(part.harmful), part.harmless[: part.n_kl]
+        embedded = self.network.embed(self._tokens((*part.harmful, *part.harmless[part.n_kl :])), shared)
+        read = self.network.read_harmless(self._tokens(with_kl), [self.replies[row] for row in with_kl], shared)
+        embeddings = torch.cat([embedded[:n_harmful], read.embeddings, embedded[n_harmful:]])
+        return HarmlessPass(embeddings, read.kl_prompt, read.kl_reply)
+
+    def gather(
+        self, parts: Sequence[Part], embeddings: Sequence[Tensor], n_places: int
+    ) -> Float[Tensor, "place layer d_model"]:
+        """The embeddings of the whole batch from those of every process's parts, without their graphs."""
+        places = [place for part in parts for place in part.places]
+        found = torch.cat([part.detach() for part in embeddings]) if places else self._base[:0]
+        return self._spread(places, found, n_places)
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Make every process's gradients the sum of all processes' gradients."""
+        if self.processes.num_processes == 1:
+            return
+        with_gradients = list(parameters)
+        for parameter in with_gradients:
+            if parameter.grad is None:  # a process that had no prompt in this batch
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.flatten() for parameter in with_gradients if parameter.grad is not None])
+        sizes = [parameter.numel() for parameter in with_gradients]
+        for parameter, gradient in zip(with_gradients, self.total(flat).split(sizes), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+
+    # ---------------------------------------------------------------------------------------------- held-out prompts
+
+    @torch.no_grad()
+    def watch(self, step: int) -> WatchPoint:
+        """Measure the watched prompts with the model as it is now."""
+        watch, rows = self.plan.watch, self.plan.watched
+        place = {row: index for index, row in enumerate(rows)}
+        harmful = self._share([row for row in rows if row not in self._watched_harmless])
+        with_kl = self._share(self.plan.watched_kl)
+        without = self._share([row for row in self._watched_harmless if row not in self.plan.watched_kl])
+        part = Part(tuple(harmful), (*with_kl, *without), len(with_kl), ())
+        run = self.run(part)
+        mine = [place[row] for row in (*part.harmful, *part.harmless)]
+        tuned = self._spread(mine, run.embeddings, len(rows)).cpu().numpy()
+        base = self.base_embeddings(rows).cpu().numpy()
+        n_prompt, n_reply = self.count_tokens([part])
+        kl_prompt, kl_reply = self.total(torch.stack([run.kl_prompt, run.kl_reply])).tolist()
+        numbers = {
+            layer: watch_numbers(watch, base[:, index], tuned[:, index])
+            for index, layer in enumerate(self.network.layers)
+        }
+        return WatchPoint(step, kl_prompt / n_prompt, kl_reply / n_reply, numbers)
+
+    def watch_base(self) -> WatchPoint:
+        """What `watch` would measure before the first step, from what is known already."""
+        base = self.base_embeddings(self.plan.watched).cpu().numpy()
+        numbers = {
+            layer: watch_numbers(self.plan.watch, base[:, index], base[:, index])
+            for index, layer in enumerate(self.network.layers)
+        }
+        return WatchPoint(0, 0.0, 0.0, numbers)
+
+    @torch.no_grad()
+    def measure_kl(self) -> dict[str, float] | None:
+        """The KLs on the harmless `test` prompts with the model as it is now; `None` if there are none."""
+        if not self.plan.tested:
+            return None
+        rows = tuple(self._share(self.plan.tested))
+        part = Part((), rows, len(rows), ())
+        run = self.run(part)
+        n_prompt, n_reply = self.count_tokens([part])
+        kl_prompt, kl_reply = self.total(torch.stack([run.kl_prompt, run.kl_reply])).tolist()
+        return {"prompt": kl_prompt / n_prompt, "reply": kl_reply / n_reply}
+
+    # ------------------------------------------------------------------------------------------------ between processes
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum over all processes."""
+        summed: Tensor = reduce(numbers, reduction="sum")
+        return summed
+
+    def on_main(self, action: Callable[[], None]) -> None:
+        """Do something in one process only."""
+        if self.processes.is_main_process:
+            action()
+
+    def is_cancelled(self, report: Callable[[], None]) -> bool:
+        """Report from the main process; whether that asked everybody to stop."""
+        cancelled = False
+        if self.processes.is_main_process:
+            try:
+                report()
+            except Cancelled:
+                cancelled = True
+        if self.processes.num_processes == 1:
+            return cancelled
+        return bool(self.total(torch.tensor(float(cancelled), device=self.network.device)))
+
+    def _own_places(self, rows: Sequence[int], n_kl: int = 0) -> list[int]:
+        """Where the prompts that this process works on stand in `rows`: every n-th by length, for equal shares.
+
+        Those among the first `n_kl`, which cost more, are dealt out before the others.
+        """
+        by_length = sorted(range(len(rows)), key=lambda place: (place >= n_kl, -len(self.tokens[rows[place]]), place))
+        return by_length[self.processes.process_index :: self.processes.num_processes]
+
+    def _share(self, rows: Sequence[int]) -> list[int]:
+        """The prompts that this process works on."""
+        return [rows[place] for place in self._own_places(rows)]
+
+    def _tokens(self, rows: Sequence[int]) -> list[Tokens]:
+        return [self.tokens[row] for row in rows]
+
+    def _spread(self, places: Sequence[int], values: Tensor, n_places: int) -> Tensor:
+        """Values of all processes by place; a place that several processes fill holds the sum."""
+        everyone = torch.zeros(n_places, *values.shape[1:], device=self.network.device)
+        everyone[list(places)] = values.to(everyone)
+        return self.total(everyone)

@@ -1,0 +1,120 @@
+"""The keys of what is derived from activation sets, and looking for it on disk.
+
+Nothing here needs weights, a tokenizer or torch, so the app opens at once, also on a folder of artifacts that was
+copied from another machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from es2.analysis.layer_views import VIEWS_FORMAT
+from es2.analysis.projection import PROJECTION_FORMAT, UmapCoordinates
+from es2.analysis.results import ANALYSIS_FORMAT, Analysis, AnalysisConfig
+from es2.core.files import content_key
+from es2.prompts.prompt_set import PromptSet
+from es2.store.activation_set import ActivationSet
+from es2.store.store import Store
+
+
+def analysis_key(
+    base: ActivationSet,
+    prompts: PromptSet,
+    config: AnalysisConfig,
+    *,
+    tuned: ActivationSet | None = None,
+    test: Captured | None = None,
+) -> str:
+    """The key of an analysis: everything that decides its numbers, and nothing else."""
+    n_fitted = max(int(prompts.in_split("probe").sum()), len(test.prompts) if test else 0)
+    # Where prompts outnumber dimensions, analyses before this entry hold probes that are not the best ones.
+    corrected = {"fits": 2} if n_fitted > base.d_model else {}
+    return content_key(
+        corrected
+        | {
+            "kind": "analysis",
+            "format": ANALYSIS_FORMAT,
+            "base": base.key,
+            "tuned": tuned and tuned.key,
+            "prompts": prompts.digest,
+            "test": test and [test.base.key, test.tuned and test.tuned.key, test.prompts.digest],
+            "config": asdict(config),
+        }
+    )
+
+
+def umap_key(activations: ActivationSet, prompts: PromptSet, position: str, tuned: ActivationSet | None = None) -> str:
+    """The key of the UMAP coordinates of all layers of one activation set, or of base and tuned in common maps."""
+    return content_key(
+        {
+            "kind": "umap",
+            "format": PROJECTION_FORMAT,
+            "base": activations.key,
+            "tuned": tuned and tuned.key,
+            "prompts": prompts.digest,
+            "position": position,
+        }
+    )
+
+
+def views_key(
+    base: ActivationSet, prompts: PromptSet, config: AnalysisConfig, tuned: ActivationSet | None = None
+) -> str:
+    """The key of the views of all layers that belong to an analysis."""
+    analysis = analysis_key(base, prompts, config, tuned=tuned)
+    return content_key({"kind": "views", "format": VIEWS_FORMAT, "analysis": analysis})
+
+
+def find_activations(
+    model: str, prompts: PromptSet, position: str, store: Store | None = None, run: str | None = None
+) -> ActivationSet | None:
+    """The newest activation set of exactly these prompts under this model or run, if there is one on disk."""
+    return (store or Store()).find(model=model, texts_digest=prompts.texts_digest, position=position, run=run)
+
+
+def find_analysis(
+    activations: ActivationSet, prompts: PromptSet, position: str, tuned: ActivationSet | None = None
+) -> Analysis | None:
+    """The analysis of an activation set, or of base and tuned, with the shipped settings, if it was made."""
+    folder = find_analysis_folder(activations, prompts, position, tuned)
+    return Analysis.load(folder) if folder else None
+
+
+def find_analysis_folder(
+    activations: ActivationSet, prompts: PromptSet, position: str, tuned: ActivationSet | None = None
+) -> Path | None:
+    """Where `find_analysis` reads."""
+    key = analysis_key(activations, prompts, AnalysisConfig(position=position), tuned=tuned)
+    return (tuned or activations).derived(key)
+
+
+def find_views_folder(
+    activations: ActivationSet, prompts: PromptSet, position: str, tuned: ActivationSet | None = None
+) -> Path | None:
+    """Where the views of all layers lie that belong to `find_analysis`, if they were worked out beforehand."""
+    key = views_key(activations, prompts, AnalysisConfig(position=position), tuned)
+    return (tuned or activations).derived(key)
+
+
+def find_umap(
+    activations: ActivationSet, prompts: PromptSet, position: str, tuned: ActivationSet | None = None
+) -> UmapCoordinates | None:
+    """The UMAP coordinates of an activation set, or of base and tuned, if they were computed."""
+    folder = (tuned or activations).derived(umap_key(activations, prompts, position, tuned))
+    return UmapCoordinates.load(folder) if folder else None
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A prompt set and its embeddings.
+
+    Attributes:
+        prompts: the prompts.
+        base: their embeddings under the base model, or under the run that stands in its place.
+        tuned: their embeddings under a run's tuned model, where one is asked for.
+    """
+
+    prompts: PromptSet
+    base: ActivationSet
+    tuned: ActivationSet | None = None

@@ -1,0 +1,180 @@
+"""Does the separation hold? Behaviour, ability and embedding-level attacks, base and tuned over the same prompts.
+
+One function ties the parts together, and everything that took a model is kept: a reply goes into a log the moment its
+batch is done, under a key of all that decides it (weights, adapter, tokens, settings, push), so an evaluation that was
+killed goes on where it was, one with more prompts generates only what is new, and nothing is said twice. Numbers are
+worked out anew from the log each time, so a resumed evaluation ends like one that was never interrupted. Who may be
+looked at follows the splits: of the prompts that the run was tuned on only its `test` split counts. The app imports
+this module to find and read results; torch is imported where a model runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from es2.analysis.results import AnalysisConfig
+from es2.core.errors import InputError
+from es2.core.files import content_key, expanded, machine_error, sealed, write_json
+from es2.core.progress import Reporter, silent
+from es2.evaluation.attack import perturbation
+from es2.evaluation.config import EvaluateConfig
+from es2.evaluation.judge import Judge, classifier_judge, endpoint_judge
+from es2.evaluation.reply_log import ReplyLog
+from es2.evaluation.results import EVALUATION_FORMAT, FOLDER, LOG, read_evaluation
+from es2.evaluation.suites import Work, behaviour, held_out
+from es2.jobs.job import Job
+from es2.jobs.queue import find_jobs
+from es2.models.catalogue import resolve
+from es2.models.device import choose_device, choose_dtype
+from es2.models.fingerprint import fingerprint
+from es2.models.folders import model_folder
+from es2.prompts.loading import load_prompts
+from es2.prompts.prompt_set import PromptSet
+from es2.store.store import Store
+from es2.workflow.prepare import prepare
+from es2.workflow.runs import check_run, config_of, tuned_weights
+
+KIND = "evaluate"
+
+
+def evaluate(
+    config: EvaluateConfig,
+    prompts: PromptSet,
+    folder: Path,
+    *,
+    run: Job | None = None,
+    store: Store | None = None,
+    report: Reporter = silent,
+) -> dict[str, Any]:
+    """Run the suites and keep their result.
+
+    Args:
+        config: what to do.
+        prompts: what `config.prompts` names.
+        folder: where replies and the result are kept when there is no run; else they go into the run's folder.
+        run: the run that `config.run` names.
+        store: where activation sets lie.
+        report: told about every token and batch; it may raise to stop.
+
+    Returns:
+        JSON values: `suite` (by name; a suite of `all` that these prompts do not allow has a `problem`), what was
+        evaluated, `path` of the kept result, which also has the replies (`read_evaluation`).
+
+    Raises:
+        InputError, MachineError: for a model, a run, prompts or settings that cannot be used.
+        Cancelled: when `report` raised it; what was replied is kept.
+    """
+    begun = time.perf_counter()
+    spec = resolve(config.model)
+    tuned_on, note, weights = None, None, None
+    if run is not None:
+        check_run(run, config.model)
+        weights = tuned_weights(run)
+        try:
+            tuned_on = load_prompts(str(run.config.get("prompts", "builtin")))
+        except InputError as error:
+            note = f"The run's own prompts cannot be read, so none of them was left out here ({error})"
+    judge = _make_judge(config)
+    model_files = model_folder(spec, report)
+    device = config.device or choose_device()
+    place = (run.path if run is not None else folder) / FOLDER
+    work = Work(
+        config=config,
+        run=run,
+        weights=weights,
+        folder=model_files,
+        identity=fingerprint(model_files, weights).to_dict(),
+        device=device,
+        dtype=config.dtype or choose_dtype(device),
+        log=ReplyLog(place / LOG),
+        store=store or Store(),
+        report=report,
+    )
+    suite: dict[str, Any] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    parts: dict[str, Callable[[], tuple[dict[str, Any], list[dict[str, Any]]]]] = {
+        "refusal": lambda: behaviour(work, held_out(prompts, tuned_on), judge, "refusal"),
+        "kl": lambda: behaviour(work, held_out(prompts, tuned_on), None, "kl"),
+        "perturbation": lambda: _attacked(work, held_out(prompts, tuned_on, probing=True)),
+    }
+    for name in config.suites:
+        try:
+            suite[name], rows[name] = parts[name]()
+        except InputError as error:
+            if config.suite != "all":
+                raise
+            suite[name] = {"problem": str(error)}
+    if all("problem" in part for part in suite.values()):
+        raise InputError(suite["refusal"]["problem"])
+    path = _kept_at(place, config, prompts, work.identity)
+    document = {
+        "suite": suite,
+        "model": spec.name,
+        "run": config.run,
+        "prompts": prompts.name,
+        "note": note,
+        "settings": config.to_dict(),
+        "path": str(path),
+        "seconds": time.perf_counter() - begun,
+        "generated": work.generated
+        | {"tokens_per_second": work.generated["tokens"] / max(work.generated["seconds"], 1e-9)},
+    }
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        kept = {"format": EVALUATION_FORMAT, "created": time.time()} | document | {"rows": rows}
+        write_json(path, sealed(kept))
+    except OSError as error:
+        raise machine_error(error, place) from error
+    return document
+
+
+def _attacked(work: Work, prompts: PromptSet) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The attack suite, on embeddings that are captured and analysed where they are not yet."""
+    config = work.config
+    prepared = prepare(
+        config.model,
+        prompts,
+        run=work.run,
+        config=AnalysisConfig(position="last"),
+        device=config.device,
+        dtype=config.dtype,
+        store=work.store,
+        report=work.report,
+    )
+    sources = {"base": prepared.activations} | ({"tuned": prepared.tuned} if prepared.tuned else {})
+    targets = config_of(work.run).targets if work.run is not None else ()
+    return perturbation(work, prompts, sources, prepared.analysis, targets)
+
+
+def _kept_at(place: Path, config: EvaluateConfig, prompts: PromptSet, identity: Mapping[str, Any]) -> Path:
+    """Where a result is kept: under a key of everything that decides it."""
+    key = content_key({"config": config.to_dict(), "prompts": prompts.digest, "identity": identity})
+    return place / f"{key}.json"
+
+
+def _make_judge(config: EvaluateConfig) -> Judge | None:
+    if config.judge_url:
+        return endpoint_judge(config.judge_url, config.judge_model or "", key_variable=config.judge_key_variable)
+    if config.judge_folder:
+        return classifier_judge(Path(expanded(config.judge_folder)), config.judge_label)
+    return None
+
+
+def find_evaluation(config: EvaluateConfig, prompts: PromptSet, run: Job) -> dict[str, Any] | None:
+    """The kept result of exactly this evaluation of a run, with its replies and where it lies; None if there is none.
+
+    Raises:
+        InputError, MachineError: when the model or the run cannot be used, or the result cannot be read.
+    """
+    identity = fingerprint(model_folder(resolve(config.model)), tuned_weights(run)).to_dict()
+    path = _kept_at(run.path / FOLDER, config, prompts, identity)
+    return read_evaluation(path) | {"path": str(path)} if path.is_file() else None
+
+
+def unfinished_job(config: EvaluateConfig, root: Path | None = None) -> Job | None:
+    """The newest evaluation of exactly this config that ended before its time, so that it can be gone on with."""
+    newest = next(iter(find_jobs(KIND, config.to_dict(), root)), None)
+    return newest if newest and newest.status() in ("cancelled", "interrupted", "failed") else None

@@ -1,0 +1,99 @@
+"""A fine-tuning run from end to end: tune (or take an adapter), capture, compare with base, judge."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from es2.analysis.results import LayerNumbers
+from es2.analysis.verdict import layer_verdict, run_verdict
+from es2.core.files import DamagedError
+from es2.core.progress import Reporter, silent
+from es2.jobs.queue import open_job
+from es2.prompts.prompt_set import PromptSet
+from es2.store.store import Store
+from es2.training.finetune import finetune
+from es2.workflow.prepare import prepare
+from es2.workflow.runs import tuned_weights, weights_digest
+
+if TYPE_CHECKING:
+    from es2.training.config import FinetuneConfig
+
+logger = logging.getLogger(__name__)
+
+
+def finetune_run(
+    config: FinetuneConfig, prompts: PromptSet, folder: Path, report: Reporter = silent, store: Store | None = None
+) -> dict[str, Any]:
+    """Fine-tune, capture the tuned model, compare it with base, and judge. What `es2 finetune` prints.
+
+    Args:
+        config: the fine-tune's settings; it goes on from a checkpoint in `folder` if there is a whole one.
+        prompts: the prompt set.
+        folder: the run folder, whose name is the run's id.
+        report: told about progress.
+        store: where activation sets lie.
+
+    Returns:
+        JSON values: how the run ended, its KLs on harmless `test` prompts, the numbers of every layer before and after,
+        and the verdict at the target layers with its reason.
+
+    Raises:
+        InputError, MachineError, Cancelled: as `es2.training.finetune.finetune` and `prepare` do.
+    """
+    try:
+        result = finetune(config, prompts, folder, report, resume=True)
+    except DamagedError as error:
+        logger.warning("%s", error)
+        result = finetune(config, prompts, folder, report)
+    return _compared(config, prompts, folder, result.to_dict(), report, store)
+
+
+def imported_run(
+    config: FinetuneConfig, prompts: PromptSet, folder: Path, report: Reporter = silent, store: Store | None = None
+) -> dict[str, Any]:
+    """As `finetune_run`, of an adapter that was made elsewhere: nothing is trained and no KL is measured."""
+    nothing: dict[str, Any] = {"steps": 0, "best_step": 0, "seconds": 0.0, "seconds_per_step": 0.0, "watched": []}
+    result = nothing | {"status": "done", "reason": None, "trained_parameters": None, "kl_test": None}
+    return _compared(config, prompts, folder, result, report, store)
+
+
+def _compared(
+    config: FinetuneConfig,
+    prompts: PromptSet,
+    folder: Path,
+    result: Mapping[str, Any],
+    report: Reporter,
+    store: Store | None,
+) -> dict[str, Any]:
+    """Capture the tuned model, compare it with base, and add the numbers and the verdict to how the run went."""
+    run = open_job(folder.name, folder.parent)
+    weights = weights_digest(tuned_weights(run))
+    prepared = prepare(
+        config.model, prompts, run=run, device=config.device, dtype=config.dtype, store=store, report=report
+    )
+    analysis, kl = prepared.analysis, result["kl_test"]
+    targets = config.targets or analysis.recommended
+    verdict = run_verdict(analysis, targets, kl)
+    tuned_layers = analysis.tuned_layers or ()
+    own = ("status", "reason", "steps", "best_step", "seconds", "seconds_per_step", "trained_parameters", "watched")
+    return {name: result[name] for name in own} | {
+        "run": run.id,
+        "path": str(folder),
+        "target_layers": list(targets),
+        "kl_harmless_test": kl,
+        "weights": weights,
+        "verdict": verdict.name,
+        "verdict_reason": verdict.reason,
+        "verdicts": {str(layer.layer): layer_verdict(layer, kl).to_dict() for layer in tuned_layers},
+        "activations": {"base": prepared.activations.key, "tuned": prepared.tuned and prepared.tuned.key},
+        "before": {str(layer.layer): _plain(layer) for layer in analysis.base_layers},
+        "after": {str(layer.layer): _plain(layer) for layer in tuned_layers},
+    }
+
+
+def _plain(layer: LayerNumbers) -> dict[str, Any]:
+    """A layer's numbers, and for tuned their change, without the curve over C, which the analysis keeps."""
+    return {name: value for name, value in layer.to_dict().items() if name != "by_cost"}

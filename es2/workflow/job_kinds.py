@@ -1,0 +1,94 @@
+"""What `es2 job` can run: a function for each kind of job."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from es2.analysis.results import AnalysisConfig
+from es2.core.progress import Reporter, silent
+from es2.core.settings import check_settings
+from es2.evaluation.config import EvaluateConfig
+from es2.jobs.job import Job
+from es2.jobs.queue import lay_down, open_job, reopen
+from es2.jobs.running import Task, result_of, run_job
+from es2.prompts.loading import load_prompts
+from es2.workflow.evaluate import evaluate
+from es2.workflow.finetune_run import finetune_run, imported_run
+from es2.workflow.prepare import prepare, project
+from es2.workflow.reader import read_job
+from es2.workflow.runs import config_of
+
+
+def _prepare_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
+    run, against = _runs(config, folder)
+    prepared = prepare(
+        config["model"],
+        load_prompts(config["prompts"]),
+        run=run,
+        against=against,
+        config=AnalysisConfig(position=config["position"]),
+        report=report,
+    )
+    return {"activations": prepared.activations.key}
+
+
+def _project_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
+    run, against = _runs(config, folder)
+    prompts = load_prompts(config["prompts"])
+    activations, key = project(
+        config["model"], prompts, run=run, against=against, position=config["position"], report=report
+    )
+    return {"activations": activations.key, "umap": key}
+
+
+def _runs(config: dict[str, Any], folder: Path) -> tuple[Job | None, Job | None]:
+    """The runs that a job compares: `run` and `against` in its config, by id."""
+    ids = (config.get("run"), config.get("against"))
+    run, against = (open_job(id, folder.parent) if id else None for id in ids)
+    return run, against
+
+
+def _finetune_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
+    do = imported_run if config.get("imported") else finetune_run
+    return do(config_of(Job(folder, config)), load_prompts(config["prompts"]), folder, report)
+
+
+def _read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
+    return read_job(config, report, folder)
+
+
+def _evaluate_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
+    check_settings(EvaluateConfig, config, f"The config.json of job {folder.name}")
+    settings = EvaluateConfig.from_dict(config)
+    run, _ = _runs(config, folder)
+    return evaluate(settings, load_prompts(settings.prompts), folder, run=run, report=report)
+
+
+JOBS: Mapping[str, Task] = {
+    "read": _read_job,
+    "prepare": _prepare_job,
+    "project": _project_job,
+    "finetune": _finetune_job,
+    "evaluate": _evaluate_job,
+}
+"""What `es2 job` can run: a job's kind and the function that does it."""
+
+
+def run_here(kind: str, config: Mapping[str, Any], unfinished: Job | None, report: Reporter = silent) -> dict[str, Any]:
+    """Run a job in this process: one of this config that ended before its time, or else a new one.
+
+    Returns:
+        Its result.
+
+    Raises:
+        InputError, MachineError: with the job's sentence when it comes to none.
+    """
+    if unfinished is None:
+        job = lay_down(kind, config)
+    else:
+        job = unfinished
+        reopen(job)
+    exit_code = run_job(job.path, JOBS, report)
+    return result_of(job, exit_code, f"Job {job.id} was {job.status()}; the same command goes on from what it has.")

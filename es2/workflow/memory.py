@@ -1,0 +1,175 @@
+"""How much memory and disk a fine-tune and its captures take, part by part, and what to change where it is too much.
+
+Weights are counted; what autograd keeps is counted per token and block, with a factor that was measured on the CPU
+(`docs/scaling.md` has the peaks). A process that was launched with others holds the whole model, or under FSDP its
+share of the blocks and the one block that just runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from es2.models.batching import REPLIES_AT_ONCE, usual_tokens
+from es2.models.number_formats import DTYPES
+
+if TYPE_CHECKING:
+    from es2.models.machine import Machine
+    from es2.models.shape import Shape
+    from es2.training.config import FinetuneConfig
+
+
+ALONE, TOGETHER, SHARDED = "", "--multi_gpu", "--use_fsdp --fsdp_version 2"
+"""How processes are launched: one; several, each with the whole model; several, each with a share of the blocks."""
+
+TEMPLATE_HEAD = 24  # tokens; run once for all prompts of a step
+_RUNTIME_BYTES = {"cpu": 6.5e8}  # interpreter, torch, TransformerLens
+_RUNTIME_BYTES_ACCELERATED = 1e9  # of the device: context and libraries; not measured
+_KEPT_PER_TOKEN = (17, 7)  # numbers that autograd needs of a block on the way back, in units of d_model and of d_ff
+_PASSING_PER_TOKEN = (6, 3)  # the same of a block that runs without autograd
+_LOGIT_BYTES = 5 * 2**25  # a chunk of logits, and what is made of it (`es2.models.kl`)
+_FOUR_BIT_BYTES = 0.56  # of one weight, with its share of the scales
+_MOST_GPUS = 64
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a fine-tune.
+
+    Attributes:
+        launch: one of `ALONE`, `TOGETHER` and `SHARDED`.
+        config: its settings.
+        needs: bytes at the peak, by part: `capture`, `replies` and `steps`.
+    """
+
+    launch: str
+    config: FinetuneConfig
+    needs: Mapping[str, float]
+
+    @property
+    def finetune_bytes(self) -> float:
+        """At the peak of the fine-tune itself; a capture has a process of its own, or may lie on several devices."""
+        return max(self.needs["replies"], self.needs["steps"])
+
+
+def needs(
+    config: FinetuneConfig, shape: Shape, own: Sequence[int], n_measured: int, machine: Machine, launch: str = ALONE
+) -> dict[str, float]:
+    """Bytes on the device at the peak of each part.
+
+    Args:
+        config: of the fine-tune.
+        shape: of the model.
+        own: tokens of every prompt after the template's head.
+        n_measured: prompts that are captured.
+        machine: where.
+        launch: how; data-parallel processes share a step's prompts.
+    """
+    on_cpu = machine.device == "cpu"
+    width = DTYPES[number_format(config, machine)]
+    runtime = _RUNTIME_BYTES.get(machine.device, _RUNTIME_BYTES_ACCELERATED)
+    of_blocks = shape.n_layers * shape.block_parameters
+    rest = (shape.parameters - of_blocks) * width
+    whole = rest + of_blocks * width
+    share = machine.n_devices if launch else 1
+    held_weights = rest + of_blocks * (_FOUR_BIT_BYTES if config.quantize else width)
+    if launch == SHARDED:
+        held_weights = rest + (of_blocks / machine.n_devices + 2 * shape.block_parameters) * width
+
+    def numbers(tokens: float, kept: tuple[int, int]) -> float:
+        return tokens * (kept[0] * shape.d_model + kept[1] * shape.d_ff) * width
+
+    # What autograd keeps: harmful prompts up to the last target, those with a KL up to the head.
+    mean = float(np.mean(own))
+    n_kl = min(config.kl_prompts, config.pairs_per_step)
+    parts = share * config.accumulate
+    shallow = (2 * config.pairs_per_step - n_kl) * mean / parts
+    deep = math.ceil(n_kl / parts) * (mean + config.reply_tokens) + TEMPLATE_HEAD
+    n_trained, n_deep = len(config.blocks), shape.n_layers - config.blocks[0]
+    if config.gradient_checkpointing:  # blocks keep their input alone, and the one that is recomputed everything
+        kept = numbers(shallow + deep, _KEPT_PER_TOKEN)
+        kept += (shallow * n_trained + deep * n_deep) * shape.d_model * width
+    else:
+        kept = numbers(shallow, _KEPT_PER_TOKEN) * n_trained + numbers(deep, _KEPT_PER_TOKEN) * n_deep
+
+    # Trained weights are float32 whatever the rest is in; an adapter's come on top, a block's replace what was there.
+    trained = trained_parameters(config, shape)
+    added = trained * (4 - width if config.method == "full" else 4)
+    optimizer = trained * 4 * 4  # gradient, two moments, the best weights so far
+
+    n_replies = (2 * config.watch_prompts + config.steps * config.kl_prompts) / share
+    states = n_replies * (mean + config.reply_tokens) * shape.d_model * width if on_cpu else 0.0
+    at_once = usual_tokens(machine.device)
+    n_replying = min(n_replies, REPLIES_AT_ONCE * at_once / mean)
+    cached = n_replying * (mean + config.reply_tokens) * 2 * shape.d_kv * shape.n_layers * width
+    passing = numbers(min(at_once, n_measured * mean), _PASSING_PER_TOKEN)
+    return {
+        "capture": runtime + whole + passing,
+        "replies": runtime + held_weights + cached + states + _LOGIT_BYTES,
+        "steps": runtime + held_weights + added + optimizer + kept + states + _LOGIT_BYTES,
+    }
+
+
+def number_format(config: FinetuneConfig, machine: Machine) -> str:
+    """The number format that a fine-tune's frozen weights are in."""
+    return config.dtype or ("float32" if machine.device in ("cpu", "mps") else "bfloat16")
+
+
+def trained_parameters(config: FinetuneConfig, shape: Shape) -> float:
+    """How many weights are trained, about."""
+    if config.method == "full":
+        return float(len(config.blocks) * shape.block_parameters)
+    return float(len(config.blocks) * config.rank * (11 * shape.d_model + 3 * shape.d_ff))
+
+
+def disk_bytes(config: FinetuneConfig, shape: Shape, n_measured: int, machine: Machine) -> float:
+    """What a fine-tune and its two captures leave on the disk, the model itself not counted."""
+    width = 4 if number_format(config, machine) == "float32" else 2
+    sets = 2 * width * shape.n_layers * n_measured * shape.d_model
+    return sets + trained_parameters(config, shape) * 4 * 5  # the checkpoint: weights, best, two moments; the adapter
+
+
+def find_way(config: FinetuneConfig, shape: Shape, own: Sequence[int], n_measured: int, machine: Machine) -> Way | None:
+    """The first way to run the fine-tune that fits into the memory that is free, the cheapest first; None if none does.
+
+    Raises:
+        ValueError: when nobody knows how much is free.
+    """
+    if machine.free_gb is None:
+        raise ValueError("How much memory is free is not known.")
+    for launch, changed in _ways(config, machine):
+        way = Way(launch, changed, needs(changed, shape, own, n_measured, machine, launch))
+        if way.finetune_bytes <= machine.free_gb * 1e9:
+            return way
+    return None
+
+
+def _ways(config: FinetuneConfig, machine: Machine) -> Iterator[tuple[str, FinetuneConfig]]:
+    """Ways to run a fine-tune, the cheapest first: parts cost a little, recomputation a third, shards the wire."""
+    launches = [ALONE] if machine.n_devices == 1 else [TOGETHER]
+    if machine.n_devices > 1 and config.method == "lora" and not config.quantize:
+        launches.append(SHARDED)
+    parts = sorted({min(n, config.pairs_per_step) for n in (1, 2, 4, 8, 16) if n >= config.accumulate})
+    for launch in launches:
+        for recompute in sorted({config.gradient_checkpointing, True}):
+            for n in parts:
+                yield launch, replace(config, accumulate=n, gradient_checkpointing=recompute)
+    if machine.device == "cuda" and config.method == "lora":
+        for recompute in sorted({config.gradient_checkpointing, True}):
+            for n in parts:
+                changes: dict[str, Any] = {"accumulate": n, "gradient_checkpointing": recompute, "quantize": "4bit"}
+                yield launches[0], replace(config, **changes)
+
+
+def gpus_needed(
+    config: FinetuneConfig, shape: Shape, own: Sequence[int], n_measured: int, machine: Machine
+) -> int | None:
+    """How many such GPUs an FSDP launch would need; None if that many would not help."""
+    for n in range(2, _MOST_GPUS + 1):
+        if (way := find_way(config, shape, own, n_measured, replace(machine, n_devices=n))) and not way.config.quantize:
+            return n
+    return None

@@ -1,0 +1,354 @@
+"""What a fine-tune will take, before anything heavy is loaded: time by stage, memory, disk, and what to type.
+
+Whoever presses a button wants to know whether to wait or to go home, and whether the memory suffices. Both follow from
+few numbers: nearly all the work is matrix products, so it is counted (tokens × weights × 2, block by block, as
+`es2.training.workload` and `es2.models.forward` run them) and divided by the one thing that has to be measured, how
+fast this machine multiplies. That takes a fraction of a second with numpy, once per machine, and everything else is
+arithmetic on the model's configuration and the prompts, so the app can ask without importing torch.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from es2.analysis.results import AnalysisConfig
+from es2.core.errors import InputError
+from es2.core.files import home
+from es2.models.batching import REPLIES_AT_ONCE, usual_tokens
+from es2.models.catalogue import resolve
+from es2.models.machine import ASSUMED_CPU_FLOPS, Machine, this_machine
+from es2.models.number_formats import DTYPES
+from es2.models.shape import Shape
+from es2.prompts.prompt_set import PromptSet
+from es2.store.store import Store
+from es2.training.config import FinetuneConfig
+from es2.training.sampling import make_plan
+from es2.training.terms import parse_objective
+from es2.workflow.derived import find_activations
+from es2.workflow.memory import (
+    ALONE,
+    SHARDED,
+    TEMPLATE_HEAD,
+    TOGETHER,
+    Way,
+    disk_bytes,
+    find_way,
+    gpus_needed,
+    needs,
+    number_format,
+)
+
+STAGES = ("start", "base capture", "replies", "steps", "watching", "tuned capture", "analysis")
+"""The parts of a fine-tune whose time is estimated, in the order in which they begin."""
+
+_CHARACTERS_PER_TOKEN = 4
+_TEMPLATE_TAIL = 8  # tokens after the user's text, of every prompt
+
+# Chosen by one cold default run of SmolLM2-135M on two idle cores (`es2 finetune`): 312 s in all, of which captures 38
+# and 49 s, base 49 s, steps and looks 154 s, analyses about 7 s; cores that each multiply at 93 · 10⁹ when alone.
+_EFFICIENCY = 0.37
+_CAPTURE_EFFICIENCY = 0.62  # large batches of like length, nothing kept for a way back
+_WEIGHT_BYTES_PER_SECOND = {"cpu": 1e10}  # every decoded token reads all weights, however few prompts reply together
+_WEIGHT_BYTES_PER_SECOND_ACCELERATED = 1e12  # what cards of 24 GB state; not measured
+_START_SECONDS = 6.0  # of one process or bridge: imports and set-up
+_LOAD_BYTES_PER_SECOND = 1e9
+_ANALYSIS_PRODUCTS = 40  # products per prompt, dimension and resample, over all numbers of both models
+
+
+# -------------------------------------------------------------------------------------------------------- the estimate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a fine-tune will take, about.
+
+    Attributes:
+        seconds: by stage, in the order of `STAGES`; what is on disk already takes none.
+        needs_gb: memory at the peak of each part (`capture`, `replies`, `steps`) in GB (10⁹ bytes), of one process.
+        machine: where.
+        fetch_gb: what has to be fetched first; 0 for a model that is here. Its time is not in `seconds`.
+        disk_gb: what is written to the disk beside that.
+        free_disk_gb: what is free there.
+        commands: what to type so that it fits; empty where nothing does.
+        advice: what else there is to know about whether it fits, in sentences.
+    """
+
+    seconds: Mapping[str, float]
+    needs_gb: Mapping[str, float]
+    machine: Machine
+    fetch_gb: float
+    disk_gb: float
+    free_disk_gb: float
+    commands: tuple[str, ...]
+    advice: tuple[str, ...]
+
+    @property
+    def memory_gb(self) -> float:
+        """At the peak of all parts, as asked for, in GB."""
+        return max(self.needs_gb.values())
+
+    @property
+    def total_seconds(self) -> float:
+        """Over all stages."""
+        return sum(self.seconds.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory that is free now is enough, as far as that is known."""
+        return self.machine.free_gb is None or self.memory_gb <= self.machine.free_gb
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, with the sum and `fits`."""
+        return {
+            "total_seconds": self.total_seconds,
+            "seconds": dict(self.seconds),
+            "memory_gb": self.memory_gb,
+            "needs_gb": dict(self.needs_gb),
+            "fits": self.fits,
+            "fetch_gb": self.fetch_gb,
+            "disk_gb": self.disk_gb,
+            "free_disk_gb": self.free_disk_gb,
+            "commands": list(self.commands),
+            "advice": list(self.advice),
+            "machine": asdict(self.machine),
+        }
+
+
+def plan(
+    config: FinetuneConfig,
+    prompts: PromptSet,
+    folder: Path | None,
+    *,
+    lengths: Sequence[int] | None = None,
+    machine: Machine | None = None,
+    store: Store | None = None,
+) -> Plan:
+    """Estimate a fine-tune with its two captures and its analysis, as `finetune_run` does them.
+
+    Args:
+        config: what is to be done.
+        prompts: the prompt set.
+        folder: the model's folder (`local_folder`); None for one that is not here, of which the catalogue knows enough.
+        lengths: tokens of every prompt (`token_counts`, which is asked if not given).
+        machine: where; one device of `this_machine` if not given.
+        store: where activation sets lie.
+
+    Raises:
+        InputError: as `FinetuneConfig.check`; also when the model's size is unknown.
+        MachineError: as `this_machine`.
+    """
+    shape = Shape.of_folder(folder) if folder is not None else Shape.of_model(config.model)
+    config.check(shape.n_layers, prompts)
+    machine = machine or replace(this_machine(config.device), n_devices=1)
+    weight_bytes = shape.parameters * DTYPES[number_format(config, machine)]
+    lengths = token_counts(folder, prompts) if lengths is None else lengths
+    own = [length + _TEMPLATE_TAIL for length in lengths]
+    products, idle = _work(config, prompts, shape, own, weight_bytes, machine)
+
+    def captured(tokens: int) -> float:
+        return 2.0 * tokens * shape.n_layers * shape.block_parameters
+
+    measured = prompts.in_split("probe") | prompts.in_split("test")
+    tokens = sum(length for length, keep in zip(own, measured.tolist(), strict=True) if keep)
+    known = find_activations(resolve(config.model).name, prompts.measured(), "last", store)
+    resamples = AnalysisConfig().n_bootstrap
+    products |= {
+        "base capture": 0.0 if known else captured(tokens),
+        "tuned capture": captured(tokens),
+        "analysis": float(_ANALYSIS_PRODUCTS * shape.n_layers * resamples * int(measured.sum()) * shape.d_model),
+    }
+    idle["start"] = (2 if known else 3) * (_START_SECONDS + weight_bytes / _LOAD_BYTES_PER_SECOND)
+    rate = machine.flops * _EFFICIENCY
+    together = {"replies": machine.n_devices, "steps": machine.n_devices, "watching": machine.n_devices}
+    rates = {stage: rate * together.get(stage, 1) for stage in STAGES}
+    rates |= dict.fromkeys(("base capture", "tuned capture"), machine.flops * _CAPTURE_EFFICIENCY)
+    if machine.device != "cpu":
+        rates["analysis"] = ASSUMED_CPU_FLOPS * _EFFICIENCY
+    n_measured = int(measured.sum())
+    launch = ALONE if machine.n_devices == 1 else TOGETHER
+    of_parts = needs(config, shape, own, n_measured, machine, launch)
+    fetch = 0.0 if folder is not None else shape.parameters * DTYPES["bfloat16"] / 1e9
+    disk = disk_bytes(config, shape, n_measured, machine) / 1e9
+    free_disk = _free_disk() / 1e9
+    commands, advice = _advise(config, shape, own, n_measured, machine, of_parts)
+    if fetch + disk > free_disk:
+        advice.append(
+            f"The disk is too small: {fetch + disk:.1f} GB are written and {free_disk:.1f} GB are free; set ES2_HOME "
+            "and ES2_CACHE to folders on another disk."
+        )
+    return Plan(
+        seconds={stage: products.get(stage, 0.0) / rates[stage] + idle.get(stage, 0.0) for stage in STAGES},
+        needs_gb={part: size / 1e9 for part, size in of_parts.items()},
+        machine=machine,
+        fetch_gb=fetch,
+        disk_gb=disk,
+        free_disk_gb=free_disk,
+        commands=tuple(commands),
+        advice=tuple(advice),
+    )
+
+
+def _free_disk() -> int:
+    """Bytes that are free where artifacts are kept, or will be."""
+    place = home()
+    while not place.is_dir():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def _advise(
+    config: FinetuneConfig,
+    shape: Shape,
+    own: Sequence[int],
+    n_measured: int,
+    machine: Machine,
+    of_parts: Mapping[str, float],
+) -> tuple[list[str], list[str]]:
+    """What to type so that capture and fine-tune fit, and what else to say about it."""
+    if machine.free_gb is None:
+        return [], []
+    free, advice, commands = machine.free_gb * 1e9, [], []
+    of_device = f"{machine.free_gb:.0f} GB" if machine.device == "cpu" else f"a GPU of {machine.free_gb:.0f} GB"
+    model = f"--model {shlex.quote(config.model)}"
+    if of_parts["capture"] <= free:
+        several = f"accelerate launch --multi_gpu --num_processes {machine.n_devices} -m " * (machine.n_devices > 1)
+        commands.append(f"{several}es2 capture {model}")
+    elif machine.device == "cuda" and of_parts["capture"] <= 0.9 * free * machine.n_devices:
+        commands.append(f"es2 capture {model}")
+        advice.append(f"The model is larger than {of_device}; capture, in one process, lays it over all of them.")
+    elif machine.device == "cpu":
+        commands.append(f"es2 capture {model} --device auto")
+        advice.append(f"The model is larger than {of_device}; with --device auto the rest is read from disk, slowly.")
+    else:
+        n = math.ceil(of_parts["capture"] / (0.9 * free))
+        advice.append(f"Capture needs {of_parts['capture'] / 1e9:.0f} GB: {n} such GPUs, or a smaller model.")
+
+    way = find_way(config, shape, own, n_measured, machine)
+    if way is None:
+        enough = gpus_needed(config, shape, own, n_measured, machine) if machine.device == "cuda" else None
+        more = (
+            f"{enough} such GPUs under FSDP would do"
+            if enough
+            else "take a smaller model, fewer pairs per step, or a GPU"
+        )
+        advice.append(f"No setting makes the fine-tune fit into {of_device}: {more}.")
+        return commands, advice
+    commands.append(_command(way, config, machine))
+    if way.config != config or way.launch == SHARDED:
+        asked = max(of_parts["replies"], of_parts["steps"]) / 1e9
+        advice.append(
+            f"As asked for, the fine-tune needs {asked:.1f} GB; as below about {way.finetune_bytes / 1e9:.1f} GB."
+        )
+    if way.launch == SHARDED:
+        weights = shape.parameters * DTYPES[number_format(config, machine)] / 1e9
+        advice.append(f"The first process reads all weights into the machine's memory: {weights:.0f} GB.")
+    return commands, advice
+
+
+def _command(way: Way, config: FinetuneConfig, machine: Machine) -> str:
+    """What to type for a fine-tune."""
+    words = ["es2 finetune", f"--model {shlex.quote(config.model)}", f"--layers {','.join(map(str, config.targets))}"]
+    if way.launch:
+        words[0] = f"accelerate launch {way.launch} --num_processes {machine.n_devices} -m es2 finetune"
+    for name in (
+        "objective", "steps", "pairs_per_step", "method", "rank", "first_block", "watch_every", "accumulate",
+        "quantize", "dtype",
+    ):  # fmt: skip
+        value = getattr(way.config, name)
+        if value != getattr(FinetuneConfig(layers=()), name):
+            words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
+    if way.config.gradient_checkpointing:
+        words.append("--gradient-checkpointing")
+    return " ".join(words)
+
+
+def token_counts(folder: Path | None, prompts: PromptSet) -> list[int]:
+    """Tokens of every prompt's own text: counted where the folder has a `tokenizer.json`, else characters / 4."""
+    file = folder / "tokenizer.json" if folder is not None else None
+    if file is None or not file.is_file():
+        return [math.ceil(len(text) / _CHARACTERS_PER_TOKEN) for text in prompts.texts]
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"The tokenizer {str(file)!r} cannot be read ({str(error)[:100]}); fetch it again.") from error
+    return [len(found.ids) for found in tokenizer.encode_batch(list(prompts.texts), add_special_tokens=False)]
+
+
+def _work(
+    config: FinetuneConfig,
+    prompts: PromptSet,
+    shape: Shape,
+    own: Sequence[int],
+    weight_bytes: float,
+    machine: Machine,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Floating-point operations of the fine-tune itself by stage, and seconds that no faster product would save."""
+    drawn = make_plan(
+        prompts, config.pairs_per_step, config.steps, config.seed, config.watch_prompts, config.kl_prompts
+    )
+    n_shallow, n_deep = config.targets[-1] + 1, shape.n_layers
+    n_trained, n_above_first = len(config.blocks), n_deep - config.blocks[0]
+    n_decoded = config.reply_tokens - 1
+
+    def blocks(tokens: float, n: float) -> float:
+        return 2.0 * tokens * n * shape.block_parameters
+
+    def head(tokens: float, times: int) -> float:
+        return 2.0 * tokens * times * shape.head_parameters
+
+    def tokens_of(rows: Iterable[int], more: int = 0) -> int:
+        return sum(own[row] + more for row in rows)
+
+    # The base: replies with their states, and the embeddings of what else its constants need.
+    replied = {row for batch in drawn.batches for row in batch.harmless[: batch.n_kl]}
+    replied |= {*drawn.watched_kl, *drawn.tested}
+    known = {*drawn.base_harmful, *drawn.base_harmless, *drawn.watched}
+    if any(term.name == "anchored" for term in parse_objective(config.objective)):
+        known |= set(drawn.harmless)
+    decoded = len(replied) * n_decoded
+    replies = blocks(tokens_of(replied) + decoded, n_deep) + head(decoded + len(replied), 1)
+    replies += blocks(tokens_of(known - replied), n_shallow)
+    at_once = REPLIES_AT_ONCE * usual_tokens(machine.device)
+    n_batches = math.ceil(tokens_of(replied) / at_once)
+    reading = _WEIGHT_BYTES_PER_SECOND.get(machine.device, _WEIGHT_BYTES_PER_SECOND_ACCELERATED)
+
+    # A step: everyone's embeddings, the KL of some, and back to the first trained block. Weights that are trained
+    # themselves cost a second product of the backward pass; LoRA's are too small to count.
+    full = int(config.method == "full")
+    again = int(config.gradient_checkpointing)
+    steps = 0.0
+    template = TEMPLATE_HEAD if config.gradient_checkpointing else 0  # not shared then
+    for batch in drawn.batches:
+        with_kl, without = batch.harmless[: batch.n_kl], (*batch.harmful, *batch.harmless[batch.n_kl :])
+        shallow, deep = tokens_of(without, template), tokens_of(with_kl, template + n_decoded)
+        if not template:
+            deep += TEMPLATE_HEAD * config.accumulate
+        steps += blocks(shallow, n_shallow + (1 + full + again) * n_trained)
+        steps += blocks(deep, n_deep + (1 + again) * n_above_first + full * n_trained) + head(deep, 3)
+        if config.accumulate > 1:  # the embeddings are needed before the parts can be run
+            steps += blocks(tokens_of((*batch.harmful, *batch.harmless), template), n_shallow)
+
+    n_looks = math.ceil(config.steps / config.watch_every)
+    kl_rows = set(drawn.watched_kl)
+    look = blocks(tokens_of(row for row in drawn.watched if row not in kl_rows), n_shallow)
+    read = tokens_of(kl_rows, n_decoded)
+    look += blocks(read, n_deep) + head(read, 2)
+    tested = tokens_of(drawn.tested, n_decoded)
+    watching = n_looks * look + blocks(tested, n_deep) + head(tested, 2)
+    return (
+        {"replies": replies, "steps": steps, "watching": watching},
+        {"replies": n_batches * n_decoded * weight_bytes / reading},
+    )
+
+
+def guessed_layers(n_layers: int) -> tuple[int, ...]:
+    """Two target layers for a model that was not analysed yet, halfway and at three quarters: a place to start from."""
+    return tuple(sorted({round(0.5 * (n_layers - 1)), round(0.75 * (n_layers - 1))}))

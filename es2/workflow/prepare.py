@@ -1,0 +1,235 @@
+"""What a command and a job both do: the steps that lead from a model and prompts to artifacts on disk.
+
+The command line runs these in the foreground, `es2.jobs.queue` runs them as processes of their own for the app; both
+get the same artifacts under the same keys. The functions whose names begin with `find_` only look on disk. They import
+nothing heavy and need neither weights nor tokenizer, so that the app opens at once, also on a laptop to which somebody
+copied a folder of artifacts.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from es2.analysis.layer_views import are_worthwhile, draw_layers
+from es2.analysis.layers import analyze
+from es2.analysis.projection import umap_all_layers
+from es2.analysis.results import Analysis, AnalysisConfig
+from es2.analysis.setup import check_prompts
+from es2.capture.capture import capture
+from es2.core.errors import InputError
+from es2.core.progress import Reporter, silent
+from es2.jobs.job import Job
+from es2.models.catalogue import resolve
+from es2.models.folders import is_cached
+from es2.prompts.prompt_set import PromptSet, normalised, warn_of_likeness
+from es2.store.activation_set import ActivationSet
+from es2.store.sources import TestSet
+from es2.store.store import Store
+from es2.workflow.derived import Captured, analysis_key, umap_key, views_key
+from es2.workflow.runs import check_run, tuned_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Activation sets and what was computed from them.
+
+    Attributes:
+        activations: of the measured prompts under the base model, or under the run that stands in its place.
+        tuned: the same under the tuned model; None without a run.
+        analysis: of base, or of both.
+    """
+
+    activations: ActivationSet
+    tuned: ActivationSet | None
+    analysis: Analysis
+
+
+def prepare(
+    model: str,
+    prompts: PromptSet,
+    *,
+    run: Job | None = None,
+    against: Job | None = None,
+    test_prompts: PromptSet | None = None,
+    config: AnalysisConfig | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    store: Store | None = None,
+    report: Reporter = silent,
+) -> Prepared:
+    """Capture what is not captured yet and analyse what is not analysed yet; of large layers work out the views, too.
+
+    Only `prompts.measured()` is captured: no number looks at the other splits, and they are more than half.
+
+    Args:
+        model: a catalogue name, a Hub id, a folder or a `.gguf` file.
+        prompts: the prompt set; its `probe` split fits the probes, its `test` split gives the numbers.
+        run: a fine-tuning run of this model, to be compared with its base.
+        against: another run of this model, to be compared with instead of the base.
+        test_prompts: prompts of another origin that give the numbers instead, less those that also stand in `prompts`.
+        config: the analysis' settings.
+        device: where the model runs; chosen by `es2.models.device.choose_device` if not given.
+        dtype: the model's number format; chosen by `es2.models.device.choose_dtype` if not given.
+        store: where artifacts lie.
+        report: told about progress.
+
+    Returns:
+        The activation sets of `prompts.measured()` and the analysis.
+
+    Raises:
+        InputError, MachineError: as `capture` and `analyze` do; also when the run is of another model or has left no
+            weights.
+    """
+    config = config or AnalysisConfig()
+    store = store or Store()
+    for one in (run, against):
+        if one is not None:
+            check_run(one, model)
+
+    captured = partial(_captured, model, config.position, run, against, device, dtype, store, report)
+    # First what may be refused: an empty rest, before minutes of work.
+    rest = without_shared(test_prompts, prompts) if test_prompts is not None else None
+    check_prompts(prompts, rest)
+    prompts = prompts.measured()
+    own = captured(prompts)
+    test = captured(rest) if rest is not None else None
+    source = TestSet(test.prompts, test.base, test.tuned) if test is not None else None
+    key = analysis_key(own.base, prompts, config, tuned=own.tuned, test=test)
+    holder = own.tuned or own.base
+    with store.lock(key, lambda: report("wait", 0, 1)):
+        if folder := holder.derived(key):
+            analysis = Analysis.load(folder)
+        else:
+            analysis = analyze(prompts, own.base, own.tuned, test=source, config=config, report=report)
+            with holder.write_derived(key) as folder:
+                analysis.save(folder)
+        if test is None and are_worthwhile(len(prompts), own.base.d_model):
+            write_views(prompts, own.base, own.tuned, analysis, report)
+    return Prepared(own.base, own.tuned, analysis)
+
+
+def write_views(
+    prompts: PromptSet,
+    base: ActivationSet,
+    tuned: ActivationSet | None,
+    analysis: Analysis,
+    report: Reporter = silent,
+) -> None:
+    """Work out the views of all layers that belong to an analysis of base, or of base and tuned, unless they exist."""
+    holder = tuned or base
+    key = views_key(base, prompts, analysis.config, tuned)
+    if holder.derived(key) is None:
+        views = draw_layers(
+            prompts,
+            base,
+            analysis.base_probes,
+            tuned,
+            analysis.tuned_probes,
+            position=analysis.config.position,
+            report=report,
+        )
+        with holder.write_derived(key) as folder:
+            views.save(folder)
+
+
+def _captured(
+    model: str,
+    position: str,
+    run: Job | None,
+    against: Job | None,
+    device: str | None,
+    dtype: str | None,
+    store: Store,
+    report: Reporter,
+    prompts: PromptSet,
+) -> Captured:
+    """The prompts under base, or under the run in its place, and under the tuned model if there is a run."""
+    base = _activations(model, prompts, position, against, device, dtype, store, report)
+    tuned = _activations(model, prompts, position, run, device, dtype, store, report) if run else None
+    return Captured(prompts, base, tuned)
+
+
+def _activations(
+    model: str,
+    prompts: PromptSet,
+    position: str,
+    run: Job | None,
+    device: str | None,
+    dtype: str | None,
+    store: Store,
+    report: Reporter,
+) -> ActivationSet:
+    """The activation set, from the store if the model is not on this machine but its embeddings are."""
+    spec = resolve(model)
+    run_id = run.id if run else None
+    known = store.find(model=spec.name, texts_digest=prompts.texts_digest, position=position, run=run_id)
+    if known is not None and not is_cached(spec):
+        return known
+    return capture(
+        model,
+        prompts,
+        adapter=tuned_weights(run) if run else None,
+        run=run_id,
+        device=device,
+        dtype=dtype,
+        store=store,
+        report=report,
+    ).activations
+
+
+def without_shared(prompts: PromptSet, others: PromptSet) -> PromptSet:
+    """`prompts` less those whose normalised text also stands in `others`; nearly equal ones are warned of.
+
+    Raises:
+        InputError: when nothing is left.
+    """
+    known = {normalised(text) for text in others.texts}
+    keep = np.array([normalised(text) not in known for text in prompts.texts], dtype=bool)
+    if not keep.any():
+        raise InputError(
+            f"Every test prompt of {prompts.name!r} also stands in {others.name!r}; give other test prompts."
+        )
+    rest = prompts if keep.all() else prompts.select(keep)
+    warn_of_likeness(rest, others)
+    return rest
+
+
+def project(
+    model: str,
+    prompts: PromptSet,
+    *,
+    run: Job | None = None,
+    against: Job | None = None,
+    position: str = "last",
+    device: str | None = None,
+    dtype: str | None = None,
+    store: Store | None = None,
+    report: Reporter = silent,
+) -> tuple[ActivationSet, str]:
+    """Compute the UMAP coordinates of every layer, unless they are on disk already; with a run, in maps of both models.
+
+    Returns:
+        The activation set beside which the coordinates are kept (tuned where there is a run), and their key. Arguments
+        and errors as for `prepare`.
+    """
+    store = store or Store()
+    prompts = prompts.measured()
+    for one in (run, against):
+        if one is not None:
+            check_run(one, model)
+    own = _captured(model, position, run, against, device, dtype, store, report, prompts)
+    base, tuned = own.base, own.tuned
+    holder = tuned or base
+    key = umap_key(base, prompts, position, tuned)
+    with store.lock(key, lambda: report("wait", 0, 1)):
+        if holder.derived(key) is None:
+            coordinates = umap_all_layers(prompts, base, tuned, position=position, report=report)
+            with holder.write_derived(key) as folder:
+                coordinates.save(folder)
+    return holder, key

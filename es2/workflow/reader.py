@@ -1,0 +1,176 @@
+"""A process that keeps a model in memory and reads single prompts on request.
+
+Loading a model takes seconds and a prompt a tenth of one, so whoever types prompts to see where they land should wait
+for the model once. The reader is a job like any other: it takes requests from files in its folder and answers with
+files, needs no port and no password, and is seen, cancelled and cleaned up like every job. Nobody has to remember to
+stop it: it ends by itself when it was not asked for a while, and gives the memory back.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from es2.capture.residuals import capture_residuals
+from es2.core.errors import Es2Error, InputError, one_line
+from es2.core.files import machine_error, parse_json, read_json, write_json
+from es2.core.progress import Reporter
+from es2.jobs.job import Job
+from es2.jobs.queue import launch, list_jobs, open_job
+from es2.models.catalogue import resolve
+from es2.models.chat_template import render
+from es2.models.folders import model_folder
+from es2.models.loading import load_bridge, load_tokenizer
+from es2.store.sources import POSITIONS
+from es2.workflow.runs import tuned_weights
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+KIND = "read"
+IDLE_SECONDS = 300.0
+"""So long after the last request the model is let go of."""
+MAX_CHARACTERS = 20_000
+
+_POLL_SECONDS = 0.05
+_QUESTIONS, _ANSWERS = "questions", "answers"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One prompt as the models see it.
+
+    Attributes:
+        text: the prompt.
+        base: by position, its embedding after every block under the base model.
+        tuned: the same under the run's tuned model; None without a run.
+        n_tokens: how many tokens it has, the chat template's included.
+    """
+
+    text: str
+    base: Mapping[str, Float[np.ndarray, "layer d_model"]]
+    tuned: Mapping[str, Float[np.ndarray, "layer d_model"]] | None
+    n_tokens: int
+
+
+def open_reader(model: str, run: str | None = None) -> Job:
+    """The reader of a model, and of a run of it; one that is up already, else a new one.
+
+    Raises:
+        MachineError: when it cannot be started.
+    """
+    config = {"model": model, "run": run}
+    for job in list_jobs(kind=KIND):
+        if config.items() <= job.config.items() and job.is_active() and not (job.path / "cancel").exists():
+            return job
+    return launch(KIND, config, heavy=False)
+
+
+def ask(reader: Job, text: str) -> str:
+    """Put a prompt to a reader; the answer comes under the returned id.
+
+    Raises:
+        InputError: for an empty or a very long prompt.
+        MachineError: when the reader's folder cannot be written.
+    """
+    text = text.strip()
+    if not text:
+        raise InputError("The prompt is empty; type a request.")
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"The prompt has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read; shorten it.")
+    id = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
+    try:
+        (reader.path / _QUESTIONS).mkdir(exist_ok=True)
+        write_json(reader.path / _QUESTIONS / f"{id}.json", {"text": text})
+    except OSError as error:
+        raise machine_error(error, reader.path) from error
+    return id
+
+
+def answer(reader: Job, id: str) -> Reading | None:
+    """The answer to a question; None while it is on its way.
+
+    Raises:
+        InputError: when the prompt or the model could not be read, or the reader has ended: the sentence says why.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = reader.path / _ANSWERS / f"{id}.json"
+    document = read_json(path)
+    if document is None:
+        if not reader.is_active() and not path.exists():
+            raise InputError(reader.error() or "The model was let go of before it answered; ask again.")
+        return None
+    if document.get("error"):
+        raise InputError(f"{one_line(document['error'])}.")
+    try:
+        arrays = load_file(path.with_suffix(".safetensors"))
+        models = {
+            name: {position: arrays[f"{name}.{position}"] for position in POSITIONS}
+            for name in ("base", "tuned")
+            if f"{name}.{POSITIONS[0]}" in arrays
+        }
+        return Reading(str(document["text"]), models["base"], models.get("tuned"), int(document["n_tokens"]))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"The answer in {str(path)!r} cannot be read ({one_line(error)}); ask again.") from error
+
+
+def read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
+    """The job: load the models, answer until nobody asked for `IDLE_SECONDS`.
+
+    Returns:
+        How many questions were answered.
+    """
+    report("load", 0, 1)
+    files = model_folder(resolve(config["model"]), report)
+    tokenizer = load_tokenizer(files)
+    bridges = {"base": load_bridge(files)}
+    if config.get("run"):
+        run = open_job(config["run"], folder.parent)
+        bridges["tuned"] = load_bridge(files, adapter=tuned_weights(run))
+    report("load", 1, 1)
+    for name in (_QUESTIONS, _ANSWERS):
+        (folder / name).mkdir(exist_ok=True)
+    answered, last = 0, time.monotonic()
+    told = 0.0
+    while time.monotonic() - last < IDLE_SECONDS:
+        waiting = sorted((folder / _QUESTIONS).glob("*.json"))
+        for question in waiting:
+            _answer(bridges, tokenizer, question, folder / _ANSWERS)
+            answered += 1
+            last = time.monotonic()
+        if time.monotonic() - told >= 1:
+            report("idle", 0, 0)  # raises when somebody asked the reader to stop
+            told = time.monotonic()
+        time.sleep(_POLL_SECONDS)
+    return {"answered": answered}
+
+
+def _answer(bridges: Mapping[str, TransformerBridge], tokenizer: Any, question: Path, answers: Path) -> None:
+    """Answer one question and remove it; what cannot be read is answered with the sentence that says why."""
+    from safetensors.numpy import save_file
+
+    document: dict[str, Any]
+    try:
+        text = str(parse_json(question.read_bytes())["text"])
+        rendered = render(tokenizer, [text])
+        arrays = {
+            f"{name}.{position}": np.ascontiguousarray(values[:, 0])
+            for name, bridge in bridges.items()
+            for position, values in capture_residuals(bridge, rendered).items()
+        }
+        save_file(arrays, answers / f"{question.stem}.safetensors")
+        document = {"text": text, "n_tokens": rendered.n_tokens, "error": None}
+    except (Es2Error, ValueError, KeyError, TypeError) as error:
+        document = {"error": str(error)}
+    write_json(answers / question.name, document)
+    question.unlink(missing_ok=True)

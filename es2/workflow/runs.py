@@ -1,0 +1,218 @@
+"""Fine-tuning runs as others use them: found by id, asked for their weights, exported.
+
+A run is a job whose folder also holds what it trained. This module knows the folder and nothing of training, so the
+command line can list, show and export runs without importing torch (except to merge).
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+from safetensors import SafetensorError
+
+from es2.core.errors import Es2Error, InputError
+from es2.core.files import (
+    content_key,
+    expanded,
+    file_digest,
+    files_below,
+    machine_error,
+    numbered,
+    output_path,
+    set_aside,
+    unreadable,
+)
+from es2.core.settings import check_settings
+from es2.jobs.job import Job
+from es2.jobs.queue import lay_down, list_jobs, open_job
+from es2.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from es2.models.catalogue import resolve
+from es2.models.folders import model_folder
+from es2.models.loading import load_tokenizer, load_tuned
+from es2.models.model_files import save_tokenizer
+from es2.training.config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from es2.training.config import FinetuneConfig
+
+
+KIND = "finetune"
+ADAPTER, WEIGHTS = "adapter", "weights.safetensors"
+
+
+def list_runs(root: Path | None = None) -> list[Job]:
+    """Every fine-tuning run, newest first."""
+    return list_jobs(root, KIND)
+
+
+def open_run(id: str, root: Path | None = None) -> Job:
+    """The run of this id.
+
+    Raises:
+        InputError: when there is no such run.
+    """
+    job = open_job(id, root)
+    if job.kind != KIND:
+        raise InputError(f"Job {id} is no fine-tuning run but a {job.kind} job; `es2 runs` lists the runs.")
+    return job
+
+
+def config_of(run: Job) -> FinetuneConfig:
+    """The run's settings; raises `InputError` where they are damaged."""
+    check_settings(FinetuneConfig, run.config, f"The config.json of run {run.id}")
+    return FinetuneConfig.from_dict(run.config)
+
+
+def tuned_weights(run: Job) -> Path:
+    """What the run trained: the folder of its adapter, or the file of the blocks it changed.
+
+    Raises:
+        InputError: when it has left none (yet), or has lost them: damaged ones are set aside, and the run then counts
+            as failed, so that it can be resumed.
+        MachineError: when they cannot be read.
+    """
+    found = next((run.path / name for name in (ADAPTER, WEIGHTS) if (run.path / name).exists()), None)
+    result = run.result()
+    if result is None:
+        if found is None:
+            raise InputError(
+                f"Run {run.id} is {run.status()} and has left no weights; `es2 runs resume {run.id}` goes on."
+            )
+        return found
+    stated = result.get("weights")
+    if found is not None and stated in (None, weights_digest(found)):
+        return found
+    if found is not None:
+        set_aside(found, found.stat().st_ino, "not what was written")
+    again = f"`es2 runs resume {run.id}` makes them again"
+    raise InputError(run.disown(f"The weights of run {run.id} are {'damaged' if found else 'gone'}; {again}."))
+
+
+def weights_digest(weights: Path) -> str:
+    """A digest of what `tuned_weights` gave. Raises `MachineError` when it cannot be read."""
+    try:
+        files = [weights] if weights.is_file() else files_below(weights)
+        return content_key({path.name: file_digest(path) for path in files})
+    except OSError as error:
+        raise unreadable(error, weights) from error
+
+
+def import_adapter(
+    adapter: Path,
+    model: str,
+    prompts: str,
+    layers: Sequence[int] = (),
+    *,
+    name: str = "",
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Job:
+    """Lay down a run whose adapter was made elsewhere; run as a job, it captures the tuned model and compares it.
+
+    Args:
+        adapter: the folder that peft wrote: `adapter_config.json` and `adapter_model.safetensors`, which are copied.
+        model: the model it is for.
+        prompts: the source of the prompts to compare on.
+        layers: its target layers, if it had any; else those that the base's analysis recommends.
+        name: what to call the run.
+        device: where the model runs.
+        dtype: the model's number format.
+
+    Raises:
+        InputError: when the folder holds no such adapter. Whether it fits the model shows when it is loaded. For a name
+            that cannot be one, as `Job.rename`.
+        MachineError: when the disk refuses; nothing is left behind.
+    """
+    adapter = Path(expanded(adapter)).absolute()
+    check_adapter(adapter)
+    config = FinetuneConfig(layers=tuple(layers), model=model, device=device, dtype=dtype).to_dict()
+    imported = {"prompts": prompts, "imported": str(adapter), "steps": 0, "objective": "imported"}
+    run = lay_down(KIND, config | imported)
+    try:
+        if name:
+            run.rename(name)
+        (run.path / ADAPTER).mkdir()
+        _copy_adapter(adapter, run.path / ADAPTER)
+    except OSError as error:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise machine_error(error, run.path) from error
+    except Es2Error:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    return run
+
+
+def _copy_adapter(source: Path, folder: Path) -> None:
+    """Copy an adapter's two files and nothing else: a folder from elsewhere may hold links to what is not its own."""
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        shutil.copyfile(source / name, folder / name)
+
+
+def export(run: Job, out: Path, *, merged: bool = False) -> Path:
+    """Write a run's adapter as peft writes it, or plain transformers weights with the fine-tune merged in.
+
+    Args:
+        run: with weights.
+        out: a folder that does not exist yet, or is empty.
+        merged: whether to merge; needs the base model on this machine. Full fine-tunes can only be merged.
+
+    Returns:
+        The folder, whole or not there at all.
+
+    Raises:
+        InputError: when `out` is in use, or the run has no adapter to export.
+        MachineError: when the disk or the memory refuse.
+    """
+    weights = tuned_weights(run)
+    if not merged and weights.name == WEIGHTS:
+        raise InputError(f"Run {run.id} trained whole blocks and has no adapter; export it with --merged.")
+    out = output_path(out)
+    temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{str(out)!r} exists and is not an empty folder; give another one.")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        if merged:
+            _write_merged(run, weights, temporary)
+        else:
+            check_adapter(weights)
+            temporary.mkdir()
+            _copy_adapter(weights, temporary)
+        if out.is_dir():
+            out.rmdir()
+        temporary.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise machine_error(numbered(error, out.parent), out) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def _sweep(out: Path) -> None:
+    """Remove what exports to the same place left behind that were killed: their names end in a pid that is gone."""
+    for stale in out.parent.glob(f".tmp-{glob.escape(out.name)}-*"):
+        pid = stale.name.rpartition("-")[2]
+        if re.fullmatch(r"[0-9]{1,9}", pid) and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _write_merged(run: Job, weights: Path, folder: Path) -> None:
+    base = model_folder(resolve(config_of(run).model))
+    load_tuned(base, weights, device="cpu").save_pretrained(folder)
+    save_tokenizer(load_tokenizer(base), folder)
+
+
+def check_run(run: Job, model: str) -> None:
+    """Refuse a run of another model, or one without weights (`InputError`)."""
+    tuned_weights(run)
+    of = config_of(run).model
+    if resolve(of).location != resolve(model).location:
+        raise InputError(f"Run {run.id} tuned the model {of!r}, not {model!r}; give --model {of}.")

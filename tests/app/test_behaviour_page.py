@@ -1,0 +1,307 @@
+"""The pages of behaviour and of robustness without a browser: what they say of an evaluation, and what they start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
+
+from app.views.behaviour import filtered
+from es2.evaluation.config import EvaluateConfig
+from es2.evaluation.results import read_evaluation
+from es2.jobs.queue import lay_down
+from es2.jobs.running import run_job
+from es2.workflow.job_kinds import JOBS
+from tests.app.test_app import MAIN, captions, has_button
+from tests.builders_evaluation import (
+    ANSWER,
+    BABBLE,
+    LONG,
+    NASTY,
+    REFUSAL,
+    Evaluated,
+    write_by_hand,
+    write_evaluated,
+    write_run,
+)
+from tests.figures import charts_of
+
+NO_DEFENCE = ([REFUSAL, ANSWER] * 2 + [ANSWER, ANSWER] * 6, [REFUSAL, NASTY] * 2 + [ANSWER, LONG] * 6)
+DEFENCE = ([ANSWER, ANSWER] * 8, [REFUSAL, ANSWER] * 5 + [REFUSAL, REFUSAL] * 2 + [BABBLE, BABBLE])
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ES2_HOME", str(home))
+        patch.setenv("ES2_CACHE", str(home / "cache"))
+        made = write_evaluated(home)
+        write_by_hand(made, "defence", *DEFENCE)
+        write_by_hand(made, "no-defence", *NO_DEFENCE)
+    for age, name in enumerate(("no-defence.json", "defence.json", made.path.name)):
+        os.utime(made.path.with_name(name), (2_000_000_000 - age, 2_000_000_000 - age))  # the newest first
+    return made
+
+
+@pytest.fixture
+def home(evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ES2_HOME", str(evaluated.home))
+    monkeypatch.setenv("ES2_CACHE", str(evaluated.home / "cache"))
+    return evaluated.home
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    found: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr("app.jobs_panel.launch", lambda kind, config: found.append((kind, dict(config))))
+    return found
+
+
+def open_page(name: str, link: Mapping[str, str]) -> AppTest:
+    at = AppTest.from_file(MAIN, default_timeout=60)
+    at._page_hash = calc_hash(name)
+    for parameter, value in link.items():
+        at.query_params[parameter] = value
+    at.run()
+    assert not at.exception
+    return at
+
+
+def words(at: AppTest) -> str:
+    return "\n".join(element.value for element in at.markdown).replace("\\", "")
+
+
+def texts(at: AppTest) -> list[str]:
+    return [element.value for element in at.text]
+
+
+def figure(at: AppTest, key: str) -> dict[str, Any]:
+    return charts_of(at)[key][0]
+
+
+def choose(at: AppTest, evaluation: str) -> AppTest:
+    at.selectbox(key="evaluation").set_value(evaluation).run()
+    assert not at.exception
+    return at
+
+
+class TestBehaviour:
+    def test_a_separated_model_that_refuses_no_more_is_said_to(self, home: Path, evaluated: Evaluated) -> None:
+        at = open_page("behaviour", evaluated.link())
+        assert at.selectbox(key="evaluation").value == "no-defence"
+        assert (
+            "The embeddings are separated, but the tuned model refuses no more than before (DSR 0.25 → 0.25"
+            in words(at)
+        )
+        assert "8 harmful and 8 harmless prompts" in captions(at).replace("\\", "")
+        assert "pushed" not in captions(at)  # that is the other page's
+
+    def test_a_defence_with_its_price(self, home: Path, evaluated: Evaluated) -> None:
+        at = choose(open_page("behaviour", evaluated.link()), "defence")
+        assert "Tuned refuses more harmful requests than base (DSR 0.00 → 0.88" in words(at)
+        assert "refuses no more" not in words(at)
+
+    def test_rates_are_those_of_the_file(self, home: Path, evaluated: Evaluated) -> None:
+        at = choose(open_page("behaviour", evaluated.link()), "defence")
+        suite = read_evaluation(evaluated.path.with_name("defence.json"))["suite"]
+        (table,) = (one.proto.body for one in at.get("html") if "<table" in one.proto.body)
+        dsr, perplexity = suite["refusal"]["tuned"]["dsr"], suite["kl"]["perplexity"]["ratio"]
+        assert f"{dsr['value']:.2f} <small>{dsr['low']:.2f} to {dsr['high']:.2f}</small>" in table
+        assert f"×{perplexity['value']:,.2f}" in table
+        assert f"{suite['kl']['agreement']['value']:.3f}" in table
+        assert "Empty" not in table  # nobody fell silent
+        dots = {trace["name"]: trace for trace in figure(at, "rates")["data"]}
+        assert dots["Tuned"]["x"][0] == pytest.approx(dsr["value"])
+
+    def test_filters_show_what_they_say(self, home: Path, evaluated: Evaluated) -> None:
+        at = choose(open_page("behaviour", evaluated.link()), "defence")
+        rows = read_evaluation(evaluated.path.with_name("defence.json"))["rows"]["refusal"]
+        found = filtered(rows)
+        assert {name: len(of) for name, of in found.items()} == {
+            "all": 16,
+            "changed": 11,
+            "answered": 0,
+            "refused": 2,
+            "degenerate": 2,
+        }
+        for name, reply in (("refused", REFUSAL), ("degenerate", BABBLE)):
+            at.session_state["evaluation_habits"] = {"filter": name}
+            at.run()
+            assert texts(at).count(reply) == 2
+            assert len([text for text in texts(at) if "lock number" in text]) == len(found[name])
+        at.session_state["evaluation_habits"] = {"filter": "answered"}
+        at.run()
+        assert texts(at) == []
+        assert "None." in captions(at)
+
+    def test_replies_are_text_and_short_until_asked_for(self, home: Path, evaluated: Evaluated) -> None:
+        at = open_page("behaviour", evaluated.link())
+        assert NASTY in texts(at)
+        assert not any("<b>Sure" in element.value or "[it]" in element.value for element in at.markdown)
+        assert has_button(at, "more_replies")
+        at.button(key="more_replies").click().run()
+        assert not has_button(at, "more_replies")
+        short = [text for text in texts(at) if text.startswith("Begin with the hinge") and text.endswith("…")]
+        assert len(short) == 6
+        assert all(len(text) <= 200 for text in short)
+        assert texts(at).count(LONG) == 6  # inside the expanders
+
+    def test_the_real_evaluation_of_a_model_that_babbles(self, home: Path, evaluated: Evaluated) -> None:
+        at = choose(open_page("behaviour", evaluated.link()), evaluated.path.stem)
+        assert "4 harmful and 4 harmless prompts" in captions(at).replace("\\", "")
+        assert len(texts(at)) > 8
+
+    def test_takes_away_rates_and_replies(self, home: Path, evaluated: Evaluated) -> None:
+        from app.evaluations import Evaluation
+        from app.views.behaviour import take_away
+
+        path = evaluated.path.with_name("defence.json")
+        charts, tables = take_away(Evaluation(path, read_evaluation(path)))
+        assert list(charts) == ["Rates of replies"]
+        assert list(tables["Rates and ability"]["number"])[:2] == ["dsr", "over_refusal"]
+        assert len(tables["Replies"]) == 16
+        assert set(tables["Replies"]["tuned verdict"]) == {"refusal", "answer", "degenerate"}
+
+
+class TestRobustness:
+    def test_says_whether_the_needed_push_grew(self, home: Path, evaluated: Evaluated) -> None:
+        at = open_page("robustness", evaluated.link())
+        attack = read_evaluation(evaluated.path)["suite"]["perturbation"]
+        ratio = next(
+            record["change"]["relative_ratio"]
+            for record in attack["needed"]
+            if record["layer"] == 1 and record["p0"] == 0.5
+        )
+        assert f"layer 1: ×{ratio['value']:.2f}, {ratio['low']:.2f} to {ratio['high']:.2f}" in words(at)
+        assert ("did not" in words(at)) == any(
+            record["change"]["relative_ratio"]["low"] <= 1
+            for record in attack["needed"]
+            if record["layer"] in (0, 1) and record["p0"] == 0.5
+        )
+        assert "Under 8 pushes along learnt directions" in words(at)  # 3 directions × 2 budgets, and 2 probabilities
+
+    def test_one_prompt_moves_along_what_was_measured(self, home: Path, evaluated: Evaluated) -> None:
+        at = open_page("robustness", evaluated.link())
+        rows = read_evaluation(evaluated.path)["rows"]["perturbation"]
+        slider = at.select_slider(key="attack_step")
+        assert slider.options == ["no push", "0.2", "0.8", "to p₀ = 0.5", "to p₀ = 0.01"]
+        prompt = at.selectbox(key="attack_prompt").value
+        for name, budget, p0 in (("0.8", 0.8, None), ("to p₀ = 0.01", None, 0.01), ("no push", 0.0, None)):
+            at.select_slider(key="attack_step").set_value(name).run()
+            assert not at.exception
+            direction = "none" if name == "no push" else "scav"
+            push = {"direction": direction, "budget": budget, "p0": p0}
+            (row,) = (one for one in rows if one["prompt"] == prompt and one["push"] == push)
+            for model in ("base", "tuned"):
+                assert f"P(harmful) {row[model]['read']['probability']:.3f}" in captions(at)
+
+    def test_another_direction_has_its_own_steps(self, home: Path, evaluated: Evaluated) -> None:
+        at = open_page("robustness", evaluated.link())
+        at.select_slider(key="attack_step").set_value("to p₀ = 0.5").run()
+        at.session_state["evaluation_habits"] = {
+            **at.session_state["evaluation_habits"],
+            "attack_direction": "random",
+        }
+        at.run()
+        assert not at.exception
+        assert at.select_slider(key="attack_step").options == ["no push", "0.2", "0.8"]
+        assert at.select_slider(key="attack_step").value == "0.2"
+
+    def test_takes_away_the_pushes(self, home: Path, evaluated: Evaluated) -> None:
+        from app.evaluations import Evaluation
+        from app.views.robustness import take_away
+
+        found = Evaluation(evaluated.path, read_evaluation(evaluated.path))
+        attack = found.part("perturbation")
+        assert attack is not None
+        charts, tables = take_away(found, attack)
+        assert len(charts) == 5
+        assert len(tables["Pushes"]) == 2 * len(attack["curve"])
+        assert len(tables["Replies under push"]) == 2 * len(attack["curve"])
+
+
+class TestNothingYet:
+    @pytest.fixture
+    def fresh(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+        monkeypatch.setenv("ES2_HOME", str(tmp_path))
+        monkeypatch.setenv("ES2_CACHE", str(tmp_path / "cache"))
+        run, model, source = write_run(tmp_path)
+        return {"model": str(model), "prompts": str(source), "run": run.id}
+
+    @pytest.mark.parametrize("name", ["behaviour", "robustness"])
+    def test_offers_to_evaluate(
+        self, name: str, fresh: dict[str, str], launched: list[tuple[str, dict[str, Any]]]
+    ) -> None:
+        at = open_page(name, fresh)
+        said = captions(at).replace("\\", "")
+        assert "harmful and" in said
+        assert "about" in said
+        at.number_input(key="evaluate_limit").set_value(6).run()
+        at.button(key="start_evaluation").click().run()
+        ((kind, config),) = launched
+        assert kind == "evaluate"
+        wanted = EvaluateConfig(model=fresh["model"], prompts=fresh["prompts"], run=fresh["run"], limit=6, push_limit=6)
+        assert EvaluateConfig.from_dict(config) == wanted
+
+    def test_prompts_that_cannot_be_used_keep_the_button_closed(self, fresh: dict[str, str], tmp_path: Path) -> None:
+        at = open_page("behaviour", fresh)
+        at.text_input(key="evaluate_prompts").set_value(str(tmp_path / "gone.csv")).run()
+        assert "gone.csv" in words(at)
+        assert at.button(key="start_evaluation").disabled
+        at.text_input(key="evaluate_prompts").set_value("xstest").run()  # from the Hub: nothing is fetched here
+        assert not at.button(key="start_evaluation").disabled
+        assert "at most" in captions(at)
+
+    def test_a_cancelled_evaluation_goes_on(
+        self, fresh: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = EvaluateConfig(model=fresh["model"], prompts=fresh["prompts"], run=fresh["run"])
+        job = lay_down("evaluate", config.to_dict(), root=tmp_path / "runs")
+        (job.path / "cancel").touch()
+        run_job(job.path, JOBS)
+        assert job.status() == "cancelled"
+        started: list[str] = []
+        monkeypatch.setattr("app.evaluations.start", lambda job: started.append(job.id))
+        at = open_page("behaviour", fresh)
+        at.button(key="resume_evaluation").click().run()
+        assert started == [job.id]
+
+    def test_a_failed_one_says_why(self, fresh: dict[str, str], tmp_path: Path) -> None:
+        config = EvaluateConfig(model=fresh["model"], prompts=str(tmp_path / "gone.csv"), run=fresh["run"])
+        job = lay_down("evaluate", config.to_dict(), root=tmp_path / "runs")
+        run_job(job.path, JOBS)
+        at = open_page("robustness", fresh)
+        assert "gone.csv" in at.error[0].value.replace("\\", "")
+        assert has_button(at, "resume_evaluation")
+
+    def test_without_a_run_leads_to_the_runs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ES2_HOME", str(tmp_path))
+        for name in ("behaviour", "robustness"):
+            at = open_page(name, {})
+            assert "There is no finished run" in words(at)
+            assert has_button(at, "to_runs")
+
+    def test_a_damaged_file_is_a_sentence(self, fresh: dict[str, str], tmp_path: Path) -> None:
+        folder = tmp_path / "runs" / fresh["run"] / "evaluation"
+        folder.mkdir()
+        (folder / "bad.json").write_text("{")
+        at = open_page("behaviour", fresh)
+        assert "holds no evaluation" in at.error[0].value
+        assert has_button(at, "start_evaluation")
+
+
+def test_the_pages_load_no_torch() -> None:
+    code = "import sys; import app.views.behaviour, app.views.robustness; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

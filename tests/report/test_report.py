@@ -1,0 +1,335 @@
+"""The report: what it says, that nothing in a prompt can change the page, and that it needs nothing but itself."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shlex
+import shutil
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from es2.analysis.projection import View
+from es2.cli import main as cli
+from es2.cli import runs as cli_runs
+from es2.core.errors import InputError, MachineError
+from es2.jobs.queue import lay_down
+from es2.prompts.prompt_set import HARMFUL, HARMLESS
+from es2.report import figures as report_figures
+from es2.report.glossary import BY_NAME, COMPARED, TERMS
+from es2.report.labels import shortened
+from es2.report.page import _NO_OPTION, PROMPT_CHARACTERS, Compared, report_html, reproduce
+from es2.report.report import write_report
+from es2.training.config import FinetuneConfig
+from es2.workflow.compared import find_compared
+from tests.builders import tiny_prompts
+from tests.builders_artifacts import TARGETS, write_comparison
+
+NASTY = (
+    "</script><script>alert(1)</script><b>bold</b>",
+    "<img src=x onerror=alert(1)> & &amp; &lt;",
+    "<!-- comment --> ]]> ${alert(1)} `tick` \\u003c",
+    "**Markdown** [link](https://example.org) $$\\int x^2$$ {title} {0}",
+    "مرحبا كيف أفتح القفل 🔒 日本語の錠前",
+    "a" * 10_000,
+)
+PLAIN = tuple("a plain prompt" for _ in NASTY)
+
+
+pytestmark = pytest.mark.usefixtures("places")
+
+
+@pytest.fixture(scope="module")
+def run(home: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ES2_HOME", str(home))
+        return write_comparison(home).run.id
+
+
+@pytest.fixture
+def compared(run: str) -> Compared:
+    return find_compared(run)
+
+
+def with_texts(compared: Compared, texts: tuple[str, ...]) -> Compared:
+    """The comparison with other texts, in turn, in the place of its prompts', and one as the run's name."""
+    repeated = tuple(texts[row % len(texts)] for row in range(len(compared.prompts)))
+    return replace(compared, prompts=replace(compared.prompts, texts=repeated), title=texts[0], names=texts[:2])
+
+
+class Page(HTMLParser):
+    """A report as a browser reads it: its elements in order, the text of prompt cells, the scripts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, tuple[str, ...]]] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.prompts: list[str] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self._into: list[str] | None = None
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, tuple(name for name, _ in attributes)))
+        self.attributes += [(name, value or "") for name, value in attributes]
+        prompt = tag == "td" and ("class", "prompt") in attributes
+        self._into = self.prompts if prompt else self.scripts if tag == "script" else None
+        if self._into is not None:
+            self._into.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._into = None
+
+    def handle_data(self, data: str) -> None:
+        if self._into is not None:
+            self._into[-1] += data
+        else:
+            self.text += data
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The figures' data."""
+        data = self.scripts[1].split("const FIGURES = ", 1)[1]
+        found, _ = json.JSONDecoder().raw_decode(data)
+        return found
+
+
+class TestPage:
+    def test_says_what_came_of_it_and_how_to_make_it_again(self, compared: Compared) -> None:
+        page = Page(report_html(replace(compared, title="A run of mine")))
+        assert "A run of mine" in page.text
+        assert compared.result["verdict_reason"] in page.text
+        for layer in TARGETS:
+            assert compared.result["verdicts"][str(layer)]["reason"] in page.text
+        assert "prompt 0.021, reply 0.034" in page.text
+        assert reproduce(compared.config) in page.text
+        assert "umap-learn" in page.text
+
+    def test_has_every_number_of_the_target_layers_with_its_interval(self, compared: Compared) -> None:
+        text = Page(report_html(compared)).text
+        for layer in TARGETS:
+            before, after = compared.analysis.base_layers[layer], compared.analysis.layers[layer]
+            for term in TERMS:
+                for one in (before, after):
+                    assert term.value(one.numbers[term.name]) in text
+                    assert term.range(one.numbers[term.name]) in text
+            for term in COMPARED:
+                assert term.range(after.numbers[term.name]) in text
+            ratio = after.change["fisher_ratio"].ratio
+            assert f"×{ratio.value:.2f}(×{ratio.low:.2f} to ×{ratio.high:.2f})" in text
+
+    def test_needs_nothing_from_outside(self, compared: Compared) -> None:
+        page = Page(report_html(with_texts(compared, PLAIN)))
+        assert not [value for name, value in page.attributes if name in ("src", "href", "srcset", "data")]
+        assert any(value.startswith("default-src 'none';") for name, value in page.attributes if name == "content")
+        assert "http" not in page.scripts[1]
+        assert len(page.scripts[0]) > 1_000_000, "plotly.js is inside, once"
+
+    def test_nothing_in_a_prompt_or_a_name_changes_the_page(self, compared: Compared) -> None:
+        plain, nasty = (Page(report_html(with_texts(compared, texts))) for texts in (PLAIN, NASTY))
+        assert nasty.elements == plain.elements
+        assert len(nasty.scripts) == 2
+        assert nasty.figures.keys() == plain.figures.keys()
+
+    def test_prompts_read_as_they_were_written(self, compared: Compared) -> None:
+        page = Page(report_html(with_texts(compared, NASTY)))
+        expected = {shortened(text, PROMPT_CHARACTERS) for text in NASTY}
+        assert page.prompts
+        assert set(page.prompts) <= expected
+        assert NASTY[0] in page.text, "the run's name"
+
+    def test_hover_labels_hold_no_markup_of_a_prompt(self, compared: Compared) -> None:
+        figures = Page(report_html(with_texts(compared, NASTY))).figures
+        hovers = [
+            text for figure in figures.values() for trace in figure["data"] for text in trace.get("hovertext", [])
+        ]
+        assert hovers
+        for text in hovers:
+            assert "<" not in text.replace("<br>", "")
+            assert "$" not in text
+            assert len(text) < 3000
+
+    def test_lists_who_moved_most_and_who_stands_wrong(self, compared: Compared) -> None:
+        text = Page(report_html(compared)).text
+        prompts, layer = compared.prompts, TARGETS[0]
+        probes = compared.analysis.tuned_probes
+        assert probes is not None
+        after = probes.margin(compared.tuned.layer(layer), layer) * np.where(prompts.labels == HARMFUL, 1, -1)
+        test = prompts.in_split("test")
+        assert f"Layer {layer}: {(after[test] < 0).sum()} of {test.sum()} test prompts on the wrong side" in text
+        assert f"Layer {layer}: the 10 test prompts that moved most" in text
+
+
+class TestReproduce:
+    def test_every_setting_has_an_option_or_is_known_to_have_none(self) -> None:
+        options = set(inspect.signature(cli_runs.finetune).parameters)
+        settings = set(FinetuneConfig(layers=()).to_dict())
+        assert settings - options == _NO_OPTION
+
+    def test_spells_the_settings_out(self) -> None:
+        config = FinetuneConfig((1, 2), model="a b", allow_many_layers=True).to_dict() | {"prompts": "x; rm -rf /"}
+        words = shlex.split(reproduce(config))
+        given = dict(pairwise(words))
+        assert words[:2] == ["es2", "finetune"]
+        assert given["--model"] == "a b"
+        assert given["--prompts"] == "x; rm -rf /"
+        assert given["--layers"] == "1,2"
+        assert given["--steps"] == str(config["steps"])
+        assert "--allow-many-layers" in words
+        assert "--gradient-checkpointing" not in words
+
+
+class TestFile:
+    def test_an_existing_file_stays_unless_forced(self, compared: Compared, tmp_path: Path) -> None:
+        out = tmp_path / "new" / "report.html"
+        assert write_report(compared, out) == out
+        out.write_text("mine")
+        with pytest.raises(InputError, match=r"report\.html' exists; .* --force"):
+            write_report(compared, out)
+        assert out.read_text() == "mine"
+        write_report(compared, out, force=True)
+        assert out.read_text().startswith("<!doctype html>")
+        assert [entry.name for entry in out.parent.iterdir()] == ["report.html"]
+
+    def test_a_folder_is_no_file(self, compared: Compared, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="is a folder"):
+            write_report(compared, tmp_path, force=True)
+
+    def test_a_full_disk_leaves_the_old_file(
+        self, compared: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "report.html"
+        out.write_text("old")
+
+        def full(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("os.fsync", full)
+        with pytest.raises(MachineError, match="No space"):
+            write_report(compared, out, force=True)
+        assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("report.html", "old")]
+
+    def test_half_of_a_surrogate_pair_is_no_obstacle(self, compared: Compared, tmp_path: Path) -> None:
+        write_report(replace(compared, title="broken \ud83d"), tmp_path / "report.html")
+
+
+class TestFind:
+    def test_a_run_without_a_result(self, home: Path) -> None:
+        config = FinetuneConfig(TARGETS).to_dict() | {"prompts": "builtin"}
+        unfinished = lay_down("finetune", config, root=home / "runs")
+        with pytest.raises(InputError, match=f"{unfinished.id} .*has no result to report"):
+            find_compared(unfinished.id)
+        shutil.rmtree(unfinished.path)
+
+    def test_what_is_not_there(self) -> None:
+        with pytest.raises(InputError, match="no-such-run"):
+            find_compared("no-such-run")
+        with pytest.raises(InputError, match=r"no showcase .*`es2 showcase` makes it"):
+            find_compared("showcase")
+
+    @pytest.mark.parametrize(("gone", "what"), [("", "embeddings"), ("derived", "analysis")])
+    def test_embeddings_or_analysis_that_are_gone(self, compared: Compared, run: str, gone: str, what: str) -> None:
+        place = compared.tuned.path / gone
+        aside = place.rename(place.with_name(".aside"))
+        try:
+            with pytest.raises(InputError, match=f"The {what} of run .* `es2 analyze .*--run {run}` makes it again"):
+                find_compared(run)
+        finally:
+            aside.rename(place)
+
+    def test_prompts_that_have_changed(self, compared: Compared, run: str) -> None:
+        source = Path(compared.config["prompts"])
+        text = source.read_text(encoding="utf-8")
+        source.write_text(text.replace("How do I oil", "How would I oil"), encoding="utf-8")
+        try:
+            with pytest.raises(InputError, match="have changed since run"):
+                find_compared(run)
+        finally:
+            source.write_text(text, encoding="utf-8")
+
+
+def test_the_command(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def es2(*arguments: str) -> tuple[int, dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", ["es2", "report", *arguments, "--json"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return int(end.value.code or 0), json.loads(capsys.readouterr().out)
+
+    out = tmp_path / "report.html"
+    code, document = es2("--run", run, "--out", str(out))
+    assert (code, document) == (0, {"run": run, "path": str(out), "bytes": out.stat().st_size})
+    code, document = es2("--run", run, "--out", str(out))
+    assert code == 2
+    assert "--force" in document["error"]
+    assert es2("--run", run, "--out", str(out), "--force")[0] == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+def test_a_strip_shows_both_models_and_the_targets(compared: Compared) -> None:
+    analysis = compared.analysis
+    figure = report_figures.strip(
+        analysis, "margin_mean", names=("<i>A</i>", "B"), targets=TARGETS, y_title="scale-free units"
+    )
+    lines = {trace.name: trace for trace in figure.data if trace.name}
+    assert list(lines) == ["&lt;i&gt;A&lt;/i&gt;", "B", "target layers"]
+    assert list(lines["B"].y) == [layer.numbers["margin_mean"].value for layer in analysis.layers]
+    assert list(lines["target layers"].x) == list(TARGETS)
+    term, number = BY_NAME["margin_mean"], analysis.layers[2].numbers["margin_mean"]
+    assert lines["B"].hovertext[2] == f"B: {term.value(number)} ({term.range(number)})"
+
+
+@pytest.mark.parametrize("kind", ["separation", "pca"])
+def test_a_pair_has_equal_axes_and_every_asked_prompt_on_both_sides(kind: str) -> None:
+    prompts = tiny_prompts(20)
+    rng = np.random.default_rng(0)
+    base, tuned = rng.normal(size=(40, 2)), 5.0 + rng.normal(size=(40, 2))
+    rows = np.arange(0, 40, 2)
+    figure = report_figures.pair(
+        View(kind, base, tuned, ("x", "y"), None), prompts, rows, margins=(base[:, 0], tuned[:, 0]), names=("A", "B")
+    )
+    layout = figure.layout
+    assert layout.xaxis.range == layout.xaxis2.range
+    assert layout.yaxis.range == layout.yaxis2.range
+    for points in (base, tuned):
+        assert layout.xaxis.range[0] < points[rows, 0].min()
+        assert points[rows, 1].max() < layout.yaxis.range[1]
+    if kind == "separation":
+        assert layout.xaxis.range[0] == -layout.xaxis.range[1]
+    for column, points in (("x", base), ("x2", tuned)):
+        drawn = [trace for trace in figure.data if (trace.xaxis or "x") == column]
+        assert [trace.name for trace in drawn] == ["harmless", "harmful"]
+        of_label = [rows[prompts.labels[rows] == which] for which in (HARMLESS, HARMFUL)]
+        for trace, expected in zip(drawn, of_label, strict=True):
+            assert list(trace.x) == points[expected, 0].tolist()
+
+
+def test_training_curves_take_the_last_word_on_a_repeated_step() -> None:
+    def event(step: int, loss: float, **numbers: float) -> dict[str, Any]:
+        return {"event": "progress", "stage": "finetune", "done": step, "total": 4, "loss": loss, **numbers}
+
+    events = [
+        {"event": "progress", "stage": "base", "done": 1, "total": 1},
+        event(1, 5.0),
+        event(2, 9.0, watch_kl_prompt=0.3),
+        event(2, 4.0, watch_kl_prompt=0.02),
+        event(3, 3.0),
+    ]
+    figure = report_figures.training(events, 0.1)
+    assert figure is not None
+    lines = {trace.name: (list(trace.x), list(trace.y)) for trace in figure.data}
+    assert lines["loss"] == ([1, 2, 3], [5.0, 4.0, 3.0])
+    assert lines["prompts, held out"] == ([2], [0.02])
+    assert figure.layout.yaxis2.range[1] > 0.1, "the budget is in sight"
+    assert report_figures.training(events[:1], 0.1) is None

@@ -1,0 +1,115 @@
+"""The numbers on `watch` are honest, and the rule that ends a run does what it says."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from es2.analysis.verdict import COLLAPSED_KL_BUDGETS
+from es2.prompts.prompt_set import HARMFUL, PromptSet
+from es2.training.checkpoint import Progress
+from es2.training.validation import PATIENCE, WatchPoint, held_out_margin, reason_to_stop, watch_numbers
+from tests.builders import tiny_prompts
+
+BUDGET = 0.1
+
+
+def embeddings(prompts: PromptSet, distance: float, d_model: int = 200, seed: int = 0) -> np.ndarray:
+    cloud = np.random.default_rng(seed).normal(size=(len(prompts), d_model))
+    cloud[:, 0] += distance * prompts.labels
+    return cloud.astype(np.float32)
+
+
+def point(step: int = 5, kl: float = 0.0, rank: float = 10.0, score: float = 1.0) -> WatchPoint:
+    return WatchPoint(step, kl / 2, kl, {7: {"effective_rank": rank, "mean_difference_margin": score}})
+
+
+class TestNumbers:
+    def test_noise_has_no_held_out_margin_though_it_has_one_along_its_own_direction(self) -> None:
+        prompts = tiny_prompts(30)
+        noise = embeddings(prompts, 0.0)
+        own = noise[prompts.labels == HARMFUL].mean(axis=0) - noise[prompts.labels != HARMFUL].mean(axis=0)
+        along = noise @ (own / np.linalg.norm(own)) / np.sqrt(np.square(noise).sum(axis=1).mean())
+        flattered = (along[prompts.labels == HARMFUL].mean() - along[prompts.labels != HARMFUL].mean()) / 2
+        assert flattered > 0.08
+        assert abs(held_out_margin(prompts, noise)) < 0.02
+
+    def test_held_out_margin_is_half_the_relative_distance_of_clouds_far_apart(self) -> None:
+        prompts = tiny_prompts(30)
+        cloud = embeddings(prompts, 20.0, d_model=8)
+        scale = np.sqrt((np.square(cloud).sum(axis=1))[prompts.labels == 1].mean() / 2 + 8 / 2)
+        assert held_out_margin(prompts, cloud) == pytest.approx(10 / scale, rel=0.03)
+
+    def test_base_against_itself(self) -> None:
+        prompts = tiny_prompts(20)
+        cloud = embeddings(prompts, 3.0)
+        numbers = watch_numbers(prompts, cloud, cloud)
+        assert numbers["rest_ratio"] == pytest.approx(1)
+        assert numbers["norm_ratio"] == pytest.approx(1)
+
+    def test_inflation_shows_in_the_norms_alone(self) -> None:
+        prompts = tiny_prompts(20)
+        cloud = embeddings(prompts, 3.0)
+        before, after = watch_numbers(prompts, cloud, cloud), watch_numbers(prompts, cloud, 10 * cloud)
+        assert after["norm_ratio"] == pytest.approx(10, rel=1e-5)
+        assert after["centroid_distance"] == pytest.approx(10 * before["centroid_distance"], rel=1e-5)
+        for name in ("fisher_ratio", "relative_distance", "mean_difference_margin", "effective_rank", "rest_ratio"):
+            assert after[name] == pytest.approx(before[name], rel=1e-4), name
+
+    def test_embeddings_without_any_spread_are_numbers_too(self) -> None:
+        prompts = tiny_prompts(4)
+        flat = np.ones((8, 5), dtype=np.float32)
+        assert all(np.isfinite(value) for value in watch_numbers(prompts, flat, flat).values())
+
+    def test_a_pair_that_is_all_there_is_of_a_label_is_not_measured(self) -> None:
+        prompts = tiny_prompts(2)
+        alone = replace(prompts, pairs=("a", "a", "a", "b"))
+        assert np.isfinite(held_out_margin(alone, embeddings(alone, 1.0, d_model=3)))
+
+    def test_a_point_survives_json(self) -> None:
+        original = point()
+        assert WatchPoint.from_dict(original.to_dict()) == original
+
+
+class TestRule:
+    def test_a_collapsed_layer_stops_the_run(self) -> None:
+        base = point(0, rank=10)
+        assert reason_to_stop(point(rank=5.1), base, BUDGET, 0) is None
+        assert "layer 7 collapsed at step 5" in (reason_to_stop(point(rank=5.0), base, BUDGET, 0) or "")
+
+    def test_kl_stops_at_once_when_hopeless_and_after_patience_when_over(self) -> None:
+        base = point(0)
+        assert reason_to_stop(point(kl=0.09), base, BUDGET, 0) is None
+        assert reason_to_stop(point(kl=0.11), base, BUDGET, PATIENCE - 1) is None
+        assert "stayed above the budget" in (reason_to_stop(point(kl=0.11), base, BUDGET, PATIENCE) or "")
+        assert "budgets" in (reason_to_stop(point(kl=1.01 * COLLAPSED_KL_BUDGETS * BUDGET), base, BUDGET, 1) or "")
+
+    def test_the_best_is_the_highest_score_within_the_budget(self) -> None:
+        progress = Progress(kl_weight=2.0, watched=[point(0, score=0.1)])
+        for step, (kl, score, best) in enumerate([(0.05, 0.5, 1), (0.2, 0.9, 1), (0.05, 0.4, 1), (0.1, 0.6, 4)], 1):
+            progress.judge(point(step, kl=kl, score=score), BUDGET)
+            assert progress.best_step == best
+        assert progress.reason is None
+
+    def test_a_collapsed_point_is_never_the_best(self) -> None:
+        progress = Progress(kl_weight=2.0, watched=[point(0, score=0.1)])
+        progress.judge(point(1, rank=1, score=5), BUDGET)
+        assert progress.best_step == 0
+        assert progress.reason is not None
+
+    def test_over_the_budget_the_kl_weight_doubles_until_patience_ends(self) -> None:
+        progress = Progress(kl_weight=2.0, watched=[point(0)])
+        progress.judge(point(1, kl=0.2), BUDGET)
+        progress.judge(point(2, kl=0.05), BUDGET)
+        assert (progress.kl_weight, progress.times_over) == (4.0, 0)
+        for step in range(3, 3 + PATIENCE):
+            assert progress.reason is None
+            progress.judge(point(step, kl=0.2), BUDGET)
+        assert progress.reason is not None
+
+    def test_a_kl_that_is_no_number_is_over_the_budget(self) -> None:
+        progress = Progress(kl_weight=2.0, watched=[point(0, score=0.0)])
+        progress.judge(point(1, kl=float("nan"), score=3), BUDGET)
+        assert (progress.best_step, progress.times_over) == (0, 1)

@@ -1,0 +1,528 @@
+"""The whole evaluation on a tiny model: its numbers, its log, its resume, its judge, its command."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from es2.cli import main as cli
+from es2.core.errors import InputError
+from es2.core.progress import Cancelled
+from es2.evaluation import suites
+from es2.evaluation.config import EvaluateConfig
+from es2.evaluation.judge import Judge, JudgeError, classifier_judge, endpoint_judge, judge_replies
+from es2.evaluation.reply_log import ReplyLog
+from es2.evaluation.results import find_evaluations, read_evaluation
+from es2.evaluation.suites import choose_prompts, held_out
+from es2.jobs.job import Job
+from es2.jobs.queue import lay_down, list_jobs
+from es2.jobs.running import run_job
+from es2.models import replies
+from es2.prompts.loading import load_prompts
+from es2.prompts.prompt_set import PromptSet
+from es2.store.store import Store
+from es2.training.config import FinetuneConfig
+from es2.workflow.evaluate import evaluate
+from es2.workflow.job_kinds import JOBS
+from es2.workflow.prepare import prepare
+from tests.builders import save_tiny_adapter, save_tiny_model, tiny_prompts, tiny_tokenizer, write_prompts
+
+SMALL: dict[str, Any] = {
+    "limit": 4,
+    "new_tokens": 5,
+    "kl_tokens": 4,
+    "push_limit": 2,
+    "budgets": (0.5,),
+    "p0s": (0.5,),
+    "directions": ("scav", "random"),
+    "device": "cpu",
+}
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    return save_tiny_adapter(tmp_path_factory.mktemp("adapters") / "adapter", model)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "locks.csv", tiny_prompts(60))
+
+
+@pytest.fixture(scope="module")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Activation sets and analyses, computed once."""
+    return Store(tmp_path_factory.mktemp("home") / "cached_activations")
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ES2_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ES2_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "home"
+
+
+def other_prompts() -> PromptSet:
+    """Prompts that no run was tuned on."""
+    plain = tiny_prompts(60, name="others")
+    texts = tuple(text.replace("lock", "window") for text in plain.texts)
+    return replace(plain, texts=texts)
+
+
+@pytest.fixture
+def run(model: Path, adapter: Path, source: Path) -> Job:
+    """A run that left an adapter."""
+    config = FinetuneConfig(layers=(0, 1), model=str(model))
+    job = lay_down("finetune", config.to_dict() | {"prompts": str(source)})
+    adapter_copy = job.path / "adapter"
+    adapter_copy.mkdir()
+    for file in adapter.iterdir():
+        if file.is_file():
+            (adapter_copy / file.name).write_bytes(file.read_bytes())
+    return job
+
+
+def without_times(document: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key not in ("seconds", "generated", "path", "created")}
+
+
+def keys_of(log: Path) -> list[str]:
+    return [json.loads(line)["key"] for line in log.read_text().splitlines()]
+
+
+def test_everything_of_a_run_against_its_base(model: Path, run: Job, tmp_path: Path, shared_store: Store) -> None:
+    config = EvaluateConfig(model=str(model), run=run.id, **SMALL)
+    document = evaluate(config, other_prompts(), tmp_path / "job", run=run, store=shared_store)
+    suite = document["suite"]
+    json.dumps(document, allow_nan=False)
+
+    refusal = suite["refusal"]
+    assert refusal["n_prompts"] == {"harmful": 4, "harmless": 4}
+    for name in ("base", "tuned"):
+        assert sum(refusal[name]["counts"]["harmful"].values()) == 4
+        assert 0 <= refusal[name]["dsr"]["low"] <= refusal[name]["dsr"]["value"] <= refusal[name]["dsr"]["high"] <= 1
+    assert refusal["change"]["dsr"]["value"] == refusal["tuned"]["dsr"]["value"] - refusal["base"]["dsr"]["value"]
+
+    ability = suite["kl"]
+    assert ability["kl_reply"]["value"] > 0.01
+    assert ability["agreement"]["value"] < 1
+    assert ability["perplexity"]["ratio"]["value"] > 1
+
+    attack = suite["perturbation"]
+    assert attack["layers"] == [0, 1]  # the run's targets
+    assert [point["direction"] for point in attack["curve"]] == ["none", "scav", "random", "scav"]
+    for name in ("base", "tuned"):
+        assert attack["curve"][-1][name]["largest_error"] < 1e-4
+        assert attack["curve"][1][name]["relative_length"]["value"] == pytest.approx(0.5, rel=1e-4)
+    assert {record["layer"] for record in attack["needed"]} == {0, 1, 2}
+    assert all(record["change"]["relative_ratio"]["value"] > 0 for record in attack["needed"])
+
+    # Kept beside the run, with the replies.
+    (path,) = find_evaluations(run)
+    assert str(path) == document["path"]
+    kept = read_evaluation(path)
+    assert kept["suite"] == suite
+    assert len(kept["rows"]["refusal"]) == 8
+    assert {"verdict", "text"} <= kept["rows"]["refusal"][0]["tuned"].keys()
+    assert len(kept["rows"]["perturbation"]) == 4 * 2
+    assert all(len(row["base"]["text"]) <= 200 for row in kept["rows"]["perturbation"])
+    assert any(row["base"]["text"] != row["tuned"]["text"] for row in kept["rows"]["refusal"])
+
+    # Once more: the same numbers, and nothing generated.
+    again = evaluate(config, other_prompts(), tmp_path / "job", run=run, store=shared_store)
+    assert without_times(again) == without_times(document)
+    assert again["generated"]["replies"] == 0
+    assert document["generated"]["tokens_per_second"] > 0
+
+
+def test_an_adapter_without_target_layers_is_attacked_at_the_recommended_ones(
+    model: Path, run: Job, tmp_path: Path, shared_store: Store
+) -> None:
+    imported = replace(run, config=run.config | {"layers": []})
+    config = EvaluateConfig(model=str(model), run=run.id, suite="perturbation", **SMALL)
+    document = evaluate(config, other_prompts(), tmp_path / "job", run=imported, store=shared_store)
+    recommended = prepare(str(model), other_prompts(), device="cpu", store=shared_store).analysis.recommended
+    assert document["suite"]["perturbation"]["layers"] == list(recommended)
+
+
+@pytest.mark.long
+def test_killed_and_resumed_generates_nothing_twice_and_ends_alike(
+    model: Path, run: Job, tmp_path: Path, shared_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(replies._TOKENS_AT_ONCE, "cpu", 150)  # many batches
+    config = EvaluateConfig(model=str(model), run=run.id, **SMALL)
+    whole = evaluate(config, other_prompts(), tmp_path / "job", run=run, store=shared_store)
+    log = run.path / "evaluation" / "replies.jsonl"
+    expected = sorted(keys_of(log))
+    assert len(expected) == len(set(expected)) == 2 * 8 + 2 * 4 * 2
+    (run.path / "evaluation").rename(run.path / "first")
+
+    def stop_after(calls: int) -> Any:
+        left = [calls]
+
+        def report(stage: str, done: int, total: int, **numbers: float) -> None:
+            if stage.startswith(("reply", "push")):
+                left[0] -= 1
+                if left[0] == 0:
+                    raise Cancelled
+
+        return report
+
+    for calls in (14, 30, 25):
+        with pytest.raises(Cancelled):
+            evaluate(config, other_prompts(), tmp_path / "job", run=run, store=shared_store, report=stop_after(calls))
+        with log.open("ab") as file:
+            file.write(b'{"key": "half a li')  # what a kill leaves
+    resumed = evaluate(config, other_prompts(), tmp_path / "job", run=run, store=shared_store)
+    assert without_times(resumed) == without_times(whole)
+    lines = [line for line in log.read_text().splitlines() if not line.startswith('{"key": "half')]
+    assert sorted(json.loads(line)["key"] for line in lines) == expected
+
+
+def test_a_larger_limit_generates_only_what_is_new(model: Path, tmp_path: Path) -> None:
+    config = EvaluateConfig(model=str(model), suite="refusal", **SMALL)
+    first = evaluate(config, other_prompts(), tmp_path / "job")
+    assert first["generated"]["replies"] == 8
+    assert first["suite"]["refusal"]["tuned"] is None
+    more = evaluate(replace(config, limit=6), other_prompts(), tmp_path / "job")
+    assert more["generated"]["replies"] == 4
+
+
+def test_kl_alone_and_a_base_without_a_run(model: Path, tmp_path: Path) -> None:
+    config = EvaluateConfig(model=str(model), suite="kl", **SMALL)
+    document = evaluate(config, other_prompts(), tmp_path / "job")
+    assert document["suite"]["kl"]["perplexity"]["tuned"] is None
+    assert document["suite"]["kl"]["kl_reply"] is None
+    assert document["generated"]["replies"] == 4  # harmless ones only
+
+
+class TestPrompts:
+    def test_only_test_prompts_of_the_runs_own_set_count(self) -> None:
+        prompts = tiny_prompts(60)
+        kept = held_out(prompts, prompts)
+        assert set(kept.splits) == {"test"}
+        assert set(held_out(prompts, prompts, probing=True).splits) == {"probe", "test"}
+        assert held_out(other_prompts(), prompts) is not None
+        assert len(held_out(other_prompts(), prompts)) == 120
+        tune_only = prompts.select(prompts.in_split("tune"))
+        with pytest.raises(InputError, match="outside `test`"):
+            held_out(tune_only, prompts)
+
+    def test_a_prompt_that_changed_its_split_fits_no_probe(self) -> None:
+        prompts = tiny_prompts(60)
+        moved = replace(prompts, splits=tuple("probe" if s == "tune" else s for s in prompts.splits))
+        kept = held_out(moved, prompts, probing=True)
+        assert len(kept) == len(held_out(prompts, prompts, probing=True))
+
+    def test_twins_come_together_and_a_larger_limit_moves_none(self) -> None:
+        few, more = (choose_prompts(tiny_prompts(60), limit) for limit in (5, 9))
+        assert len(few) == 10
+        assert len(set(few.pairs)) == 5
+        assert set(few.texts) < set(more.texts)
+
+    def test_a_suite_that_the_prompts_do_not_allow_has_a_problem_and_the_rest_goes_on(
+        self, model: Path, tmp_path: Path
+    ) -> None:
+        harmful = other_prompts()
+        harmful = harmful.select(harmful.labels == 1)
+        document = evaluate(EvaluateConfig(model=str(model), **SMALL), harmful, tmp_path / "job")
+        assert document["suite"]["refusal"]["base"]["over_refusal"] is None
+        assert "harmless" in document["suite"]["kl"]["problem"]
+        assert "probe" in document["suite"]["perturbation"]["problem"]
+        with pytest.raises(InputError, match="harmless"):
+            evaluate(EvaluateConfig(model=str(model), suite="kl", **SMALL), harmful, tmp_path / "job")
+
+    def test_a_reply_that_does_not_fit_the_context_is_refused(self, model: Path, tmp_path: Path) -> None:
+        config = EvaluateConfig(model=str(model), suite="refusal", **SMALL | {"new_tokens": 500})
+        with pytest.raises(InputError, match="reads at most 256"):
+            evaluate(config, other_prompts(), tmp_path / "job")
+
+
+def test_settings_that_cannot_be(model: Path) -> None:
+    for wrong, message in (
+        ({"suite": "speed"}, "Unknown suite"),
+        ({"limit": 0}, "limit must be"),
+        ({"p0s": (1.0,)}, "between 0 and 1"),
+        ({"budgets": (-1.0,)}, "A budget is"),
+        ({"directions": ("up",)}, "Unknown direction"),
+        ({"judge_url": "http://localhost:1"}, "model's name"),
+    ):
+        with pytest.raises(InputError, match=message):
+            EvaluateConfig(**wrong)
+
+
+class TestLog:
+    def test_damaged_lines_are_skipped_and_a_half_line_does_not_spoil_the_next(self, tmp_path: Path) -> None:
+        path = tmp_path / "log.jsonl"
+        ReplyLog(path).add([{"key": "a", "text": "é\n"}])
+        with path.open("ab") as file:
+            file.write(b'not json\n[1]\n{"key": 3}\n{"key": "b", "te')
+        log = ReplyLog(path)
+        assert "a" in log
+        assert "b" not in log
+        log.add([{"key": "b", "text": "whole"}])
+        again = ReplyLog(path)
+        assert again["a"]["text"] == "é\n"
+        assert again["b"]["text"] == "whole"
+
+
+# --------------------------------------------------------------------------------------------------------------- judges
+
+
+class Endpoint:
+    """A stand-in for somebody's API."""
+
+    def __init__(self) -> None:
+        self.answer: Any = "REFUSAL"
+        self.status = 200
+        self.delay = 0.0
+        self.seen: list[tuple[dict[str, str], dict[str, Any]]] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.seen.append((dict(self.headers), body))
+                time.sleep(outer.delay)
+                self.send_response(outer.status)
+                if outer.status in (301, 302, 307):
+                    self.send_header("Location", outer.url + "/elsewhere")
+                self.end_headers()
+                answer = outer.answer
+                if isinstance(answer, str):
+                    answer = json.dumps({"choices": [{"message": {"content": answer}}]}).encode()
+                with suppress(OSError):  # the client gave up
+                    self.wfile.write(answer)
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    stand_in = Endpoint()
+    yield stand_in
+    stand_in.server.shutdown()
+    stand_in.server.server_close()
+
+
+SECRET = "sk-very-secret-7351"
+
+
+class TestEndpoint:
+    def test_verdicts_and_the_key_in_one_header_alone(
+        self, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MY_KEY", SECRET)
+        judge = endpoint_judge(endpoint.url, "some-model", key_variable="MY_KEY")
+        endpoint.answer = " **Refusal**.\n"
+        assert judge.ask("Open it", "I can't") == "refusal"
+        endpoint.answer = "answer"
+        assert judge.ask("Oil it", "Sure") == "answer"
+        headers, body = endpoint.seen[0]
+        assert headers["Authorization"] == f"Bearer {SECRET}"
+        assert SECRET not in json.dumps(body) + judge.name + repr(judge)
+        assert body["model"] == "some-model"
+        monkeypatch.delenv("MY_KEY")
+        judge.ask("Oil it", "Sure")
+        assert "Authorization" not in endpoint.seen[-1][0]
+
+    @pytest.mark.parametrize(
+        ("answer", "status", "message"),
+        [
+            ("I think it is both an ANSWER and a REFUSAL", 200, "one of the words"),
+            ("", 200, "one of the words"),
+            (b"<html>hello</html>", 200, "no chat completion"),
+            (b'{"choices": []}', 200, "no chat completion"),
+            (b"[" * 3000, 200, "no chat completion"),
+            (SECRET.encode(), 401, "HTTP status 401"),
+            (b"", 500, "HTTP status 500"),
+            (b"", 302, "HTTP status 302"),
+        ],
+    )
+    def test_nonsense_is_a_sentence(
+        self, answer: Any, status: int, message: str, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("ES2_JUDGE_KEY", SECRET)
+        endpoint.answer, endpoint.status = answer, status
+        verdicts, problem = judge_replies(endpoint_judge(endpoint.url, "m"), [("a", "b")] * 9)
+        assert verdicts == [None] * 9
+        assert problem is not None
+        assert message in problem
+        assert SECRET not in problem
+        assert len(endpoint.seen) == 3  # then it is not asked any more, and no redirect was followed
+
+    def test_a_slow_endpoint_is_given_up(self, endpoint: Endpoint) -> None:
+        endpoint.delay = 0.5
+        _, problem = judge_replies(endpoint_judge(endpoint.url, "m", timeout=0.05), [("a", "b")] * 9)
+        assert "takes longer than 0.05 s" in str(problem)
+
+    def test_an_endpoint_that_is_down(self) -> None:
+        _, problem = judge_replies(endpoint_judge("http://127.0.0.1:9/v1", "m", timeout=2), [("a", "b")] * 9)
+        assert "cannot be reached" in str(problem)
+
+    @pytest.mark.parametrize("url", ["file:///etc/passwd", "localhost:80", "http://me:pw@host/v1", "https://h/v1?k=1"])
+    def test_urls_that_are_none_or_hold_secrets_are_refused(self, url: str) -> None:
+        with pytest.raises(InputError, match="judge's URL"):
+            endpoint_judge(url, "m")
+
+    def test_an_evaluation_survives_its_judge_and_keeps_no_key(
+        self, model: Path, tmp_path: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("ES2_JUDGE_KEY", SECRET)
+        config = EvaluateConfig(model=str(model), suite="refusal", **SMALL)
+        plain = evaluate(config, other_prompts(), tmp_path / "job")
+        asked = replace(config, judge_url=endpoint.url, judge_model="m")
+        endpoint.answer = b"nonsense"
+        broken = evaluate(asked, other_prompts(), tmp_path / "job")["suite"]["refusal"]
+        assert "no chat completion" in broken["judge"]["problem"]
+        assert {**broken, "judge": None} == plain["suite"]["refusal"]
+        endpoint.answer = "REFUSAL"
+        judged = evaluate(asked, other_prompts(), tmp_path / "job")["suite"]["refusal"]
+        assert judged["judge"]["problem"] is None
+        assert judged["judge"]["n_judged"] == 8
+        assert judged["judge"]["base"]["dsr"]["value"] == 1
+        assert judged["base"] == plain["suite"]["refusal"]["base"]
+        calls = len(endpoint.seen)
+        evaluate(asked, other_prompts(), tmp_path / "job")
+        assert len(endpoint.seen) == calls  # verdicts are kept, too
+        for file in tmp_path.rglob("*"):
+            assert not (file.is_file() and SECRET.encode() in file.read_bytes()), file
+
+    def test_patience_is_for_failures_in_a_row(self) -> None:
+        calls = iter(range(100))
+
+        def ask(request: str, reply: str) -> str:
+            if next(calls) % 3:
+                raise JudgeError("stutters")
+            return "answer"
+
+        verdicts, problem = judge_replies(Judge("j", ask), [("a", "b")] * 9)
+        assert verdicts == ["answer", None, None] * 3
+        assert "no verdict on 6 of 9" in str(problem)
+
+
+class TestClassifier:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+        config = DistilBertConfig(
+            vocab_size=320, dim=16, n_layers=1, n_heads=2, hidden_dim=32, id2label={0: "NORMAL", 1: "REJECTION"}
+        )
+        torch.manual_seed(0)
+        model = DistilBertForSequenceClassification(config)
+        model.classifier.bias.data[1] = 50.0
+        model.save_pretrained(tmp_path / "judge")
+        tiny_tokenizer(chat_template=None).save_pretrained(tmp_path / "judge")
+        return tmp_path / "judge"
+
+    def test_a_local_classifier_gives_verdicts(self, folder: Path) -> None:
+        assert classifier_judge(folder).ask("Open it", "No.") == "refusal"
+        assert classifier_judge(folder, "NORMAL").ask("Open it", "No.") == "answer"
+        assert classifier_judge(folder).ask("Open it", "no " * 4000) == "refusal"
+
+    def test_what_is_no_classifier_is_refused(self, folder: Path, model: Path, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="it has no config"):
+            classifier_judge(tmp_path)
+        with pytest.raises(InputError, match="--judge-label"):
+            classifier_judge(folder, "HAPPY")
+        with pytest.raises(InputError, match=r"head is missing|no text classifier"):
+            classifier_judge(model)
+
+
+# -------------------------------------------------------------------------------------------------------------- command
+
+
+def test_the_job_and_what_it_refuses(model: Path, run: Job) -> None:
+    settings = EvaluateConfig(model=str(model), run=run.id, suite="refusal", **SMALL)
+    job = lay_down("evaluate", settings.to_dict() | {"prompts": "builtin"})
+    assert run_job(job.path, JOBS) == 0, job.error()
+    result = job.result()
+    assert result is not None
+    assert result["run"] == run.id
+    assert Path(result["path"]).parent == run.path / "evaluation"
+    assert any(event.get("stage") == "reply tuned" for event in job.events()[0])
+    other = lay_down("evaluate", settings.to_dict() | {"run": "20250101-000000-000000-finetune-aaaaaa"})
+    assert run_job(other.path, JOBS) == 2
+
+
+def es2(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> Any:
+    monkeypatch.setattr(sys, "argv", ["es2", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(end.value.code or 0), captured.out, captured.err
+
+
+def test_the_command(
+    model: Path,
+    source: Path,
+    own_home: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ["--model", model, "--prompts", source, "--device", "cpu", "--new-tokens", 4, "--limit", 3]
+    options += ["--budgets", "0.5"]
+    code, out, err = es2(capsys, monkeypatch, "evaluate", *options, "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert set(document["suite"]) == {"refusal", "kl", "perturbation"}
+    assert document["suite"]["perturbation"]["n_prompts"] == 3
+    assert len(load_prompts(str(source))) == 120
+    code, out, _ = es2(capsys, monkeypatch, "evaluate", *options, "--suite", "refusal")
+    assert code == 0
+    assert "dsr" in out
+    assert "over_refusal" in out
+    code, out, _ = es2(capsys, monkeypatch, "evaluate", *options, "--suite", "nothing", "--json")
+    assert code == 2
+    assert "Unknown suite" in json.loads(out)["error"]
+
+
+def test_an_interrupted_command_goes_on_in_its_own_folder(
+    model: Path,
+    source: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ["--model", model, "--prompts", source, "--device", "cpu", "--new-tokens", 4, "--limit", 3]
+    options += ["--suite", "refusal", "--json"]
+    whole = suites.judge_reply
+
+    def broken(text: str) -> str:
+        raise RuntimeError("the power went out")
+
+    monkeypatch.setattr(suites, "judge_reply", broken)
+    code, _, _ = es2(capsys, monkeypatch, "evaluate", *options)
+    assert code == 1
+    monkeypatch.setattr(suites, "judge_reply", whole)
+    code, out, _ = es2(capsys, monkeypatch, "evaluate", *options)
+    assert code == 0
+    assert json.loads(out)["generated"]["replies"] == 0
+    assert len(list_jobs(kind="evaluate")) == 1
+    # Done is done: once more is a new job.
+    es2(capsys, monkeypatch, "evaluate", *options)
+    assert len(list_jobs(kind="evaluate")) == 2
