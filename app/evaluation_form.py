@@ -13,6 +13,7 @@ from typing import Any
 import streamlit as st
 
 from app import artifacts, jobs_panel, state, text
+from app.settings_form import SettingsForm
 from app.state import Choice
 from es2.analysis.setup import check_prompts
 from es2.core.errors import Es2Error, InputError
@@ -21,7 +22,7 @@ from es2.evaluation.suites import choose_prompts, held_out
 from es2.jobs.job import Job
 from es2.models.machine import this_machine
 from es2.models.shape import Shape
-from es2.prompts.benchmarks import BENCHMARKS, absolute_source, is_benchmark
+from es2.prompts.benchmarks import absolute_source, is_benchmark
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet
 from es2.workflow.derived import find_activations
 from es2.workflow.evaluate import KIND
@@ -30,8 +31,6 @@ from es2.workflow.evaluation_plan import Sample, evaluation_seconds
 FORM = "evaluation_form"
 """The session's key for whether the form is open above an evaluation."""
 SUITE_NAMES = {"all": "All", "refusal": "Refusals", "kl": "Ability", "perturbation": "Attacks"}
-USUAL = EvaluateConfig()
-"""Where the shipped defaults are written."""
 
 CHOSEN = "evaluation_chosen"
 """The session's key for which evaluation of each run is looked at."""
@@ -49,89 +48,45 @@ def form(run: Job, choice: Choice, suite: str, tokens_per_second: float | None) 
         tokens_per_second: of an earlier evaluation here; None before one.
     """
     with st.container(border=True, key="evaluation_form_box"):
-        names = ", ".join(benchmark.name for benchmark in BENCHMARKS)
-        source = _drawn(
-            "prompts",
-            choice.prompts,
-            st.text_input,
-            "Prompts",
-            help=f"builtin, the path of a CSV, JSONL or Parquet file, or a benchmark: {names}. A benchmark's name "
-            "alone reads its copy on the Hugging Face Hub; with a colon and a path (xstest:/data/xstest_prompts.csv) "
-            "it reads the published file. Of the prompts that the run was tuned on only the test split counts.",
-        )
+        known = st.session_state.get(_SETTINGS, {})
+        widgets = SettingsForm(EvaluateConfig, "evaluate", known, _take, {"suite": SUITE_NAMES})
+        source = widgets.one("prompts", choice.prompts)
         with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
-            suite = _drawn(
-                f"suite_{suite}",  # the pages have presets of their own
-                suite,
-                st.segmented_control,
-                "What to measure",
-                options=list(SUITE_NAMES),
-                format_func=SUITE_NAMES.__getitem__,
-                required=True,
-                help="**Refusals**: what both models reply. **Ability**: KL, perplexity and agreement on harmless "
-                "prompts. **Attacks**: replies while embeddings are pushed towards harmless.",
-            )
-            limit = _drawn(
-                "limit",
-                USUAL.limit,
-                st.number_input,
-                "Prompts of each label",
-                min_value=1,
-                step=8,
-                width=180,
-                help="A larger number adds prompts and moves none.",
-            )
-            push_limit = _drawn(
-                "push_limit",
-                USUAL.push_limit,
-                st.number_input,
-                "Pushed prompts",
-                min_value=1,
-                step=4,
-                width=160,
-                help="Each is replied to once per push and model.",
-            )
-        config = EvaluateConfig(
-            model=str(run.config["model"]),
-            prompts=absolute_source(source.strip() or choice.prompts),
-            run=run.id,
-            suite=suite,
-            limit=limit,
-            push_limit=min(push_limit, limit),
-        )
-        problem = None
+            values = {"suite": widgets.one("suite", suite), **widgets.group("main", per_row=2)}
+        with st.expander("Advanced", key="evaluate_advanced"):
+            values |= widgets.group("advanced")
+        config, words, problem = None, "", ""
         try:
+            values |= {"model": str(run.config["model"]), "run": run.id}
+            values |= {"prompts": absolute_source(source.strip() or choice.prompts)}
+            config = EvaluateConfig.from_text(values | {"push_limit": min(values["push_limit"], values["limit"])})
             words = _expectation(config, run, tokens_per_second)
         except InputError as error:
-            problem, words = str(error), ""
+            config, problem = None, str(error)
         with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
-            if st.button(
-                "Evaluate",
-                key="start_evaluation",
-                type="primary",
-                icon=":material/play_arrow:",
-                disabled=problem is not None,
+            if (
+                st.button(
+                    "Evaluate",
+                    key="start_evaluation",
+                    type="primary",
+                    icon=":material/play_arrow:",
+                    disabled=config is None,
+                )
+                and config
             ):
                 st.session_state[FORM] = False
                 st.session_state.pop(CHOSEN, None)  # the page opens on the new one
                 jobs_panel.start(KIND, config.to_dict())
-            if problem is not None:
+            if config is None:
                 st.markdown(f":red[{text.markdown(problem)}]", width="stretch")
             else:
                 st.caption(words, width="stretch")
 
 
-def _drawn(name: str, usual: Any, widget: Any, label: str, **arguments: Any) -> Any:
-    """Draw a widget that shows a setting and takes it over; returns the setting."""
-    key = f"evaluate_{name}"
-    st.session_state[key] = st.session_state.get(_SETTINGS, {}).get(name, usual)
-
-    def take() -> None:
-        state.update()
-        st.session_state[_SETTINGS] = {**st.session_state.get(_SETTINGS, {}), name: st.session_state[key]}
-
-    widget(label, key=key, on_change=take, **arguments)
-    return st.session_state[key]
+def _take(name: str, value: Any) -> None:
+    """Keep what was set for the next evaluation."""
+    state.update()
+    st.session_state[_SETTINGS] = {**st.session_state.get(_SETTINGS, {}), name: value}
 
 
 def _expectation(config: EvaluateConfig, run: Job, tokens_per_second: float | None) -> str:

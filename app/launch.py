@@ -8,8 +8,7 @@ the widgets, since this form stands on two pages and is not drawn while a run is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from app import artifacts, jobs_panel, state, text
 from app.charts import canvas
 from app.components.plots import plot
 from app.run_rows import METHOD_NAMES
+from app.settings_form import SettingsForm
 from app.state import Choice
 from es2.analysis.results import LayerNumbers
 from es2.core.errors import Es2Error, InputError
@@ -29,12 +29,9 @@ from es2.prompts.benchmarks import absolute_source
 from es2.prompts.prompt_set import PromptSet
 from es2.report import palette
 from es2.report.glossary import BY_NAME
-from es2.training.config import MANY_LAYERS, METHODS, FinetuneConfig
-from es2.training.terms import OBJECTIVES
+from es2.training.config import MANY_LAYERS, FinetuneConfig
 from es2.workflow.plan import Plan, guessed_layers, plan, token_counts
 
-USUAL = FinetuneConfig(layers=())
-"""Where the shipped defaults are written."""
 OPEN = "launch_open"
 """The session's key for whether the page of runs shows the form."""
 STRIP_HEIGHT = 170
@@ -47,66 +44,6 @@ STAGE_NAMES = {
     "tuned capture": "capturing the tuned model",
     "analysis": "analysis",
 }
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A number of `FinetuneConfig` that the form asks for.
-
-    Attributes:
-        name: the field.
-        label: what the form calls it.
-        help: what it does, for a tooltip.
-        step: of the field's arrows.
-        format: of a number with decimals.
-    """
-
-    name: str
-    label: str
-    help: str
-    step: float = 1
-    format: str | None = None
-
-
-MAIN = (
-    Setting("steps", "Steps", "Optimizer steps. Time grows with them; so does what is moved.", 5),
-    Setting(
-        "kl_weight",
-        "λ, weight of the KL",
-        "How strongly harmless behaviour is held, in separation per nat. Higher keeps more and separates less.",
-        0.5,
-        "%.2f",
-    ),
-    Setting(
-        "learning_rate",
-        "Learning rate",
-        "Its peak, after the warm-up; from there it follows a cosine down to a tenth.",
-        1e-4,
-        "%.1e",
-    ),
-    Setting("seed", "Seed", "Of the adapter's first weights and of the batches. The same seed repeats the same run."),
-)
-ADVANCED = (
-    Setting("pairs_per_step", "Pairs per step", "Harmful prompts, and as many harmless ones, in every step.", 4),
-    Setting("kl_prompts", "KL prompts per step", "So many harmless prompts of a step have their logits held to base."),
-    Setting("warmup_steps", "Warm-up steps", "Steps over which the learning rate rises."),
-    Setting("clip", "Gradient norm", "A longer gradient is cut to this length.", 0.5, "%.2f"),
-    Setting("rank", "LoRA rank", "Of the adapter's matrices.", 4),
-    Setting("alpha", "LoRA alpha", "The adapter's update is scaled by alpha / rank.", 4),
-    Setting(
-        "kl_budget",
-        "KL budget",
-        "Nats per token that each KL may reach on held-out harmless prompts. Beyond it λ is doubled, then the run "
-        "stops.",
-        0.05,
-        "%.2f",
-    ),
-    Setting("reply_tokens", "Reply tokens", "Tokens of the base's own reply that the second KL covers.", 8),
-    Setting("margin_target", "Margin target", "Where the margin term stops pushing, in scale-free units.", 0.1, "%.2f"),
-    Setting("watch_every", "Steps between looks", "How often held-out prompts are measured and a checkpoint is kept."),
-    Setting("watch_prompts", "Held-out prompts", "At most so many of each label are looked at.", 8),
-    Setting("accumulate", "Parts of a step", "More parts need less memory and more time."),
-)
 
 
 def form(choice: Choice) -> None:
@@ -123,34 +60,52 @@ def form(choice: Choice) -> None:
             "Model and prompts are chosen at the left."
         )
         layers = target_layers(choice, model, prompts, shape.n_layers)
-        config = _settings(choice, layers)
-        problem = _problem(config, shape.n_layers, prompts)
-        made = None if problem else estimate(config, prompts)
+        config, problem = _config(choice, layers, shape.n_layers, prompts)
+        made = None if config is None else estimate(config, prompts)
         with st.container(horizontal=True, vertical_alignment="center", gap="medium", key="launch_start"):
-            if st.button(
-                "Start the fine-tune",
-                key="start_finetune",
-                type="primary",
-                icon=":material/play_arrow:",
-                disabled=problem is not None,
+            if (
+                st.button(
+                    "Start the fine-tune",
+                    key="start_finetune",
+                    type="primary",
+                    icon=":material/play_arrow:",
+                    disabled=config is None,
+                )
+                and config
             ):
                 source = absolute_source(choice.prompts)
                 jobs_panel.ensure("finetune", config.to_dict() | {"prompts": source})
                 st.session_state[OPEN] = False
                 state.go("runs")
-            if problem is not None:
+            if config is None:
                 st.markdown(f":red[{text.markdown(problem)}]", width="stretch")
             elif made is not None:
                 _show_estimate(made)
 
 
-def _problem(config: FinetuneConfig, n_layers: int, prompts: PromptSet) -> str | None:
-    """What is wrong with the settings, in a sentence."""
+def _config(
+    choice: Choice, layers: tuple[int, ...], n_layers: int, prompts: PromptSet
+) -> tuple[FinetuneConfig | None, str]:
+    """Draw the settings; returns what they make of the choice, or None and what is wrong, in a sentence."""
+    widgets = SettingsForm(FinetuneConfig, "launch", state.settings(), state.take_setting, {"method": METHOD_NAMES})
+    spec = resolve(choice.model)
+    model = spec.location if spec.kind in ("folder", "gguf") else spec.name
+    values: dict[str, Any] = {"layers": layers, "model": model}
+    if len(layers) >= MANY_LAYERS:
+        st.warning(
+            f"{len(layers)} target layers: the ES2 paper saw models collapse from three on. Two are its finding.",
+            icon=":material/warning:",
+        )
+        values["allow_many_layers"] = widgets.one("allow_many_layers")
+    values |= widgets.group("main", per_row=3)
+    with st.expander("Advanced", key="launch_advanced"):
+        values |= widgets.group("advanced")
     try:
+        config = FinetuneConfig.from_text(values | {"objective": values["objective"] or ""})  # a box may be emptied
         config.check(n_layers, prompts)
     except InputError as error:
-        return str(error)
-    return None
+        return None, str(error)
+    return config, ""
 
 
 # ------------------------------------------------------------------------------------------------------ target layers
@@ -279,116 +234,6 @@ def target_strip(
         hoverdistance=-1,
         dragmode=False,
     )
-
-
-# ----------------------------------------------------------------------------------------------------------- settings
-
-
-def _settings(choice: Choice, layers: tuple[int, ...]) -> FinetuneConfig:
-    """Draw the settings; returns what they make of the choice."""
-    values: dict[str, Any] = {}
-    if len(layers) >= MANY_LAYERS:
-        st.warning(
-            f"{len(layers)} target layers: the ES2 paper saw models collapse from three on. Two are its finding.",
-            icon=":material/warning:",
-        )
-        values["allow_many_layers"] = _drawn("allow_many_layers", st.checkbox, "I want three or more target layers")
-    objectives = list(dict.fromkeys([USUAL.objective, *OBJECTIVES, state.settings().get("objective") or "fisher"]))
-    above, below = (st.columns(3, gap="small", vertical_alignment="bottom") for _ in range(2))
-    with above[0]:
-        values["objective"] = _drawn(
-            "objective",
-            st.selectbox,
-            "Objective",
-            options=objectives,
-            accept_new_options=True,
-            help="What is made larger. **distance** is the paper's form, which a longer residual stream also raises; "
-            "**anchored** keeps the harmless cloud in place; **fisher** and **margin** are scale-free. Mixtures can be "
-            "typed, such as 1.0\\*margin+0.5\\*fisher.",
-        )
-        values["objective"] = values["objective"] or ""  # a box that was emptied
-    with above[1]:
-        values["method"] = _drawn(
-            "method",
-            st.segmented_control,
-            "Method",
-            options=METHODS,
-            format_func=METHOD_NAMES.__getitem__,
-            required=True,
-            width="stretch",
-            help="**LoRA** trains a small adapter on the blocks up to the last target layer; **Full** trains those "
-            "blocks themselves, which takes more memory.",
-        )
-    for column, setting in zip((above[2], *below), MAIN, strict=True):
-        with column:
-            values[setting.name] = _number(setting)
-    with st.expander("Advanced", key="launch_advanced"):
-        values |= _advanced()
-    spec = resolve(choice.model)
-    model = spec.location if spec.kind in ("folder", "gguf") else spec.name
-    return FinetuneConfig(layers=layers, model=model, **values)
-
-
-def _advanced() -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for start in range(0, len(ADVANCED), 4):
-        for column, setting in zip(st.columns(4, gap="small"), ADVANCED[start : start + 4], strict=False):
-            with column:
-                values[setting.name] = _number(setting)
-    first, second, third = st.columns([1, 1, 2], gap="small", vertical_alignment="bottom")
-    with first:
-        values["first_block"] = _drawn(
-            "first_block",
-            st.number_input,
-            "First trained block",
-            step=1,
-            value=None,
-            placeholder="automatic",
-            help="The last trained block is the last target layer. Automatic: block 4, or the first target layer "
-            "where that is lower.",
-        )
-    with second:
-        values["dtype"] = _drawn(
-            "dtype",
-            st.selectbox,
-            "Number format",
-            options=("float32", "bfloat16"),
-            index=None,
-            placeholder="automatic",
-            help="Of the frozen weights. Automatic: bfloat16 on a CUDA device, else float32.",
-        )
-    with third:
-        values["gradient_checkpointing"] = _drawn(
-            "gradient_checkpointing",
-            st.checkbox,
-            "Gradient checkpointing",
-            help="Recompute blocks in the backward pass: less memory, more time.",
-        )
-    return values
-
-
-def _number(setting: Setting) -> Any:
-    kind = float if setting.format else int  # the type of the value and of the step must agree
-    return _drawn(
-        setting.name,
-        st.number_input,
-        setting.label,
-        kind=kind,
-        step=kind(setting.step),
-        format=setting.format,
-        help=setting.help,
-    )
-
-
-def _drawn(
-    name: str, widget: Callable[..., Any], label: str, *, kind: Callable[[Any], Any] | None = None, **arguments: Any
-) -> Any:
-    """Draw a widget that shows a setting, made a `kind` where one is given, and takes it over; returns the setting."""
-    key = f"launch_{name}"
-    value = state.settings().get(name, getattr(USUAL, name))
-    st.session_state[key] = kind(value) if kind is not None else value
-    widget(label, key=key, on_change=lambda: state.take_setting(name, st.session_state[key]), **arguments)
-    return st.session_state[key]
 
 
 # ----------------------------------------------------------------------------------------------------------- estimate

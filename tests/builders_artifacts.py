@@ -141,7 +141,7 @@ class Compared:
 def write_comparison(home: Path, n_pairs: int = 100, *, distances: Sequence[float] = TUNED_DISTANCES) -> Compared:
     """Write base artifacts and one run that moved the clouds to `distances` apart; call it again for another run."""
     artifacts = write_artifacts(home, n_pairs)
-    config = FinetuneConfig(TARGETS, model=MODEL).to_dict() | {"prompts": str(artifacts.source)}
+    config = FinetuneConfig(layers=TARGETS, model=MODEL).to_dict() | {"prompts": str(artifacts.source)}
     run = lay_down("finetune", config, root=home / "runs")
     tuned = write_tuned(home, artifacts, run.id, distances)
     prompts, analysis_config = artifacts.prompts, AnalysisConfig()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from es2.analysis.probes import Probes
 from es2.analysis.resampling import Interval
 from es2.core.errors import InputError
 from es2.core.files import parse_json
-from es2.core.settings import check_settings
+from es2.core.settings import Settings, setting
 from es2.core.versions import format_of
 from es2.store.sources import POSITIONS
 
@@ -61,37 +61,32 @@ LENGTHS = (
 """The numbers that cannot be negative and have a natural zero, so that tuned over base means something."""
 
 
-@dataclass(frozen=True)
-class AnalysisConfig:
-    """The settings of an analysis.
+class AnalysisConfig(Settings):
+    """Everything that decides an analysis but its embeddings and prompts."""
 
-    Attributes:
-        costs: the probe's inverse regularisation strengths C to choose from, ascending.
-        n_folds: folds of the cross-validation.
-        n_bootstrap: resamples behind every interval.
-        n_shuffles: probes fitted to shuffled labels, averaged in the control.
-        confidence: of the intervals.
-        seed: of the resamples and the shuffles.
-        position: whose embeddings are read, `last` or `last_instruction`.
-    """
+    costs: tuple[float, ...] = setting(
+        tuple(10.0**power for power in range(-4, 5)),
+        "The probe's inverse regularisation strengths C to choose from, ascending.",
+        of="cost",
+    )
+    n_folds: int = setting(5, "Folds of the cross-validation that chooses C.", ge=2)
+    n_bootstrap: int = setting(1000, "Resamples behind every interval.", ge=1)
+    n_shuffles: int = setting(10, "Probes fitted to shuffled labels, averaged in the control.", ge=1)
+    confidence: float = setting(0.95, "Of the intervals.", gt=0)
+    seed: int = setting(0, "Of the resamples and the shuffles.", ge=0)
+    position: str = setting(
+        "last",
+        "last (last prompt token) or last_instruction (last token of the request).",
+        label="Position",
+        choices=POSITIONS,
+    )
 
-    costs: tuple[float, ...] = tuple(10.0**power for power in range(-4, 5))
-    n_folds: int = 5
-    n_bootstrap: int = 1000
-    n_shuffles: int = 10
-    confidence: float = 0.95
-    seed: int = 0
-    position: str = "last"
-
-    def __post_init__(self) -> None:
-        if self.position not in POSITIONS:
-            raise InputError(f"The position must be one of {', '.join(POSITIONS)}, not {str(self.position)[:40]!r}.")
+    def model_post_init(self, _: Any) -> None:
+        """Refuse what does not go together (`InputError`)."""
         if not self.costs or list(self.costs) != sorted(set(self.costs)) or self.costs[0] <= 0:
             raise InputError(f"The costs must be positive and ascending, not {self.costs}.")
-        if self.n_folds < 2 or self.n_bootstrap < 1 or self.n_shuffles < 1 or not 0 < self.confidence < 1:
-            raise InputError(
-                "An analysis needs at least 2 folds, 1 resample, 1 shuffle and a confidence between 0 and 1."
-            )
+        if self.confidence >= 1:
+            raise InputError(f"The confidence must lie between 0 and 1, not {self.confidence!r}.")
 
 
 @dataclass(frozen=True)
@@ -247,7 +242,7 @@ class Analysis:
             "reason": self.reason,
             "test_name": self.test_name,
             "n_prompts": {split: dict(counts) for split, counts in self.n_prompts.items()},
-            "config": asdict(self.config),
+            "config": self.config.to_dict(),
         }
 
     def save(self, folder: Path) -> None:
@@ -283,8 +278,7 @@ class Analysis:
             layers = tuple(LayerNumbers.from_dict(layer) for layer in document["layers"])
             base_layers = tuple(LayerNumbers.from_dict(layer) for layer in document.get("base_layers", ()))
             _check_layers(layers, base_layers, (*document["recommended"], document["best_layer"]))
-            config = document["config"]
-            check_settings(AnalysisConfig, config, str(path))
+            config = AnalysisConfig.read(document["config"], str(path))
             base_probes = _probes(tensors, "base", len(layers))
             return cls(
                 base_layers=base_layers or layers,
@@ -299,7 +293,7 @@ class Analysis:
                     split: {label: index(count) for label, count in counts.items()}
                     for split, counts in document["n_prompts"].items()
                 },
-                config=AnalysisConfig(**config | {"costs": tuple(config["costs"])}),
+                config=config,
             )
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             raise InputError(

@@ -3,53 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
-from es2.cli.terminal import AsJson, Device, Dtype, Model, Run, emit, interval_cell, out, progress
-from es2.core.errors import InputError
+from es2.cli.options import with_settings
+from es2.cli.terminal import AsJson, emit, interval_cell, out, progress
 from es2.evaluation.config import EvaluateConfig
-from es2.evaluation.judge import KEY_VARIABLE
-from es2.models.catalogue import DEFAULT_MODEL
-
-_DEFAULT = EvaluateConfig()  # where the shipped defaults are written
-_BUDGETS = ",".join(f"{budget:g}" for budget in _DEFAULT.budgets)
 
 
-def evaluate(
-    model: Model = DEFAULT_MODEL,
-    prompts: Annotated[
-        str,
-        typer.Option(
-            help="builtin, a CSV, JSONL or Parquet file, hf:<dataset>[:split], or a benchmark: advbench, harmbench, "
-            "jailbreakbench, strongreject, xstest, do-not-answer, or-bench, alpaca, mt-bench, with :PATH for its file."
-        ),
-    ] = "builtin",
-    run: Run = None,
-    suite: Annotated[str, typer.Option(help="refusal, kl, perturbation or all.")] = _DEFAULT.suite,
-    limit: Annotated[int, typer.Option(help="At most so many prompts of each label.")] = _DEFAULT.limit,
-    new_tokens: Annotated[int, typer.Option(help="The longest reply, in tokens.")] = _DEFAULT.new_tokens,
-    push_limit: Annotated[int, typer.Option(help="At most so many pushed harmful prompts.")] = _DEFAULT.push_limit,
-    layers: Annotated[
-        str | None, typer.Option(help="Where embeddings are pushed, such as 12,18. Default: the run's target layers.")
-    ] = None,
-    budgets: Annotated[str, typer.Option(help="Lengths of a push relative to the embedding's own.")] = _BUDGETS,
-    seed: Annotated[int, typer.Option(help="Of random directions and resamples.")] = _DEFAULT.seed,
-    judge_url: Annotated[
-        str | None, typer.Option(help="An OpenAI-compatible endpoint to ask too; replies are sent there.")
-    ] = None,
-    judge_model: Annotated[str | None, typer.Option(help="The model's name at that endpoint.")] = None,
-    judge_key_variable: Annotated[
-        str, typer.Option(help="The environment variable that holds the endpoint's key.")
-    ] = KEY_VARIABLE,
-    judge_folder: Annotated[str | None, typer.Option(help="A local text classifier to ask instead.")] = None,
-    judge_label: Annotated[str | None, typer.Option(help="The classifier's class that means refusal.")] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    json_: AsJson = False,
-) -> None:
+@with_settings(EvaluateConfig)
+def evaluate(settings: dict[str, Any], json_: AsJson = False) -> None:
     """Does the separation hold: refusals, over-refusal, ability, and attacks on the embeddings; base and tuned.
 
     Interrupted, the same command goes on from the replies that it has.
@@ -61,43 +25,19 @@ def evaluate(
     from es2.workflow.runs import check_run, open_run, tuned_weights
 
     # Everything is checked before anything heavy is done.
-    spec = resolve(model)
-    config = EvaluateConfig(
-        model=spec.name,
-        prompts=absolute_source(prompts),
-        run=run,
-        suite=suite,
-        limit=limit,
-        new_tokens=new_tokens,
-        push_limit=min(push_limit, limit),
-        layers=None if layers is None else tuple(map(int, _numbers(layers, "layers", int))),
-        budgets=tuple(_numbers(budgets, "budgets", float)),
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        judge_url=judge_url,
-        judge_model=judge_model,
-        judge_key_variable=judge_key_variable,
-        judge_folder=judge_folder,
-        judge_label=judge_label,
-    )
-    if run is not None:
-        of_run = open_run(run)
-        check_run(of_run, config.model)
-        tuned_weights(of_run)
+    decided = {"model": resolve(settings["model"]).name, "prompts": absolute_source(settings["prompts"])}
+    decided["push_limit"] = min(settings["push_limit"], settings["limit"])
+    config = EvaluateConfig(**settings | decided)
+    if config.run is not None:
+        run = open_run(config.run)
+        check_run(run, config.model)
+        tuned_weights(run)
     load_prompts(config.prompts)
     from es2.workflow.evaluate import KIND, unfinished_job
 
     with progress() as report:
         result = run_here(KIND, config.to_dict(), unfinished_job(config), report)
     emit(result, json_, lambda: _show(result))
-
-
-def _numbers(text: str, option: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"--{option} {text[:40]!r} is no list of numbers; separate them by commas.") from None
 
 
 def _show(result: Mapping[str, Any]) -> None:

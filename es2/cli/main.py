@@ -14,16 +14,19 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.table import Table
 
+from es2.analysis.results import AnalysisConfig
+from es2.capture.config import CaptureConfig
 from es2.cli import evaluate as cli_evaluate
 from es2.cli import plan as cli_plan
 from es2.cli import reproduce as cli_reproduce
 from es2.cli import runs as cli_runs
 from es2.cli import share as cli_share
+from es2.cli.options import with_settings
 from es2.cli.terminal import (
     AsJson,
     Device,
@@ -89,14 +92,13 @@ def models(json_: AsJson = False) -> None:
 
 
 @app.command()
+@with_settings(CaptureConfig, leave_out=("positions",))
 def capture(
-    model: Model = DEFAULT_MODEL,
+    settings: dict[str, Any],
     prompts: Prompts = "builtin",
     position: Annotated[
         list[str] | None, typer.Option(help="last or last_instruction; may be given twice. Default: both.")
     ] = None,
-    device: Device = None,
-    dtype: Dtype = None,
     json_: AsJson = False,
 ) -> None:
     """Cache the residual-stream embeddings of prompts at every layer of a model.
@@ -105,16 +107,18 @@ def capture(
     """
     from es2.capture.ranks import capture_together
     from es2.prompts.loading import load_prompts
-    from es2.store.sources import POSITIONS
 
+    config = CaptureConfig(**settings)
+    if position:
+        config = config.replace(positions=tuple(position))
     prompt_set = load_prompts(prompts)
     with progress() as report:
         captured = capture_together(
-            model,
+            config.model,
             prompt_set,
-            positions=tuple(position) if position else POSITIONS,
-            device=device,
-            dtype=dtype,
+            positions=config.positions,
+            device=config.device,
+            dtype=config.dtype,
             report=report,
         )
     if captured is None:
@@ -135,6 +139,7 @@ def capture(
 
 
 @app.command()
+@with_settings(AnalysisConfig)
 def analyze(
     model: Model = DEFAULT_MODEL,
     prompts: Prompts = "builtin",
@@ -143,7 +148,8 @@ def analyze(
         str | None,
         typer.Option(help="Prompts of another origin that give the numbers, with probes from --prompts."),
     ] = None,
-    position: Position = "last",
+    *,
+    settings: dict[str, Any],
     device: Device = None,
     dtype: Dtype = None,
     json_: AsJson = False,
@@ -152,11 +158,11 @@ def analyze(
 
     With --run: of the tuned model, beside its base.
     """
-    from es2.analysis.results import AnalysisConfig
     from es2.prompts.loading import load_prompts
     from es2.workflow.prepare import prepare
     from es2.workflow.runs import open_run
 
+    config = AnalysisConfig(**settings)
     of_run = open_run(run) if run else None
     prompt_set = load_prompts(prompts)
     test_set = load_prompts(test_prompts) if test_prompts else None
@@ -166,7 +172,7 @@ def analyze(
             prompt_set,
             run=of_run,
             test_prompts=test_set,
-            config=AnalysisConfig(position=position),
+            config=config,
             device=device,
             dtype=dtype,
             report=report,

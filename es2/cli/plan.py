@@ -3,56 +3,31 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from es2.cli.runs import (
-    USUAL,
-    Accumulate,
-    Checkpointing,
-    FirstBlock,
-    ManyLayers,
-    Method,
-    Objective,
-    PairsPerStep,
-    Quantize,
-    Rank,
-    Steps,
-    WatchEvery,
-    read_layers,
-)
-from es2.cli.terminal import AsJson, Device, Dtype, Model, Prompts, emit, out
+from es2.cli.options import with_settings
+from es2.cli.terminal import AsJson, Model, Prompts, emit, out
 from es2.core.errors import InputError
 from es2.models.catalogue import DEFAULT_MODEL, resolve
 from es2.training.config import FinetuneConfig
 
 
+@with_settings(
+    FinetuneConfig,
+    leave_out=("model",),
+    left_open={"layers": "what the analysis on disk recommends, else a guess"},
+)
 def plan(
     model: Model = DEFAULT_MODEL,
     prompts: Prompts = "builtin",
-    layers: Annotated[
-        str | None,
-        typer.Option(help="Target layers, such as 12,18. Default: what the analysis on disk recommends, else a guess."),
-    ] = None,
-    objective: Objective = USUAL.objective,
-    steps: Steps = USUAL.steps,
-    pairs_per_step: PairsPerStep = USUAL.pairs_per_step,
-    method: Method = USUAL.method,
-    rank: Rank = USUAL.rank,
-    first_block: FirstBlock = None,
-    watch_every: WatchEvery = USUAL.watch_every,
-    accumulate: Accumulate = USUAL.accumulate,
-    gradient_checkpointing: Checkpointing = False,
-    quantize: Quantize = None,
-    allow_many_layers: ManyLayers = False,
-    device: Device = None,
     gpus: Annotated[
         str | None, typer.Option(help="Plan for GPUs that are not here: 24 for one of 24 GB, 8x80 for eight of 80 GB.")
     ] = None,
-    dtype: Dtype = None,
+    *,
+    settings: dict[str, Any],
     json_: AsJson = False,
 ) -> None:
     """How long a fine-tune will take, whether it fits into memory and disk, and what to type so that it does.
@@ -68,33 +43,17 @@ def plan(
 
     prompt_set = load_prompts(prompts)
     spec = resolve(model)
-    config = FinetuneConfig(
-        layers=(0,),
-        model=spec.name,
-        objective=objective,
-        steps=steps,
-        pairs_per_step=pairs_per_step,
-        method=method,
-        rank=rank,
-        watch_every=watch_every,
-        accumulate=accumulate,
-        gradient_checkpointing=gradient_checkpointing,
-        quantize=quantize,
-        allow_many_layers=allow_many_layers,
-        device=device,
-        dtype=dtype,
-    )
-    if layers is not None:
-        targets = read_layers(layers)
-    else:
+    targets, first_block = settings["layers"], settings["first_block"]
+    config = FinetuneConfig(**settings | {"layers": (0,), "first_block": None, "model": spec.name})
+    if targets is None:
         measured = prompt_set.measured()
         found = find_activations(spec.name, measured, "last")
         analysis = find_analysis(found, measured, "last") if found else None
         targets = analysis.recommended if analysis else guessed_layers(Shape.of_model(config.model).n_layers)
     if not targets:
         raise InputError("No target layer is given; give two, such as --layers 12,18.")
-    config = replace(config, layers=targets, first_block=first_block)
-    machine = this_machine(device) if gpus is None else Machine.elsewhere(gpus)
+    config = config.replace(layers=targets, first_block=first_block)
+    machine = this_machine(config.device) if gpus is None else Machine.elsewhere(gpus)
     made = estimate(config, prompt_set, local_folder(config.model), machine=machine)
 
     def show() -> None:

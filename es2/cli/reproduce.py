@@ -39,9 +39,9 @@ def reproduce(
     given: dict[str, Any] = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
     protocol = replace(
         protocol,
-        sources=replace(protocol.sources, evaluated_on=tuple(prompts or protocol.sources.evaluated_on)),
-        finetune=replace(protocol.finetune, **given),
-        evaluate=replace(protocol.evaluate, **given),
+        sources=protocol.sources.replace(evaluated_on=tuple(prompts or protocol.sources.evaluated_on)),
+        finetune=protocol.finetune.replace(**given),
+        evaluate=protocol.evaluate.replace(**given),
     )
     with progress() as report:
         result = go_through(protocol, model, report)

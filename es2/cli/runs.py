@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from es2.cli.options import with_settings
 from es2.cli.terminal import AsJson, Device, Dtype, Model, Prompts, emit, out, progress
 from es2.core.errors import InputError
 from es2.core.progress import Reporter
+from es2.core.settings import parse_list
 from es2.jobs.job import Job
 from es2.jobs.running import jobs_ahead
 from es2.models.catalogue import DEFAULT_MODEL
@@ -24,49 +25,16 @@ if TYPE_CHECKING:
     from es2.prompts.prompt_set import PromptSet
 
 
-USUAL = FinetuneConfig(layers=())
-"""Where the shipped defaults are written."""
-
-Objective = Annotated[
-    str, typer.Option(help="distance, anchored, fisher, margin, or a mixture such as 1.0*margin+0.5*fisher.")
-]
-Steps = Annotated[int, typer.Option(help="Optimizer steps.")]
-PairsPerStep = Annotated[int, typer.Option(help="Harmful prompts, and as many harmless ones, per step.")]
-Method = Annotated[str, typer.Option(help="lora, or full (the blocks themselves).")]
-Rank = Annotated[int, typer.Option(help="Rank of the LoRA matrices.")]
-FirstBlock = Annotated[int | None, typer.Option(help="First trained block; the last is the last target.")]
-WatchEvery = Annotated[int, typer.Option(help="Steps between looks at `watch`.")]
-Accumulate = Annotated[int, typer.Option(help="Parts of a step, to save memory.")]
-Checkpointing = Annotated[bool, typer.Option(help="Save more memory, at the cost of time.")]
-Quantize = Annotated[
-    str | None, typer.Option(help="4bit: frozen weights of four bits, on CUDA with bitsandbytes (es2[quantize]).")
-]
-ManyLayers = Annotated[bool, typer.Option(help="Allow three or more target layers; the paper saw models collapse.")]
+LayersOrRecommended = {"layers": "the two that `analyze` recommends"}
+"""What a command does without target layers."""
 
 
+@with_settings(FinetuneConfig, leave_out=("model",), left_open=LayersOrRecommended)
 def finetune(
     model: Model = DEFAULT_MODEL,
     prompts: Prompts = "builtin",
-    layers: Annotated[
-        str | None, typer.Option(help="Target layers, such as 12,18. Default: the two that `analyze` recommends.")
-    ] = None,
-    objective: Objective = USUAL.objective,
-    steps: Steps = USUAL.steps,
-    kl_weight: Annotated[float, typer.Option(help="λ, of the KL on harmless prompts.")] = USUAL.kl_weight,
-    learning_rate: Annotated[float, typer.Option(help="Its peak, after the warm-up.")] = USUAL.learning_rate,
-    pairs_per_step: PairsPerStep = USUAL.pairs_per_step,
-    method: Method = USUAL.method,
-    rank: Rank = USUAL.rank,
-    alpha: Annotated[int, typer.Option(help="LoRA's scaling.")] = USUAL.alpha,
-    first_block: FirstBlock = None,
-    watch_every: WatchEvery = USUAL.watch_every,
-    accumulate: Accumulate = USUAL.accumulate,
-    gradient_checkpointing: Checkpointing = False,
-    quantize: Quantize = None,
-    allow_many_layers: ManyLayers = False,
-    seed: Annotated[int, typer.Option(help="Of the adapter's first weights and of the batches.")] = USUAL.seed,
-    device: Device = None,
-    dtype: Dtype = None,
+    *,
+    settings: dict[str, Any],
     json_: AsJson = False,
 ) -> None:
     """Fine-tune a model with ES2, compare it with its base on prompts it never saw, and say what became of it."""
@@ -82,32 +50,14 @@ def finetune(
         # Everything is checked before anything heavy is done.
         spec = resolve(model)
         n_layers = count_layers(model_folder(spec, report))
-        given = None if layers is None else read_layers(layers)
-        config = FinetuneConfig(
-            layers=given or (0,),  # stands in until there is a recommendation
-            model=spec.name,
-            objective=objective,
-            steps=steps,
-            kl_weight=kl_weight,
-            learning_rate=learning_rate,
-            pairs_per_step=pairs_per_step,
-            method=method,
-            rank=rank,
-            alpha=alpha,
-            first_block=first_block if given else None,
-            watch_every=watch_every,
-            accumulate=accumulate,
-            gradient_checkpointing=gradient_checkpointing,
-            quantize=quantize,
-            allow_many_layers=allow_many_layers,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-        )
+        given, first_block = settings["layers"], settings["first_block"]
+        # Stand-ins until there is a recommendation.
+        stand_in = {} if given else {"layers": (0,), "first_block": None}
+        config = FinetuneConfig(**settings | {"model": spec.name} | stand_in)
         config.check(n_layers, prompt_set)
-        if given is None:
-            recommended = prepare(model, prompt_set, device=device, dtype=dtype, report=report).analysis.recommended
-            config = replace(config, layers=recommended, first_block=first_block)
+        if not given:
+            base = prepare(model, prompt_set, device=config.device, dtype=config.dtype, report=report)
+            config = config.replace(layers=base.analysis.recommended, first_block=first_block)
             config.check(n_layers, prompt_set)
         if int(os.environ.get("RANK", "0")) > 0:
             _help_finetune(config, prompt_set)
@@ -140,7 +90,7 @@ def import_(
     with progress() as report:
         # Everything is checked before anything heavy is done.
         spec = resolve(model)
-        targets = () if layers is None else read_layers(layers)
+        targets = parse_list(FinetuneConfig, "layers", layers) or ()
         n_layers = count_layers(model_folder(spec, report))
         if outside := [layer for layer in targets if not 0 <= layer < n_layers]:
             raise InputError(f"There is no layer {outside[0]}: the model's layers are 0 to {n_layers - 1}.")
@@ -169,14 +119,6 @@ def _help_finetune(config: FinetuneConfig, prompts: PromptSet) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the other process hears it too, and takes this one along
     with tempfile.TemporaryDirectory() as folder:
         tune(config, prompts, Path(folder))
-
-
-def read_layers(text: str) -> tuple[int, ...]:
-    """The layers in `12,18`. Raises `InputError` for what is no such list."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"--layers {text[:40]!r} is no list of layers; write it like 12,18.") from None
 
 
 def _show_run(result: Mapping[str, Any]) -> None:

@@ -1,52 +1,223 @@
-"""Settings as they come back from a file: every entry of the kind that it was written as, or a sentence.
+"""Settings, each declared once: name, kind, default, bounds, a sentence of help, and the group it belongs to.
 
-A config is a frozen dataclass whose annotations already say what each entry may be, so they are what is checked; which
-values make sense is for the config itself to say.
+The command line, the app's forms, `config.json` and the tables of the docs are made from these declarations, so that a
+setting which is in one of them is in all. What cannot be is refused here, in one sentence that names the setting.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Self, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from es2.core.errors import InputError
 
+_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
+_LARGEST = 2**63
+_EXAMPLES = {int: "12,18", float: "0.1,0.2", str: "a,b"}
 
-def check_settings(config: type, document: Mapping[str, Any], what: str) -> None:
-    """Refuse a JSON object from which a config cannot be made.
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    label: str = "",
+    group: str = "advanced",
+    of: str = "value",
+    choices: Sequence[str] = (),
+    suggestions: Sequence[str] = (),
+    step: float | None = None,
+    format: str | None = None,
+    ge: float | None = None,
+    gt: float | None = None,
+) -> Any:
+    """Declare one setting of a `Settings` model.
 
     Args:
-        config: a dataclass of numbers, texts, booleans, None and tuples of these.
-        document: what was read; entries of other names belong to somebody else.
-        what: the object, as the sentence should call it.
+        default: the shipped value; `...` where one has to be given.
+        help: what it does, in a sentence.
+        label: what a form calls it.
+        group: where a form puts it: `main`, `advanced`, or `own` for a setting that has a place of its own.
+        of: what one entry of a list is called.
+        choices: the values that it, or an entry of it, may have; any if empty.
+        suggestions: values that a form offers among others.
+        step: of a form's arrows.
+        format: of a number with decimals in a form.
+        ge: its least value.
+        gt: a value below all that it may have.
+    """
+    extra: Any = {"label": label, "group": group, "of": of, "step": step, "format": format}
+    extra |= {"choices": tuple(choices), "suggestions": tuple(suggestions)}
+    return Field(default, description=help, ge=ge, gt=gt, json_schema_extra=extra)
+
+
+class Settings(BaseModel):
+    """Everything that decides one kind of work. Frozen; making one that cannot be raises `InputError`."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    former_names: ClassVar[Mapping[str, str]] = {}
+    """What files of earlier versions call a setting: today's name by the former one."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(_sentence(type(self), error)) from None
+        for name, field in type(self).model_fields.items():
+            choices, value = extra(field, "choices"), getattr(self, name)
+            entries = value if isinstance(value, tuple) else (value,)
+            if choices and (wrong := [entry for entry in entries if entry is not None and entry not in choices]):
+                label = str(extra(field, "of" if isinstance(value, tuple) else "label") or name).lower()
+                raise InputError(f"Unknown {label} {wrong[0][:40]!r}; one of {', '.join(choices)}.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_lists(cls, values: Any) -> Any:
+        """JSON and TOML have no tuples."""
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    def replace(self, **changes: Any) -> Self:
+        """The same settings but for `changes`, checked again."""
+        return type(self)(**dict(self) | changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values by name."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in self}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Self:
+        """The settings in a JSON object; entries of other names belong to somebody else and are left alone."""
+        named = {cls.former_names.get(name, name): value for name, value in document.items()}
+        return cls(**{name: value for name, value in named.items() if name in cls.model_fields})
+
+    @classmethod
+    def from_text(cls, values: Mapping[str, Any]) -> Self:
+        """The settings as a command line or a form gives them: a list may be text with commas."""
+        parsed = {name: parse_list(cls, name, value) for name, value in values.items()}
+        return cls(**parsed)
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any], what: str) -> Self:
+        """As `from_dict`, of an object that was read from a file.
+
+        Args:
+            document: what was read.
+            what: the object, as a sentence should call it.
+
+        Raises:
+            InputError: for an entry that is missing, of another kind, or a value that cannot be.
+        """
+        named = {cls.former_names.get(name, name): value for name, value in document.items()}
+        for name, field in cls.model_fields.items():
+            if name not in named:
+                if field.is_required():
+                    raise InputError(f"{what} is damaged: it has no {name}; mend it, or start anew.")
+            elif not _fits(named[name], field.annotation):
+                shown = repr(named[name])[:60]
+                raise InputError(f"{what} is damaged: {name} cannot be {shown}; mend it, or start anew.")
+        try:
+            return cls.from_dict(named)
+        except InputError as error:
+            raise InputError(f"{what}: {error}") from None
+
+
+def parse_list(settings: type[Settings], name: str, value: Any) -> Any:
+    """The entries of a list setting that was given as text with commas; anything else as it is.
 
     Raises:
-        InputError: for an entry that is missing or of another kind.
+        InputError: for text that is no such list.
     """
-    kinds = get_type_hints(config)
-    for entry in fields(config):
-        if entry.name in document:
-            if not _fits(document[entry.name], kinds[entry.name]):
-                shown = repr(document[entry.name])[:60]
-                raise InputError(f"{what} is damaged: {entry.name} cannot be {shown}; mend it, or start anew.")
-        elif entry.default is MISSING and entry.default_factory is MISSING:
-            raise InputError(f"{what} is damaged: it has no {entry.name}; mend it, or start anew.")
+    field = settings.model_fields[name]
+    kind = entry_kind(kind_of(field)[0])
+    if kind is None or not isinstance(value, str):
+        return value
+    try:
+        return tuple(kind(part.strip()) for part in value.split(",") if part.strip())
+    except ValueError:
+        of = extra(field, "of")
+        raise InputError(f"{name} {value[:40]!r} is no list of {of}s; write it like {_EXAMPLES[kind]}.") from None
+
+
+def option_words(values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that sets these settings; nothing for those that are off or left open."""
+    words = []
+    for name, value in values.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            words.append(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+    return words
+
+
+def extra(field: FieldInfo, name: str) -> Any:
+    """What `setting` was given besides default, help and bounds."""
+    found = field.json_schema_extra
+    return found.get(name) if isinstance(found, dict) else None
+
+
+def kind_of(field: FieldInfo) -> tuple[Any, bool]:
+    """The kind of a setting's values (of its entries, for a list), and whether it may be left open (None)."""
+    arguments = (
+        get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
+    )
+    kinds = [kind for kind in arguments if kind is not NoneType]
+    return kinds[0], len(kinds) < len(arguments)
+
+
+def entry_kind(kind: Any) -> Any:
+    """The kind of a list's entries; None for what is no list."""
+    return get_args(kind)[0] if get_origin(kind) is tuple else None
+
+
+def bounds_in_words(field: FieldInfo) -> str:
+    """What a setting may be, in words: `a whole number of at least 1`."""
+    kind, _ = kind_of(field)
+    if (entry := entry_kind(kind)) is not None:
+        return f"a list of {'whole ' if entry is int else ''}numbers" if entry in (int, float) else "a list"
+    if kind not in (int, float):
+        return {bool: "true or false", str: "text"}.get(kind, "of another kind")
+    words = "a whole number" if kind is int else "a number"
+    for bound in field.metadata:
+        if (least := getattr(bound, "ge", None)) is not None:
+            return f"{words} of at least {least:g}"
+        if (below := getattr(bound, "gt", None)) is not None:
+            return f"{words} above {below:g}" if below else words.replace("a ", "a positive ")
+    return words
+
+
+def _sentence(settings: type[Settings], error: ValidationError) -> str:
+    """The first thing that is wrong, with what it must be."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = first["loc"]
+    if not place or place[0] not in settings.model_fields:
+        return f"There is no setting {str(place[0])[:40]!r}." if place else str(first["msg"])
+    name, value = str(place[0]), repr(first["input"])[:60]
+    field = settings.model_fields[name]
+    kind, _ = kind_of(field)
+    if first["type"] == "missing":
+        return f"{name} is missing; it must be {bounds_in_words(field)}."
+    if len(place) > 1 and entry_kind(kind) in (int, float):
+        of = extra(field, "of")
+        return f"There is no {of} {value}: {of}s are {bounds_in_words(field).removeprefix('a list of ')}."
+    return f"{name} must be {bounds_in_words(field)}, not {value}."
 
 
 def _fits(value: object, kind: Any) -> bool:
+    """Whether a value is of a kind, whatever its bounds."""
     origin = get_origin(kind)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in get_args(kind))
-    if origin is Literal:
-        return value in get_args(kind)
     if origin is tuple:
-        return isinstance(value, (list, tuple)) and all(_fits(entry, get_args(kind)[0]) for entry in value)
+        return isinstance(value, list | tuple) and all(_fits(entry, get_args(kind)[0]) for entry in value)
     if kind in (None, NoneType):
         return value is None
     if kind in (int, float):
         number = isinstance(value, int | kind) and not isinstance(value, bool)
-        return number and abs(value) < 2**63 and math.isfinite(value)  # type: ignore[arg-type]
+        return number and abs(value) < _LARGEST and math.isfinite(value)  # type: ignore[arg-type]
     return isinstance(value, kind)

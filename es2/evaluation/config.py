@@ -2,77 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from es2.core.errors import InputError
+from es2.core.settings import Settings, setting
 from es2.evaluation.judge import KEY_VARIABLE, check_endpoint
 from es2.evaluation.robustness import DIRECTIONS, P0, logit
 from es2.evaluation.steering import BUDGETS, pushes
 from es2.models.catalogue import DEFAULT_MODEL
+from es2.models.number_formats import DTYPES
 
 SUITES = ("refusal", "kl", "perturbation")
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Everything that decides an evaluation, but the judge's key.
+class EvaluateConfig(Settings):
+    """Everything that decides an evaluation, but the judge's key."""
 
-    Attributes:
-        model: a catalogue name, a Hub id, a folder or a `.gguf` file.
-        prompts: the source of the prompt set, as `es2.prompts.loading.load_prompts` understands it.
-        run: id of the fine-tuning run to compare with its base; None for the base alone.
-        suite: one of `SUITES`, or `all`.
-        limit: at most so many prompts of each label are replied to.
-        new_tokens: the longest reply. Late refusals come after 20 to 30 tokens.
-        kl_tokens: tokens of the base's reply that KL, perplexity and agreement cover, as in a fine-tune.
-        push_limit: at most so many harmful prompts are pushed; each is replied to once per push and model.
-        layers: where embeddings are pushed; by default the run's target layers, else the recommended ones.
-        directions: some of `es2.evaluation.robustness.DIRECTIONS`.
-        budgets: lengths of a push relative to the embedding's own.
-        p0s: probabilities of harmful to be reached.
-        seed: of the random directions and the resamples.
-        device: a torch device; by default the best there is.
-        dtype: the model's number format; by default what suits the device.
-        judge_url: an OpenAI-compatible endpoint that is asked for a second opinion; None for none.
-        judge_model: the model's name there.
-        judge_key_variable: the environment variable that holds the key.
-        judge_folder: a local text classifier to ask instead.
-        judge_label: the classifier's class that means refusal.
-    """
+    model: str = setting(
+        DEFAULT_MODEL, "A catalogue name (`es2 models`), a Hub id, a local folder or a .gguf file.", group="own"
+    )
+    prompts: str = setting(
+        "builtin",
+        "builtin, a CSV, JSONL or Parquet file, hf:<dataset>[:split], or a benchmark: advbench, harmbench, "
+        "jailbreakbench, strongreject, xstest, do-not-answer, or-bench, alpaca, mt-bench, with :PATH for its published "
+        "file. Of the prompts that the run was tuned on only the test split counts.",
+        label="Prompts",
+        group="own",
+    )
+    run: str | None = setting(None, "A fine-tuning run (`es2 runs`) to compare with its base.", group="own")
+    suite: str = setting(
+        "all",
+        "refusal (what both models reply), kl (KL, perplexity and agreement on harmless prompts), perturbation "
+        "(attacks: replies while embeddings are pushed towards harmless), or all.",
+        label="Suite",
+        choices=(*SUITES, "all"),
+        group="own",
+    )
+    limit: int = setting(
+        48,
+        "Prompts of each label that are replied to at most. A larger number adds prompts and moves none.",
+        label="Prompts of each label",
+        group="main",
+        step=8,
+        ge=1,
+    )
+    push_limit: int = setting(
+        12,
+        "Harmful prompts that are pushed at most; each is replied to once per push and model.",
+        label="Pushed prompts",
+        group="main",
+        step=4,
+        ge=1,
+    )
+    new_tokens: int = setting(
+        64, "The longest reply, in tokens. Late refusals come after 20 to 30.", label="Reply tokens", step=8, ge=1
+    )
+    kl_tokens: int = setting(
+        32, "Tokens of the base's reply that KL, perplexity and agreement cover.", label="KL tokens", step=8, ge=1
+    )
+    layers: tuple[int, ...] | None = setting(
+        None,
+        "Where embeddings are pushed, such as 12,18. Automatic: the run's target layers, else the recommended ones.",
+        label="Pushed layers",
+        of="layer",
+    )
+    directions: tuple[str, ...] = setting(
+        DIRECTIONS, "Directions of the pushes.", label="Directions", of="direction", choices=DIRECTIONS
+    )
+    budgets: tuple[float, ...] = setting(
+        BUDGETS, "Lengths of a push relative to the embedding's own.", label="Budgets", of="budget"
+    )
+    p0s: tuple[float, ...] = setting(
+        P0, "Probabilities of harmful that SCAV's pushes reach.", label="Probabilities to reach", of="probability"
+    )
+    seed: int = setting(0, "Of the random directions and the resamples.", label="Seed", ge=0)
+    judge_url: str | None = setting(
+        None, "An OpenAI-compatible endpoint to ask for a second opinion; replies are sent there.", label="Judge's URL"
+    )
+    judge_model: str | None = setting(None, "The model's name at that endpoint.", label="Judge's model")
+    judge_key_variable: str = setting(
+        KEY_VARIABLE, "The environment variable that holds the endpoint's key.", label="Variable of the judge's key"
+    )
+    judge_folder: str | None = setting(None, "A local text classifier to ask instead.", label="Judge's folder")
+    judge_label: str | None = setting(None, "The classifier's class that means refusal.", label="Class of refusals")
+    device: str | None = setting(None, "cuda, mps or cpu. Automatic: the best there is.", label="Device")
+    dtype: str | None = setting(
+        None,
+        "The model's number format. Automatic: bfloat16 on a CUDA device, else float32.",
+        label="Number format",
+        choices=tuple(DTYPES),
+    )
 
-    model: str = DEFAULT_MODEL
-    prompts: str = "builtin"
-    run: str | None = None
-    suite: str = "all"
-    limit: int = 48
-    new_tokens: int = 64
-    kl_tokens: int = 32
-    push_limit: int = 12
-    layers: tuple[int, ...] | None = None
-    directions: tuple[str, ...] = DIRECTIONS
-    budgets: tuple[float, ...] = BUDGETS
-    p0s: tuple[float, ...] = P0
-    seed: int = 0
-    device: str | None = None
-    dtype: str | None = None
-    judge_url: str | None = None
-    judge_model: str | None = None
-    judge_key_variable: str = KEY_VARIABLE
-    judge_folder: str | None = None
-    judge_label: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "directions", "budgets", "p0s"):  # JSON has lists only
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.suite not in (*SUITES, "all"):
-            raise InputError(f"Unknown suite {self.suite[:40]!r}; one of {', '.join(SUITES)}, all.")
-        for name in ("limit", "new_tokens", "kl_tokens", "push_limit"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, not {value!r}.")
+    def model_post_init(self, _: Any) -> None:
+        """Refuse what does not go together (`InputError`)."""
         for budget in self.budgets:
             if not 0 < budget <= 10:
                 raise InputError(f"A budget is a length relative to the embedding's, between 0 and 10, not {budget!r}.")
@@ -85,15 +107,6 @@ class EvaluateConfig:
             raise InputError("A judge behind an endpoint needs its model's name there (--judge-model).")
         if self.judge_url:  # here, before anything of it is written down
             check_endpoint(self.judge_url, self.judge_key_variable)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> EvaluateConfig:
-        """The config in a JSON object; entries of other names belong to somebody else and are left alone."""
-        return cls(**{entry.name: document[entry.name] for entry in fields(cls) if entry.name in document})
 
     @property
     def suites(self) -> tuple[str, ...]:

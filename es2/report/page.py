@@ -23,6 +23,7 @@ from es2.analysis.comparison import Comparison
 from es2.analysis.projection import pca_view, separation_view
 from es2.analysis.results import Analysis, Change, LayerNumbers
 from es2.analysis.verdict import KL_BUDGET, RULE, run_verdict
+from es2.core.settings import option_words
 from es2.core.versions import installed_versions
 from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, stable_hash
 from es2.report import figures as report_figures
@@ -45,10 +46,6 @@ _STRIPS = (
     ("mean_difference_margin", "how far the two clouds stand apart", UNITS),
 )
 _ALL_LAYERS = ("probe_accuracy", "margin_mean", "mean_difference_margin", "fisher_ratio", "relative_distance")
-_NO_OPTION = frozenset(
-    ("kl_prompts", "warmup_steps", "clip", "kl_budget", "reply_tokens", "margin_target", "watch_prompts")
-)
-"""Settings of `FinetuneConfig` that `es2 finetune` has no option for."""
 
 
 @dataclass(frozen=True)
@@ -268,8 +265,8 @@ def _movers(
 
 
 def _how(compared: Compared) -> str:
-    known = FinetuneConfig(layers=()).to_dict()
-    settings = {name: compared.config[name] for name in (*known, "prompts") if name in compared.config}
+    names = (*FinetuneConfig.model_fields, "prompts")
+    settings = {name: compared.config[name] for name in names if name in compared.config}
     config = "".join(
         f"<tr><th>{_escape(name)}</th><td>{_escape(shortened(json.dumps(value, ensure_ascii=False), 200))}</td></tr>"
         for name, value in settings.items()
@@ -281,14 +278,12 @@ def _how(compared: Compared) -> str:
         f"<td>{_escape(versions.get(name, ''))}</td></tr>"
         for name in dict.fromkeys((*versions, *captured))
     )
-    only_python = [name for name in sorted(_NO_OPTION) if settings.get(name, known[name]) != known[name]]
-    note = f"<p>Set in Python, not by an option: {_escape(', '.join(only_python))}.</p>" if only_python else ""
     counts = compared.analysis.n_prompts
     n_prompts = "; ".join(
         f"{split}: {', '.join(f'{n} {name}' for name, n in labels.items())}" for split, labels in counts.items()
     )
     return f"""<h2>How it was made</h2>
-<p>Again, on another machine:</p><pre>{_escape(reproduce(compared.config))}</pre>{note}
+<p>Again, on another machine:</p><pre>{_escape(reproduce(compared.config))}</pre>
 <p>Probes were fitted on the <code>probe</code> split and measured on <code>test</code>, neither of which the fine-tune
 saw ({_escape(n_prompts)}). Keys: base {_escape(compared.base.key)}, tuned {_escape(compared.tuned.key)}.</p>
 <details><summary>Settings</summary><table class="rule">{config}</table></details>
@@ -299,18 +294,8 @@ saw ({_escape(n_prompts)}). Keys: base {_escape(compared.base.key)}, tuned {_esc
 
 def reproduce(config: Mapping[str, Any]) -> str:
     """The command that makes a run of these settings, with every option spelled out."""
-    words = ["es2", "finetune"]
-    ordered = ["model", "prompts", *FinetuneConfig(layers=()).to_dict()]
-    for name in dict.fromkeys(ordered):
-        value = config.get(name)
-        if value is None or value is False or name in _NO_OPTION:
-            continue
-        words.append(f"--{name.replace('_', '-')}")
-        if name == "layers":
-            words.append(",".join(map(str, value)))
-        elif value is not True:
-            words.append(str(value))
-    return shlex.join(words)
+    ordered = dict.fromkeys(["model", "prompts", *FinetuneConfig.model_fields])
+    return shlex.join(["es2", "finetune", *option_words({name: config.get(name) for name in ordered})])
 
 
 # ---------------------------------------------------------------------------------------------------------- the rest

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 from es2.analysis.verdict import KL_BUDGET
 from es2.core.errors import InputError
+from es2.core.settings import Settings, setting
 from es2.models.catalogue import DEFAULT_MODEL
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 from es2.training.sampling import count_tune, held_out_rows
-from es2.training.terms import MARGIN_TARGET, parse_objective
+from es2.training.terms import MARGIN_TARGET, OBJECTIVES, parse_objective
 
 METHODS = ("lora", "full")
 MANY_LAYERS = 3
@@ -22,78 +20,138 @@ _FIRST_BLOCK = 4  # blocks below read words; nothing there is about harm yet
 _LAST_LEARNING_RATE = 0.1  # part of the learning rate that the decay ends at
 
 
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """Everything that decides what a fine-tune does.
+class FinetuneConfig(Settings):
+    """Everything that decides what a fine-tune does."""
 
-    Attributes:
-        layers: the target layers, whose embeddings are to move apart; two is the paper's finding.
-        model: a catalogue name, a Hub id, a folder or a `.gguf` file.
-        objective: a term of `es2.training.terms.OBJECTIVES` or a mixture such as `1.0*margin+0.5*fisher`.
-        method: `lora` (an adapter on all linear maps of the trained blocks) or `full` (the blocks themselves).
-        first_block: the first trained block; the last is the last target layer. By default 4, or the first target
-            layer where that is lower.
-        rank: of the LoRA matrices.
-        alpha: LoRA's scaling; the update is alpha / rank · B · A.
-        steps: optimizer steps.
-        pairs_per_step: harmful prompts, and as many harmless ones, in the global batch of one step.
-        kl_prompts: so many of the harmless prompts of a step have their logits held to the base's; all have their
-            embeddings moved. Logits cost five times as much as embeddings, and a random part of them says the same.
-        learning_rate: its peak, after the warm-up; from there it follows a cosine down to a tenth.
-        warmup_steps: steps over which the learning rate rises.
-        clip: the largest norm of the gradient.
-        kl_weight: λ, of the sum of both KLs, in separation per nat.
-        kl_budget: nats per token that each KL may reach on `watch`.
-        reply_tokens: tokens of the base's greedy reply that the second KL covers.
-        margin_target: where the `margin` term stops pushing, in units of the scale.
-        watch_every: steps between two looks at `watch`; also between two checkpoints.
-        watch_prompts: at most so many prompts of each label are watched, and as many harmless `test` prompts measured.
-        accumulate: parts that every process works through one after the other, to save memory.
-        gradient_checkpointing: recompute blocks in the backward pass, to save more memory.
-        allow_many_layers: whether three or more target layers are meant.
-        seed: of the adapter's first weights and of the batches.
-        device: a torch device; by default the best there is.
-        dtype: `float32` or `bfloat16` for the frozen weights; by default what suits the device.
-        quantize: `4bit` for frozen weights of four bits (NF4 of bitsandbytes, on CUDA); only for an adapter.
-    """
-
-    layers: tuple[int, ...]
-    model: str = DEFAULT_MODEL
-    objective: str = "fisher"
-    method: str = "lora"
-    first_block: int | None = None
-    rank: int = 16
-    alpha: int = 32
-    steps: int = 16
-    pairs_per_step: int = 16
-    kl_prompts: int = 4
-    learning_rate: float = 1e-3
-    warmup_steps: int = 4
-    clip: float = 1.0
-    kl_weight: float = 10.0
-    kl_budget: float = KL_BUDGET
-    reply_tokens: int = 32
-    margin_target: float = MARGIN_TARGET
-    watch_every: int = 8
-    watch_prompts: int = 64
-    accumulate: int = 1
-    gradient_checkpointing: bool = False
-    allow_many_layers: bool = False
-    seed: int = 0
-    device: str | None = None
-    dtype: str | None = None
-    quantize: str | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))  # JSON has lists only
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"layers": list(self.layers)}
-
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> FinetuneConfig:
-        """The config in a JSON object; entries of other names belong to somebody else and are left alone."""
-        return cls(**{entry.name: document[entry.name] for entry in fields(cls) if entry.name in document})
+    layers: tuple[int, ...] = setting(
+        ..., "The layers whose embeddings are to move apart; two is the ES2 paper's finding.", group="own", of="layer"
+    )
+    model: str = setting(
+        DEFAULT_MODEL, "A catalogue name (`es2 models`), a Hub id, a local folder or a .gguf file.", group="own"
+    )
+    allow_many_layers: bool = setting(
+        False,
+        "Allow three or more target layers; the paper saw models collapse.",
+        label="I want three or more target layers",
+        group="own",
+    )
+    objective: str = setting(
+        "fisher",
+        "What is made larger: distance (the paper's form, which a longer residual stream also raises), anchored "
+        "(harmless embeddings stay), fisher, margin (both scale-free), or a mixture such as 1.0*margin+0.5*fisher.",
+        label="Objective",
+        suggestions=OBJECTIVES,
+        group="main",
+    )
+    method: str = setting(
+        "lora",
+        "lora trains a small adapter on the blocks up to the last target layer, full those blocks themselves, which "
+        "takes more memory.",
+        label="Method",
+        choices=METHODS,
+        group="main",
+    )
+    steps: int = setting(
+        16, "Optimizer steps. Time grows with them; so does what is moved.", label="Steps", group="main", step=5, ge=1
+    )
+    kl_weight: float = setting(
+        10.0,
+        "λ, of the sum of both KLs: how strongly harmless behaviour is held, in separation per nat.",
+        label="λ, weight of the KL",
+        group="main",
+        step=0.5,
+        format="%.2f",
+        ge=0,
+    )
+    learning_rate: float = setting(
+        1e-3,
+        "Its peak, after the warm-up; from there it follows a cosine down to a tenth.",
+        label="Learning rate",
+        group="main",
+        step=1e-4,
+        format="%.1e",
+        gt=0,
+    )
+    seed: int = setting(
+        0,
+        "Of the adapter's first weights and of the batches. The same seed repeats the same run.",
+        label="Seed",
+        group="main",
+        ge=0,
+    )
+    pairs_per_step: int = setting(
+        16, "Harmful prompts, and as many harmless ones, in every step.", label="Pairs per step", step=4, ge=2
+    )
+    kl_prompts: int = setting(
+        4,
+        "Harmless prompts of a step whose logits are held to the base's; all have their embeddings moved. Logits cost "
+        "five times as much as embeddings, and a random part of them says the same.",
+        label="KL prompts per step",
+        ge=1,
+    )
+    warmup_steps: int = setting(4, "Steps over which the learning rate rises.", label="Warm-up steps", ge=0)
+    clip: float = setting(
+        1.0, "A longer gradient is cut to this length.", label="Gradient norm", step=0.5, format="%.2f", gt=0
+    )
+    rank: int = setting(16, "Rank of the LoRA matrices.", label="LoRA rank", step=4, ge=1)
+    alpha: int = setting(32, "LoRA's update is scaled by alpha / rank.", label="LoRA alpha", step=4, ge=1)
+    kl_budget: float = setting(
+        KL_BUDGET,
+        "Nats per token that each KL may reach on held-out harmless prompts. Beyond it λ is doubled, then the run "
+        "stops.",
+        label="KL budget",
+        step=0.05,
+        format="%.2f",
+        gt=0,
+    )
+    reply_tokens: int = setting(
+        32, "Tokens of the base's own greedy reply that the second KL covers.", label="Reply tokens", step=8, ge=1
+    )
+    margin_target: float = setting(
+        MARGIN_TARGET,
+        "Where the margin term stops, in scale-free units.",
+        label="Margin target",
+        step=0.1,
+        format="%.2f",
+        gt=0,
+    )
+    watch_every: int = setting(
+        8, "Steps between two validations; also between two checkpoints.", label="Steps between looks", ge=1
+    )
+    watch_prompts: int = setting(
+        64,
+        "Prompts of each label that a validation reads at most, and harmless test prompts whose KL is measured.",
+        label="Held-out prompts",
+        step=8,
+        ge=2,
+    )
+    accumulate: int = setting(
+        1, "Parts that a step is worked through in: more parts need less memory and more time.",
+        label="Parts of a step", ge=1
+    )  # fmt: skip
+    first_block: int | None = setting(
+        None,
+        "First trained block; the last is the last target layer. Automatic: block 4, or the first target layer where "
+        "that is lower.",
+        label="First trained block",
+        step=1,
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Recompute blocks in the backward pass: less memory, more time.", label="Gradient checkpointing"
+    )
+    device: str | None = setting(None, "cuda, mps or cpu. Automatic: the best there is.", label="Device")
+    dtype: str | None = setting(
+        None,
+        "Number format of the frozen weights. Automatic: bfloat16 on a CUDA device, else float32.",
+        label="Number format",
+        choices=("float32", "bfloat16"),
+    )
+    quantize: str | None = setting(
+        None,
+        "Frozen weights of four bits (NF4 of bitsandbytes, on CUDA; es2[quantize]); only for an adapter.",
+        label="Quantisation",
+        choices=("4bit",),
+    )
 
     @property
     def targets(self) -> tuple[int, ...]:
@@ -127,8 +185,8 @@ class FinetuneConfig:
         if not self.layers:
             raise InputError("No target layer is given; give two, such as 12,18.")
         for layer in self.layers:
-            if not _is_whole(layer, 0) or layer >= n_layers:
-                raise InputError(f"There is no layer {layer!r}: the model's layers are 0 to {n_layers - 1}.")
+            if not 0 <= layer < n_layers:
+                raise InputError(f"There is no layer {layer}: the model's layers are 0 to {n_layers - 1}.")
         if len(set(self.layers)) < len(self.layers):
             raise InputError(
                 f"The target layers {', '.join(map(str, self.layers))} name a layer twice; give each once."
@@ -139,32 +197,14 @@ class FinetuneConfig:
                 "give two, or allow it with --allow-many-layers."
             )
         parse_objective(self.objective)
-        if self.method not in METHODS:
-            raise InputError(f"Unknown method {str(self.method)[:40]!r}; one of {', '.join(METHODS)}.")
-        if self.dtype not in (None, "float32", "bfloat16"):
-            raise InputError(f"Training in {str(self.dtype)[:40]!r} is not possible; use float32 or bfloat16.")
-        if self.quantize not in (None, "4bit"):
-            raise InputError(f"Unknown quantisation {str(self.quantize)[:40]!r}; only 4bit is known.")
         if self.quantize and self.method != "lora":
             raise InputError("Weights of four bits cannot be trained themselves; use --method lora with them.")
         first = self.first_block
-        if first is not None and not (_is_whole(first, 0) and first <= self.targets[0]):
+        if first is not None and not 0 <= first <= self.targets[0]:
             raise InputError(
                 f"The first trained block must be one of 0 to {self.targets[0]}, the first target layer, "
                 f"not {self.first_block!r}."
             )
-        smallest = {
-            "steps": 1, "pairs_per_step": 2, "rank": 1, "alpha": 1, "reply_tokens": 1, "watch_every": 1,
-            "kl_prompts": 1, "watch_prompts": 2, "accumulate": 1, "warmup_steps": 0, "seed": 0,
-        }  # fmt: skip
-        for name, least in smallest.items():
-            if not _is_whole(getattr(self, name), least):
-                raise InputError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}.")
-        for name in ("learning_rate", "clip", "kl_budget", "margin_target"):
-            if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
-                raise InputError(f"{name} must be a positive number, not {getattr(self, name)!r}.")
-        if not (_is_number(self.kl_weight) and self.kl_weight >= 0):
-            raise InputError(f"kl_weight must be a number of at least 0, not {self.kl_weight!r}.")
         if self.accumulate > self.pairs_per_step:
             raise InputError(f"accumulate ({self.accumulate}) cannot exceed pairs_per_step ({self.pairs_per_step}).")
         for label, count in count_tune(prompts).items():
@@ -179,11 +219,3 @@ class FinetuneConfig:
                     f"{prompts.name!r} has too few {LABEL_NAMES[label]} prompts in its watch split ({len(rows)}); "
                     "it needs two of different pairs: add prompts, or a split column."
                 )
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -6,7 +6,7 @@ copied from another machine.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from es2.analysis.layer_views import VIEWS_FORMAT
@@ -39,7 +39,7 @@ def analysis_key(
             "tuned": tuned and tuned.key,
             "prompts": prompts.digest,
             "test": test and [test.base.key, test.tuned and test.tuned.key, test.prompts.digest],
-            "config": asdict(config),
+            "config": config.to_dict(),
         }
     )
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from es2.analysis.results import AnalysisConfig
 from es2.core.progress import Reporter, silent
-from es2.core.settings import check_settings
 from es2.evaluation.config import EvaluateConfig
 from es2.jobs.job import Job
 from es2.jobs.queue import lay_down, open_job, reopen
@@ -60,8 +59,7 @@ def _read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[st
 
 
 def _evaluate_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
-    check_settings(EvaluateConfig, config, f"The config.json of job {folder.name}")
-    settings = EvaluateConfig.from_dict(config)
+    settings = EvaluateConfig.read(config, f"The config.json of job {folder.name}")
     run, _ = _runs(config, folder)
     return evaluate(settings, load_prompts(settings.prompts), folder, run=run, report=report)
 

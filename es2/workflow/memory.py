@@ -157,12 +157,12 @@ def _ways(config: FinetuneConfig, machine: Machine) -> Iterator[tuple[str, Finet
     for launch in launches:
         for recompute in sorted({config.gradient_checkpointing, True}):
             for n in parts:
-                yield launch, replace(config, accumulate=n, gradient_checkpointing=recompute)
+                yield launch, config.replace(accumulate=n, gradient_checkpointing=recompute)
     if machine.device == "cuda" and config.method == "lora":
         for recompute in sorted({config.gradient_checkpointing, True}):
             for n in parts:
                 changes: dict[str, Any] = {"accumulate": n, "gradient_checkpointing": recompute, "quantize": "4bit"}
-                yield launches[0], replace(config, **changes)
+                yield launches[0], config.replace(**changes)
 
 
 def gpus_needed(

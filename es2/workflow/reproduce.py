@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from es2.core.errors import InputError, one_line
 from es2.core.files import expanded
 from es2.core.progress import Reporter, silent
-from es2.core.settings import check_settings
+from es2.core.settings import Settings, setting
 from es2.evaluation.config import EvaluateConfig
 from es2.jobs.queue import find_jobs, open_job
 from es2.models.catalogue import resolve
@@ -37,27 +37,20 @@ from es2.workflow.runs import KIND as FINETUNE
 SHIPPED = ("paper", "reduced")
 """The configs that come with the package, by name."""
 
+S = TypeVar("S", bound=Settings)
 _MAX_BYTES = 2**20
 _DECIDED = {"model", "run", "suite", "prompts"}  # by the protocol itself
 
 
-@dataclass(frozen=True)
-class Sources:
-    """What a protocol is about.
+class Sources(Settings):
+    """What a protocol is about."""
 
-    Attributes:
-        models: the models that it is meant for.
-        tuned_on: the source of the prompts to tune on.
-        evaluated_on: sources of prompts; each gives a table of its own.
-    """
+    models: tuple[str, ...] = setting((), "The models that it is meant for.")
+    tuned_on: str = setting("builtin", "The source of the prompts to tune on.")
+    evaluated_on: tuple[str, ...] = setting(("builtin",), "Sources of prompts; each gives a table of its own.")
 
-    models: tuple[str, ...] = ()
-    tuned_on: str = "builtin"
-    evaluated_on: tuple[str, ...] = ("builtin",)
-
-    def __post_init__(self) -> None:
-        for name in ("models", "evaluated_on"):  # TOML has lists only
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+    def model_post_init(self, _: Any) -> None:
+        """Refuse a protocol without prompts (`InputError`)."""
         if not self.evaluated_on:
             raise InputError("There is nothing in evaluated_on; name at least one source of prompts, such as builtin.")
 
@@ -127,23 +120,22 @@ def read_protocol(source: str) -> Protocol:
         if not isinstance(table, dict):
             raise InputError(f"{where} has {name!r} as a value; write it as a table, [{name}].")
     finetune = {"layers": [], **finetune}
-    _check(Sources, document, where)
-    _check(FinetuneConfig, finetune, f"{where}, [finetune],")
-    _check(EvaluateConfig, evaluate, f"{where}, [evaluate],")
-    try:
-        return Protocol(source, Sources(**document), FinetuneConfig(**finetune), EvaluateConfig(**evaluate))
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+    return Protocol(
+        source,
+        _read(Sources, document, where),
+        _read(FinetuneConfig, finetune, f"{where}, [finetune],"),
+        _read(EvaluateConfig, evaluate, f"{where}, [evaluate],"),
+    )
 
 
-def _check(config: type, table: Mapping[str, Any], where: str) -> None:
-    """Refuse a setting that there is none of, and a value of the wrong kind (`InputError`)."""
-    known = {entry.name for entry in fields(config)} - _DECIDED
+def _read(settings: type[S], table: Mapping[str, Any], where: str) -> S:
+    """The settings in a table; refuses a setting that there is none of (`InputError`)."""
+    known = {*settings.model_fields, *settings.former_names} - _DECIDED
     for name in table.keys() - known:
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}."
         raise InputError(f"{where} has no setting {name[:80]!r}; {hint}")
-    check_settings(config, table, where)
+    return settings.read(table, where)
 
 
 def reproduce(protocol: Protocol, model: str, report: Reporter = silent) -> dict[str, Any]:
@@ -165,14 +157,14 @@ def reproduce(protocol: Protocol, model: str, report: Reporter = silent) -> dict
     prompts = load_prompts(source)
     sets = {name: load_prompts(name) for name in map(absolute_source, protocol.sources.evaluated_on)}
     spec = resolve(model)
-    config = replace(protocol.finetune, model=spec.name)
+    config = protocol.finetune.replace(model=spec.name)
     n_layers = count_layers(model_folder(spec, report))
-    stand_in = config if config.layers else replace(config, layers=(0,), first_block=None)
+    stand_in = config if config.layers else config.replace(layers=(0,), first_block=None)
     stand_in.check(n_layers, prompts)
 
     prepared = prepare(spec.name, prompts, device=config.device, dtype=config.dtype, report=report)
     if not config.layers:
-        config = replace(config, layers=prepared.analysis.recommended)
+        config = config.replace(layers=prepared.analysis.recommended)
         config.check(n_layers, prompts)
     tuned = _tune(config, source, prompts, prepared.activations.key, report)
     evaluated = [_evaluate(protocol, spec.name, tuned, name, found, report) for name, found in sets.items()]
@@ -205,7 +197,7 @@ def _evaluate(
     protocol: Protocol, model: str, tuned: Mapping[str, Any], source: str, prompts: PromptSet, report: Reporter
 ) -> dict[str, Any]:
     """One evaluation of the run, from disk or made, as the paper would tabulate it."""
-    config = replace(protocol.evaluate, model=model, run=tuned["run"], prompts=source, suite="all")
+    config = protocol.evaluate.replace(model=model, run=tuned["run"], prompts=source, suite="all")
     document = evaluating.find_evaluation(config, prompts, open_job(tuned["run"]))
     if document is None:
         document = run_here(evaluating.KIND, config.to_dict(), evaluating.unfinished_job(config), report)

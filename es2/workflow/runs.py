@@ -29,7 +29,6 @@ from es2.core.files import (
     set_aside,
     unreadable,
 )
-from es2.core.settings import check_settings
 from es2.jobs.job import Job
 from es2.jobs.queue import lay_down, list_jobs, open_job
 from es2.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
@@ -66,8 +65,10 @@ def open_run(id: str, root: Path | None = None) -> Job:
 
 def config_of(run: Job) -> FinetuneConfig:
     """The run's settings; raises `InputError` where they are damaged."""
-    check_settings(FinetuneConfig, run.config, f"The config.json of run {run.id}")
-    return FinetuneConfig.from_dict(run.config)
+    document = run.config
+    if document.get("imported"):  # its objective and steps are not those of a fine-tune of ours
+        document = {name: value for name, value in document.items() if name not in ("objective", "steps")}
+    return FinetuneConfig.read(document, f"The config.json of run {run.id}")
 
 
 def tuned_weights(run: Job) -> Path:

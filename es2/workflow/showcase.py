@@ -277,7 +277,7 @@ def build(
 def _tune(model: str, source: str, prompts: PromptSet, settings: FinetuneConfig, report: Reporter) -> Job:
     """The default fine-tune, in a job folder of its own like any other run."""
     base = prepare(model, prompts, device=settings.device, dtype=settings.dtype, report=report)
-    config = replace(settings, model=model, layers=base.analysis.recommended)
+    config = settings.replace(model=model, layers=base.analysis.recommended)
     config.check(base.activations.n_layers, prompts)
     run = lay_down("finetune", config.to_dict() | {"prompts": source})
     run.rename("Showcase")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -307,7 +307,7 @@ def test_too_few_prompts_are_a_sentence(prompts) -> None:
     with pytest.raises(InputError, match="`test` split"):
         analyze(few, ArrayLayers(clouds(few, (1.0,))), config=CONFIG)
     four = paired_prompts(4)
-    folds_alike = replace(CONFIG, n_folds=2)
+    folds_alike = CONFIG.replace(n_folds=2)
     one_fold = replace(four, pairs=tuple(split for split in four.splits))
     with pytest.raises(InputError, match="too few to cross-validate"):
         analyze(one_fold, ArrayLayers(clouds(four, (1.0,))), config=folds_alike)
@@ -372,5 +372,5 @@ def test_an_analysis_of_wrong_fits_is_not_found(d_model: int, n_elsewhere: int, 
     elsewhere = single_prompts([0, *[1] * (n_elsewhere - 1)]) if n_elsewhere else None
     test = Captured(elsewhere, base) if elsewhere else None
     before = {"kind": "analysis", "format": 1, "base": "base", "tuned": None, "prompts": prompts.digest}
-    before |= {"test": test and ["base", None, test.prompts.digest], "config": asdict(CONFIG)}
+    before |= {"test": test and ["base", None, test.prompts.digest], "config": CONFIG.to_dict()}
     assert (analysis_key(base, prompts, CONFIG, test=test) != content_key(before)) == is_another

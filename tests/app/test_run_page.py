@@ -382,7 +382,7 @@ class TestList:
         first, second = (ended(model, prompts, result(), seed=seed) for seed in (0, 1))
         at = open_runs()
         at.button(key=f"against_{second.id}").click().run()
-        assert at.selectbox(key="against_other").options[0].startswith(f"{launch.USUAL.objective} at 1, 3")
+        assert at.selectbox(key="against_other").options[0].startswith(f"{FinetuneConfig(layers=()).objective} at 1, 3")
         at.button(key="against_confirm").click().run()
         expected = {"model": str(model), "prompts": str(prompts), "position": "last"}
         assert launched == [("prepare", expected | {"run": second.id, "against": first.id})]

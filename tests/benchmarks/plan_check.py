@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +116,7 @@ def main() -> None:
             "gb": max(made.needs_gb["replies"], made.needs_gb["steps"]),
             "seconds": sum(made.seconds[stage] for stage in stages) + per_start,
         }
-        told(f"finetune {text}", planned, measured(FINETUNE, model, source, json.dumps(asdict(config))))
+        told(f"finetune {text}", planned, measured(FINETUNE, model, source, json.dumps(config.to_dict())))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from es2.prompts.prompt_set import HARMFUL, HARMLESS
 from es2.report import figures as report_figures
 from es2.report.glossary import BY_NAME, COMPARED, TERMS
 from es2.report.labels import shortened
-from es2.report.page import _NO_OPTION, PROMPT_CHARACTERS, Compared, report_html, reproduce
+from es2.report.page import PROMPT_CHARACTERS, Compared, report_html, reproduce
 from es2.report.report import write_report
 from es2.training.config import FinetuneConfig
 from es2.workflow.compared import find_compared
@@ -169,13 +169,15 @@ class TestPage:
 
 
 class TestReproduce:
-    def test_every_setting_has_an_option_or_is_known_to_have_none(self) -> None:
+    def test_every_setting_has_an_option(self) -> None:
         options = set(inspect.signature(cli_runs.finetune).parameters)
         settings = set(FinetuneConfig(layers=()).to_dict())
-        assert settings - options == _NO_OPTION
+        assert settings <= options
 
     def test_spells_the_settings_out(self) -> None:
-        config = FinetuneConfig((1, 2), model="a b", allow_many_layers=True).to_dict() | {"prompts": "x; rm -rf /"}
+        config = FinetuneConfig(layers=(1, 2), model="a b", allow_many_layers=True).to_dict() | {
+            "prompts": "x; rm -rf /"
+        }
         words = shlex.split(reproduce(config))
         given = dict(pairwise(words))
         assert words[:2] == ["es2", "finetune"]
@@ -223,7 +225,7 @@ class TestFile:
 
 class TestFind:
     def test_a_run_without_a_result(self, home: Path) -> None:
-        config = FinetuneConfig(TARGETS).to_dict() | {"prompts": "builtin"}
+        config = FinetuneConfig(layers=TARGETS).to_dict() | {"prompts": "builtin"}
         unfinished = lay_down("finetune", config, root=home / "runs")
         with pytest.raises(InputError, match=f"{unfinished.id} .*has no result to report"):
             find_compared(unfinished.id)

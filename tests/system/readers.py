@@ -489,7 +489,6 @@ def _job_states(folder: Path) -> Draw:
 
 
 def _finetune_configs(folder: Path) -> Draw:
-    from es2.core.settings import check_settings
     from es2.training.config import FinetuneConfig
     from es2.training.terms import parse_objective
     from tests.builders import tiny_prompts
@@ -505,8 +504,7 @@ def _finetune_configs(folder: Path) -> Draw:
         def read() -> object:
             if not isinstance(settings, dict):
                 return None
-            check_settings(FinetuneConfig, settings, "The config")
-            config = FinetuneConfig.from_dict(settings)
+            config = FinetuneConfig.read(settings, "The config")
             config.check(6, prompts)
             return parse_objective(config.objective), json.dumps(config.to_dict())
 
@@ -516,7 +514,6 @@ def _finetune_configs(folder: Path) -> Draw:
 
 
 def _evaluate_configs(folder: Path) -> Draw:
-    from es2.core.settings import check_settings
     from es2.evaluation.config import EvaluateConfig
 
     valid = EvaluateConfig(layers=(1, 2)).to_dict()
@@ -527,8 +524,7 @@ def _evaluate_configs(folder: Path) -> Draw:
         def read() -> object:
             if not isinstance(settings, dict):
                 return None
-            check_settings(EvaluateConfig, settings, "The config")
-            config = EvaluateConfig.from_dict(settings)
+            config = EvaluateConfig.read(settings, "The config")
             return config.suites, json.dumps(config.to_dict())
 
         return read

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,7 +23,6 @@ from hypothesis import strategies as st
 from app.state import Choice, read_link
 from es2.core.errors import Es2Error, InputError, one_line
 from es2.core.files import MAX_JSON_LEVELS, is_whole, parse_json, read_json, sealed
-from es2.core.settings import check_settings
 from es2.core.versions import format_of
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.reply_log import ReplyLog
@@ -208,15 +208,12 @@ class TestSettings:
         document = config.to_dict()
         name = data.draw(st.sampled_from(sorted(document)))
         document[name] = data.draw(JSON)
-        try:
-            check_settings(type(config), document, "The config")
-            json.dumps(type(config).from_dict(document).to_dict())
-        except InputError:
-            pass
+        with suppress(InputError):
+            json.dumps(type(config).read(document, "The config").to_dict())
 
     def test_name_the_entry(self) -> None:
         whole = FinetuneConfig(layers=(1, 2)).to_dict()
-        check_settings(FinetuneConfig, whole | {"kl_weight": 3, "somebody's own": []}, "It")
+        FinetuneConfig.read(whole | {"kl_weight": 3, "somebody's own": []}, "It")
         for entry, value in (
             ("layers", 5),
             ("layers", ["1"]),
@@ -226,9 +223,9 @@ class TestSettings:
             ("seed", None),
         ):
             with pytest.raises(InputError, match=f"^It is damaged: {entry} cannot be"):
-                check_settings(FinetuneConfig, whole | {entry: value}, "It")
+                FinetuneConfig.read(whole | {entry: value}, "It")
         with pytest.raises(InputError, match="it has no layers"):
-            check_settings(FinetuneConfig, {}, "It")
+            FinetuneConfig.read({}, "It")
 
     @given(JSON)
     def test_a_version_is_one_or_none_or_a_sentence(self, stated: Any) -> None:

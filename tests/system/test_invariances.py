@@ -230,7 +230,7 @@ class TestLeaks:
 class TestShuffledLabels:
     def test_probes_fitted_on_them_stay_at_chance(self) -> None:
         """Also where the true labels are read perfectly, and where there are more dimensions than prompts."""
-        config = replace(CONFIG, n_shuffles=40)
+        config = CONFIG.replace(n_shuffles=40)
         for d_model, topic in ((12, 0.0), (300, 2.0)):
             prompts = paired_prompts(80)
             found = analyze(prompts, ArrayLayers(clouds(prompts, (8.0,), d_model, topic=topic)), config=config)
@@ -243,7 +243,7 @@ class TestShuffledLabels:
         prompts = paired_prompts(80)
         shuffled = shuffled_labels(prompts, 30, seed=5)
         embeddings = ArrayLayers(clouds(prompts, (6.0,), 200, topic=1.0))
-        config = replace(CONFIG, n_shuffles=1, n_bootstrap=20)
+        config = CONFIG.replace(n_shuffles=1, n_bootstrap=20)
         reached = []
         for labels in shuffled:
             found = analyze(replace(prompts, labels=labels.astype(np.int8)), embeddings, config=config)
@@ -270,7 +270,7 @@ class TestSameSeed:
         )  # fmt: skip
 
         def run(name: str, seed: int) -> tuple[tuple[float, ...], Any, dict[str, bytes]]:
-            result = finetune(replace(config, seed=seed), prompts, tmp_path / name)
+            result = finetune(config.replace(seed=seed), prompts, tmp_path / name)
             kept = result.output / "adapter_model.safetensors" if method == "lora" else result.output
             # Not the file's bytes: its header is written in no particular order.
             weights = {weight: array.tobytes() for weight, array in load_file(kept).items()}
@@ -380,7 +380,7 @@ class TestKnownModel:
             patch.setenv("ES2_CACHE", str(folder / "cache"))
             return {
                 position: prepare(
-                    str(model), prompts, config=replace(CONFIG, position=position), device="cpu", dtype="float32"
+                    str(model), prompts, config=CONFIG.replace(position=position), device="cpu", dtype="float32"
                 ).analysis
                 for position in ("last", "last_instruction")
             }

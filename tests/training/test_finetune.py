@@ -369,7 +369,7 @@ class TestResume:
     def test_a_checkpoint_of_another_config_or_other_prompts_is_refused(self, llama: Path, tmp_path: Path) -> None:
         config = config_for(llama, steps=2)
         finetune(config, PROMPTS, tmp_path)
-        for other, prompts in ((replace(config, seed=1), PROMPTS), (config, split_prompts(28))):
+        for other, prompts in ((config.replace(seed=1), PROMPTS), (config, split_prompts(28))):
             with pytest.raises(InputError, match="another config or other prompts"):
                 finetune(other, prompts, tmp_path, resume=True)
 
@@ -633,8 +633,8 @@ def test_two_runs_on_one_model_do_not_disturb_each_other(llama: Path, tmp_path: 
     config = config_for(llama, steps=4)
     copy = shutil.copytree(llama, tmp_path / "model")
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
-    first = finetune(replace(config, model=str(copy)), PROMPTS, tmp_path / "one")
-    second = finetune(replace(config, model=str(copy)), PROMPTS, tmp_path / "two")
+    first = finetune(config.replace(model=str(copy)), PROMPTS, tmp_path / "one")
+    second = finetune(config.replace(model=str(copy)), PROMPTS, tmp_path / "two")
     assert first.losses == second.losses
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
 

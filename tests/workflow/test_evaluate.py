@@ -203,7 +203,7 @@ def test_a_larger_limit_generates_only_what_is_new(model: Path, tmp_path: Path) 
     first = evaluate(config, other_prompts(), tmp_path / "job")
     assert first["generated"]["replies"] == 8
     assert first["suite"]["refusal"]["tuned"] is None
-    more = evaluate(replace(config, limit=6), other_prompts(), tmp_path / "job")
+    more = evaluate(config.replace(limit=6), other_prompts(), tmp_path / "job")
     assert more["generated"]["replies"] == 4
 
 
@@ -395,7 +395,7 @@ class TestEndpoint:
         monkeypatch.setenv("ES2_JUDGE_KEY", SECRET)
         config = EvaluateConfig(model=str(model), suite="refusal", **SMALL)
         plain = evaluate(config, other_prompts(), tmp_path / "job")
-        asked = replace(config, judge_url=endpoint.url, judge_model="m")
+        asked = config.replace(judge_url=endpoint.url, judge_model="m")
         endpoint.answer = b"nonsense"
         broken = evaluate(asked, other_prompts(), tmp_path / "job")["suite"]["refusal"]
         assert "no chat completion" in broken["judge"]["problem"]

@@ -51,7 +51,7 @@ def made(folder: Path, prompts: PromptSet, store: Store):
 
     def make(machine: Machine = FAST, lengths: list[int] | None = None, **changes: Any) -> Plan:
         config = FinetuneConfig(layers=(2, 4), model=str(folder))
-        return plan(replace(config, **changes), prompts, folder, lengths=lengths, machine=machine, store=store)
+        return plan(config.replace(**changes), prompts, folder, lengths=lengths, machine=machine, store=store)
 
     return make
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ class TestBuild:
     @pytest.mark.parametrize(
         ("changes", "what"),
         [
-            ({"settings": replace(SETTINGS, steps=3)}, "its steps is 2, the default is 3"),
+            ({"settings": SETTINGS.replace(steps=3)}, "its steps is 2, the default is 3"),
             ({"prompts": "builtin"}, "prompt set"),
         ],
     )

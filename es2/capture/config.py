@@ -1,0 +1,29 @@
+"""What decides a capture. Imports no torch, so that forms and commands can read it."""
+
+from __future__ import annotations
+
+from es2.core.settings import Settings, setting
+from es2.models.catalogue import DEFAULT_MODEL
+from es2.models.number_formats import DTYPES
+from es2.store.sources import POSITIONS
+
+
+class CaptureConfig(Settings):
+    """Everything that decides a capture but its prompts."""
+
+    model: str = setting(
+        DEFAULT_MODEL, "A catalogue name (`es2 models`), a Hub id, a local folder or a .gguf file.", group="own"
+    )
+    positions: tuple[str, ...] = setting(
+        POSITIONS,
+        "Which tokens are read: last (last prompt token), last_instruction (last token of the request).",
+        of="position",
+        choices=POSITIONS,
+    )
+    device: str | None = setting(None, "cuda, mps or cpu, or auto (all GPUs). Automatic: the best there is.")
+    dtype: str | None = setting(
+        None,
+        "The model's number format. Automatic: bfloat16 on a CUDA device, else float32.",
+        choices=tuple(DTYPES),
+        label="Number format",
+    )
