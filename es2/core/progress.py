@@ -6,13 +6,14 @@ there, so that functions of the library know nothing of jobs, bars or signals.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class Cancelled(Exception):  # noqa: N818 (a request that was followed, not an error)
     """Raised by a `Reporter` when the work should stop."""
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Told about progress; every library function that takes long takes one and calls it at each step."""
 

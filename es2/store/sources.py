@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,6 +25,7 @@ POSITIONS = ("last", "last_instruction")
 """Which token is read: the last prompt token after the chat template, or the last token of the user's own text."""
 
 
+@runtime_checkable
 class LayerSource(Protocol):
     """Embeddings of one model on one prompt set; `es2.store.activation_set.ActivationSet` is one."""
 

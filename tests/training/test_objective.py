@@ -232,7 +232,7 @@ class TestMixtures:
             assert parse_objective(text)
 
     def test_needs_no_torch(self) -> None:
-        code = "import sys; from es2.training.objective import parse_objective as parse; parse('fisher+margin'); "
+        code = "import sys; from es2.training.terms import parse_objective as parse; parse('fisher+margin'); "
         code += "assert 'torch' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True)
 
