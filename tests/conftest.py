@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,24 @@ def places(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ES2_HOME", str(home))
     monkeypatch.setenv("ES2_CACHE", str(home / "cache"))
     monkeypatch.setenv("ES2_SHOWCASE", str(home / "none"))
+
+
+@pytest.fixture
+def old_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the artifacts that commit b0b27d8 left, as the home and the current folder; its model is on the Hub.
+
+    Every file is of the year 2023, so that what is written today stands out.
+    """
+    from huggingface_hub import constants
+
+    home = shutil.copytree(Path(__file__).with_name("data") / "b0b27d8", tmp_path / "home")
+    for path in home.rglob("*"):
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+    for name, folder in (("HOME", "."), ("CACHE", "cache"), ("SHOWCASE", "cached_activations/showcase")):
+        monkeypatch.setenv(f"ES2_{name}", str(home / folder))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.chdir(home)
+    return home
 
 
 @pytest.fixture
