@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,15 +30,20 @@ from es2.models.loading import load_model, load_sharded, load_tokenizer
 from es2.models.placement import is_sharded_launch, processes_of_launch
 from es2.models.shape import context_length, count_layers
 from es2.prompts.prompt_set import PromptSet
-from es2.training.checkpoint import Progress, State, assign, copies
+from es2.training.checkpoint import State, assign, copies
 from es2.training.config import FinetuneConfig
-from es2.training.objective import running_direction, separation, total_loss
+from es2.training.objective import es2_loss, running_direction, separation
 from es2.training.sampling import make_plan
 from es2.training.terms import parse_objective
-from es2.training.validation import WatchPoint
+from es2.training.validation import WatchPoint, decide
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from es2.models.forward import Network
+    from es2.training.objective import BaseLayer
     from es2.training.sampling import Plan
+    from es2.training.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -136,12 +141,10 @@ def finetune(
     model_files = model_folder(spec, report)
     config.check(count_layers(model_files), prompts)
     _check_launcher(config)
-    terms = parse_objective(config.objective)
     plan = make_plan(prompts, config.pairs_per_step, config.steps, config.seed, config.watch_prompts, config.kl_prompts)
 
     import torch
 
-    from es2.models.forward import Network
     from es2.training.trainable import make_trainable
     from es2.training.workload import Workload
 
@@ -150,20 +153,8 @@ def finetune(
     processes = processes_of_launch(config.device)
     report = report if processes.is_main_process else silent
     report("load", 0, 1)
-    device = str(processes.device) if processes.num_processes > 1 else config.device
-    if is_sharded_launch() and processes.num_processes > 1:
-        model = load_sharded(model_files, config.dtype, str(device))
-    else:
-        model = load_model(model_files, dtype=config.dtype, device=device, quantize=config.quantize)
-    model.requires_grad_(False)
-    network = Network(
-        model,
-        template_head=template_head,
-        layers=config.targets,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
-    anchored = any(term.name == "anchored" for term in terms)
-    workload = Workload(network, plan, tokens, config.reply_tokens, anchored, report)
+    network = _frozen_network(config, model_files, template_head, processes)
+    workload = Workload(network, plan, tokens, config.reply_tokens, _is_anchored(config), report)
     base_layers = workload.base_layers()
 
     # What is trained, an adapter or blocks, and everything that the steps will change.
@@ -176,120 +167,146 @@ def finetune(
         seed=config.seed,
         location=spec.location,
     )
-    optimizer = torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=0.0)
     state = State(
-        progress=Progress(config.kl_weight, watched=[workload.watch_base()]),
         trained=trained,
         best=copies(trained),
-        optimizer=optimizer,
+        optimizer=torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=0.0),
         directions=torch.stack([layer.difference for layer in base_layers.values()]),
+        losses=[],
+        watched=[workload.watch_base()],
     )
-    progress = state.progress
     checkpoint = folder / "checkpoint" / "state.safetensors"
     identity = content_key({"config": config.to_dict(), "prompts": prompts.digest})
     if resume and checkpoint.is_file():
         state.load(checkpoint, identity)
 
-    first_step, stepping = progress.step, 0.0
-    while progress.step < config.steps and progress.reason is None:
+    decision = decide(state.watched, config.kl_weight, config.kl_budget, config.steps)
+    reason, first_step, stepping = decision.reason, state.step, 0.0
+    while state.step < config.steps and reason is None:
         step_started = time.perf_counter()
-        batch = plan.batches[progress.step]
-        n_harmful, n_places = len(batch.harmful), len(batch.harmful) + len(batch.harmless)
-        parts = workload.parts(batch, config.accumulate)
-        n_prompt, n_reply = workload.count_tokens(parts)
-
-        # The embeddings of the whole batch, and the gradient of its separation by each of them. What is run in one
-        # part keeps its graph for below; several parts are run once more there, so that only one graph is ever held.
-        held = workload.run(parts[0]) if len(parts) == 1 else None
-        with torch.no_grad():
-            found = [held.embeddings] if held else [workload.embed(part) for part in parts]
-        embeddings = workload.gather(parts, found, n_places).requires_grad_()
-        harmful, harmless = embeddings[:n_harmful], embeddings[n_harmful:]
-        for index, direction in enumerate(state.directions):
-            state.directions[index] = running_direction(direction, harmful[:, index], harmless[:, index])
-        value = separation(
-            terms,
-            harmful,
-            harmless,
-            harmless_base=workload.base_embeddings(batch.harmless) if anchored else None,
-            base=base_layers,
-            directions=state.directions,
-            margin_target=config.margin_target,
-        )
-        (towards,) = torch.autograd.grad(value, embeddings)
-
-        # Every part sends its share of that gradient, and of the KL's, through the model.
-        optimizer.zero_grad()
-        kl_sums = torch.zeros(2, device=network.device)
-        for part in parts:
-            run = held or workload.run(part)
-            kl = run.kl_prompt / n_prompt + run.kl_reply / n_reply
-            (progress.kl_weight * kl - (towards[list(part.places)] * run.embeddings).sum()).backward()
-            kl_sums += torch.stack([run.kl_prompt, run.kl_reply]).detach()
-        held = None
-        workload.sum_gradients(trained.values())
-        kl_prompt, kl_reply = (workload.total(kl_sums).cpu() / torch.tensor([n_prompt, n_reply])).tolist()
-        loss = total_loss(value.item(), kl_prompt, kl_reply, progress.kl_weight)
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.clip).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            progress.reason = (
-                f"The loss or its gradient was no number at step {progress.step + 1}; lower the learning rate, or use "
+        numbers = _backward(config, state, workload, base_layers, decision.kl_weight)
+        numbers["gradient_norm"] = torch.nn.utils.clip_grad_norm_(trained.values(), config.clip).item()
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient_norm"])):
+            reason = (
+                f"The loss or its gradient was no number at step {state.step + 1}; lower the learning rate, or use "
                 "float32 if the model ran in bfloat16."
             )
             break
-        learning_rate = config.learning_rate_at(progress.step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-        progress.step += 1
-        progress.losses.append(loss)
+        numbers["learning_rate"] = config.learning_rate_at(state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = numbers["learning_rate"]
+        state.optimizer.step()
+        state.losses.append(numbers["loss"])
         stepping += time.perf_counter() - step_started
-        numbers = {
-            "loss": loss,
-            "separation": value.item(),
-            "kl_prompt": kl_prompt,
-            "kl_reply": kl_reply,
-            "kl_weight": progress.kl_weight,
-            "gradient_norm": norm,
-            "learning_rate": learning_rate,
-        }
 
         # Is it any good, and may it go on?
-        if progress.step % config.watch_every == 0 or progress.step == config.steps:
-            point = workload.watch(progress.step)
+        if state.step % config.watch_every == 0 or state.step == config.steps:
+            point = workload.watch(state.step)
             numbers |= point.numbers()
-            progress.judge(point, config.kl_budget)
-            if progress.best_step == point.step:
+            state.watched.append(point)
+            decision = decide(state.watched, config.kl_weight, config.kl_budget, config.steps)
+            reason = decision.reason
+            if decision.best_step == state.step:
                 state.best = copies(trained)
             workload.on_main(lambda: state.save(checkpoint, identity))
-        if workload.is_cancelled(lambda: report("finetune", progress.step, config.steps, **numbers)):  # noqa: B023
+        if workload.is_cancelled(lambda: report("finetune", state.step, config.steps, **numbers)):  # noqa: B023
             workload.on_main(lambda: state.save(checkpoint, identity))
             raise Cancelled
 
-    if progress.reason is None and all(point.kl > config.kl_budget for point in progress.watched[1:]):
-        progress.reason = (
-            f"No step kept the KL on harmless prompts within the budget of {config.kl_budget:g} nats; "
-            "lower the learning rate or raise the KL weight."
-        )
     assign(trained, state.best)
     output = folder / ("adapter" if config.method == "lora" else "weights.safetensors")
     workload.on_main(lambda: write_output(output))
     return FinetuneResult(
-        status="done" if progress.reason is None else "stopped",
-        reason=progress.reason,
-        steps=progress.step,
-        best_step=progress.best_step,
-        losses=tuple(progress.losses),
-        watched=tuple(progress.watched),
+        status="done" if reason is None else "stopped",
+        reason=reason,
+        steps=state.step,
+        best_step=decision.best_step,
+        losses=tuple(state.losses),
+        watched=tuple(state.watched),
         kl_test=workload.measure_kl(),
         output=output,
         trained_parameters=sum(parameter.numel() for parameter in trained.values()),
         seconds=time.perf_counter() - started,
-        seconds_per_step=stepping / max(1, progress.step - first_step),
+        seconds_per_step=stepping / max(1, state.step - first_step),
     )
 
 
+def _backward(
+    config: FinetuneConfig, state: State, workload: Workload, base: Mapping[int, BaseLayer], kl_weight: float
+) -> dict[str, float]:
+    """Leave the gradient of the next batch's loss in the trained weights; the loss and what it is made of."""
+    import torch
+
+    batch = workload.plan.batches[state.step]
+    n_harmful, n_places = len(batch.harmful), len(batch.harmful) + len(batch.harmless)
+    parts = workload.parts(batch, config.accumulate)
+    n_prompt, n_reply = workload.count_tokens(parts)
+
+    # The embeddings of the whole batch, and the gradient of its separation by each of them. What is run in one part
+    # keeps its graph for below; several parts are run once more there, so that only one graph is ever held.
+    held = workload.run(parts[0]) if len(parts) == 1 else None
+    with torch.no_grad():
+        found = [held.embeddings] if held else [workload.embed(part) for part in parts]
+    embeddings = workload.gather(parts, found, n_places).requires_grad_()
+    harmful, harmless = embeddings[:n_harmful], embeddings[n_harmful:]
+    for index, direction in enumerate(state.directions):
+        state.directions[index] = running_direction(direction, harmful[:, index], harmless[:, index])
+    value = separation(
+        parse_objective(config.objective),
+        harmful,
+        harmless,
+        harmless_base=workload.base_embeddings(batch.harmless) if _is_anchored(config) else None,
+        base=base,
+        directions=state.directions,
+        margin_target=config.margin_target,
+    )
+    (towards,) = torch.autograd.grad(value, embeddings)
+
+    # Every part sends its share of that gradient, and of the KL's, through the model.
+    state.optimizer.zero_grad()
+    kl_sums = torch.zeros(2, device=workload.network.device)
+    for part in parts:
+        run = held or workload.run(part)
+        share = (towards[list(part.places)] * run.embeddings).sum()  # of the separation, which has this gradient
+        es2_loss(share, run.kl_prompt / n_prompt, run.kl_reply / n_reply, kl_weight).backward()
+        kl_sums += torch.stack([run.kl_prompt, run.kl_reply]).detach()
+    workload.sum_gradients(state.trained.values())
+    kl_prompt, kl_reply = (workload.total(kl_sums).cpu() / torch.tensor([n_prompt, n_reply])).tolist()
+    return {
+        "loss": es2_loss(value.item(), kl_prompt, kl_reply, kl_weight),
+        "separation": value.item(),
+        "kl_prompt": kl_prompt,
+        "kl_reply": kl_reply,
+        "kl_weight": kl_weight,
+    }
+
+
 # -------------------------------------------------------------------------------------------------------- its parts
+
+
+def _is_anchored(config: FinetuneConfig) -> bool:
+    """Whether the separation looks at where the base had each harmless prompt."""
+    return any(term.name == "anchored" for term in parse_objective(config.objective))
+
+
+def _frozen_network(
+    config: FinetuneConfig, model_files: Path, template_head: tuple[int, ...], processes: PartialState
+) -> Network:
+    """The base model on this process's device, nothing of it to be trained yet."""
+    from es2.models.forward import Network
+
+    device = str(processes.device) if processes.num_processes > 1 else config.device
+    if is_sharded_launch() and processes.num_processes > 1:
+        model = load_sharded(model_files, config.dtype, str(device))
+    else:
+        model = load_model(model_files, dtype=config.dtype, device=device, quantize=config.quantize)
+    model.requires_grad_(False)
+    return Network(
+        model,
+        template_head=template_head,
+        layers=config.targets,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
 
 
 def _check_launcher(config: FinetuneConfig) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from es2.training.terms import MARGIN_TARGET, OBJECTIVES, Term
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+_Value = TypeVar("_Value", "float", "Tensor")
 
 _SHARPNESS = 8.0  # of the softplus: within ±1/8 of the target a prompt is half satisfied
 _FISHER_FLOOR = 1e-6  # in units of the squared base scale: far below any real spread, well above float32's rounding
@@ -198,9 +199,13 @@ def separation(
     return torch.stack(values).sum() / len(base)
 
 
-def total_loss(separation: float, kl_prompt: float, kl_reply: float, kl_weight: float) -> float:
-    """− separation + λ · (KL over prompt tokens + KL over reply tokens): the loss of the paper, the KL in two parts."""
-    return -separation + kl_weight * (kl_prompt + kl_reply)
+def es2_loss(separation: _Value, kl_prompt: _Value, kl_reply: _Value, kl_weight: float) -> _Value:
+    """λ · (KL over prompt tokens + KL over reply tokens) − separation: the loss of the paper, the KL in two parts.
+
+    Linear in its first three arguments, so the losses of a batch's parts, each with its share of the separation and of
+    the KLs, add up to the batch's.
+    """
+    return kl_weight * (kl_prompt + kl_reply) - separation
 
 
 # ---------------------------------------------------------------------------------------------------------- pieces

@@ -1,14 +1,15 @@
-"""How a fine-tune is going, on the `watch` prompts, and whether it may go on.
+"""How a fine-tune is going, on the `watch` prompts, and what follows: λ, the step that is kept, whether it may go on.
 
 The loss cannot tell: it is made of the prompts that are being pushed. So every few steps the scale-free numbers are
-measured on prompts that nothing else looks at, and one rule, kept here in one place, says which step was the best and
-when to stop. The mean-difference direction has to come from somewhere, too; each pair of `watch` is measured along the
-direction of all the others, since along their own direction even two clouds of noise stand apart.
+measured on prompts that nothing else looks at, and one rule, kept here in one place, decides from all measurements so
+far; it keeps nothing between them, so a resumed run decides as the uninterrupted one does. The mean-difference
+direction has to come from somewhere, too; each pair of `watch` is measured along the direction of all the others, since
+along their own direction even two clouds of noise stand apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +134,54 @@ def _ratio(after: float, before: float) -> float:
     if before <= after / RATIO_LIMIT:
         return RATIO_LIMIT if after > 0 else 1.0
     return after / before
+
+
+# -------------------------------------------------------------------------------------------------------- the rule
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows from everything that was measured so far.
+
+    Attributes:
+        kl_weight: λ from here on.
+        times_over: measurements in a row, up to the latest, that were over the KL budget.
+        best_step: the step whose weights are kept; 0 is the base.
+        reason: why the run must not go on, or came to nothing, in a sentence; `None` if neither.
+    """
+
+    kl_weight: float
+    times_over: int = 0
+    best_step: int = 0
+    reason: str | None = None
+
+
+def decide(watched: Sequence[WatchPoint], kl_weight: float, kl_budget: float, last_step: int) -> Decision:
+    """The rule: λ doubles with every measurement over the KL budget, and the best step is the one of the highest score
+    within it. A collapsed step is never the best.
+
+    Args:
+        watched: every measurement, that of the base first.
+        kl_weight: λ at the start.
+        kl_budget: in nats per token, for each of the two KLs.
+        last_step: the run's number of steps.
+    """
+    base = best = watched[0]
+    times_over, reason = 0, None
+    for point in watched[1:]:
+        is_over = not point.kl <= kl_budget  # NaN is over, too
+        times_over = times_over + 1 if is_over else 0
+        reason = reason_to_stop(point, base, kl_budget, times_over)
+        if is_over:
+            kl_weight *= 2
+        elif reason is None and point.score > best.score:
+            best = point
+    if reason is None and times_over == len(watched) - 1 and watched[-1].step == last_step:
+        reason = (
+            f"No step kept the KL on harmless prompts within the budget of {kl_budget:g} nats; "
+            "lower the learning rate or raise the KL weight."
+        )
+    return Decision(kl_weight, times_over, best.step, reason)
 
 
 def reason_to_stop(point: WatchPoint, base: WatchPoint, kl_budget: float, times_over: int) -> str | None:

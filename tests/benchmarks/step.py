@@ -20,7 +20,7 @@ from es2.models.forward import Network
 from es2.models.loading import load_model
 from es2.training.config import FinetuneConfig
 from es2.training.finetune import _tokens
-from es2.training.objective import running_direction, separation, total_loss
+from es2.training.objective import es2_loss, running_direction, separation
 from es2.training.sampling import Batch, make_plan
 from es2.training.terms import parse_objective
 from es2.training.trainable import make_trainable
@@ -88,12 +88,11 @@ class Ours(_Steps):
         value = self.separation(embeddings[: len(batch.harmful)], embeddings[len(batch.harmful) :])
         (towards,) = torch.autograd.grad(value, embeddings)
         self.optimizer.zero_grad()
-        kl = run.kl_prompt / n_prompt + run.kl_reply / n_reply
-        (self.config.kl_weight * kl - (towards[list(part.places)] * run.embeddings).sum()).backward()
+        share = (towards[list(part.places)] * run.embeddings).sum()
+        kl_prompt, kl_reply = run.kl_prompt / n_prompt, run.kl_reply / n_reply
+        es2_loss(share, kl_prompt, kl_reply, self.config.kl_weight).backward()
         self.update()
-        return total_loss(
-            value.item(), run.kl_prompt.item() / n_prompt, run.kl_reply.item() / n_reply, self.config.kl_weight
-        )
+        return es2_loss(value.item(), kl_prompt.item(), kl_reply.item(), self.config.kl_weight)
 
 
 class Straightforward(_Steps):

@@ -621,11 +621,10 @@ def _checkpoints(folder: Path) -> Draw:
     import torch
 
     from es2.models.tensors import _digest, load_tensors, save_tensors
-    from es2.training.checkpoint import Progress
     from es2.training.validation import WatchPoint
 
     point = WatchPoint(0, 0.0, 0.0, {1: {"effective_rank": 3.0, "mean_difference_margin": 0.1}})
-    progress = Progress(10.0, losses=[1.0], watched=[point]).to_dict()
+    progress = {"step": 1, "losses": [1.0], "watched": [point.to_dict()]}
     state = {"identity": "a", "progress": progress}
     tensors = {"directions": torch.zeros(2, 4), "trained/x": torch.ones(3)}
     path, whole = folder / "state.safetensors", folder / "whole.safetensors"

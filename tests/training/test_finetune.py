@@ -31,6 +31,7 @@ from es2.models.chat_template import render
 from es2.models.forward import find_blocks
 from es2.models.loading import load_blocks, load_model, load_tokenizer
 from es2.models.shape import count_layers
+from es2.models.tensors import load_tensors, save_tensors
 from es2.prompts.prompt_set import PromptSet
 from es2.training import finetune as finetune_module
 from es2.training.config import FinetuneConfig
@@ -225,6 +226,16 @@ class TestSeparates:
         ).values())  # fmt: skip
 
 
+def test_what_is_logged_is_what_is_differentiated(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is one loss: whatever it is changed to, the steps and the log follow."""
+    free = finetune(config_for(llama, kl_weight=0.0), PROMPTS, tmp_path / "free")
+    monkeypatch.setattr(finetune_module, "es2_loss", lambda separation, kl_prompt, kl_reply, kl_weight: -separation)
+    log = Log()
+    changed = finetune(config_for(llama, kl_weight=20.0), PROMPTS, tmp_path / "changed", report=log)
+    assert changed.losses == pytest.approx([-numbers["separation"] for numbers in log.steps()])
+    assert changed.losses == pytest.approx(free.losses, abs=1e-4)
+
+
 class TestSameCurve:
     """Parts, processes and recomputation change the loss by rounding only."""
 
@@ -365,6 +376,33 @@ class TestResume:
         again = finetune(config, PROMPTS, tmp_path, resume=True)
         assert (again.losses, again.best_step, again.kl_test) == (first.losses, first.best_step, first.kl_test)
         assert all(torch.equal(tensors[name], tensor) for name, tensor in adapter_tensors(again).items())
+
+    def test_a_checkpoint_with_what_earlier_versions_kept_in_it_goes_on(self, llama: Path, tmp_path: Path) -> None:
+        config = config_for(llama)
+        whole = finetune(config, PROMPTS, tmp_path / "whole")
+        with pytest.raises(Cancelled):
+            finetune(config, PROMPTS, tmp_path / "parts", report=Log(5))
+        checkpoint = tmp_path / "parts" / "checkpoint" / "state.safetensors"
+        tensors, state = load_tensors(checkpoint)
+        decision = {"kl_weight": config.kl_weight, "times_over": 0, "best_step": 4, "reason": None}
+        save_tensors(checkpoint, tensors, state | {"progress": state["progress"] | decision})
+        resumed = finetune(config, PROMPTS, tmp_path / "parts", resume=True)
+        assert (resumed.losses, resumed.watched, resumed.best_step) == (whole.losses, whole.watched, whole.best_step)
+
+    def test_a_lambda_that_was_doubled_stays_so(
+        self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from es2.training.workload import Workload
+
+        original = Workload.watch
+        monkeypatch.setattr(
+            Workload, "watch", lambda workload, step: replace(original(workload, step), kl_reply=1.5 * (step == 4))
+        )
+        with pytest.raises(Cancelled):
+            finetune(config_for(llama, kl_weight=2.0), PROMPTS, tmp_path, report=Log(6))
+        log = Log()
+        finetune(config_for(llama, kl_weight=2.0), PROMPTS, tmp_path, report=log, resume=True)
+        assert [numbers["kl_weight"] for numbers in log.steps()] == [4.0, 4.0]
 
     def test_a_checkpoint_of_another_config_or_other_prompts_is_refused(self, llama: Path, tmp_path: Path) -> None:
         config = config_for(llama, steps=2)

@@ -23,12 +23,12 @@ from es2.training.objective import (
     BaseLayer,
     anchored,
     distance,
+    es2_loss,
     fisher,
     margin,
     measure_base,
     running_direction,
     separation,
-    total_loss,
 )
 from es2.training.terms import OBJECTIVES, Term, parse_objective
 from tests.builders import ARCHITECTURES, tiny_model
@@ -109,8 +109,8 @@ class TestByHand:
         value = separation(terms, *two, harmless_base=harmless_base, base=base, directions=directions)
         assert value.item() == pytest.approx(float(expected))
 
-    def test_total_loss(self) -> None:
-        assert total_loss(separation=3.0, kl_prompt=0.1, kl_reply=0.2, kl_weight=2.0) == pytest.approx(-2.4)
+    def test_es2_loss(self) -> None:
+        assert es2_loss(separation=3.0, kl_prompt=0.1, kl_reply=0.2, kl_weight=2.0) == pytest.approx(-2.4)
 
 
 class TestGradients:

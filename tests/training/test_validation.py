@@ -9,8 +9,15 @@ import pytest
 
 from es2.analysis.verdict import COLLAPSED_KL_BUDGETS
 from es2.prompts.prompt_set import HARMFUL, PromptSet
-from es2.training.checkpoint import Progress
-from es2.training.validation import PATIENCE, WatchPoint, held_out_margin, reason_to_stop, watch_numbers
+from es2.training.validation import (
+    PATIENCE,
+    Decision,
+    WatchPoint,
+    decide,
+    held_out_margin,
+    reason_to_stop,
+    watch_numbers,
+)
 from tests.builders import tiny_prompts
 
 BUDGET = 0.1
@@ -24,6 +31,10 @@ def embeddings(prompts: PromptSet, distance: float, d_model: int = 200, seed: in
 
 def point(step: int = 5, kl: float = 0.0, rank: float = 10.0, score: float = 1.0) -> WatchPoint:
     return WatchPoint(step, kl / 2, kl, {7: {"effective_rank": rank, "mean_difference_margin": score}})
+
+
+def decided(*points: WatchPoint, last_step: int = 100) -> Decision:
+    return decide(points, 2.0, BUDGET, last_step)
 
 
 class TestNumbers:
@@ -87,29 +98,34 @@ class TestRule:
         assert "budgets" in (reason_to_stop(point(kl=1.01 * COLLAPSED_KL_BUDGETS * BUDGET), base, BUDGET, 1) or "")
 
     def test_the_best_is_the_highest_score_within_the_budget(self) -> None:
-        progress = Progress(kl_weight=2.0, watched=[point(0, score=0.1)])
+        watched = [point(0, score=0.1)]
         for step, (kl, score, best) in enumerate([(0.05, 0.5, 1), (0.2, 0.9, 1), (0.05, 0.4, 1), (0.1, 0.6, 4)], 1):
-            progress.judge(point(step, kl=kl, score=score), BUDGET)
-            assert progress.best_step == best
-        assert progress.reason is None
+            watched.append(point(step, kl=kl, score=score))
+            assert decided(*watched).best_step == best
+        assert decided(*watched).reason is None
 
     def test_a_collapsed_point_is_never_the_best(self) -> None:
-        progress = Progress(kl_weight=2.0, watched=[point(0, score=0.1)])
-        progress.judge(point(1, rank=1, score=5), BUDGET)
-        assert progress.best_step == 0
-        assert progress.reason is not None
+        decision = decided(point(0, score=0.1), point(1, rank=1, score=5))
+        assert decision.best_step == 0
+        assert decision.reason is not None
 
     def test_over_the_budget_the_kl_weight_doubles_until_patience_ends(self) -> None:
-        progress = Progress(kl_weight=2.0, watched=[point(0)])
-        progress.judge(point(1, kl=0.2), BUDGET)
-        progress.judge(point(2, kl=0.05), BUDGET)
-        assert (progress.kl_weight, progress.times_over) == (4.0, 0)
+        watched = [point(0), point(1, kl=0.2), point(2, kl=0.05)]
+        decision = decided(*watched)
+        assert (decision.kl_weight, decision.times_over) == (4.0, 0)
         for step in range(3, 3 + PATIENCE):
-            assert progress.reason is None
-            progress.judge(point(step, kl=0.2), BUDGET)
-        assert progress.reason is not None
+            assert decided(*watched).reason is None
+            watched.append(point(step, kl=0.2))
+        assert decided(*watched).reason is not None
+        assert decided(*watched).kl_weight == 4.0 * 2**PATIENCE
 
     def test_a_kl_that_is_no_number_is_over_the_budget(self) -> None:
-        progress = Progress(kl_weight=2.0, watched=[point(0, score=0.0)])
-        progress.judge(point(1, kl=float("nan"), score=3), BUDGET)
-        assert (progress.best_step, progress.times_over) == (0, 1)
+        decision = decided(point(0, score=0.0), point(1, kl=float("nan"), score=3))
+        assert (decision.best_step, decision.times_over) == (0, 1)
+
+    def test_a_run_that_ends_without_a_step_within_the_budget_came_to_nothing(self) -> None:
+        watched = [point(0), point(1, kl=0.2), point(2, kl=0.2)]
+        assert decided(*watched, last_step=3).reason is None
+        assert "No step kept the KL" in (decided(*watched, last_step=2).reason or "")
+        assert decided(*watched[:2], point(2, kl=0.05), last_step=2).reason is None
+        assert decided(watched[0], point(1, kl=0.05), point(2, kl=0.2), last_step=2).reason is None
