@@ -25,11 +25,10 @@ from app.state import Choice
 from app.umap_offer import umap_offer
 from app.view_controls import VIEW_NAMES, choice_control, others_toggle, tool_control, view_control
 from app.views.welcome import no_comparison
-from es2.analysis import verdict as rules
 from es2.analysis.comparison import Comparison
 from es2.analysis.projection import View
 from es2.analysis.results import LayerNumbers
-from es2.analysis.verdict import Verdict, run_verdict
+from es2.analysis.verdict import Verdict, rule
 from es2.report.glossary import BY_NAME, TWO_MARGINS, Term
 from es2.store.store import SHOWCASE
 from es2.workflow.runs import list_runs, open_run
@@ -89,7 +88,7 @@ def page() -> None:
         view_controls(choice, layer)
     with top:
         header(comparison, layer)
-        summary(comparison, choice, verdicts, layer)
+        summary(comparison, verdicts, layer)
     with above:
         strips(comparison, layer)
     with st.container(key="details"):
@@ -189,13 +188,9 @@ def title(comparison: Comparison) -> str:
     return artifacts.run_title(open_run(comparison.run))
 
 
-def summary(comparison: Comparison, choice: Choice, verdicts: dict[int, Verdict], layer: int) -> None:
+def summary(comparison: Comparison, verdicts: dict[int, Verdict], layer: int) -> None:
     """The verdict in a word and a sentence, on the run and on the layer; what happened to harmless prompts."""
-    result = comparison.result
-    if comparison.is_of_two_runs or choice.position != "last":
-        run = run_verdict(comparison.analysis, comparison.targets, comparison.kl)
-    else:
-        run = Verdict(result["verdict"], result["verdict_reason"])
+    run = comparison.run_verdict
     with st.container(key="verdict", border=True, gap="xsmall"):
         st.markdown(f"**{text.markdown(run.name.capitalize())}.** **{text.markdown(run.reason)}**")
         here = verdicts[layer]
@@ -203,7 +198,7 @@ def summary(comparison: Comparison, choice: Choice, verdicts: dict[int, Verdict]
         with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
             st.caption(kl_words(comparison), width="stretch")
             with st.popover("How this word is chosen", type="tertiary"):
-                rule_table(verdicts[layer].name)
+                rule_table(comparison, verdicts[layer].name)
 
 
 def kl_words(comparison: Comparison) -> str:
@@ -211,19 +206,19 @@ def kl_words(comparison: Comparison) -> str:
     kl = comparison.kl
     if not kl:
         return "KL on harmless test prompts: not measured for this pair."
-    budget = comparison.config.get("kl_budget", rules.KL_BUDGET)
+    budget = comparison.kl_budget
     over = [name for name, value in kl.items() if value > budget]
     parts = ", ".join(f"{value:.3f} on the {name}" for name, value in kl.items())
     stands = f"over the budget of {budget:g} on the {' and the '.join(over)}" if over else f"budget {budget:g} each"
     return f"KL from base on harmless test prompts, nats per token: {parts}; {stands}."
 
 
-def rule_table(current: str) -> None:
-    """The table of DESIGN.md with the thresholds in use; the row that gave this layer's word is bold."""
+def rule_table(comparison: Comparison, current: str) -> None:
+    """The table of verdicts with the thresholds in use; the row that gave this layer's word is bold."""
     st.markdown("The first row that holds, on 95 % intervals; a run has the gravest word of its target layers.")
     rows = [
-        f"| **{name}** | **{text.markdown(rule)}** |" if name == current else f"| {name} | {text.markdown(rule)} |"
-        for name, rule in rules.RULE.items()
+        f"| **{name}** | **{text.markdown(when)}** |" if name == current else f"| {name} | {text.markdown(when)} |"
+        for name, when in rule(comparison.kl_budget).items()
     ]
     st.markdown("\n".join(["| word | when |", "| --- | --- |", *rows]))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from es2.analysis.projection import UmapCoordinates
 from es2.analysis.results import Analysis
-from es2.analysis.verdict import Verdict, layer_verdict
+from es2.analysis.verdict import KL_BUDGET, Verdict, layer_verdict, run_verdict
 from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import ActivationSet
 
@@ -63,6 +63,16 @@ class Comparison:
         """The run's KLs on harmless test prompts, `prompt` and `reply`; None where another run stands in for base."""
         return None if self.is_of_two_runs else self.result.get("kl_harmless_test")
 
+    @property
+    def kl_budget(self) -> float:
+        """The run's budget for each of its KLs; the usual one for an adapter that was made elsewhere."""
+        return float(self.config.get("kl_budget", KL_BUDGET))
+
+    @property
+    def run_verdict(self) -> Verdict:
+        """The verdict on the run: the gravest of its target layers."""
+        return run_verdict(self.analysis, self.targets, self.kl, self.kl_budget)
+
     def verdict(self, layer: int) -> Verdict:
         """The verdict on one layer."""
-        return layer_verdict(self.analysis.layers[layer], self.kl)
+        return layer_verdict(self.analysis.layers[layer], self.kl, self.kl_budget)

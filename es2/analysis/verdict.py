@@ -14,7 +14,8 @@ from typing import Any
 from es2.analysis.results import Analysis, Change, LayerNumbers
 
 KL_BUDGET = 0.1
-"""What a fine-tune may do to harmless logits, in nats per token, for prompts and for replies each."""
+"""What a fine-tune may do to harmless logits unless its settings say otherwise, in nats per token, for prompts and for
+replies each."""
 COLLAPSED_RANK_RATIO = 0.5
 COLLAPSED_KL_BUDGETS = 4.0
 CONTRACTED_REST_RATIO = 0.5
@@ -26,18 +27,6 @@ and a model that was only made longer has the numbers of base but for rounding."
 
 VERDICTS = ("collapsed", "worse", "contracted", "inflated", "unchanged", "separated")
 """Every verdict, the gravest first: a run has the gravest one of its target layers."""
-
-RULE: Mapping[str, str] = {
-    "collapsed": f"effective rank at most ×{COLLAPSED_RANK_RATIO:g} of base's, or KL on harmless prompts over "
-    f"{COLLAPSED_KL_BUDGETS:g} budgets of {KL_BUDGET:g} nats per token",
-    "worse": "balanced accuracy lower: the whole interval of the difference is below 0",
-    "contracted": f"Fisher ratio higher, but relative distance not, or rest ratio below {CONTRACTED_REST_RATIO:g}",
-    "separated": "Fisher ratio and relative distance higher: the whole intervals of both ratios are above 1; and "
-    f"accuracy not lower by more than {TOLERATED_ACCURACY_LOSS:g}",
-    "inflated": f"raw distance at least ×{INFLATED_DISTANCE_RATIO:g}, and nothing scale-free is higher",
-    "unchanged": "none of these",
-}
-"""The table in words, for people: the first row that holds, in this order."""
 
 _SCALE_FREE_LENGTHS = ("relative_distance", "fisher_ratio")
 _MARGINS = ("margin_mean", "mean_difference_margin")
@@ -60,12 +49,29 @@ class Verdict:
         return asdict(self)
 
 
-def layer_verdict(tuned: LayerNumbers, kl_harmless: Mapping[str, float] | None = None) -> Verdict:
+def rule(kl_budget: float = KL_BUDGET) -> dict[str, str]:
+    """The table in words, for people, of a run with this KL budget: the first row that holds, in this order."""
+    return {
+        "collapsed": f"effective rank at most ×{COLLAPSED_RANK_RATIO:g} of base's, or KL on harmless prompts over "
+        f"{COLLAPSED_KL_BUDGETS:g} budgets of {kl_budget:g} nats per token",
+        "worse": "balanced accuracy lower: the whole interval of the difference is below 0",
+        "contracted": f"Fisher ratio higher, but relative distance not, or rest ratio below {CONTRACTED_REST_RATIO:g}",
+        "separated": "Fisher ratio and relative distance higher: the whole intervals of both ratios are above 1; and "
+        f"accuracy not lower by more than {TOLERATED_ACCURACY_LOSS:g}",
+        "inflated": f"raw distance at least ×{INFLATED_DISTANCE_RATIO:g}, and nothing scale-free is higher",
+        "unchanged": "none of these",
+    }
+
+
+def layer_verdict(
+    tuned: LayerNumbers, kl_harmless: Mapping[str, float] | None = None, kl_budget: float = KL_BUDGET
+) -> Verdict:
     """The first row of the table that matches one layer.
 
     Args:
         tuned: the tuned model's numbers, with their change from base.
         kl_harmless: KL(base ‖ tuned) on harmless prompts in nats per token, by `prompt` and `reply`, where measured.
+        kl_budget: the run's budget for each of them.
 
     Raises:
         ValueError: for a layer without a comparison.
@@ -83,8 +89,8 @@ def layer_verdict(tuned: LayerNumbers, kl_harmless: Mapping[str, float] | None =
 
     if rank.value <= COLLAPSED_RANK_RATIO:
         return Verdict("collapsed", f"{here}: the rest of the representation lost rank (×{rank.value:.2f}).")
-    if worst > COLLAPSED_KL_BUDGETS * KL_BUDGET:
-        return Verdict("collapsed", f"{here}: harmless logits moved by {worst:.2f} nats, the budget is {KL_BUDGET}.")
+    if worst > COLLAPSED_KL_BUDGETS * kl_budget:
+        return Verdict("collapsed", f"{here}: harmless logits moved by {worst:.2f} nats, the budget is {kl_budget:g}.")
     if accuracy.high < 0:
         return Verdict(
             "worse", f"{here}: labels are read less well ({accuracy.value:+.3f} balanced accuracy; {figures})."
@@ -102,16 +108,19 @@ def layer_verdict(tuned: LayerNumbers, kl_harmless: Mapping[str, float] | None =
 
 
 def run_verdict(
-    analysis: Analysis, target_layers: Sequence[int], kl_harmless: Mapping[str, float] | None = None
+    analysis: Analysis,
+    target_layers: Sequence[int],
+    kl_harmless: Mapping[str, float] | None = None,
+    kl_budget: float = KL_BUDGET,
 ) -> Verdict:
-    """The gravest verdict over the target layers; of equals, the first layer's.
+    """The gravest verdict over the target layers; of equals, the first layer's. Arguments as for `layer_verdict`.
 
     Raises:
         ValueError: for an analysis without a tuned model.
     """
     if analysis.tuned_layers is None:
         raise ValueError("A verdict needs an analysis of base and tuned.")
-    verdicts = [layer_verdict(analysis.tuned_layers[layer], kl_harmless) for layer in target_layers]
+    verdicts = [layer_verdict(analysis.tuned_layers[layer], kl_harmless, kl_budget) for layer in target_layers]
     return min(verdicts, key=lambda verdict: VERDICTS.index(verdict.name))
 
 

@@ -22,7 +22,7 @@ from plotly.io import to_json
 from es2.analysis.comparison import Comparison
 from es2.analysis.projection import pca_view, separation_view
 from es2.analysis.results import Analysis, Change, LayerNumbers
-from es2.analysis.verdict import KL_BUDGET, RULE, run_verdict
+from es2.analysis.verdict import rule
 from es2.core.settings import option_words
 from es2.core.versions import installed_versions
 from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, stable_hash
@@ -126,7 +126,7 @@ def _sections(compared: Compared, figures: dict[str, str]) -> Iterable[str]:
             figure = report_figures.pair(view, compared.prompts, rows, margins=margins, names=compared.names)
             yield draw(figure, f"{kind}: {shown}; both models on the same axes.")
         yield _movers(compared, layer, margins)
-    if (figure := report_figures.training(compared.events, compared.config.get("kl_budget", KL_BUDGET))) is not None:
+    if (figure := report_figures.training(compared.events, compared.kl_budget)) is not None:
         yield "<h2>Training</h2>"
         kept = f"The weights of step {result['best_step']} of {result['steps']} were kept."
         yield draw(figure, f"What each step logged, and what was measured on prompts held out for that. {kept}")
@@ -137,8 +137,7 @@ def _head(compared: Compared) -> str:
     result = compared.result
     left, right = compared.names
     kl = compared.kl or {}
-    verdict = run_verdict(compared.analysis, compared.targets, compared.kl)
-    budget = compared.config.get("kl_budget", KL_BUDGET)
+    verdict, budget = compared.run_verdict, compared.kl_budget
     facts = [
         ("Model", compared.config.get("model", compared.base.model)),
         ("Prompts", compared.config.get("prompts", compared.prompts.name)),
@@ -153,7 +152,7 @@ def _head(compared: Compared) -> str:
         ),
         ("Run", f"{compared.run}, {result['status']}"),
     ]
-    rule = "".join(f"<tr><th>{name}</th><td>{_escape(when)}</td></tr>" for name, when in RULE.items())
+    rows = "".join(f"<tr><th>{name}</th><td>{_escape(when)}</td></tr>" for name, when in rule(budget).items())
     others = "".join(
         f"<li>{_escape(one.name.capitalize())}. {_escape(one.reason)}</li>"
         for one in map(compared.verdict, compared.targets)
@@ -164,7 +163,7 @@ def _head(compared: Compared) -> str:
 <p class="verdict"><b>{_escape(verdict.name.capitalize())}</b>{_escape(verdict.reason)}</p>
 {stopped}<ul>{others}</ul>
 <details><summary>The rule behind the verdict</summary><p>Per layer the first line that holds, on paired 95 % intervals
-over test prompts; a run has the gravest verdict of its target layers.</p><table class="rule">{rule}</table></details>
+over test prompts; a run has the gravest verdict of its target layers.</p><table class="rule">{rows}</table></details>
 <dl>{"".join(f"<dt>{_escape(name)}</dt><dd>{_escape(shortened(str(value), 200))}</dd>" for name, value in facts)}</dl>
 </header>"""
 

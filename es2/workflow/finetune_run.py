@@ -76,7 +76,7 @@ def _compared(
     )
     analysis, kl = prepared.analysis, result["kl_test"]
     targets = config.targets or analysis.recommended
-    verdict = run_verdict(analysis, targets, kl)
+    verdict = run_verdict(analysis, targets, kl, config.kl_budget)
     tuned_layers = analysis.tuned_layers or ()
     own = ("status", "reason", "steps", "best_step", "seconds", "seconds_per_step", "trained_parameters", "watched")
     return {name: result[name] for name in own} | {
@@ -87,7 +87,7 @@ def _compared(
         "weights": weights,
         "verdict": verdict.name,
         "verdict_reason": verdict.reason,
-        "verdicts": {str(layer.layer): layer_verdict(layer, kl).to_dict() for layer in tuned_layers},
+        "verdicts": {str(layer.layer): layer_verdict(layer, kl, config.kl_budget).to_dict() for layer in tuned_layers},
         "activations": {"base": prepared.activations.key, "tuned": prepared.tuned and prepared.tuned.key},
         "before": {str(layer.layer): _plain(layer) for layer in analysis.base_layers},
         "after": {str(layer.layer): _plain(layer) for layer in tuned_layers},

@@ -10,7 +10,7 @@ import pytest
 from es2.analysis.layers import analyze
 from es2.analysis.resampling import Interval
 from es2.analysis.results import AnalysisConfig, Change, LayerNumbers
-from es2.analysis.verdict import VERDICTS, layer_verdict, run_verdict
+from es2.analysis.verdict import VERDICTS, layer_verdict, rule, run_verdict
 from es2.store.sources import ArrayLayers
 from tests.clouds import clouds, paired_prompts
 
@@ -72,6 +72,16 @@ def test_a_broken_budget_is_a_collapse_only_beyond_four_times() -> None:
     assert layer_verdict(tuned, {"prompt": 0.05, "reply": 0.41}).name == "collapsed"
 
 
+def test_the_budget_is_the_runs_own() -> None:
+    tuned = layer(fisher_ratio=3.0, relative_distance=2.0)
+    assert layer_verdict(tuned, {"prompt": 0.05, "reply": 0.45}, 0.5).name == "separated"
+    collapsed = layer_verdict(tuned, {"prompt": 0.05, "reply": 2.01}, 0.5)
+    assert collapsed.name == "collapsed"
+    assert collapsed.reason.endswith("moved by 2.01 nats, the budget is 0.5.")
+    assert "4 budgets of 0.5 nats" in rule(0.5)["collapsed"]
+    assert "4 budgets of 0.1 nats" in rule()["collapsed"]
+
+
 def test_base_has_no_verdict() -> None:
     base = LayerNumbers(0, 1.0, 1.0, 0.5, 0.7, {}, (), None)
     with pytest.raises(ValueError, match="compared with base"):
@@ -87,6 +97,8 @@ def test_a_run_has_the_gravest_verdict_of_its_target_layers() -> None:
     analysis = analyze(prompts, ArrayLayers(base), ArrayLayers(apart), config=AnalysisConfig(n_bootstrap=200))
     assert [layer_verdict(numbers).name for numbers in analysis.tuned_layers] == ["separated", "inflated", "unchanged"]
     assert run_verdict(analysis, [0]).name == "separated"
+    assert run_verdict(analysis, [0], {"prompt": 0.45, "reply": 0.0}).name == "collapsed"
+    assert run_verdict(analysis, [0], {"prompt": 0.45, "reply": 0.0}, 0.5).name == "separated"
     assert run_verdict(analysis, [0, 1]).name == "inflated"
     assert run_verdict(analysis, [0, 2]).name == "unchanged"
     assert set(VERDICTS) >= {"separated", "inflated", "unchanged"}

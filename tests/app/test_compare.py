@@ -84,6 +84,19 @@ class TestComparison:
         assert "**Separated.**" in words(at)
         assert "This layer: **inflated**. Layer 5" in words(at)
 
+    def test_the_budget_is_the_runs_own(self, home: Path, compared: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = reading._comparison(compared.run, None, "last")
+        assert found is not None
+        result = {**found.result, "kl_harmless_test": {"prompt": 0.45, "reply": 0.2}}
+        for budget, word, kl in ((0.5, "Separated", "budget 0.5 each"), (0.1, "Collapsed", "over the budget of 0.1")):
+            changed = replace(found, result=result, config={**found.config, "kl_budget": budget})
+            monkeypatch.setattr(reading, "find_comparison", lambda choice, changed=changed: changed)
+            at = open_compare(compared.link())
+            assert f"**{word}.**" in words(at)
+            assert f"This layer: **{word.lower()}**" in words(at)
+            assert kl in captions(at)
+            assert f"4 budgets of {budget:g} nats" in words(at)
+
     def test_opens_at_a_target_layer_and_a_link_reopens_another(self, home: Path, compared: Compared) -> None:
         at = open_compare(compared.link())
         assert at.slider(key="layer").value == TARGETS[-1]

@@ -113,6 +113,15 @@ class TestPage:
         assert reproduce(compared.config) in page.text
         assert "umap-learn" in page.text
 
+    def test_judges_by_the_runs_own_budget(self, compared: Compared) -> None:
+        result = {**compared.result, "kl_harmless_test": {"prompt": 0.45, "reply": 0.2}}
+        wide = Page(report_html(replace(compared, result=result, config={**compared.config, "kl_budget": 0.5}))).text
+        assert "Separated" in wide
+        assert "prompt 0.450, reply 0.200 (budget 0.5)" in wide
+        assert "4 budgets of 0.5 nats" in wide
+        usual = Page(report_html(replace(compared, result=result))).text
+        assert "harmless logits moved by 0.45 nats, the budget is 0.1." in usual
+
     def test_has_every_number_of_the_target_layers_with_its_interval(self, compared: Compared) -> None:
         text = Page(report_html(compared)).text
         for layer in TARGETS:
