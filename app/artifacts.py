@@ -148,10 +148,10 @@ def _loaded(folder: str, inode: int) -> Analysis:
 
 
 def _views_of(
-    base: ActivationSet, prompt_set: PromptSet, position: str, tuned: ActivationSet | None = None
+    base: ActivationSet, prompt_set: PromptSet, analysis: Analysis, tuned: ActivationSet | None = None
 ) -> LayerViews | None:
     """What a job has worked out of all layers, if they are large; read once for as long as its folder is the same."""
-    folder = find_views_folder(base, prompt_set, position, tuned)
+    folder = find_views_folder(base, prompt_set, analysis.config, tuned)
     return _loaded_views(str(folder), folder.stat().st_ino) if folder is not None else None
 
 
@@ -167,7 +167,7 @@ def margins(opened: Opened, layer: int) -> Float[np.ndarray, "prompt"]:
 
 @st.cache_resource(max_entries=256, show_spinner=False)
 def _margins(key: str, analysis: str, position: str, layer: int, _opened: Opened) -> Float[np.ndarray, "prompt"]:
-    if (drawn := _views_of(_opened.activations, _opened.prompts, position)) is not None:
+    if (drawn := _views_of(_opened.activations, _opened.prompts, _opened.analysis)) is not None:
         return drawn.margins(layer)[0]
     return _opened.analysis.base_probes.margin(_opened.activations.layer(layer, position), layer)
 
@@ -182,7 +182,7 @@ def view(opened: Opened, layer: int, kind: str) -> View | None:
 
 @st.cache_resource(max_entries=256, show_spinner=False)
 def _view(key: str, analysis: str, position: str, layer: int, kind: str, _opened: Opened) -> View:
-    if (drawn := _views_of(_opened.activations, _opened.prompts, position)) is not None:
+    if (drawn := _views_of(_opened.activations, _opened.prompts, _opened.analysis)) is not None:
         return drawn.view(kind, layer)
     embeddings = _opened.activations.layer(layer, position)
     # Axes are fitted on what is always shown, so that showing other splits moves no point.
@@ -290,7 +290,7 @@ def _comparison(run: Job, against: Job | None, position: str) -> Comparison | No
 
 
 def _views_of_pair(comparison: Comparison) -> LayerViews | None:
-    return _views_of(comparison.base, comparison.prompts, comparison.position, comparison.tuned)
+    return _views_of(comparison.base, comparison.prompts, comparison.analysis, comparison.tuned)
 
 
 def pair_margins(comparison: Comparison, layer: int) -> tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]]:

@@ -6,13 +6,16 @@ copied from another machine.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from es2.analysis.layer_views import VIEWS_FORMAT
 from es2.analysis.projection import PROJECTION_FORMAT, UmapCoordinates
 from es2.analysis.results import ANALYSIS_FORMAT, Analysis, AnalysisConfig
-from es2.core.files import content_key
+from es2.core.errors import InputError
+from es2.core.files import content_key, read_json
 from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import ActivationSet
 from es2.store.store import Store
@@ -76,7 +79,7 @@ def find_activations(
 def find_analysis(
     activations: ActivationSet, prompts: PromptSet, position: str, tuned: ActivationSet | None = None
 ) -> Analysis | None:
-    """The analysis of an activation set, or of base and tuned, with the shipped settings, if it was made."""
+    """The newest analysis of an activation set, or of base and tuned, whatever its settings; None if there is none."""
     folder = find_analysis_folder(activations, prompts, position, tuned)
     return Analysis.load(folder) if folder else None
 
@@ -84,17 +87,35 @@ def find_analysis(
 def find_analysis_folder(
     activations: ActivationSet, prompts: PromptSet, position: str, tuned: ActivationSet | None = None
 ) -> Path | None:
-    """Where `find_analysis` reads."""
-    key = analysis_key(activations, prompts, AnalysisConfig(position=position), tuned=tuned)
-    return (tuned or activations).derived(key)
+    """Where `find_analysis` reads: a folder under the key of these embeddings and prompts and of its own settings."""
+    holder = tuned or activations
+    stats = {}
+    for file in (holder.path / "derived").glob("*/analysis.json"):
+        with suppress(OSError):  # removed a moment ago
+            stats[file] = file.stat()
+    for file in sorted(stats, key=lambda file: -stats[file].st_mtime_ns):
+        config = _config_in(file, stats[file].st_ino, stats[file].st_mtime_ns)
+        if config is not None and config.position == position:
+            key = analysis_key(activations, prompts, config, tuned=tuned)
+            if key == file.parent.name and (folder := holder.derived(key)) is not None:
+                return folder
+    return None
+
+
+@lru_cache(maxsize=256)
+def _config_in(file: Path, inode: int, mtime_ns: int) -> AnalysisConfig | None:
+    """The settings that an `analysis.json` states; None where it states none that could be."""
+    try:
+        return AnalysisConfig.from_dict((read_json(file) or {})["config"], str(file))
+    except (InputError, LookupError, TypeError):
+        return None
 
 
 def find_views_folder(
-    activations: ActivationSet, prompts: PromptSet, position: str, tuned: ActivationSet | None = None
+    activations: ActivationSet, prompts: PromptSet, config: AnalysisConfig, tuned: ActivationSet | None = None
 ) -> Path | None:
-    """Where the views of all layers lie that belong to `find_analysis`, if they were worked out beforehand."""
-    key = views_key(activations, prompts, AnalysisConfig(position=position), tuned)
-    return (tuned or activations).derived(key)
+    """Where the views of all layers lie that belong to an analysis, if they were worked out beforehand."""
+    return (tuned or activations).derived(views_key(activations, prompts, config, tuned))
 
 
 def find_umap(

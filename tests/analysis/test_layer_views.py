@@ -140,11 +140,13 @@ def test_they_are_made_of_large_layers_with_the_analysis_or_after_it(
     store = Store(tmp_path / "store")
     prepared = prepare(model, prompts, store=store)
     measured = prompts.measured()
-    assert find_views_folder(prepared.activations, measured, "last") is None, "these are no large layers"
+    assert find_views_folder(prepared.activations, measured, prepared.analysis.config) is None, (
+        "these are no large layers"
+    )
     monkeypatch.setattr("es2.analysis.layer_views.LANCZOS_FROM", 4)
     told: list[str] = []
     prepare(model, prompts, store=store, report=lambda stage, done, total, **_: told.append(stage))
-    folder = find_views_folder(prepared.activations, measured, "last")
+    folder = find_views_folder(prepared.activations, measured, prepared.analysis.config)
     assert folder is not None
     assert LayerViews.load(folder).points["pca"].shape[1:] == (1, len(measured), 2)
     assert "draw" in told

@@ -15,10 +15,13 @@ import pytest
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
+from app import artifacts as reading
+from es2.analysis.layers import analyze
 from es2.analysis.projection import UmapCoordinates
+from es2.analysis.results import AnalysisConfig
 from es2.jobs import queue as jobs
 from es2.jobs.job import Job
-from es2.workflow.derived import umap_key
+from es2.workflow.derived import analysis_key, umap_key
 from tests.builders_artifacts import BEST_LAYER, DISTANCES, MODEL, Artifacts, write_artifacts
 from tests.figures import charts_of
 
@@ -160,6 +163,19 @@ class TestBaseView:
         at.session_state["choice_selection"] = (artifacts.prompts.texts_digest, (0,))
         at.run()
         assert [element.value for element in at.text] == list(artifacts.prompts.texts[:2])
+
+    def test_an_analysis_with_other_settings_is_shown(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = write_artifacts(tmp_path, 40, analysed=False)
+        config = AnalysisConfig(n_bootstrap=200, confidence=0.8)
+        analysis = analyze(made.prompts, made.activations, config=config)
+        with made.activations.write_derived(analysis_key(made.activations, made.prompts, config)) as folder:
+            analysis.save(folder)
+        monkeypatch.setenv("ES2_HOME", str(tmp_path))
+        opened = reading.find(MODEL, made.prompts, "last")
+        assert opened is not None
+        assert opened.analysis.config == config
+        assert reading.find(MODEL, made.prompts, "last_instruction") is None
+        assert "projection" in figures(open_app(made.link(layer="2")))
 
     def test_umap_from_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made = write_artifacts(tmp_path, 40)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from streamlit.testing.v1 import AppTest
 
 from app import artifacts as reading
 from app import state
+from es2.analysis.layers import analyze
 from es2.analysis.projection import UmapCoordinates
-from es2.workflow.derived import umap_key
+from es2.analysis.results import AnalysisConfig
+from es2.workflow.derived import analysis_key, umap_key
 from tests.app.test_app import MAIN, captions, has_button
 from tests.builders_artifacts import (
     DISTANCES,
@@ -96,6 +99,19 @@ class TestComparison:
             assert f"This layer: **{word.lower()}**" in words(at)
             assert kl in captions(at)
             assert f"4 budgets of {budget:g} nats" in words(at)
+
+    def test_an_analysis_with_other_settings_is_shown(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = write_comparison(tmp_path, 40)
+        base, prompts = made.artifacts.activations, made.artifacts.prompts
+        shutil.rmtree(made.tuned.path / "derived")
+        config = AnalysisConfig(n_bootstrap=200)
+        with made.tuned.write_derived(analysis_key(base, prompts, config, tuned=made.tuned)) as folder:
+            analyze(prompts, base, made.tuned, config=config).save(folder)
+        monkeypatch.setenv("ES2_HOME", str(tmp_path))
+        found = reading.find_comparison(state.Choice(run=made.run.id))
+        assert found is not None
+        assert found.analysis.config == config
+        assert len(pair(open_compare(made.link(layer="2")))) == 2
 
     def test_opens_at_a_target_layer_and_a_link_reopens_another(self, home: Path, compared: Compared) -> None:
         at = open_compare(compared.link())

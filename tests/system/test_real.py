@@ -39,4 +39,6 @@ def test_the_default_model_tells_built_in_prompts_apart_in_its_middle_layers(tmp
     found = find_activations(DEFAULT_MODEL, prompts, "last", store)
     assert found is not None
     assert found.key == prepared.activations.key
-    assert find_analysis(found, prompts, "last") is None, "these settings were not the shipped ones"
+    analysis = find_analysis(found, prompts, "last")
+    assert analysis is not None
+    assert analysis.config.n_bootstrap == 200, "these settings were not the shipped ones"
