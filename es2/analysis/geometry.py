@@ -198,7 +198,7 @@ def _without_added_bias(replicates: Replicates) -> Replicates:
 
 
 def cloud_numbers(embeddings: Float[np.ndarray, "prompt d_model"], frame: Frame, drawn: Drawn) -> dict[str, Replicates]:
-    """Distances and spreads of one layer's two clouds, by DESIGN's names, under every resample.
+    """Distances and spreads of one layer's two clouds, by name (`docs/numbers.md`), under every resample.
 
     Args:
         embeddings: of the test prompts.
@@ -213,7 +213,7 @@ def cloud_numbers(embeddings: Float[np.ndarray, "prompt d_model"], frame: Frame,
         Against double precision throughout (default model, built-in prompts, all layers) bounds of intervals differ by
         at most 6·10⁻⁶ of the number, and the two numbers whose bias is read off the resamples by 2·10⁻⁷.
 
-        Bias: ‖μ₁ − μ₀‖² of two independent samples exceeds the true value by tr Σ₁/n₁ + tr Σ₀/n₀ (DESIGN's formula).
+        Bias: ‖μ₁ − μ₀‖² of two independent samples exceeds the true value by tr Σ₁/n₁ + tr Σ₀/n₀.
         Twins share a topic, so their means move together and the excess is smaller, by 2 tr Σ₁₀/n. What resampling
         whole pairs adds to the squared distance estimates it in both cases; `relative_distance` and `fisher_ratio`
         subtract it and floor at 0. In every resample it is subtracted twice, once for the sample and once for the

@@ -47,7 +47,7 @@ NUMBERS = (
     "self_accuracy",
     "self_auroc",
 )
-"""Every number of a layer, in DESIGN's order; `mean_norm` and `rest_deviation` are what its two ratios divide."""
+"""Every number of a layer (`docs/numbers.md`); `mean_norm` and `rest_deviation` are what its two ratios divide."""
 
 LENGTHS = (
     "centroid_distance",
@@ -145,7 +145,7 @@ class LayerNumbers:
         scale: the length of one scale-free unit, in the model's own units.
         log_loss: of the base's probe, cross-validated inside `probe`, class-balanced, in nats; None for tuned.
         cv_accuracy: balanced accuracy of the same held-out prompts; None for tuned.
-        numbers: by DESIGN's names (`NUMBERS`), on the test prompts. What compares tuned with base (`norm_ratio`,
+        numbers: by name (`NUMBERS`), on the test prompts. What compares tuned with base (`norm_ratio`,
             `rest_ratio`, `direction_cosine`) is 1 for base itself; `self_…` only with a test set of other origin.
         by_cost: the curve of the main numbers over C.
         change: base → tuned of every number that both have; None for base.

@@ -19,7 +19,7 @@ class Term:
     """One number.
 
     Attributes:
-        name: DESIGN's name, the key in `LayerNumbers.numbers`.
+        name: the key in `LayerNumbers.numbers`.
         title: what the page calls it.
         definition: one or two sentences for a tooltip.
         digits: decimals that its intervals are worth.
