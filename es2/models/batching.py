@@ -31,6 +31,11 @@ def usual_tokens(device: str) -> int:
     return 640 if device == "cpu" else 16_384  # more is slower on a CPU: the batch outgrows the caches
 
 
+def usual_reply_tokens(device: str) -> int:
+    """As `usual_tokens`, where prompts are replied to: tokens of prompts and replies together."""
+    return 9_600 if device == "cpu" else 16_384  # on a CPU a hundred short exchanges, about 0.5 GB of keys
+
+
 def batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Indices of prompts in batches of like length, the longest first, so that too little memory shows at once.
 

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from es2.core.errors import InputError
 from es2.core.files import expanded
-from es2.models.number_formats import DTYPES, RUNTIME_BYTES, WORKING_SHARE
+from es2.models.costs import BATCH_BYTES, WORKING_SHARE, runtime_bytes
+from es2.models.number_formats import DTYPES
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -50,7 +51,7 @@ class CatalogueEntry:
 
     def memory_gb(self, dtype: str = "float32") -> float:
         """Memory in GB (10⁹ bytes) that loading it and capturing with it takes, about."""
-        return (self.parameters * DTYPES[dtype] * WORKING_SHARE + RUNTIME_BYTES) / 1e9
+        return (self.parameters * DTYPES[dtype] * WORKING_SHARE + runtime_bytes("cpu") + BATCH_BYTES) / 1e9
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -17,12 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from es2.core.errors import InputError
+from es2.models.costs import LOGITS_AT_ONCE
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-
-_LOGITS_AT_ONCE = 2**23  # 32 MB in float32: 170 tokens of a vocabulary of 49,152
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def token_kl(
 
 
 def _chunks(head: Head, *tensors: Tensor) -> Any:
-    size = max(1, _LOGITS_AT_ONCE // len(head.weight))
+    size = max(1, LOGITS_AT_ONCE // len(head.weight))
     parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
     return (part[0] for part in parts) if len(tensors) == 1 else parts
 

@@ -17,6 +17,7 @@ import psutil
 
 from es2.core.errors import Es2Error, InputError, MachineError
 from es2.core.files import machine_error, user_cache
+from es2.models.costs import LEFT_FREE
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 AUTO = "auto"
 """The device to ask for when a model shall be laid over all GPUs, or over memory and disk."""
 
-_LEFT_FREE = 0.1  # of every device, for what passes through it
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ def spread(needed: float, name: str) -> dict[str, Any]:
 
     n_gpus = torch.cuda.device_count()
     if n_gpus:
-        of_gpus = {index: int(free_bytes(f"cuda:{index}") * (1 - _LEFT_FREE)) for index in range(n_gpus)}
+        of_gpus = {index: int(free_bytes(f"cuda:{index}") * (1 - LEFT_FREE)) for index in range(n_gpus)}
         if sum(of_gpus.values()) < needed:
             raise MachineError(
                 f"The model {name!r} needs {needed / 1e9:.1f} GB, and its {n_gpus} GPU(s) have "
@@ -90,7 +90,7 @@ def spread(needed: float, name: str) -> dict[str, Any]:
         folder = TemporaryDirectory(dir=offload)
     except OSError as error:
         raise machine_error(error, offload) from error
-    free = int(free_bytes("cpu") * (1 - _LEFT_FREE))
+    free = int(free_bytes("cpu") * (1 - LEFT_FREE))
     return {"device_map": AUTO, "max_memory": {"cpu": free}, "offload_folder": folder}
 
 

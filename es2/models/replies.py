@@ -22,6 +22,7 @@ from es2.models.batching import (
     keys_and_values,
     reply_batches,
     until_end,
+    usual_reply_tokens,
     usual_tokens,
 )
 from es2.models.device import is_out_of_memory
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 Tokens = Sequence[int]
 Around = Callable[[list[int]], AbstractContextManager[Any]]
 """Given the rows of a batch, what to have open while it replies; what it yields is handed on with the batch."""
-
-_TOKENS_AT_ONCE = {"cpu": 9_600}  # prompts and replies together: a hundred short exchanges, about 0.5 GB of keys
-_TOKENS_AT_ONCE_ACCELERATED = 16_384
 
 
 # -------------------------------------------------------------------------------------------------------------- replies
@@ -99,7 +97,7 @@ def greedy_replies(
     longest = max(map(len, prompts), default=0) + n_tokens
     pads = verified and (window is None or longest <= window)
     n_shared = len(head) if verified else 0
-    budget = tokens_at_once or _TOKENS_AT_ONCE.get(model.device.type, _TOKENS_AT_ONCE_ACCELERATED)
+    budget = tokens_at_once or usual_reply_tokens(model.device.type)
     waiting = [
         [row for row in batch if row not in done]
         for batch in reply_batches([len(prompt) + n_tokens for prompt in prompts], budget, pads)

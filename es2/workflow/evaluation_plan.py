@@ -14,16 +14,10 @@ from dataclasses import dataclass
 from es2.analysis.results import AnalysisConfig
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.steering import pushes
+from es2.models import costs
+from es2.models.batching import usual_reply_tokens
 from es2.models.machine import Machine
 from es2.models.shape import Shape
-
-_CHARACTERS_PER_TOKEN = 4
-_TEMPLATE_TAIL = 8  # tokens after the user's text; the head is run once for all
-_EFFICIENCY = 0.6  # of the rate of matrix products: 180 to 250 tokens/s with 135 M weights on two cores
-_WEIGHT_BYTES_PER_SECOND = 1e10  # every step of a batch reads all weights
-_TOKENS_AT_ONCE = 9_600
-_START_SECONDS, _LOAD_SECONDS, _LOAD_BYTES_PER_SECOND = 8.0, 3.0, 1e9
-_ANALYSIS_PRODUCTS = 24
 
 
 @dataclass(frozen=True)
@@ -68,17 +62,18 @@ def evaluation_seconds(
     counted = tokens_per_second
     if counted is None:
         assert machine is not None
-        counted = machine.flops * _EFFICIENCY / (2 * shape.parameters)
+        counted = machine.flops * costs.REPLY_EFFICIENCY / (2 * shape.parameters)
+    device = machine.device if machine else "cpu"
     n_models = 1 if config.run is None else 2
     weight_bytes = 4 * shape.parameters
-    prompt = sample.characters / _CHARACTERS_PER_TOKEN + _TEMPLATE_TAIL
+    prompt = sample.characters / costs.CHARACTERS_PER_TOKEN + costs.TEMPLATE_TAIL
     exchange = prompt + config.new_tokens
 
     def saying(replies: int) -> float:
         if not replies:
             return 0.0
-        reading = 0.0 if tokens_per_second else weight_bytes / _WEIGHT_BYTES_PER_SECOND
-        batches = math.ceil(replies * exchange / _TOKENS_AT_ONCE)
+        reading = 0.0 if tokens_per_second else weight_bytes / costs.weight_bytes_per_second(device)
+        batches = math.ceil(replies * exchange / usual_reply_tokens(device))
         return n_models * (replies * exchange / counted + batches * config.new_tokens * reading)
 
     found: dict[str, float] = {}
@@ -93,8 +88,9 @@ def evaluation_seconds(
     if "perturbation" in config.suites:
         sweep = len(pushes(config.directions, config.budgets, config.p0s))
         capture = n_models * sample.measured * prompt / counted
-        products = _ANALYSIS_PRODUCTS * shape.n_layers * AnalysisConfig().n_bootstrap * sample.measured * shape.d_model
+        products = (
+            costs.ANALYSIS_PRODUCTS * shape.n_layers * AnalysisConfig().n_bootstrap * sample.measured * shape.d_model
+        )
         found["attacks"] = saying(sample.pushed * sweep) + capture + products / (2 * shape.parameters * counted)
         loads += n_models * (2 if sample.measured else 1)
-    loading = _START_SECONDS + loads * (_LOAD_SECONDS + weight_bytes / _LOAD_BYTES_PER_SECOND)
-    return {"loading": loading} | found
+    return {"loading": costs.start_seconds(loads, weight_bytes)} | found

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from es2.models import costs
 from es2.models.batching import REPLIES_AT_ONCE, usual_tokens
 from es2.models.number_formats import DTYPES
 
@@ -26,13 +27,6 @@ if TYPE_CHECKING:
 ALONE, TOGETHER, SHARDED = "", "--multi_gpu", "--use_fsdp --fsdp_version 2"
 """How processes are launched: one; several, each with the whole model; several, each with a share of the blocks."""
 
-TEMPLATE_HEAD = 24  # tokens; run once for all prompts of a step
-_RUNTIME_BYTES = {"cpu": 6.5e8}  # interpreter, torch, TransformerLens
-_RUNTIME_BYTES_ACCELERATED = 1e9  # of the device: context and libraries; not measured
-_KEPT_PER_TOKEN = (17, 7)  # numbers that autograd needs of a block on the way back, in units of d_model and of d_ff
-_PASSING_PER_TOKEN = (6, 3)  # the same of a block that runs without autograd
-_LOGIT_BYTES = 5 * 2**25  # a chunk of logits, and what is made of it (`es2.models.kl`)
-_FOUR_BIT_BYTES = 0.56  # of one weight, with its share of the scales
 _MOST_GPUS = 64
 
 
@@ -71,12 +65,12 @@ def needs(
     """
     on_cpu = machine.device == "cpu"
     width = DTYPES[number_format(config, machine)]
-    runtime = _RUNTIME_BYTES.get(machine.device, _RUNTIME_BYTES_ACCELERATED)
+    runtime = costs.runtime_bytes(machine.device)
     of_blocks = shape.n_layers * shape.block_parameters
     rest = (shape.parameters - of_blocks) * width
     whole = rest + of_blocks * width
     share = machine.n_devices if launch else 1
-    held_weights = rest + of_blocks * (_FOUR_BIT_BYTES if config.quantize else width)
+    held_weights = rest + of_blocks * (costs.FOUR_BIT_BYTES if config.quantize else width)
     if launch == SHARDED:
         held_weights = rest + (of_blocks / machine.n_devices + 2 * shape.block_parameters) * width
 
@@ -88,13 +82,13 @@ def needs(
     n_kl = min(config.kl_prompts, config.pairs_per_step)
     parts = share * config.accumulate
     shallow = (2 * config.pairs_per_step - n_kl) * mean / parts
-    deep = math.ceil(n_kl / parts) * (mean + config.reply_tokens) + TEMPLATE_HEAD
+    deep = math.ceil(n_kl / parts) * (mean + config.reply_tokens) + costs.TEMPLATE_HEAD
     n_trained, n_deep = len(config.blocks), shape.n_layers - config.blocks[0]
     if config.gradient_checkpointing:  # blocks keep their input alone, and the one that is recomputed everything
-        kept = numbers(shallow + deep, _KEPT_PER_TOKEN)
+        kept = numbers(shallow + deep, costs.KEPT_PER_TOKEN)
         kept += (shallow * n_trained + deep * n_deep) * shape.d_model * width
     else:
-        kept = numbers(shallow, _KEPT_PER_TOKEN) * n_trained + numbers(deep, _KEPT_PER_TOKEN) * n_deep
+        kept = numbers(shallow, costs.KEPT_PER_TOKEN) * n_trained + numbers(deep, costs.KEPT_PER_TOKEN) * n_deep
 
     # Trained weights are float32 whatever the rest is in; an adapter's come on top, a block's replace what was there.
     trained = trained_parameters(config, shape)
@@ -106,11 +100,11 @@ def needs(
     at_once = usual_tokens(machine.device)
     n_replying = min(n_replies, REPLIES_AT_ONCE * at_once / mean)
     cached = n_replying * (mean + config.reply_tokens) * 2 * shape.d_kv * shape.n_layers * width
-    passing = numbers(min(at_once, n_measured * mean), _PASSING_PER_TOKEN)
+    passing = numbers(min(at_once, n_measured * mean), costs.PASSING_PER_TOKEN)
     return {
         "capture": runtime + whole + passing,
-        "replies": runtime + held_weights + cached + states + _LOGIT_BYTES,
-        "steps": runtime + held_weights + added + optimizer + kept + states + _LOGIT_BYTES,
+        "replies": runtime + held_weights + cached + states + costs.LOGIT_BYTES,
+        "steps": runtime + held_weights + added + optimizer + kept + states + costs.LOGIT_BYTES,
     }
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from es2.analysis.results import AnalysisConfig
 from es2.core.errors import InputError
 from es2.core.files import home
+from es2.models import costs
 from es2.models.batching import REPLIES_AT_ONCE, usual_tokens
 from es2.models.catalogue import resolve
 from es2.models.machine import ASSUMED_CPU_FLOPS, Machine, this_machine
@@ -34,7 +35,6 @@ from es2.workflow.derived import find_activations
 from es2.workflow.memory import (
     ALONE,
     SHARDED,
-    TEMPLATE_HEAD,
     TOGETHER,
     Way,
     disk_bytes,
@@ -46,19 +46,6 @@ from es2.workflow.memory import (
 
 STAGES = ("start", "base capture", "replies", "steps", "watching", "tuned capture", "analysis")
 """The parts of a fine-tune whose time is estimated, in the order in which they begin."""
-
-_CHARACTERS_PER_TOKEN = 4
-_TEMPLATE_TAIL = 8  # tokens after the user's text, of every prompt
-
-# Chosen by one cold default run of SmolLM2-135M on two idle cores (`es2 finetune`): 312 s in all, of which captures 38
-# and 49 s, base 49 s, steps and looks 154 s, analyses about 7 s; cores that each multiply at 93 · 10⁹ when alone.
-_EFFICIENCY = 0.37
-_CAPTURE_EFFICIENCY = 0.62  # large batches of like length, nothing kept for a way back
-_WEIGHT_BYTES_PER_SECOND = {"cpu": 1e10}  # every decoded token reads all weights, however few prompts reply together
-_WEIGHT_BYTES_PER_SECOND_ACCELERATED = 1e12  # what cards of 24 GB state; not measured
-_START_SECONDS = 6.0  # of one process or bridge: imports and set-up
-_LOAD_BYTES_PER_SECOND = 1e9
-_ANALYSIS_PRODUCTS = 40  # products per prompt, dimension and resample, over all numbers of both models
 
 
 # -------------------------------------------------------------------------------------------------------- the estimate
@@ -148,7 +135,7 @@ def plan(
     machine = machine or replace(this_machine(config.device), n_devices=1)
     weight_bytes = shape.parameters * DTYPES[number_format(config, machine)]
     lengths = token_counts(folder, prompts) if lengths is None else lengths
-    own = [length + _TEMPLATE_TAIL for length in lengths]
+    own = [length + costs.TEMPLATE_TAIL for length in lengths]
     products, idle = _work(config, prompts, shape, own, weight_bytes, machine)
 
     def captured(tokens: int) -> float:
@@ -161,15 +148,15 @@ def plan(
     products |= {
         "base capture": 0.0 if known else captured(tokens),
         "tuned capture": captured(tokens),
-        "analysis": float(_ANALYSIS_PRODUCTS * shape.n_layers * resamples * int(measured.sum()) * shape.d_model),
+        "analysis": float(costs.ANALYSIS_PRODUCTS * shape.n_layers * resamples * int(measured.sum()) * shape.d_model),
     }
-    idle["start"] = (2 if known else 3) * (_START_SECONDS + weight_bytes / _LOAD_BYTES_PER_SECOND)
-    rate = machine.flops * _EFFICIENCY
+    idle["start"] = costs.start_seconds(2 if known else 3, weight_bytes)
+    rate = machine.flops * costs.FINETUNE_EFFICIENCY
     together = {"replies": machine.n_devices, "steps": machine.n_devices, "watching": machine.n_devices}
     rates = {stage: rate * together.get(stage, 1) for stage in STAGES}
-    rates |= dict.fromkeys(("base capture", "tuned capture"), machine.flops * _CAPTURE_EFFICIENCY)
+    rates |= dict.fromkeys(("base capture", "tuned capture"), machine.flops * costs.CAPTURE_EFFICIENCY)
     if machine.device != "cpu":
-        rates["analysis"] = ASSUMED_CPU_FLOPS * _EFFICIENCY
+        rates["analysis"] = ASSUMED_CPU_FLOPS * costs.FINETUNE_EFFICIENCY
     n_measured = int(measured.sum())
     launch = ALONE if machine.n_devices == 1 else TOGETHER
     of_parts = needs(config, shape, own, n_measured, machine, launch)
@@ -219,14 +206,14 @@ def _advise(
     if of_parts["capture"] <= free:
         several = f"accelerate launch --multi_gpu --num_processes {machine.n_devices} -m " * (machine.n_devices > 1)
         commands.append(f"{several}es2 capture {model}")
-    elif machine.device == "cuda" and of_parts["capture"] <= 0.9 * free * machine.n_devices:
+    elif machine.device == "cuda" and of_parts["capture"] <= (1 - costs.LEFT_FREE) * free * machine.n_devices:
         commands.append(f"es2 capture {model}")
         advice.append(f"The model is larger than {of_device}; capture, in one process, lays it over all of them.")
     elif machine.device == "cpu":
         commands.append(f"es2 capture {model} --device auto")
         advice.append(f"The model is larger than {of_device}; with --device auto the rest is read from disk, slowly.")
     else:
-        n = math.ceil(of_parts["capture"] / (0.9 * free))
+        n = math.ceil(of_parts["capture"] / ((1 - costs.LEFT_FREE) * free))
         advice.append(f"Capture needs {of_parts['capture'] / 1e9:.0f} GB: {n} such GPUs, or a smaller model.")
 
     way = find_way(config, shape, own, n_measured, machine)
@@ -272,7 +259,7 @@ def token_counts(folder: Path | None, prompts: PromptSet) -> list[int]:
     """Tokens of every prompt's own text: counted where the folder has a `tokenizer.json`, else characters / 4."""
     file = folder / "tokenizer.json" if folder is not None else None
     if file is None or not file.is_file():
-        return [math.ceil(len(text) / _CHARACTERS_PER_TOKEN) for text in prompts.texts]
+        return [math.ceil(len(text) / costs.CHARACTERS_PER_TOKEN) for text in prompts.texts]
     from tokenizers import Tokenizer
 
     try:
@@ -318,19 +305,19 @@ def _work(
     replies += blocks(tokens_of(known - replied), n_shallow)
     at_once = REPLIES_AT_ONCE * usual_tokens(machine.device)
     n_batches = math.ceil(tokens_of(replied) / at_once)
-    reading = _WEIGHT_BYTES_PER_SECOND.get(machine.device, _WEIGHT_BYTES_PER_SECOND_ACCELERATED)
+    reading = costs.weight_bytes_per_second(machine.device)
 
     # A step: everyone's embeddings, the KL of some, and back to the first trained block. Weights that are trained
     # themselves cost a second product of the backward pass; LoRA's are too small to count.
     full = int(config.method == "full")
     again = int(config.gradient_checkpointing)
     steps = 0.0
-    template = TEMPLATE_HEAD if config.gradient_checkpointing else 0  # not shared then
+    template = costs.TEMPLATE_HEAD if config.gradient_checkpointing else 0  # not shared then
     for batch in drawn.batches:
         with_kl, without = batch.harmless[: batch.n_kl], (*batch.harmful, *batch.harmless[batch.n_kl :])
         shallow, deep = tokens_of(without, template), tokens_of(with_kl, template + n_decoded)
         if not template:
-            deep += TEMPLATE_HEAD * config.accumulate
+            deep += costs.TEMPLATE_HEAD * config.accumulate
         steps += blocks(shallow, n_shallow + (1 + full + again) * n_trained)
         steps += blocks(deep, n_deep + (1 + again) * n_above_first + full * n_trained) + head(deep, 3)
         if config.accumulate > 1:  # the embeddings are needed before the parts can be run

@@ -27,6 +27,7 @@ from es2.models.catalogue import resolve
 from es2.models.chat_template import render
 from es2.models.folders import model_folder
 from es2.models.loading import load_bridge, load_tokenizer
+from es2.prompts.rows import MAX_PROMPT_CHARACTERS
 from es2.store.sources import POSITIONS
 from es2.workflow.runs import tuned_weights
 
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 KIND = "read"
 IDLE_SECONDS = 300.0
 """So long after the last request the model is let go of."""
-MAX_CHARACTERS = 20_000
 
 _POLL_SECONDS = 0.05
 _QUESTIONS, _ANSWERS = "questions", "answers"
@@ -84,8 +84,10 @@ def ask(reader: Job, text: str) -> str:
     text = text.strip()
     if not text:
         raise InputError("The prompt is empty; type a request.")
-    if len(text) > MAX_CHARACTERS:
-        raise InputError(f"The prompt has {len(text):,} characters, at most {MAX_CHARACTERS:,} are read; shorten it.")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise InputError(
+            f"The prompt has {len(text):,} characters, at most {MAX_PROMPT_CHARACTERS:,} are read; shorten it."
+        )
     id = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
     try:
         (reader.path / _QUESTIONS).mkdir(exist_ok=True)

@@ -258,7 +258,7 @@ class TestKL:
     def test_chunks_change_neither_values_nor_gradients(
         self, softcap: float | None, at_once: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(kl_module, "_LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(kl_module, "LOGITS_AT_ONCE", at_once)
         head = self.head(softcap=softcap)
         tuned, base = clouds(n=7)
         base = base[:7]
