@@ -112,6 +112,8 @@ class Settings(BaseModel):
         Raises:
             InputError: for an entry that is missing, of another kind, or a value that cannot be.
         """
+        if not isinstance(document, Mapping):
+            raise InputError(f"{what} is damaged: its settings are no table; mend it, or start anew.")
         named = {cls.former_names.get(name, name): value for name, value in document.items()}
         for name, field in cls.model_fields.items():
             if name not in named:

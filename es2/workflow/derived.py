@@ -106,7 +106,7 @@ def find_analysis_folder(
 def _config_in(file: Path, inode: int, mtime_ns: int) -> AnalysisConfig | None:
     """The settings that an `analysis.json` states; None where it states none that could be."""
     try:
-        return AnalysisConfig.from_dict((read_json(file) or {})["config"], str(file))
+        return AnalysisConfig.read((read_json(file) or {})["config"], str(file))
     except (InputError, LookupError, TypeError):
         return None
 
