@@ -31,7 +31,9 @@ def made(compared: Compared, monkeypatch: pytest.MonkeyPatch) -> Any:
         prepared = Prepared(compared.artifacts.activations, compared.tuned, compared.analysis)
         monkeypatch.setattr(module, "finetune", lambda *_, **__: SimpleNamespace(to_dict=lambda: ended))
         monkeypatch.setattr(module, "prepare", lambda *_, **__: prepared)
-        return module.finetune_run(FinetuneConfig(TARGETS, **settings), compared.artifacts.prompts, compared.run.path)
+        return module.finetune_run(
+            FinetuneConfig(layers=TARGETS, **settings), compared.artifacts.prompts, compared.run.path
+        )
 
     return run
 

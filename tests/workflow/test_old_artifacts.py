@@ -88,7 +88,7 @@ class TestDerived:
         analysis = find_analysis(base, prompts, "last", tuned or None)
         assert analysis is not None
         check(analysis.to_dict()["layers"], EXPECTED["analyses"]["run" if run else "base"]["layers"])
-        assert find_views_folder(base, prompts, "last", tuned or None)
+        assert find_views_folder(base, prompts, analysis.config, tuned or None)
         umap = find_umap(base, prompts, "last", tuned or None)
         assert umap is not None
         view = umap.view(2)
