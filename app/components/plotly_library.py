@@ -40,16 +40,15 @@ def begin() -> None:
         _early(key="plotly", data={"library": ADDRESS})
 
 
-def component(name: str, file: Path, html: str, *parts: Path, **settings: Any) -> ComponentRenderer:
+def component(name: str, file: Path, html: str, **settings: Any) -> ComponentRenderer:
     """A component whose script may call `library(address)`, which resolves to plotly.
 
     Args:
         name: of the component.
         file: its script and its style stand beside this one, as `.js` and `.css`.
         html: what it begins as.
-        parts: more scripts, which stand before its own.
         settings: more for Streamlit.
     """
     css = file.with_suffix(".css").read_text(encoding="utf-8")
-    own = "".join(part.read_text(encoding="utf-8") for part in (*parts, file.with_suffix(".js")))
-    return st.components.v2.component(name, html=html, css=css, js=_LOADER + own, **settings)
+    js = _LOADER + file.with_suffix(".js").read_text(encoding="utf-8")
+    return st.components.v2.component(name, html=html, css=css, js=js, **settings)

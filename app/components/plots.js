@@ -2,7 +2,7 @@
 // the same parent element, which therefore keeps what has to last: plots, moment, last selection.
 
 const PLAY_MILLISECONDS = 1800;
-const SKETCH_MILLISECONDS = 50; // for the browser to paint it, before plotly keeps it busy
+const PAINT_MILLISECONDS = 50; // for the browser to paint the points, before plotly keeps it busy
 const CROWD = 2000; // points of a figure from which WebGL draws them: to plotly's SVG each is an element of its own
 const LAYER_PICKED = "es2-layer-picked";
 const PLAIN = { displayModeBar: false, scrollZoom: false, responsive: false, doubleClick: false };
@@ -20,7 +20,7 @@ export default async function ({ data: [data], parentElement, setTriggerValue })
   state.report = setTriggerValue;
   state.data = data;
   // Prompts first: they are what a person looks at, and each figure takes a tenth of a second.
-  if (data.name) await sketch(state);
+  if (data.name) await showPoints(state);
   else await new Promise((resolve) => setTimeout(resolve));
   const Plotly = await library(data.library);
   state.goTo ??= listenForLayers(Plotly, state);
@@ -86,16 +86,36 @@ function makeRoom(state) {
   }
 }
 
-// What there is to see until plotly has come.
-async function sketch(state) {
+// Running plotly takes a second or two, in which the points are to be seen already.
+async function showPoints(state) {
   if (window.Plotly) return;
   makeRoom(state);
-  const theme = themeOf(state);
   for (const [index, { data, layout }] of state.data.figures.entries()) {
-    const div = state.divs[index];
-    div.replaceChildren(sketchOf(JSON.parse(data), JSON.parse(layout), div.clientWidth, theme));
+    state.divs[index].replaceChildren(pointsOf(JSON.parse(data), JSON.parse(layout)));
   }
-  await new Promise((resolve) => setTimeout(resolve, SKETCH_MILLISECONDS));
+  await new Promise((resolve) => setTimeout(resolve, PAINT_MILLISECONDS));
+}
+
+function pointsOf(traces, { margin, height, xaxis, yaxis }) {
+  const [[left, right], [low, high]] = [xaxis.range, yaxis.range];
+  const svg = node("svg", {
+    class: "plots-points",
+    viewBox: [left, -high, right - left, high - low].join(" "),
+    preserveAspectRatio: yaxis.scaleanchor ? "xMidYMid" : "none", // as plotly takes equal units
+    style: `left: ${margin.l}px; top: ${margin.t}px; width: calc(100% - ${margin.l + margin.r}px); height: ${height - margin.t - margin.b}px`,
+  });
+  for (const { x, y, marker } of traces) {
+    if (!marker) continue;
+    const d = x.map((value, point) => `M${value},${-y[point]}h0`).join(""); // dots: lines without length, with round ends
+    svg.append(node("path", { d, stroke: marker.color, "stroke-width": marker.size, opacity: marker.opacity ?? 1 }));
+  }
+  return svg;
+}
+
+function node(tag, attributes) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
 }
 
 // Draws a figure, or only what is new in it.
@@ -119,7 +139,7 @@ async function show(Plotly, state, index, figure, theme) {
   const { name, figures } = state.data;
   div.fn = `${name}${figures.length > 1 ? `-${index + 1}` : ""}`; // an image's; in the options it would make all anew
   await Plotly.react(div, traces, layout, name ? LINKED : PLAIN);
-  div.querySelector(".plots-sketch")?.remove();
+  div.querySelector(".plots-points")?.remove();
   if (!div.listening) listen(Plotly, state, div);
 }
 

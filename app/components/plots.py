@@ -27,7 +27,6 @@ _plots = plotly_library.component(
     "es2_plots",
     Path(__file__),
     '<div class="plots"></div>',
-    Path(__file__).with_name("sketch.js"),
     isolate_styles=False,
 )
 

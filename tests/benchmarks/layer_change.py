@@ -24,8 +24,7 @@ OPENING = """
 const pair = '.st-key-linked_pair ';
 new MutationObserver(() => {
     const drawn = [...document.querySelectorAll(`${pair} .plots-plot`)].some((plot) => plot.listening);
-    const sketched = document.querySelectorAll(`${pair} .plots-sketch circle`).length > 10;
-    if (drawn || sketched) window.firstFigure ??= performance.now();
+    if (drawn || document.querySelector(`${pair} .plots-points path`)) window.firstFigure ??= performance.now();
     if (drawn) window.answersToTheMouse ??= performance.now();
 }).observe(document, {childList: true, subtree: true});
 """
