@@ -36,9 +36,7 @@ MAX_JSON_BYTES = 2**28
 MAX_JSON_LEVELS = 64
 
 _KEY = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
-_MAX_DIGITS = 20
 _MAX_NAME_BYTES = 200  # the system's 255, less what a temporary name adds
-_HALF_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _REMEMBER_FROM_BYTES = 2**20  # smaller files are hashed again faster than a memo is looked up
 _CLOCK_GRAIN_NS = 2 * 10**9  # a file that changed this recently can change again without a new modification time
 
@@ -142,14 +140,13 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """The JSON value in `data`, read strictly: what no writer here writes would make its readers stumble later.
+    """The JSON value in `data`.
 
     Raises:
-        ValueError: for what is no JSON; for numbers that are not finite or have more than twenty digits, half of a
-            surrogate pair, or more than `MAX_JSON_LEVELS` levels of nesting.
+        ValueError: for what is no JSON, numbers that are not finite, and more than `MAX_JSON_LEVELS` levels of nesting.
     """
     try:
-        value = json.loads(data, parse_float=_finite, parse_constant=_finite, parse_int=_whole)
+        value = json.loads(data, parse_float=_finite, parse_constant=_finite)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     level: list[Any] = [value]
@@ -158,15 +155,7 @@ def parse_json(data: bytes | str) -> Any:
         level = list(chain.from_iterable(inside))
     if level:
         raise ValueError("nested too deeply")
-    if _HALF_SURROGATE.search(data if isinstance(data, str) else data.decode("utf-8", "replace")):
-        json.dumps(value, ensure_ascii=False).encode()
     return value
-
-
-def _whole(text: str) -> int:
-    if len(text) > _MAX_DIGITS:
-        raise ValueError(f"{text[:20]}… is too large")
-    return int(text)
 
 
 def _finite(text: str) -> float:

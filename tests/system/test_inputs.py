@@ -165,9 +165,7 @@ class TestJson:
             return
         assert parse_json(json.dumps(found, allow_nan=False, ensure_ascii=False).encode()) == found
 
-    @pytest.mark.parametrize(
-        "text", ["NaN", "[Infinity]", "1e999", "9" * 21, '"\\ud800"', "[" * 65 + "]" * 65, "[" * 100_000, "{", ""]
-    )
+    @pytest.mark.parametrize("text", ["NaN", "[Infinity]", "1e999", "[" * 65 + "]" * 65, "[" * 100_000, "{", ""])
     def test_what_no_writer_here_writes_is_refused(self, text: str) -> None:
         with pytest.raises(ValueError):  # noqa: PT011 (of many kinds)
             parse_json(text)
