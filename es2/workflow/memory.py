@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 ALONE, TOGETHER, SHARDED = "", "--multi_gpu", "--use_fsdp --fsdp_version 2"
 """How processes are launched: one; several, each with the whole model; several, each with a share of the blocks."""
 
-_MOST_GPUS = 64
 
 
 @dataclass(frozen=True)
@@ -157,13 +156,3 @@ def _ways(config: FinetuneConfig, machine: Machine) -> Iterator[tuple[str, Finet
             for n in parts:
                 changes: dict[str, Any] = {"accumulate": n, "gradient_checkpointing": recompute, "quantize": "4bit"}
                 yield launches[0], config.replace(**changes)
-
-
-def gpus_needed(
-    config: FinetuneConfig, shape: Shape, own: Sequence[int], n_measured: int, machine: Machine
-) -> int | None:
-    """How many such GPUs an FSDP launch would need; None if that many would not help."""
-    for n in range(2, _MOST_GPUS + 1):
-        if (way := find_way(config, shape, own, n_measured, replace(machine, n_devices=n))) and not way.config.quantize:
-            return n
-    return None

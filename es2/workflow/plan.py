@@ -39,7 +39,6 @@ from es2.workflow.memory import (
     Way,
     disk_bytes,
     find_way,
-    gpus_needed,
     needs,
     number_format,
 )
@@ -213,18 +212,14 @@ def _advise(
         commands.append(f"es2 capture {model} --device auto")
         advice.append(f"The model is larger than {of_device}; with --device auto the rest is read from disk, slowly.")
     else:
-        n = math.ceil(of_parts["capture"] / ((1 - costs.LEFT_FREE) * free))
-        advice.append(f"Capture needs {of_parts['capture'] / 1e9:.0f} GB: {n} such GPUs, or a smaller model.")
+        advice.append(f"Capture needs {of_parts['capture'] / 1e9:.0f} GB: take a smaller model.")
 
     way = find_way(config, shape, own, n_measured, machine)
     if way is None:
-        enough = gpus_needed(config, shape, own, n_measured, machine) if machine.device == "cuda" else None
-        more = (
-            f"{enough} such GPUs under FSDP would do"
-            if enough
-            else "take a smaller model, fewer pairs per step, or a GPU"
+        advice.append(
+            f"No setting makes the fine-tune fit into {of_device}: take a smaller model, fewer pairs per step, or a "
+            f"{'GPU' if machine.device == 'cpu' else 'larger GPU'}."
         )
-        advice.append(f"No setting makes the fine-tune fit into {of_device}: {more}.")
         return commands, advice
     commands.append(_command(way, config, machine))
     if way.config != config or way.launch == SHARDED:

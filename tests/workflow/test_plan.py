@@ -272,7 +272,7 @@ class TestOtherMachines:
         found = planned(7, "12")
         assert not found.fits
         assert "--quantize 4bit" in found.commands[-1]
-        assert any("2 such GPUs" in sentence for sentence in found.advice), "for capture"
+        assert any("Capture needs" in sentence for sentence in found.advice)
 
     def test_70b_on_eight(self, planned) -> None:
         found = planned(70, "8x80")
@@ -286,7 +286,7 @@ class TestOtherMachines:
     def test_70b_that_nothing_makes_fit(self, planned) -> None:
         found = planned(70, "16")
         assert found.commands == ()
-        assert any("GPUs under FSDP would do" in sentence for sentence in found.advice)
+        assert any("No setting makes the fine-tune fit" in sentence for sentence in found.advice)
         full = planned(70, "8x80", method="full")
         assert not any("finetune" in command for command in full.commands)
 
