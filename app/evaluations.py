@@ -17,8 +17,8 @@ import streamlit as st
 
 from app import artifacts, jobs_panel, state, text
 from app.evaluation_form import CHOSEN, FORM, form
-from app.messages import sentences
 from app.state import Choice
+from app.text import sentences
 from es2.core.errors import Es2Error
 from es2.evaluation.config import SUITES
 from es2.evaluation.results import find_evaluations, read_evaluation

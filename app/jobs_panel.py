@@ -15,7 +15,7 @@ from typing import Any
 import streamlit as st
 
 from app import text
-from app.messages import sentences
+from app.text import sentences
 from es2.jobs.job import ACTIVE, Job
 from es2.jobs.queue import launch, list_jobs
 from es2.jobs.running import jobs_ahead

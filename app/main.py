@@ -23,7 +23,7 @@ st.set_page_config(page_title="ES2 Workbench", page_icon=str(Path(__file__).with
 plotly_library.begin()
 
 from app import artifacts, binding, sidebar, state  # noqa: E402
-from app.messages import sentences  # noqa: E402
+from app.text import sentences  # noqa: E402
 
 # A page is imported when somebody turns to it: the first visitor waits for one, not for six.
 

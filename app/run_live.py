@@ -15,8 +15,8 @@ from app import artifacts, jobs_panel, text
 from app.charts import run_charts
 from app.charts.run_charts import History
 from app.components.plots import plot
-from app.messages import sentences
 from app.run_rows import about
+from app.text import sentences
 from es2.jobs.job import Job
 from es2.workflow.runs import config_of
 

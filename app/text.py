@@ -1,14 +1,24 @@
-"""Text from outside, made safe for the three places that interpret it.
+"""Text from outside, made safe for the three places that interpret it; and errors as sentences.
 
 Prompts, file names and error sentences come from users and data sets, and each place they are shown has a small
 language of its own: plotly's labels read HTML-like tags and entities, Streamlit's messages read Markdown, and a tooltip
 of 20,000 characters hides the chart. What is shown must be what was written, so everything passes through here on its
 way out.
+
+Page, sidebar and fragments each run in a `with sentences():` block, because a fragment that reruns by itself is outside
+whatever the page wrapped around it. What reaches a person is the error's own sentence; anything else is a bug, goes to
+the server's log, and Streamlit says that something went wrong.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import streamlit as st
+
+from es2.core.errors import Es2Error
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~<>$:&^=])")
 _READ_ANYWAY = re.compile(
@@ -29,3 +39,12 @@ def duration(seconds: float) -> str:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Show an `Es2Error` raised in the block as its sentence; the rest of the page goes on."""
+    try:
+        yield
+    except Es2Error as error:
+        st.error(markdown(str(error)), icon=":material/error:")

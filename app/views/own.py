@@ -21,8 +21,8 @@ import streamlit as st
 from app import artifacts, jobs_panel, state, text
 from app.charts import reading_chart
 from app.components.plots import plot
-from app.messages import sentences
 from app.state import Choice
+from app.text import sentences
 from es2.analysis.probes import Probes
 from es2.analysis.setup import check_prompts
 from es2.core.errors import InputError

@@ -14,9 +14,9 @@ from dataclasses import replace
 import streamlit as st
 
 from app import artifacts, jobs_panel, launch, run_live, state, text
-from app.messages import sentences
 from app.run_rows import Row, about, lost_prompts, row, when
 from app.state import Choice
+from app.text import sentences
 from es2.core.errors import Es2Error
 from es2.jobs.job import Job
 from es2.jobs.queue import reopen, start

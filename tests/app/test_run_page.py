@@ -24,7 +24,7 @@ from tests.figures import charts_of, checked
 PAGE = """
 import streamlit as st
 from app import artifacts, state
-from app.messages import sentences
+from app.text import sentences
 from app.views import runs
 
 state.open_link(artifacts.existing)
