@@ -32,7 +32,7 @@ MARKER_SIZES = {HARMFUL: 8, HARMLESS: 7.5}
 LEFT, RIGHT, TOP = 64, 14, 26
 BOTTOM, BOTTOM_TITLED = 22, 44
 
-_LEGEND: dict[str, Any] = {
+LEGEND: dict[str, Any] = {
     "orientation": "h",
     "x": 0,
     "xanchor": "left",
@@ -81,11 +81,14 @@ def figure(
     top: int = TOP,
     **more: Any,
 ) -> Figure:
-    """Traces in a layout whose margins are the same everywhere and never automatic, so that charts line up."""
-    return {
-        "data": list(traces),
-        "layout": layout(height, revision=revision, x=x, y=y, bottom=bottom, top=top, **more),
-    }
+    """Traces in a layout whose margins are the same everywhere and never automatic, so that charts line up.
+
+    Axes are fixed and nothing is dragged, if `x`, `y` and `more` do not say otherwise.
+    """
+    fixed = {"fixedrange": True}
+    settings = {"hovermode": "closest", "dragmode": False} | more
+    shape = layout(height, revision=revision, x=fixed | x, y=fixed | y, bottom=bottom, top=top, **settings)
+    return {"data": list(traces), "layout": shape}
 
 
 def layout(
@@ -104,7 +107,7 @@ def layout(
     return {
         "height": height,
         "margin": {"l": left, "r": RIGHT, "t": top, "b": bottom, "pad": 0},
-        "legend": _LEGEND,
+        "legend": LEGEND,
         "uirevision": revision,
         "hoverlabel": {"align": "left", "namelength": -1},
         "xaxis": axis | x,
@@ -132,7 +135,6 @@ def layer_axis(n_layers: int, words: str | None = LAYERS) -> dict[str, Any]:
     """The x axis of everything that is drawn over layers, so that charts above each other line up."""
     return {
         "range": [-0.6, n_layers - 0.4],
-        "fixedrange": True,
         "title": title(words),
         "tickmode": "linear",
         "tick0": 0,
@@ -159,6 +161,31 @@ def column(layer: int) -> dict[str, Any]:
         "fillcolor": translucent(NEUTRAL, 0.14),
         "layer": "below",
     }
+
+
+def dashed(x: Sequence[float], y: float, name: str, width: float = 1) -> Trace:
+    """A dashed level line from the first to the second of `x`."""
+    line = {"color": NEUTRAL, "width": width, "dash": "dash"}
+    return scatter(x=list(x), y=[y, y], mode="lines", line=line, name=name, hoverinfo="skip")
+
+
+def error_bars(intervals: Sequence[Interval], colour: str, thickness: float = 1.5) -> dict[str, Any]:
+    """Intervals about the points of a trace."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [interval.high - interval.value for interval in intervals],
+        "arrayminus": [interval.value - interval.low for interval in intervals],
+        "color": colour,
+        "thickness": thickness,
+        "width": 3,
+    }
+
+
+def words(text: str, x: float, y: float, xanchor: str, yanchor: str, **more: Any) -> dict[str, Any]:
+    """An annotation at a place of the plot, in parts of its width and height."""
+    place = {"x": x, "y": y, "xref": "paper", "yref": "paper", "xanchor": xanchor, "yanchor": yanchor}
+    return {"text": text, "showarrow": False} | place | more
 
 
 BOUNDARY = vertical(0, width=1.5, dash="dash")

@@ -24,7 +24,7 @@ from es2.report import palette
 from es2.report.glossary import BY_NAME, UNITS, Term
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float, Int
 
 
 PAIR_HEIGHT = 470
@@ -83,14 +83,7 @@ def accuracy_strip(analysis: Analysis, names: tuple[str, str], *, chosen: int, t
     pair = _both(analysis)
     n_layers = len(pair[0])
     lowest = min(layer.numbers["probe_accuracy"].low for layers in pair for layer in layers)
-    chance = canvas.scatter(
-        x=[-0.6, n_layers - 0.4],
-        y=[0.5, 0.5],
-        mode="lines",
-        line={"color": canvas.NEUTRAL, "width": 1, "dash": "dash"},
-        name="chance",
-        hoverinfo="skip",
-    )
+    chance = canvas.dashed((-0.6, n_layers - 0.4), 0.5, "chance")
     lines = [_line(layers, "probe_accuracy", name, model) for model, (layers, name) in enumerate(_named(pair, names))]
     bands = [charts.band(layers, "probe_accuracy", colour) for layers, colour in zip(pair, MODEL_COLOURS, strict=True)]
     return charts.strip(
@@ -215,14 +208,11 @@ def overview(
         x=canvas.layer_axis(n_layers),
         y={
             "range": [-len(rows) + 0.4, 0.6],
-            "fixedrange": True,
             "tickvals": [-place for place in range(len(rows))],
             "ticktext": rows,
             "showgrid": False,
         },
         shapes=marks,
-        hovermode="closest",
-        dragmode=False,
         left=_NAMES_WIDTH,
     )
 
@@ -289,18 +279,15 @@ def pair(
         lines = projection_chart.twin_lines(points[model], ringed.tolist() if few else [], prompts, shown)
         return [lines, projection_chart.rings(points[model][ringed])]
 
-    frame = _frame(view, points, shown)
+    titles = [_axis(axis) for axis in view.axes]
+    frame = projection_chart.frame(view, np.concatenate([one[shown] for one in points]), tool, titles)
     height = PAIR_HEIGHT - (MORPH_CONTROLS if arrangement == "morph" else 0)
 
     def figure(traces: Sequence[Trace], heading: str, colour: str | None) -> dict[str, Any]:
         layout = canvas.layout(
             height,
             revision=f"{view.kind} {arrangement}",
-            top=projection_chart.TOP_WITH_TOOLS,
             bottom=_TWO_LINES,
-            dragmode=projection_chart.TOOLS[tool],
-            hovermode="closest",
-            newselection={"line": {"color": canvas.NEUTRAL, "width": 1.5, "dash": "dot"}},
             title=_heading(heading, colour),
             **frame,
         )
@@ -330,9 +317,7 @@ def histograms(
         selected: positions in `labels` of the prompts to mark by ticks below the bars.
     """
     limit = canvas.margin_limit(np.concatenate(margins))
-    # An even number of bins puts an edge on the boundary, so that no bar holds prompts of both sides.
-    n_bins = 2 * int(np.clip(np.sqrt(max(len(labels), 1)), 4, charts.MAX_BINS // 2))
-    edges = np.linspace(-limit, limit, n_bins + 1)
+    edges = charts.bin_edges(limit, len(labels))
     counts = [
         {label: np.histogram(values[labels == label], bins=edges)[0] for label in (HARMLESS, HARMFUL)}
         for values in margins
@@ -342,25 +327,8 @@ def histograms(
     for model, bars in enumerate(counts):
         axis = ("y2", "y")[model]
         for label, heights in bars.items():
-            name, colour = LABEL_NAMES[label], palette.COLOURS[label]
-            traces.append(
-                canvas.scatter(
-                    x=edges.tolist(),
-                    y=[*heights.tolist(), int(heights[-1])],
-                    yaxis=axis,
-                    mode="lines",
-                    line={"color": colour, "width": 2, "shape": "hv", "dash": "solid" if label == HARMFUL else "dot"},
-                    fill="tozeroy",
-                    fillcolor=canvas.translucent(colour, 0.22),
-                    name=name,
-                    showlegend=model == 0,
-                    hoverinfo="text",
-                    hovertext=[
-                        f"{wording.label(names[model])}: {count} {name} from {low:+.4f} to {high:+.4f}"
-                        for count, low, high in zip(heights, edges[:-1], edges[1:], strict=True)
-                    ],
-                )
-            )
+            of = f"{wording.label(names[model])}: "
+            traces.append(charts.bars(heights, edges, label, of, yaxis=axis, showlegend=model == 0))
         traces.append(
             canvas.scatter(
                 x=margins[model][list(selected)].tolist(),
@@ -385,9 +353,8 @@ def histograms(
         revision="compared histograms",
         x={
             "range": [-limit, limit],
-            "fixedrange": True,
             "anchor": "y",
-            "title": canvas.title("Distance to the probe's boundary, + = harmful (scale-free units)"),
+            "title": canvas.title(charts.ALONG),
         },
         y=y | {"domain": [0, 0.46], "title": canvas.title("prompts")},
         yaxis2=y | {"domain": [0.54, 1], "anchor": "x", "automargin": False, "title": canvas.title("prompts")},
@@ -475,27 +442,6 @@ def change_words(term: Term, change: Change) -> str:
     return f"{sign}{term.value(change.difference)}, {term.range(change.difference)}"
 
 
-def _frame(
-    view: View, points: tuple[Float[np.ndarray, "prompt 2"], ...], shown: Bool[np.ndarray, "prompt"]
-) -> dict[str, Any]:
-    """The axes that every figure of a pair shares, and what is marked on them."""
-    all_points = np.concatenate([one[shown] for one in points])
-    x: dict[str, Any] = {"title": canvas.title(_axis(view.axes[0])), "showgrid": True}
-    y: dict[str, Any] = {"title": canvas.title(_axis(view.axes[1])), "range": canvas.padded(all_points[:, 1])}
-    marks: dict[str, Any] = {}
-    if view.kind == "separation":
-        limit = canvas.margin_limit(all_points[:, 0])
-        x["range"] = [-limit, limit]
-        sides = [projection_chart.side(HARMLESS), projection_chart.side(HARMFUL)]
-        marks = {"shapes": [canvas.BOUNDARY], "annotations": sides}
-    else:
-        x["range"] = canvas.padded(all_points[:, 0])
-        y |= {"scaleanchor": "x", "scaleratio": 1}
-    if view.kind == "umap":
-        x["showticklabels"] = y["showticklabels"] = False
-    return {"x": x, "y": y, **marks}
-
-
 def _axis(words: str) -> str:
     """An axis title that fits half of the page: what stands in brackets goes below."""
     return wording.label(words).replace(" (", "<br>(", 1)
@@ -517,17 +463,8 @@ def _heading(name: str, colour: str | None) -> dict[str, Any]:
 
 
 def _row_name(name: str, model: int) -> dict[str, Any]:
-    return {
-        "text": f"<b>{wording.label(name)}</b>",
-        "font": {"color": MODEL_COLOURS[model], "size": 13},
-        "x": 0.02,
-        "xref": "paper",
-        "xanchor": "left",
-        "y": (1, 0.46)[model],
-        "yref": "paper",
-        "yanchor": "top",
-        "showarrow": False,
-    }
+    font = {"color": MODEL_COLOURS[model], "size": 13}
+    return canvas.words(f"<b>{wording.label(name)}</b>", 0.02, (1, 0.46)[model], "left", "top", font=font)
 
 
 def _ways(points: tuple[Float[np.ndarray, "prompt 2"], ...], rows: Int[np.ndarray, "row"], label: int) -> Trace:

@@ -70,16 +70,14 @@ def rates(refusal: Numbers | None, ability: Numbers | None) -> canvas.Figure:
         traces,
         _ROW_HEIGHT * max(len(rows), 1) + canvas.TOP + canvas.BOTTOM_TITLED,
         revision="rates",
-        x={"range": [-0.02, 1.02], "fixedrange": True, "title": canvas.title("share (no unit), 95 % interval")},
+        x={"range": [-0.02, 1.02], "title": canvas.title("share (no unit), 95 % interval")},
         y={
             "range": [-len(rows) + 0.5, 0.5],
-            "fixedrange": True,
             "tickvals": [-row for row in range(len(rows))],
             "ticktext": [title for title, _ in rows],
             "showgrid": False,
         },
         left=_ROW_NAMES,
-        hovermode="closest",
         dragmode=False,
     )
 
@@ -152,14 +150,12 @@ def curve(attack: Numbers, rate: str, title: str) -> canvas.Figure:
         revision=f"curve {rate}",
         top=2 * canvas.TOP,
         x=axis | ({"domain": domains[0]} if domains else {}),
-        y={"range": [-0.04, 1.04], "fixedrange": True, "title": canvas.title(title), "nticks": 6},
+        y={"range": [-0.04, 1.04], "title": canvas.title(title), "nticks": 6},
         annotations=[
             *(_panel_name(DIRECTION_NAMES[name], domain) for name, domain in zip(directions, domains, strict=True)),
             _below("budget: length of the push / ‖e‖ (steps not to scale)"),
         ],
         legend=_legend_above(CURVE_HEIGHT - 2 * canvas.TOP - canvas.BOTTOM_TITLED),
-        hovermode="closest",
-        dragmode=False,
         **more,
     )
 
@@ -288,12 +284,10 @@ def needed_strip(attack: Numbers, p0: float) -> canvas.Figure:
         x=canvas.layer_axis(last + 1),
         y={
             "range": [0, canvas.nice_limit(1.05 * highest)],
-            "fixedrange": True,
             "title": canvas.title("‖shift‖ / ‖e‖"),
             "nticks": 6,
         },
         shapes=[canvas.column(layer) for layer in attack["layers"]],
-        hovermode="closest",
         dragmode=False,
     )
 
@@ -309,15 +303,7 @@ def boundary(
         chosen: index of the push that is shown.
         joined: so many of the first pushes grow from one to the next and are joined by a line.
     """
-    half = canvas.scatter(
-        x=[-0.4, len(steps) - 0.6],
-        y=[0.5, 0.5],
-        mode="lines",
-        line={"color": canvas.NEUTRAL, "width": 1.5, "dash": "dash"},
-        name="the probe's boundary",
-        hoverinfo="skip",
-    )
-    traces = [half]
+    traces = [canvas.dashed((-0.4, len(steps) - 0.6), 0.5, "the probe's boundary", width=1.5)]
     for model, values in read.items():
         words = [
             f"{model}, {labels.label(step)}: " + ("–" if value is None else f"{value:.3f}")
@@ -343,15 +329,13 @@ def boundary(
         revision="boundary",
         x={
             "range": [-0.4, len(steps) - 0.6],
-            "fixedrange": True,
             "tickvals": list(range(len(steps))),
             "ticktext": [labels.label(step) for step in steps],
             "title": canvas.title("budget: length of the push / ‖e‖ (steps not to scale)"),
             "showgrid": False,
         },
-        y={"range": [-0.04, 1.04], "fixedrange": True, "title": canvas.title("P(harmful), read back"), "nticks": 6},
+        y={"range": [-0.04, 1.04], "title": canvas.title("P(harmful), read back"), "nticks": 6},
         shapes=[canvas.vertical(chosen)],
-        hovermode="closest",
         dragmode=False,
     )
 
@@ -369,15 +353,7 @@ def _marker(model: str, size: float) -> dict[str, Any]:
 
 
 def _bars(numbers: Sequence[Interval], model: str) -> dict[str, Any]:
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [number.high - number.value for number in numbers],
-        "arrayminus": [number.value - number.low for number in numbers],
-        "color": canvas.translucent(MODEL_COLOURS[model], 0.6),
-        "thickness": 1.5,
-        "width": 3,
-    }
+    return canvas.error_bars(numbers, canvas.translucent(MODEL_COLOURS[model], 0.6))
 
 
 def _words(number: Interval) -> str:
@@ -406,42 +382,14 @@ def _domains(n: int, gap: float = _GAP) -> list[list[float]]:
 
 
 def _panel_name(words: str, domain: Sequence[float], y: float = 1.0) -> dict[str, Any]:
-    return {
-        "text": f"<b>{labels.label(words)}</b>",
-        "font": {"size": 12},
-        "x": domain[0],
-        "xref": "paper",
-        "xanchor": "left",
-        "y": y,
-        "yref": "paper",
-        "yanchor": "bottom",
-        "showarrow": False,
-    }
+    return canvas.words(f"<b>{labels.label(words)}</b>", domain[0], y, "left", "bottom", font={"size": 12})
 
 
 def _below(words: str) -> dict[str, Any]:
     """One axis title for all panels of a row."""
-    return {
-        "text": words,
-        "x": 0.5,
-        "xref": "paper",
-        "xanchor": "center",
-        "y": 0,
-        "yref": "paper",
-        "yanchor": "top",
-        "yshift": -20,
-        "showarrow": False,
-    }
+    return canvas.words(words, 0.5, 0, "center", "top", yshift=-20)
 
 
 def _legend_above(plot_height: float) -> dict[str, Any]:
     """A legend above the names of the panels."""
-    return {
-        "orientation": "h",
-        "x": 0,
-        "xanchor": "left",
-        "y": 1 + 22 / plot_height,
-        "yanchor": "bottom",
-        "itemclick": False,
-        "itemdoubleclick": False,
-    }
+    return canvas.LEGEND | {"y": 1 + 22 / plot_height}

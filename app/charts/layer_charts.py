@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from app.charts import canvas
-from es2.analysis.resampling import Interval
 from es2.analysis.results import CostPoint, LayerNumbers
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES
 from es2.report import palette
@@ -26,6 +25,7 @@ MARGIN_HEIGHT = 190
 HISTOGRAM_HEIGHT = 190
 COST_HEIGHT = 250
 MAX_BINS = 40
+ALONG = "Distance to the probe's boundary, + = harmful (scale-free units)"
 
 MAIN_LINE: dict[str, Any] = {"mode": "lines+markers", "marker": {"size": 7, "color": palette.BASE}, "legendrank": 1}
 
@@ -98,7 +98,7 @@ def strip(
         revision=revision,
         bottom=canvas.BOTTOM_TITLED if titled else canvas.BOTTOM,
         x=canvas.layer_axis(n_layers, canvas.LAYERS if titled else None),
-        y={"range": [low, high], "fixedrange": True, "title": canvas.title(title), "nticks": 6},
+        y={"range": [low, high], "title": canvas.title(title), "nticks": 6},
         shapes=[canvas.vertical(chosen)],
         hovermode="x",
         hoverdistance=-1,
@@ -120,14 +120,7 @@ def accuracy_strip(layers: Sequence[LayerNumbers], *, chosen: int, recommended: 
     traces = [
         band(layers, accuracy.name, palette.BASE),
         band(layers, control.name, canvas.NEUTRAL),
-        canvas.scatter(
-            x=[-0.6, len(layers) - 0.4],
-            y=[0.5, 0.5],
-            mode="lines",
-            line={"color": canvas.NEUTRAL, "width": 1, "dash": "dash"},
-            name="chance",
-            hoverinfo="skip",
-        ),
+        canvas.dashed((-0.6, len(layers) - 0.4), 0.5, "chance"),
         curve(layers, control.name, "shuffled labels", canvas.NEUTRAL, line={"dash": "dot"}),
         curve(layers, accuracy.name, "probe accuracy, 95 % interval", palette.BASE, **MAIN_LINE),
     ]
@@ -198,6 +191,33 @@ def _hover_rows(layer: LayerNumbers, names: Sequence[str], recommended: bool) ->
     return "<br>".join([head, *(f"{term.title}: {term.value(number)} ({term.range(number)})" for term, number in rows)])
 
 
+def bin_edges(limit: float, n_prompts: int) -> Float[np.ndarray, "edge"]:
+    """The edges of a histogram's bins; one lies on the boundary, so that no bar holds prompts of both sides."""
+    return np.linspace(-limit, limit, 2 * int(np.clip(np.sqrt(max(n_prompts, 1)), 4, MAX_BINS // 2)) + 1)
+
+
+def bars(
+    counts: Int[np.ndarray, "bin"], edges: Float[np.ndarray, "edge"], label: int, of: str = "", **settings: Any
+) -> canvas.Trace:
+    """The prompts of one label in each bin as steps; hover texts begin with `of`."""
+    name, colour = LABEL_NAMES[label], palette.COLOURS[label]
+    return canvas.scatter(
+        x=edges.tolist(),
+        y=[*counts.tolist(), int(counts[-1])],
+        mode="lines",
+        line={"color": colour, "width": 2, "shape": "hv", "dash": "solid" if label == HARMFUL else "dot"},
+        fill="tozeroy",
+        fillcolor=canvas.translucent(colour, 0.22),
+        name=name,
+        hoverinfo="text",
+        hovertext=[
+            f"{of}{count} {name} from {low:+.4f} to {high:+.4f}"
+            for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
+        ],
+        **settings,
+    )
+
+
 def histogram(
     margins: Float[np.ndarray, "prompt"], labels: Int[np.ndarray, "prompt"], *, limit: float | None = None
 ) -> canvas.Figure:
@@ -209,39 +229,20 @@ def histogram(
         limit: the axis reaches from −limit to limit; chosen from the margins if not given.
     """
     limit = limit or canvas.margin_limit(margins)
-    # An even number of bins puts an edge on the boundary, so that no bar holds prompts of both sides.
-    n_bins = 2 * int(np.clip(np.sqrt(max(len(margins), 1)), 4, MAX_BINS // 2))
-    edges = np.linspace(-limit, limit, n_bins + 1)
+    edges = bin_edges(limit, len(margins))
     traces = []
     for label in (HARMLESS, HARMFUL):
-        name, colour = LABEL_NAMES[label], palette.COLOURS[label]
         counts, _ = np.histogram(margins[labels == label], bins=edges)
-        traces.append(
-            canvas.scatter(
-                x=edges.tolist(),
-                y=[*counts.tolist(), int(counts[-1])],
-                mode="lines",
-                line={"color": colour, "width": 2, "shape": "hv", "dash": "solid" if label == HARMFUL else "dot"},
-                fill="tozeroy",
-                fillcolor=canvas.translucent(colour, 0.22),
-                name=name,
-                hoverinfo="text",
-                hovertext=[
-                    f"{count} {name} from {low:+.4f} to {high:+.4f}"
-                    for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
-                ],
-            )
-        )
+        traces.append(bars(counts, edges, label))
     return canvas.figure(
         traces,
         HISTOGRAM_HEIGHT,
         revision="histogram",
         x={
             "range": [-limit, limit],
-            "fixedrange": True,
-            "title": canvas.title("Distance to the probe's boundary, + = harmful (scale-free units)"),
+            "title": canvas.title(ALONG),
         },
-        y={"fixedrange": True, "rangemode": "tozero", "title": canvas.title("prompts"), "nticks": 5},
+        y={"rangemode": "tozero", "title": canvas.title("prompts"), "nticks": 5},
         shapes=[canvas.BOUNDARY],
         hovermode="x",
         dragmode=False,
@@ -273,7 +274,7 @@ def cost_curve(points: Sequence[CostPoint], names: dict[str, str], *, chosen: fl
                 mode="lines+markers",
                 line={"color": palette.BASE, "width": 2, "dash": dash},
                 marker={"size": 6, "color": palette.BASE, "symbol": symbol},
-                error_y=_error_bars(intervals),
+                error_y=canvas.error_bars(intervals, canvas.translucent(palette.BASE, 0.45), 1.2),
                 name=called,
                 hoverinfo="text",
                 hovertext=[
@@ -291,22 +292,8 @@ def cost_curve(points: Sequence[CostPoint], names: dict[str, str], *, chosen: fl
             "dtick": 1,
             "exponentformat": "power",
             "title": canvas.title("C (weaker regularisation to the right)"),
-            "fixedrange": True,
         },
-        y={"title": canvas.title(title), "fixedrange": True, "nticks": 6},
+        y={"title": canvas.title(title), "nticks": 6},
         shapes=[canvas.vertical(chosen)],
-        hovermode="closest",
         dragmode=False,
     )
-
-
-def _error_bars(intervals: Sequence[Interval]) -> dict[str, Any]:
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": [interval.high - interval.value for interval in intervals],
-        "arrayminus": [interval.value - interval.low for interval in intervals],
-        "color": canvas.translucent(palette.BASE, 0.45),
-        "thickness": 1.2,
-        "width": 3,
-    }

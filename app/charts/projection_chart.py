@@ -69,33 +69,37 @@ def projection(
     joined = ringed if len(ringed) <= MAX_TWINS else []
     traces += [twin_lines(coordinates, joined, prompts, shown), rings(coordinates[ringed])]
 
-    x: dict[str, Any] = {"title": canvas.title(labels.label(view.axes[0])), "showgrid": True}
-    y: dict[str, Any] = {
-        "title": canvas.title(labels.label(view.axes[1])),
-        "range": canvas.padded(coordinates[shown, 1]),
-    }
+    layout = canvas.layout(
+        PROJECTION_HEIGHT,
+        revision=view.kind,
+        **frame(view, coordinates[shown], tool, [labels.label(axis) for axis in view.axes]),
+    )
+    return {"data": traces, "layout": layout}
+
+
+def frame(view: View, points: Float[np.ndarray, "point 2"], tool: str, titles: Sequence[str]) -> dict[str, Any]:
+    """The axes of all figures of a view, with room for `points`, what is marked on them, and what the mouse does."""
+    x: dict[str, Any] = {"title": canvas.title(titles[0]), "showgrid": True}
+    y: dict[str, Any] = {"title": canvas.title(titles[1]), "range": canvas.padded(points[:, 1])}
     marks: dict[str, Any] = {}
     if view.kind == "separation":
-        limit = canvas.margin_limit(coordinates[shown, 0])
+        limit = canvas.margin_limit(points[:, 0])
         x["range"] = [-limit, limit]
         marks = {"shapes": [canvas.BOUNDARY], "annotations": [side(HARMLESS), side(HARMFUL)]}
     else:
-        x["range"] = canvas.padded(coordinates[shown, 0])
+        x["range"] = canvas.padded(points[:, 0])
         y |= {"scaleanchor": "x", "scaleratio": 1}
     if view.kind == "umap":
         x["showticklabels"] = y["showticklabels"] = False
-    return canvas.figure(
-        traces,
-        PROJECTION_HEIGHT,
-        revision=view.kind,
-        top=TOP_WITH_TOOLS,
-        x=x,
-        y=y,
-        dragmode=TOOLS[tool],
-        hovermode="closest",
-        newselection={"line": {"color": canvas.NEUTRAL, "width": 1.5, "dash": "dot"}},
+    return {
+        "x": x,
+        "y": y,
+        "top": TOP_WITH_TOOLS,
+        "dragmode": TOOLS[tool],
+        "hovermode": "closest",
+        "newselection": {"line": {"color": canvas.NEUTRAL, "width": 1.5, "dash": "dot"}},
         **marks,
-    )
+    }
 
 
 def rings(points: Float[np.ndarray, "row 2"]) -> Trace:

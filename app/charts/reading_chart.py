@@ -52,8 +52,7 @@ def sides(margins: Mapping[str, Float[np.ndarray, "layer"]], *, chosen: int | No
         HEIGHT,
         revision="sides",
         x=canvas.layer_axis(n_layers),
-        y={"range": [-limit, limit], "fixedrange": True, "title": canvas.title(UNITS), "nticks": 6},
+        y={"range": [-limit, limit], "title": canvas.title(UNITS), "nticks": 6},
         shapes=[boundary, *([canvas.vertical(chosen)] if chosen is not None else [])],
-        hovermode="closest",
         dragmode=False,
     )

@@ -105,10 +105,8 @@ def held_out_curve(history: History, name: str, title: str) -> canvas.Figure:
 
 def _words(words: str, *, x: float, y: float, centred: bool = False, **place: Any) -> dict[str, Any]:
     """A quiet annotation, in parts of the plot's width and height."""
-    font = {"size": 11, "color": canvas.NEUTRAL}
-    anchors = {"xanchor": "center" if centred else "right", "yanchor": "middle" if centred else "bottom"}
-    frame = {"xref": "paper", "yref": "paper"} | place
-    return {"x": x, "y": y, "text": words, "showarrow": False, "font": font} | anchors | frame
+    anchors = ("center", "middle") if centred else ("right", "bottom")
+    return canvas.words(words, x, y, *anchors, font={"size": 11, "color": canvas.NEUTRAL}, **place)
 
 
 def _line(
@@ -148,12 +146,6 @@ def _figure(
     axis: Mapping[str, Any] | None = None,
     **layout: Any,
 ) -> canvas.Figure:
-    x = {
-        "range": [0, 1.02 * max(history.total, 1)],
-        "fixedrange": True,
-        "title": canvas.title("step"),
-        "showgrid": False,
-    }
-    y = {"fixedrange": True, "title": canvas.title(title), "nticks": 5} | dict(axis or {})
-    settings: dict[str, Any] = {"hovermode": "closest", "dragmode": False} | layout
-    return canvas.figure(traces, HEIGHT, revision=title, x=x, y=y, **settings)
+    x = {"range": [0, 1.02 * max(history.total, 1)], "title": canvas.title("step"), "showgrid": False}
+    y = {"title": canvas.title(title), "nticks": 5} | dict(axis or {})
+    return canvas.figure(traces, HEIGHT, revision=title, x=x, y=y, **layout)
