@@ -86,7 +86,7 @@ def figure(
     Axes are fixed and nothing is dragged, if `x`, `y` and `more` do not say otherwise.
     """
     fixed = {"fixedrange": True}
-    settings = {"hovermode": "closest", "dragmode": False} | more
+    settings: dict[str, Any] = {"hovermode": "closest", "dragmode": False} | more
     shape = layout(height, revision=revision, x=fixed | x, y=fixed | y, bottom=bottom, top=top, **settings)
     return {"data": list(traces), "layout": shape}
 

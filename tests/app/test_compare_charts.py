@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from app.charts import canvas, compare_charts, projection_chart
+from app.charts import canvas, compare_charts, pair_charts, projection_chart
 from es2.analysis.projection import View
 from es2.analysis.resampling import Interval
 from es2.analysis.results import Analysis
@@ -16,6 +16,7 @@ from tests.builders_artifacts import INFLATED_LAYER, TARGETS, Compared, write_co
 from tests.figures import Checked, six_pairs, traces
 
 compare_charts = Checked(compare_charts)
+pair_charts = Checked(pair_charts)
 
 NAMES = ("Base", "<b>Tuned</b>")
 
@@ -42,7 +43,7 @@ def view() -> View:
 
 
 @pytest.fixture
-def margins(view: View) -> compare_charts.Margins:
+def margins(view: View) -> pair_charts.Margins:
     assert view.tuned is not None
     return view.base[:, 0], view.tuned[:, 0]
 
@@ -52,7 +53,7 @@ def drawn(view: View, prompts: PromptSet, **settings: object) -> list[go.Figure]
     margins = (view.base[:, 0], view.tuned[:, 0])
     return [
         go.Figure(one)  # which refuses what plotly does not know
-        for one in compare_charts.pair(view, prompts, margins=margins, names=NAMES, **settings)  # type: ignore[arg-type]
+        for one in pair_charts.pair(view, prompts, margins=margins, names=NAMES, **settings)  # type: ignore[arg-type]
     ]
 
 
@@ -127,7 +128,7 @@ class TestPair:
         assert traces(left)["harmful, other splits"].marker.symbol == "diamond-open"
 
     def test_hover_has_both_margins_and_names_are_text(
-        self, view: View, prompts: PromptSet, margins: compare_charts.Margins
+        self, view: View, prompts: PromptSet, margins: pair_charts.Margins
     ) -> None:
         _, right = drawn(view, prompts)
         trace = traces(right)["harmful"]
@@ -183,10 +184,8 @@ class TestAllLayers:
 
 
 class TestHistograms:
-    def test_every_prompt_once_in_each_row_on_one_scale(
-        self, prompts: PromptSet, margins: compare_charts.Margins
-    ) -> None:
-        figure = compare_charts.histograms(margins, prompts.labels, NAMES, selected=(1, 4))
+    def test_every_prompt_once_in_each_row_on_one_scale(self, prompts: PromptSet, margins: pair_charts.Margins) -> None:
+        figure = pair_charts.histograms(margins, prompts.labels, NAMES, selected=(1, 4))
         assert figure.layout.yaxis.range == figure.layout.yaxis2.range
         low, high = figure.layout.xaxis.range
         assert low == -high

@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from app.charts import compare_charts
+from app.charts import pair_charts
 from app.components import other_layers
 from app.components.plots import as_text
 from es2.analysis.projection import View
@@ -26,7 +26,7 @@ def figures_of(layer: int, prompts: PromptSet, arrangement: str, selected: tuple
     base, tuned = np.random.default_rng(layer).normal(size=(2, 12, 2))
     view = View("separation", base, tuned, (f"x of {layer} (no unit)", "y (no unit)"), None)
     margins = (base[:, 0], tuned[:, 0])
-    return compare_charts.pair(
+    return pair_charts.pair(
         view, prompts, margins=margins, names=("Base", "Tuned"), arrangement=arrangement, selected=selected
     )
 
