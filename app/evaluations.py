@@ -19,6 +19,7 @@ from app import artifacts, jobs_panel, state, text
 from app.evaluation_form import CHOSEN, FORM, form
 from app.state import Choice
 from app.text import sentences
+from app.view_controls import step_cards
 from es2.core.errors import Es2Error
 from es2.evaluation.config import SUITES
 from es2.evaluation.results import find_evaluations, read_evaluation
@@ -156,7 +157,7 @@ def _no_run(intro: Intro, choice: Choice) -> None:
     with st.container(width=820, key="no_evaluation"):
         st.header(intro.title, anchor=False)
         st.markdown(intro.about)
-        _steps(intro)
+        step_cards(intro.steps)
         if choice.run == SHOWCASE or artifacts.find_comparison(choice) is not None:
             st.markdown(
                 "On screen is the showcase, which comes without weights, so there is no model here to ask. Choose a "
@@ -172,7 +173,7 @@ def _first(intro: Intro, run: Job, choice: Choice) -> None:
     with st.container(width=920, key="no_evaluation"):
         st.header(intro.title, anchor=False)
         st.markdown(intro.about)
-        _steps(intro)
+        step_cards(intro.steps)
         if run.is_active():
             st.markdown("The run on screen is under way. It can be evaluated when it is done.")
             jobs_panel.live_bar(run)
@@ -245,12 +246,6 @@ def _about(evaluation: Evaluation, suites: Sequence[str]) -> str:
         parts.append(f"{attack['n_prompts']:,} harmful prompts pushed at layers {layers}")
         parts.append(f"replies of up to {settings['new_tokens']} tokens, greedy")
     return " · ".join(text.markdown(part) for part in parts)
-
-
-def _steps(intro: Intro) -> None:
-    for column, (name, what) in zip(st.columns(len(intro.steps), gap="medium"), intro.steps, strict=True):
-        with column.container(border=True, height="stretch"):
-            st.markdown(f"**{name}**  \n{what}")
 
 
 def _rate(run: Job) -> float | None:

@@ -70,25 +70,14 @@ def padded(values: Float[np.ndarray, "point"]) -> list[float]:
     return [low - room, high + room]
 
 
-def figure(
-    traces: Sequence[Trace],
-    height: int,
-    *,
-    revision: str,
-    x: dict[str, Any],
-    y: dict[str, Any],
-    bottom: int = BOTTOM_TITLED,
-    top: int = TOP,
-    **more: Any,
-) -> Figure:
+def figure(traces: Sequence[Trace], height: int, *, x: dict[str, Any], y: dict[str, Any], **more: Any) -> Figure:
     """Traces in a layout whose margins are the same everywhere and never automatic, so that charts line up.
 
-    Axes are fixed and nothing is dragged, if `x`, `y` and `more` do not say otherwise.
+    Axes are fixed and nothing is dragged, if `x`, `y` and `more` (as for `layout`) do not say otherwise.
     """
     fixed = {"fixedrange": True}
     settings: dict[str, Any] = {"hovermode": "closest", "dragmode": False} | more
-    shape = layout(height, revision=revision, x=fixed | x, y=fixed | y, bottom=bottom, top=top, **settings)
-    return {"data": list(traces), "layout": shape}
+    return {"data": list(traces), "layout": layout(height, x=fixed | x, y=fixed | y, **settings)}
 
 
 def layout(

@@ -7,7 +7,6 @@ Prompts and replies come from data sets and models: they are shown as text, neve
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from app.charts import evaluation_charts
 from app.components import exports
 from app.components.plots import plot
 from app.evaluations import SHOWN_CHARACTERS, Evaluation, Intro
+from app.view_controls import numbers_table
 from es2.jobs.job import Job
 from es2.report import findings
 from es2.report.findings import interval_of
@@ -87,9 +87,8 @@ def numbers(evaluation: Evaluation) -> None:
     with st.container(key="details"):
         left, right = st.columns(COLUMNS, gap="medium", vertical_alignment="center")
     with left:
-        rows = "".join(_row(*row) for row in table_rows(refusal, ability))
-        head = "".join(f"<th>{word}</th>" for word in ("", "Base", "Tuned", "change", ""))
-        st.html(f'<table class="before-after"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>')
+        rows = table_rows(refusal, ability)
+        numbers_table(("Base", "Tuned"), [(term, _cells(term, *numbers)) for term, *numbers in rows])
     with right:
         plot(
             evaluation_charts.rates(refusal, ability),
@@ -130,7 +129,7 @@ def table_rows(refusal: Mapping[str, Any] | None, ability: Mapping[str, Any] | N
     return found
 
 
-def _row(term: Term, *cells: Mapping[str, float] | None) -> str:
+def _cells(term: Term, *cells: Mapping[str, float] | None) -> tuple[str, ...]:
     def cell(number: Mapping[str, float] | None) -> str:
         if number is None:
             return ""
@@ -144,9 +143,7 @@ def _row(term: Term, *cells: Mapping[str, float] | None) -> str:
             value, spread = f"×{term.value(change)}", term.range(change)
         words = f"{value} <small>{spread}</small>"
         mark = "▲" if change.low > still else "▼" if change.high < still else ""
-    tip = html.escape(term.definition, quote=True)
-    first = f'<th scope="row" title="{tip}">{html.escape(term.title)}</th>'
-    return f"<tr>{first}{''.join(f'<td>{one}</td>' for one in (cell(cells[0]), cell(cells[1]), words, mark))}</tr>"
+    return cell(cells[0]), cell(cells[1]), words, mark
 
 
 def _judge(judge: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from app.charts.pair_charts import Margins
 from app.components import exports
 from app.components.plots import plot
 from app.state import Choice
-from app.view_controls import VIEW_NAMES
+from app.view_controls import VIEW_NAMES, numbers_table
 from es2.analysis.comparison import Comparison
 from es2.analysis.results import LayerNumbers
 from es2.analysis.verdict import Verdict
@@ -65,10 +64,8 @@ def numbers(comparison: Comparison, layer: int) -> None:
     st.subheader("Numbers of this layer", anchor=False)
     analysis = comparison.analysis
     base, tuned = analysis.base_layers[layer], analysis.layers[layer]
-    rows = "".join(number_row(BY_NAME[name], base, tuned) for name in NUMBERS if name in tuned.numbers)
-    heads = ("", *comparison.names, "change", "")
-    head = "".join(f"<th>{html.escape(word)}</th>" for word in heads)
-    st.html(f'<table class="before-after"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>')
+    terms = [BY_NAME[name] for name in NUMBERS if name in tuned.numbers]
+    numbers_table(comparison.names, [(term, number_cells(term, base, tuned)) for term in terms])
     st.caption(
         "Intervals are 95 %, paired over the same resamples of prompt pairs; ▲ and ▼ mark changes whose interval "
         "leaves out no change."
@@ -79,8 +76,8 @@ def numbers(comparison: Comparison, layer: int) -> None:
         st.markdown("\n".join(f"- **{term.title}**: {text.markdown(term.definition)}" for term in shown))
 
 
-def number_row(term: Term, base: LayerNumbers, tuned: LayerNumbers) -> str:
-    """One number as a row of the table; what only compares has no value of its own in base."""
+def number_cells(term: Term, base: LayerNumbers, tuned: LayerNumbers) -> tuple[str, str, str, str]:
+    """One number in both models, its change and a mark; what only compares has no value of its own in base."""
     change, compares = compare_charts.change_of(tuned, term.name), term.name in compare_charts.COMPARES
 
     def cell(layer: LayerNumbers) -> str:
@@ -92,11 +89,7 @@ def number_row(term: Term, base: LayerNumbers, tuned: LayerNumbers) -> str:
         value, _, interval = compare_charts.change_words(term, change).partition(", ")
         words = f"{value} <small>{interval}</small>"
     mark = ("▲" if change.difference.value > 0 else "▼") if compare_charts.is_change(change) else ""
-    cells = ("" if compares else cell(base), cell(tuned), words, mark)
-    tip = html.escape(term.definition, quote=True)
-    first = f'<th scope="row" title="{tip}">{html.escape(term.title)}</th>'
-    kind = "" if term.scale_free else ' class="raw"'
-    return f"<tr{kind}>{first}{''.join(f'<td>{one}</td>' for one in cells)}</tr>"
+    return "" if compares else cell(base), cell(tuned), words, mark
 
 
 def overview(comparison: Comparison, verdicts: dict[int, Verdict], layer: int) -> None:

@@ -10,6 +10,7 @@ import streamlit as st
 
 from app import artifacts, jobs_panel, state, text
 from app.state import Choice
+from app.view_controls import step_cards
 from es2.models.catalogue import DEFAULT_MODEL
 from es2.prompts.prompt_set import SPLITS, PromptSet
 
@@ -35,7 +36,7 @@ def no_comparison(choice: Choice) -> None:
             "Embedding Space Separation is a short fine-tune that moves harmful and harmless prompts apart inside a "
             "language model, at layers you choose. Here base and tuned stand side by side once there is a run."
         )
-        _steps(COMPARE_STEPS)
+        step_cards(COMPARE_STEPS)
         model = artifacts.model_name(choice.model)
         st.markdown(
             f"There is no finished run yet. Chosen at the left: **{text.markdown(model)}** and "
@@ -46,12 +47,6 @@ def no_comparison(choice: Choice) -> None:
                 state.go("runs")
             if st.button("Look at the base model's layers", key="to_layers", icon=":material/layers:"):
                 state.go("layers")
-
-
-def _steps(steps: tuple[tuple[str, str], ...]) -> None:
-    for column, (name, what) in zip(st.columns(len(steps), gap="medium"), steps, strict=True):
-        with column.container(border=True, height="stretch"):
-            st.markdown(f"**{name}**  \n{what}")
 
 
 def welcome(choice: Choice) -> None:
@@ -65,7 +60,7 @@ def welcome(choice: Choice) -> None:
             "Somewhere between the first block and the last, a language model begins to represent harmful and "
             "harmless requests differently. This workbench shows at which layers, how surely, and how far apart."
         )
-        _steps(STEPS)
+        step_cards(STEPS)
         st.markdown(
             f"Chosen at the left: **{text.markdown(artifacts.model_name(choice.model))}** and "
             f"**{len(prompts):,} prompts** from {text.markdown(prompts.name)} ({_splits(prompts)})."
