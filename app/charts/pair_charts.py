@@ -62,15 +62,10 @@ def pair(
     """
     assert view.tuned is not None
     points = tuple(canvas.rounded(one) for one in (view.base, view.tuned))
-    test = prompts.in_split("test")
-    shown = np.ones(len(prompts), dtype=bool) if others else test
+    shown = np.ones(len(prompts), dtype=bool) if others else prompts.in_split("test")
     ringed = np.array([row for row in selected if shown[row]], dtype=int)
     words = [f"margin {before:+.4f} → {after:+.4f}" for before, after in zip(*margins, strict=True)]
-    groups = [
-        (label, hollow, np.flatnonzero((test != hollow) & (prompts.labels == label)))
-        for hollow in ((True, False) if others else (False,))
-        for label in (HARMLESS, HARMFUL)
-    ]
+    groups = projection_chart.groups_of(prompts, others)
 
     def clouds(model: int) -> list[Trace]:
         return [

@@ -57,14 +57,11 @@ def projection(
         A figure whose points carry `["base", row]` as `customdata`.
     """
     coordinates = canvas.rounded(view.base)
-    test = prompts.in_split("test")
-    shown = np.ones(len(prompts), dtype=bool) if others else test
-    traces = []
-    for hollow in (True, False) if others else (False,):
-        for label in (HARMLESS, HARMFUL):
-            rows = np.flatnonzero((test != hollow) & (prompts.labels == label))
-            words = [f"margin {margin:+.4f}" for margin in margins[rows]]
-            traces.append(cloud(coordinates, rows, prompts, words, label, hollow=hollow))
+    shown = np.ones(len(prompts), dtype=bool) if others else prompts.in_split("test")
+    traces = [
+        cloud(coordinates, rows, prompts, [f"margin {margin:+.4f}" for margin in margins[rows]], label, hollow=hollow)
+        for label, hollow, rows in groups_of(prompts, others)
+    ]
     ringed = [row for row in selected if shown[row]]
     joined = ringed if len(ringed) <= MAX_TWINS else []
     traces += [twin_lines(coordinates, joined, prompts, shown), rings(coordinates[ringed])]
@@ -75,6 +72,16 @@ def projection(
         **frame(view, coordinates[shown], tool, [labels.label(axis) for axis in view.axes]),
     )
     return {"data": traces, "layout": layout}
+
+
+def groups_of(prompts: PromptSet, others: bool) -> list[tuple[int, bool, Int[np.ndarray, "row"]]]:
+    """What is drawn alike, the hollow first: the label, whether it is of another split than test, and its rows."""
+    test = prompts.in_split("test")
+    return [
+        (label, hollow, np.flatnonzero((test != hollow) & (prompts.labels == label)))
+        for hollow in ((True, False) if others else (False,))
+        for label in (HARMLESS, HARMFUL)
+    ]
 
 
 def frame(view: View, points: Float[np.ndarray, "point 2"], tool: str, titles: Sequence[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy as np
 import streamlit as st
 
 from app import artifacts, jobs_panel, state, text
-from app.charts import reading_chart
+from app.charts import layer_charts
 from app.components.plots import plot
 from app.state import Choice
 from app.text import sentences
@@ -144,7 +144,7 @@ def _reading(reading: Reading, by_model: Mapping[str, Probes], choice: Choice, n
         st.text(reading.text if len(reading.text) <= 600 else reading.text[:600] + "…")
         st.caption(_in_words(margins))
         plot(
-            reading_chart.sides(margins, chosen=choice.layer),
+            layer_charts.sides(margins, chosen=choice.layer),
             key=f"own_sides_{number}",
             alt="Distance of the request to each layer's boundary",
         )
