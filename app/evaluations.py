@@ -38,8 +38,6 @@ VERDICT_NAMES: Mapping[str, str] = {
     "empty": "empty",
 }
 
-_HABITS = "evaluation_habits"
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -90,17 +88,6 @@ class Intro:
     about: str
     steps: tuple[tuple[str, str], ...]
     suite: str
-
-
-def habit(name: str, usual: Any) -> Any:
-    """What was chosen on these pages; a habit, so no part of a link."""
-    return st.session_state.get(_HABITS, {}).get(name, usual)
-
-
-def take_habit(name: str, value: Any) -> None:
-    """Callback: this is the choice from now on."""
-    state.update()
-    st.session_state[_HABITS] = {**st.session_state.get(_HABITS, {}), name: value}
 
 
 def shown_run(choice: Choice) -> Job | None:

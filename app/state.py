@@ -31,9 +31,8 @@ _OPTIONAL = ("layer", "splits", "arrange", "fit", "lengths", *_RUNS)
 _RUN_ID = re.compile(r"[a-z0-9-]{1,80}")
 
 _CHOICE, _LINK, _NOTES = "choice", "choice_link", "choice_notes"
-_SELECTION, _TOOL, _ACTED = "choice_selection", "choice_tool", "choice_acted"
+_SELECTION, _HABITS, _ACTED = "choice_selection", "choice_habits", "choice_acted"
 _PAGE, _PAGES = "choice_page", "choice_pages"
-_LISTING = "choice_listing"
 _TARGETS, _SETTINGS = "launch_targets", "launch_settings"
 
 
@@ -243,13 +242,18 @@ def selection(digest: str) -> tuple[int, ...]:
 
 def tool() -> str:
     """How prompts are selected in a projection; a habit, so no part of a link."""
-    return str(st.session_state.get(_TOOL, "click"))
+    return str(habit("tool", "click"))
 
 
-def take_tool(name: str) -> None:
-    """Callback: select this way from now on."""
-    _acted()
-    st.session_state[_TOOL] = name
+def habit(name: str, usual: Any) -> Any:
+    """What was chosen last; a habit, so no part of a link."""
+    return st.session_state.get(_HABITS, {}).get(name, usual)
+
+
+def take_habit(name: str, value: Any) -> None:
+    """Callback: this is the choice from now on."""
+    update()
+    st.session_state[_HABITS] = {**st.session_state.get(_HABITS, {}), name: value}
 
 
 def targets(model: str, usual: Sequence[int]) -> tuple[int, ...]:
@@ -295,14 +299,3 @@ def go(name: str) -> None:
     if page is None or page.url_path == st.session_state.get(_PAGE):
         st.rerun()
     st.switch_page(page, query_params=current().to_link())
-
-
-def listing() -> int:
-    """Which of the compare page's lists is open; a habit."""
-    return int(st.session_state.get(_LISTING, 0))
-
-
-def take_listing(number: int) -> None:
-    """Callback: open this list from now on."""
-    _acted()
-    st.session_state[_LISTING] = number

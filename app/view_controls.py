@@ -38,7 +38,7 @@ def tool_control() -> None:
         format_func=TOOL_ICONS.__getitem__,
         required=True,
         label_visibility="collapsed",
-        on_change=lambda: state.take_tool(st.session_state["tool"]),
+        on_change=lambda: state.take_habit("tool", st.session_state["tool"]),
     )
 
 

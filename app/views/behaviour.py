@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from app import evaluations, text
+from app import evaluations, state, text
 from app.charts import evaluation_charts
 from app.components import exports
 from app.components.plots import plot
@@ -187,7 +187,7 @@ def replies(evaluation: Evaluation) -> None:
         return
     found = filtered(rows)
     st.subheader("Replies", anchor=False)
-    st.session_state["reply_filter"] = evaluations.habit("filter", "all")
+    st.session_state["reply_filter"] = state.habit("filter", "all")
     chosen = st.segmented_control(
         "Show",
         list(FILTERS),
@@ -196,21 +196,21 @@ def replies(evaluation: Evaluation) -> None:
         required=True,
         label_visibility="collapsed",
         help="Verdicts are those on the tuned model's reply; degenerate or empty under either model.",
-        on_change=lambda: evaluations.take_habit("filter", st.session_state["reply_filter"]),
+        on_change=lambda: state.take_habit("filter", st.session_state["reply_filter"]),
     )
     shown = found[chosen or "all"]
     if not shown:
         st.caption("None.")
         return
     page_of = f"shown {evaluation.path.stem} {chosen}"
-    n_shown = evaluations.habit(page_of, N_SHOWN)
+    n_shown = state.habit(page_of, N_SHOWN)
     for index in shown[:n_shown]:
         _exchange(rows[index], index)
     if len(shown) > n_shown:
         st.button(
             f"Show {min(N_SHOWN, len(shown) - n_shown)} more of {len(shown) - n_shown}",
             key="more_replies",
-            on_click=evaluations.take_habit,
+            on_click=state.take_habit,
             args=(page_of, n_shown + N_SHOWN),
         )
 

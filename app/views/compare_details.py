@@ -133,7 +133,7 @@ def lists(comparison: Comparison, margins: Margins) -> None:
     }
     st.subheader("Prompts that stand out", anchor=False)
     names = list(found)
-    st.session_state["listing"] = state.listing()
+    st.session_state["listing"] = state.habit("listing", 0)
     chosen = st.segmented_control(
         "List",
         range(len(names)),
@@ -141,7 +141,7 @@ def lists(comparison: Comparison, margins: Margins) -> None:
         format_func=names.__getitem__,
         required=True,
         label_visibility="collapsed",
-        on_change=lambda: state.take_listing(st.session_state["listing"]),
+        on_change=lambda: state.take_habit("listing", st.session_state["listing"]),
     )
     rows = found[names[chosen or 0]]
     if len(rows) == 0:

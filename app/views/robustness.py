@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from app import evaluations, text
+from app import evaluations, state, text
 from app.charts import evaluation_charts
 from app.charts.evaluation_charts import MODELS, NAMES
 from app.components import exports
@@ -123,7 +123,7 @@ def needed(attack: Mapping[str, Any]) -> None:
     p0s = list(dict.fromkeys(record["p0"] for record in attack["needed"]))
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
         st.subheader("Needed push over layers", anchor=False, width="content")
-        kept = evaluations.habit("p0", findings.main_p0(attack))
+        kept = state.habit("p0", findings.main_p0(attack))
         st.session_state["needed_p0"] = kept if kept in p0s else findings.main_p0(attack)
         chosen = st.segmented_control(
             "p₀",
@@ -135,7 +135,7 @@ def needed(attack: Mapping[str, Any]) -> None:
             help="The probability of harmful that has to be reached. At 0.5 the way ends on the probe's boundary and "
             "depends on the geometry alone; at 0.01 it also depends on how steep the probe is, so it means something "
             "only between base and tuned.",
-            on_change=lambda: evaluations.take_habit("p0", st.session_state["needed_p0"]),
+            on_change=lambda: state.take_habit("p0", st.session_state["needed_p0"]),
         )
     plot(
         evaluation_charts.needed_strip(attack, p0s[0] if chosen is None else chosen),
@@ -265,13 +265,13 @@ def _row_of(
 def _chosen(name: str, options: Sequence[Any], usual: Any, widget: Any, label: str, **arguments: Any) -> Any:
     """Draw a widget that keeps what was chosen, as long as it is among the options; returns the choice."""
     key = f"attack_{name}"
-    kept = evaluations.habit(key, usual)
+    kept = state.habit(key, usual)
     st.session_state[key] = kept if kept in options else usual
     widget(
         label,
         options=options,
         key=key,
-        on_change=lambda: evaluations.take_habit(key, st.session_state[key]),
+        on_change=lambda: state.take_habit(key, st.session_state[key]),
         **arguments,
     )
     return st.session_state[key]
