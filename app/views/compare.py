@@ -13,7 +13,7 @@ from typing import Any
 
 import streamlit as st
 
-from app import artifacts, jobs_panel, prompt_list, state, text
+from app import artifacts, compare_details, jobs_panel, prompt_list, state, text
 from app.charts import compare_charts, pair_charts
 from app.components import exports, other_layers
 from app.components.plots import let_draw, linked, plot
@@ -21,7 +21,6 @@ from app.layer_control import layer_control, with_layer
 from app.state import Choice
 from app.umap_offer import umap_offer
 from app.view_controls import VIEW_NAMES, choice_control, others_toggle, tool_control, view_control
-from app.views import compare_details
 from app.views.welcome import no_comparison
 from es2.analysis.comparison import Comparison
 from es2.analysis.projection import View

@@ -136,11 +136,11 @@ class TestBehaviour:
             "degenerate": 2,
         }
         for name, reply in (("refused", REFUSAL), ("degenerate", BABBLE)):
-            at.session_state["evaluation_habits"] = {"filter": name}
+            at.session_state["choice_habits"] = {"filter": name}
             at.run()
             assert texts(at).count(reply) == 2
             assert len([text for text in texts(at) if "lock number" in text]) == len(found[name])
-        at.session_state["evaluation_habits"] = {"filter": "answered"}
+        at.session_state["choice_habits"] = {"filter": "answered"}
         at.run()
         assert texts(at) == []
         assert "None." in captions(at)
@@ -209,8 +209,8 @@ class TestRobustness:
     def test_another_direction_has_its_own_steps(self, home: Path, evaluated: Evaluated) -> None:
         at = open_page("robustness", evaluated.link())
         at.select_slider(key="attack_step").set_value("to p₀ = 0.5").run()
-        at.session_state["evaluation_habits"] = {
-            **at.session_state["evaluation_habits"],
+        at.session_state["choice_habits"] = {
+            **at.session_state["choice_habits"],
             "attack_direction": "random",
         }
         at.run()

@@ -183,7 +183,7 @@ class TestComparison:
         assert list(movers["moved"]) == sorted(movers["moved"], reverse=True)
         assert movers["moved"].iloc[0] == pytest.approx((after - before)[test].max())
         for choice, expected in ((2, test & (after <= 0)), (3, test & ((after > 0) != (before > 0)))):
-            at.session_state["choice_listing"] = choice
+            at.session_state["choice_habits"] = {"listing": choice}
             at.run()
             assert set(at.dataframe[1].value["prompt"]) == {prompts.texts[row] for row in np.flatnonzero(expected)}
 
