@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 ALONE, TOGETHER, SHARDED = "", "--multi_gpu", "--use_fsdp --fsdp_version 2"
 """How processes are launched: one; several, each with the whole model; several, each with a share of the blocks."""
-
 
 
 @dataclass(frozen=True)
