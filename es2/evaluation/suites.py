@@ -23,9 +23,10 @@ from es2.evaluation.judge import Judge, judge_replies
 from es2.evaluation.refusal import judge_reply
 from es2.evaluation.reply_log import ReplyLog
 from es2.jobs.job import Job
+from es2.models.adapters import apply_finetune
 from es2.models.batching import end_tokens
 from es2.models.chat_template import render, template_head
-from es2.models.loading import load_model, load_tokenizer, put_on
+from es2.models.loading import load_model, load_tokenizer
 from es2.models.replies import exchange_states, greedy_replies
 from es2.models.shape import context_length
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, normalised, stable_hash, warn_of_likeness
@@ -156,7 +157,7 @@ def behaviour(
         if model is None and (missing or suite == "kl"):
             model = _load(work, name)
         elif model is not None and name == "tuned" and work.weights is not None:
-            put_on(model, work.weights)
+            apply_finetune(model, work.weights)
         if missing:
             _reply(work, model, name, tokenizer, sample, tokens, head)
         if suite == "kl":
@@ -200,7 +201,7 @@ def _load(work: Work, name: str) -> Any:
     work.report("load", 0, 1)
     model = load_model(work.folder, dtype=work.dtype, device=work.device).requires_grad_(False)
     if name == "tuned" and work.weights is not None:
-        put_on(model, work.weights)
+        apply_finetune(model, work.weights)
     work.report("load", 1, 1)
     return model
 

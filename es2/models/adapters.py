@@ -1,4 +1,4 @@
-"""A peft adapter from anywhere, looked at before it is loaded.
+"""What a fine-tune left, put into the model that it started from: a peft adapter from anywhere, or changed blocks.
 
 peft believes the configuration: it makes matrices of the rank that is stated there, and copies of layers that are asked
 for, before it opens the file of weights. Adapters are handed round, so what they state is held against the header of
@@ -8,22 +8,35 @@ the weights first, and whatever peft makes of the rest ends in a sentence.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from es2.core.errors import InputError, MachineError
 from es2.core.files import read_json
 from es2.models.device import is_out_of_memory
 from es2.models.model_files import first_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-from typing import TYPE_CHECKING
+from es2.models.tensors import load_tensors
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA")
 """What peft merges into weights from these two files alone. Other kinds name models or tokenizers to be fetched."""
+
+
+def adapter_files(finetune: Path) -> list[Path]:
+    """The files that decide a fine-tune: peft's two, or the one file of the blocks that a full fine-tune changed.
+
+    Raises:
+        InputError: when one of peft's is missing.
+    """
+    if finetune.is_file():
+        return [finetune]
+    files = [finetune / ADAPTER_CONFIG, finetune / ADAPTER_WEIGHTS]
+    for file in files:
+        if not file.is_file():
+            raise InputError(
+                f"The folder {str(finetune)!r} is no adapter: it has no {file.name}; save the adapter again with "
+                "peft's save_pretrained, which writes safetensors. Nothing else is read."
+            )
+    return files
 
 
 def check_adapter(folder: Path) -> None:
@@ -35,14 +48,10 @@ def check_adapter(folder: Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
+    adapter_files(folder)
     config = read_json(folder / ADAPTER_CONFIG)
     if config is None or not isinstance(config.get("peft_type"), str):
         raise InputError(f"{str(folder)!r} holds no peft adapter: it needs a readable {ADAPTER_CONFIG}.")
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise InputError(
-            f"{str(folder)!r} has no {ADAPTER_WEIGHTS}; save the adapter again with peft's save_pretrained, which "
-            "writes safetensors. Nothing else is read."
-        )
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as weights:
             shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
@@ -62,24 +71,52 @@ def check_adapter(folder: Path) -> None:
         raise InputError(f"The adapter {str(folder)!r} names a Python module to be imported, which is not done here.")
 
 
-def merge_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model with a checked adapter merged into its weights.
+def apply_finetune(model: Any, finetune: Path, *, merge: bool = False) -> None:
+    """Make a base model the tuned one, in place.
+
+    Args:
+        model: from `es2.models.loading.load_model`.
+        finetune: the folder of an adapter, or the file of the blocks that a full fine-tune changed.
+        merge: whether an adapter is merged into the model's weights, as hooks and exports need it; else it stays beside
+            them in layers of its own.
 
     Raises:
-        InputError: when the adapter is none or does not fit the model.
-        MachineError: when memory runs out, or the folder cannot be read.
+        InputError: when the fine-tune is none, is damaged, or does not fit the model.
+        MachineError: when memory runs out, the fine-tune cannot be read, or the model lies partly on the disk.
     """
+    if "disk" in getattr(model, "hf_device_map", {}).values():
+        raise MachineError(
+            f"The model {Path(model.name_or_path).name!r} lies partly on the disk, where no fine-tune can be merged "
+            "into it; export it merged (`es2 export --merged`) where there is memory enough, and capture that folder."
+        )
+    if finetune.is_file():
+        _copy_blocks(model, finetune)
+        return
     from peft import PeftModel
 
-    check_adapter(folder)
+    check_adapter(finetune)
     try:
-        merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        adapted: Any = PeftModel.from_pretrained(model, str(finetune)).eval()
+        if merge:
+            adapted.merge_and_unload()
     except Exception as error:  # peft has no exceptions of its own: a wrong configuration fails wherever it is used
         if is_out_of_memory(error):
-            raise MachineError(f"The memory is too small for the adapter {str(folder)!r}.") from error
+            raise MachineError(f"The memory is too small for the adapter {str(finetune)!r}.") from error
         raise InputError(
-            f"The adapter {str(folder)!r} does not fit the model ({first_line(error)}); "
+            f"The adapter {str(finetune)!r} does not fit the model ({first_line(error)}); "
             "give the model it was trained on."
         ) from error
-    loaded: PreTrainedModel = merged
-    return loaded
+
+
+def _copy_blocks(model: Any, weights: Path) -> None:
+    """Put the blocks that a full fine-tune left in `weights.safetensors` into the model."""
+    import torch
+
+    tensors, _ = load_tensors(weights)
+    own = dict(model.named_parameters())
+    unknown = [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]
+    if unknown:
+        raise InputError(f"The weights {str(weights)!r} do not fit this model (the first: {unknown[0]}).")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)

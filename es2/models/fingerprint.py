@@ -10,11 +10,8 @@ from pathlib import Path
 
 from es2.core.errors import InputError
 from es2.core.files import file_digest
-from es2.models.model_files import (
-    first_line,
-    read_config,
-    weight_files,
-)
+from es2.models.adapters import adapter_files
+from es2.models.model_files import first_line, read_config, weight_files
 
 
 @dataclass(frozen=True)
@@ -75,14 +72,3 @@ def _chat_template_digest(folder: Path) -> str | None:
 
 def _digest(value: object) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def adapter_files(adapter: Path) -> list[Path]:
-    """The files that decide an adapter: peft's two, or the one file of the blocks that a full fine-tune changed."""
-    if adapter.is_file():
-        return [adapter]
-    files = [adapter / "adapter_config.json", adapter / "adapter_model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"The folder {str(adapter)!r} is no adapter: it has no {file.name}.")
-    return files

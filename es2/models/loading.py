@@ -15,24 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from es2.core.errors import InputError, MachineError
-from es2.models.adapters import ADAPTER_CONFIG, merge_adapter
+from es2.models.adapters import ADAPTER_CONFIG, apply_finetune
 from es2.models.costs import FOUR_BIT_BYTES, WORKING_SHARE
 from es2.models.device import check_device, choose_device, choose_dtype, is_out_of_memory, require_memory, too_large
-from es2.models.fingerprint import adapter_files
 from es2.models.model_files import (
     first_line,
     weight_files,
 )
 from es2.models.number_formats import DTYPES
 from es2.models.placement import AUTO, all_or_none, free_bytes, quantized, shard, spread
-from es2.models.tensors import load_tensors
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-from typing import TYPE_CHECKING
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -227,36 +222,9 @@ def load_tuned(
         InputError, MachineError: as `load_model`; also when the adapter does not fit the model.
     """
     model = load_model(folder, dtype=dtype, device=device, may_spread=may_spread)
-    if adapter is None:
-        return model
-    adapter_files(adapter)
-    if "disk" in getattr(model, "hf_device_map", {}).values():
-        raise MachineError(
-            f"The model {folder.name!r} lies partly on the disk, where no fine-tune can be merged into it; export it "
-            "merged (`es2 export --merged`) where there is memory enough, and capture that folder."
-        )
-    if adapter.is_file():
-        load_blocks(model, adapter)
-        return model
-    return merge_adapter(model, adapter)
-
-
-def load_blocks(model: PreTrainedModel, weights: Path) -> None:
-    """Put the blocks that a full fine-tune left in `weights.safetensors` into the model that it started from.
-
-    Raises:
-        InputError: when the file is damaged or of another model.
-    """
-    import torch
-
-    tensors, _ = load_tensors(weights)
-    own = dict(model.named_parameters())
-    unknown = [name for name, tensor in tensors.items() if name not in own or own[name].shape != tensor.shape]
-    if unknown:
-        raise InputError(f"The weights {str(weights)!r} do not fit this model (the first: {unknown[0]}).")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+    if adapter is not None:
+        apply_finetune(model, adapter, merge=True)
+    return model
 
 
 def _count_parameters(folder: Path) -> int:
@@ -280,28 +248,3 @@ def _quiet_transformers() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-def put_on(model: Any, weights: Path) -> None:
-    """Make a base model the tuned one, in place: an adapter's layers put in, or the changed blocks copied over.
-
-    Args:
-        model: from `es2.models.loading.load_model`.
-        weights: what `es2.workflow.runs.tuned_weights` gave.
-
-    Raises:
-        InputError: when the fine-tune is damaged or of another model.
-    """
-    if weights.is_file():
-        load_blocks(model, weights)
-        return
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
-    try:
-        PeftModel.from_pretrained(model, str(weights)).eval()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"The adapter {str(weights)!r} does not fit the model ({first_line(error)}); "
-            "give the model it was trained on."
-        ) from error

@@ -22,11 +22,12 @@ import numpy as np
 
 from es2.analysis.layers import analyze
 from es2.analysis.results import AnalysisConfig
+from es2.models.adapters import apply_finetune
 from es2.models.catalogue import resolve
 from es2.models.chat_template import render, template_head
 from es2.models.folders import model_folder
 from es2.models.forward import Network
-from es2.models.loading import load_blocks, load_model, load_tokenizer
+from es2.models.loading import load_model, load_tokenizer
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
 from es2.store.sources import ArrayLayers, TestSet
@@ -66,12 +67,8 @@ class Model:
         self.layers = config.targets
         head = template_head(self.tokenizer, [])
         self.network = Network(model, template_head=head, layers=self.layers)
-        if adapter is not None and adapter.is_file():
-            load_blocks(model, adapter)
-        elif adapter is not None:
-            from peft import PeftModel
-
-            PeftModel.from_pretrained(model, adapter).eval()
+        if adapter is not None:
+            apply_finetune(model, adapter)
 
     def read(self, prompts: PromptSet) -> ArrayLayers:
         """The embeddings of every prompt."""

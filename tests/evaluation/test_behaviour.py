@@ -13,10 +13,11 @@ import torch
 from es2.analysis.resampling import canonical, resample_pairs
 from es2.core.errors import InputError
 from es2.evaluation.behaviour import ability_numbers, compare_exchange, rate_interval, refusal_numbers
+from es2.models.adapters import apply_finetune
 from es2.models.batching import end_tokens
 from es2.models.chat_template import render, template_head
 from es2.models.kl import read_head
-from es2.models.loading import load_bridge, load_model, load_tokenizer, load_tuned, put_on
+from es2.models.loading import load_bridge, load_model, load_tokenizer, load_tuned
 from es2.models.replies import exchange_states, greedy_replies
 from tests.builders import ARCHITECTURES, TEXTS, save_tiny_adapter, save_tiny_model, tiny_prompts
 
@@ -128,12 +129,12 @@ def test_putting_the_adapter_on_makes_the_tuned_model(load: Loader, tmp_path: Pa
     folder, model, tokens, head = load("llama")
     before = all_replies(model, tokens, head=head)
     adapter = save_tiny_adapter(tmp_path / "adapter", folder)
-    put_on(model, adapter)
+    apply_finetune(model, adapter)
     after = all_replies(model, tokens, head=head)
     assert after != before
     assert after == single_replies(load_tuned(folder, adapter, device="cpu"), tokens)
     with pytest.raises(InputError, match="does not fit"):
-        put_on(load_model(save_tiny_model(tmp_path / "wide", d_model=48), device="cpu"), adapter)
+        apply_finetune(load_model(save_tiny_model(tmp_path / "wide", d_model=48), device="cpu"), adapter)
 
 
 def test_ability_is_that_of_the_full_logits(load: Loader, tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_ability_is_that_of_the_full_logits(load: Loader, tmp_path: Path) -> Non
     with torch.no_grad():
         before = [model(torch.tensor([sequence])).logits[0].log_softmax(-1).double() for sequence in sequences]
     base = exchange_states(model, tokens, replies, len(head))
-    put_on(model, save_tiny_adapter(tmp_path / "adapter", folder))
+    apply_finetune(model, save_tiny_adapter(tmp_path / "adapter", folder))
     with torch.no_grad():
         after = [model(torch.tensor([sequence])).logits[0].log_softmax(-1).double() for sequence in sequences]
     tuned = exchange_states(model, tokens, replies, len(head))

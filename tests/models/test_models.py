@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 
 from es2.core.errors import InputError, MachineError
 from es2.core.progress import Cancelled
 from es2.models import catalogue, model_files
+from es2.models.adapters import apply_finetune
 from es2.models.catalogue import CATALOGUE, DEFAULT_MODEL, ModelSpec, resolve
 from es2.models.device import choose_device, choose_dtype
 from es2.models.fingerprint import fingerprint
@@ -160,7 +162,7 @@ def test_a_template_inside_the_tokenizers_settings_counts(folder: Path) -> None:
 
 def test_resolving_and_fingerprinting_import_nothing_heavy(folder: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from es2.models.catalogue import *; "
+        "import sys; from es2.models.catalogue import resolve; from es2.models.folders import model_folder; "
         "from es2.models.fingerprint import fingerprint\n"
         f"fingerprint(model_folder(resolve({str(folder)!r})))\n"
         "print(sorted({'torch', 'transformers', 'transformer_lens', 'streamlit'} & set(sys.modules)))"
@@ -324,6 +326,25 @@ def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) ->
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     with pytest.raises(InputError, match=r"it has no adapter_model\.safetensors"):
         load_bridge(folder, adapter=pickled)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_adapter_is_checked_alike_whether_it_is_merged_or_not(folder: Path, tmp_path: Path, merge: bool) -> None:
+    model = load_model(folder, device="cpu")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    adapter = save_tiny_adapter(tmp_path / "adapter", folder)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for entries, words in (({"r": 10**9}, "states a rank"), ({"peft_type": "PROMPT_TUNING"}, "of the kind")):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | entries))
+        with pytest.raises(InputError, match=words):
+            apply_finetune(model, adapter, merge=merge)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    apply_finetune(model, adapter, merge=merge)
+    assert any("lora" in name for name in model.state_dict()) is not merge
+    model.hf_device_map = {"": "disk"}
+    with pytest.raises(MachineError, match="partly on the disk"):
+        apply_finetune(model, adapter, merge=merge)
 
 
 def test_an_architecture_that_cannot_be_hooked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

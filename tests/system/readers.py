@@ -715,7 +715,7 @@ def _merged_adapters(folder: Path) -> Draw:
 
     logging.disable_progress_bar()
 
-    from es2.models.adapters import merge_adapter
+    from es2.models.adapters import apply_finetune
     from tests.builders import save_tiny_adapter, save_tiny_model
 
     model = save_tiny_model(folder / "model", n_layers=1)
@@ -731,7 +731,7 @@ def _merged_adapters(folder: Path) -> Draw:
 
         _write_adapter(copy, config, weights, rng)
         own = deepcopy(loaded)
-        return lambda: merge_adapter(own, copy)
+        return lambda: apply_finetune(own, copy, merge=True)
 
     return draw
 

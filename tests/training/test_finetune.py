@@ -27,9 +27,10 @@ import torch
 
 from es2.core.errors import InputError, MachineError
 from es2.core.progress import Cancelled
+from es2.models.adapters import apply_finetune
 from es2.models.chat_template import render
 from es2.models.forward import find_blocks
-from es2.models.loading import load_blocks, load_model, load_tokenizer
+from es2.models.loading import load_model, load_tokenizer
 from es2.models.shape import count_layers
 from es2.models.tensors import load_tensors, save_tensors
 from es2.prompts.prompt_set import PromptSet
@@ -109,7 +110,7 @@ def tuned_model(model: Path, result: FinetuneResult) -> Any:
         from peft import PeftModel
 
         return PeftModel.from_pretrained(plain, str(result.output)).merge_and_unload()
-    load_blocks(plain, result.output)
+    apply_finetune(plain, result.output)
     return plain
 
 
