@@ -24,14 +24,18 @@ from es2.core.files import machine_error
 from es2.core.malloc import keep_freed_memory
 from es2.core.progress import Reporter, silent
 from es2.models.batching import (
-    SHARING_VERIFIED,
     KeysAndValues,
     Tree,
     batches_by_length,
     cache_before,
+    is_verified,
     keys_and_values,
+    may_pad,
     n_alike,
+    n_tokens_of,
+    pad,
     plant,
+    positions_of,
     usual_tokens,
 )
 from es2.models.chat_template import Rendered
@@ -196,9 +200,8 @@ def _ways(bridge: TransformerBridge, rendered: Rendered, columns: np.ndarray) ->
     n_shared = _shared_tokens(rendered, columns)
     n_shared = n_shared if n_shared >= _SHARING_WORTHWHILE else 0
     longest = max(range(len(rendered.token_ids)), key=lambda row: len(rendered.token_ids[row]))
-    if model.config.model_type in SHARING_VERIFIED:
-        window = getattr(model.config.get_text_config(), "sliding_window", None)
-        return n_shared, window is None or len(rendered.token_ids[longest]) <= window
+    if is_verified(model):
+        return n_shared, may_pad(model, len(rendered.token_ids[longest]))
     rows = [longest, (longest + 1) % len(rendered.token_ids)]
     tried, own_columns = [rendered.token_ids[row] for row in rows], columns[rows]
     try:
@@ -242,24 +245,15 @@ def _run_batch(
 
     model: Any = bridge.original_model
     width = max(len(tree.tokens) for tree in trees)
-    n_shared = shared[0][0].shape[-2] if shared else 0
+    n_shared = n_tokens_of(shared)
     shifts = [width - len(tree.tokens) if padding == "left" else 0 for tree in trees]
-    input_ids = torch.zeros(len(trees), width, dtype=torch.long)
-    seen = torch.zeros_like(input_ids)
-    for row, (tree, shift) in enumerate(zip(trees, shifts, strict=True)):
-        input_ids[row, shift : shift + len(tree.tokens)] = torch.tensor(tree.tokens)
-        seen[row, shift : shift + len(tree.tokens)] = 1
+    input_ids, seen = pad([tree.tokens for tree in trees], side=padding, n_before=n_shared)
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": seen}
     if planted:
-        positions = torch.full_like(input_ids, n_shared)
-        for row, tree in enumerate(trees):
-            positions[row, : len(tree.tokens)] += torch.tensor(tree.depths)
-        inputs |= {"attention_mask": _branches(trees, width, n_shared, model.dtype), "position_ids": positions}
+        inputs["attention_mask"] = _branches(trees, width, n_shared, model.dtype)
+        inputs["position_ids"] = n_shared + pad([tree.depths for tree in trees])[0]
     elif padding == "left":
-        # Right padding leaves every token at its own position, which is what models assume.
-        inputs["position_ids"] = (seen.cumsum(dim=1) - 1).clamp(min=0)
-    elif shared:
-        inputs["attention_mask"] = torch.cat([seen.new_ones(len(trees), n_shared), seen], dim=1)
+        inputs["position_ids"] = positions_of(seen)
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     if shared:
         inputs["past_key_values"] = cache_before(shared)
@@ -283,7 +277,7 @@ def _run_batch(
         fired.add(hook.name)
 
     hooks: list[tuple[str, Any]] = [(name, keep) for name in names]
-    lean = model.config.model_type in SHARING_VERIFIED and not any(
+    lean = is_verified(model) and not any(
         _is_heard(part) for block in bridge.blocks for part in block.submodules.values()
     )
     if lean:

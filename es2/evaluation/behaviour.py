@@ -19,7 +19,7 @@ import numpy as np
 
 from es2.analysis.resampling import Interval, interval, safe_ratio
 from es2.evaluation.refusal import VERDICTS
-from es2.models.replies import Tokens
+from es2.models.batching import Tokens
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""How prompts share a forward pass, and how replies end: what capture, fine-tune and evaluation have in common.
+"""How prompts share a forward pass: what capture, fine-tune and evaluation have in common.
 
 What all prompts begin with is run once; its keys and values are then handed to every batch of prompts that follow it.
 Imports no torch by itself.
@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
+    from jaxtyping import Int
+    from torch import Tensor
 
+
+Tokens = Sequence[int]
 
 KeysAndValues = list[tuple["torch.Tensor", "torch.Tensor"]]
 """Of the shared tokens, in every block; empty where nothing is shared."""
@@ -24,6 +28,20 @@ SHARING_VERIFIED = ("llama", "mistral", "qwen2", "gpt2", "gpt_neox", "gemma")
 
 REPLIES_AT_ONCE = 3
 """Times as many prompts of a fine-tune reply together: token by token there is less to do for each."""
+
+
+def is_verified(model: Any) -> bool:
+    """Whether prompts of this transformers model may follow a shared prefix that was run once."""
+    return model.config.model_type in SHARING_VERIFIED
+
+
+def may_pad(model: Any, longest: int) -> bool:
+    """Whether a prompt of up to `longest` tokens may share a row or a filled-up batch with others.
+
+    Not so where a sliding window would count tokens that belong to no one or to another prompt.
+    """
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return is_verified(model) and (window is None or longest <= window)
 
 
 def usual_tokens(device: str) -> int:
@@ -62,6 +80,39 @@ def reply_batches(lengths: Sequence[int], budget: int, pads: bool) -> Iterator[l
         rows = [row for row, n in enumerate(lengths) if n == length]
         size = max(1, budget // length)
         yield from (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def pad(
+    sequences: Sequence[Tokens], *, side: Literal["right", "left"] = "right", n_before: int = 0
+) -> tuple[Int[Tensor, "row token"], Int[Tensor, "row before_and_token"]]:
+    """The tokens of every row, filled up with zeros to the longest, and the attention mask: 1 where a token is one.
+
+    Args:
+        sequences: of each row.
+        side: where rows are filled up. On the right every token keeps its own position, which is what models assume.
+        n_before: number of shared tokens that every row follows, which the mask counts too.
+    """
+    import torch
+
+    width = max(map(len, sequences))
+    fillings = [width - len(sequence) for sequence in sequences]
+    if side == "right":
+        tokens = [(*sequence, *[0] * filling) for sequence, filling in zip(sequences, fillings, strict=True)]
+        mask = [[1] * (n_before + width - filling) + [0] * filling for filling in fillings]
+    else:
+        tokens = [(*[0] * filling, *sequence) for sequence, filling in zip(sequences, fillings, strict=True)]
+        mask = [[1] * n_before + [0] * filling + [1] * (width - filling) for filling in fillings]
+    return torch.tensor(tokens), torch.tensor(mask)
+
+
+def positions_of(mask: Int[Tensor, "row token"]) -> Int[Tensor, "row token"]:
+    """The position of every token, filling not counted, from an attention mask."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def n_tokens_of(shared: KeysAndValues) -> int:
+    """Number of tokens that the keys and values are of."""
+    return shared[0][0].shape[-2] if shared else 0
 
 
 @dataclass

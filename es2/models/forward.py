@@ -23,12 +23,16 @@ from torch.distributed.fsdp import FSDPModule
 from es2.core.errors import InputError
 from es2.models.batching import (
     REPLIES_AT_ONCE,
-    SHARING_VERIFIED,
     KeysAndValues,
+    Tokens,
     batches_by_length,
     cache_before,
     cache_of,
+    is_verified,
     keys_and_values,
+    may_pad,
+    n_tokens_of,
+    pad,
     reply_batches,
     until_end,
     usual_tokens,
@@ -40,8 +44,6 @@ if TYPE_CHECKING:
 
 
 _STAND_IN = (0,)
-
-Tokens = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,9 @@ class Network:
         self.head: Head = read_head(model)
         self.list_name, self.blocks = find_blocks(model)
         self.template_head = tuple(template_head)
-        self._verified = model.config.model_type in SHARING_VERIFIED
         self.in_step = isinstance(self.blocks[0], FSDPModule)
         # Shards are gone by the time that gradients come back through keys and values alone.
-        shares = self._verified and not gradient_checkpointing and not self.in_step
+        shares = is_verified(model) and not gradient_checkpointing and not self.in_step
         self._n_shared = len(self.template_head) if shares else 0
         self._deep = model.base_model
         self._shallow = _first_blocks(model.base_model, self.list_name, self.layers[-1] + 1)
@@ -201,9 +202,7 @@ class Network:
         shared = self.run_template_head()
         own = len(self.template_head) - self._n_shared
         sequences = [tuple(tokens[self._n_shared :]) for tokens in prompts]
-        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
-        longest = max(map(len, prompts), default=0) + n_tokens
-        pads = self._verified and (window is None or longest <= window)
+        pads = may_pad(self.model, max(map(len, prompts), default=0) + n_tokens)
         budget = REPLIES_AT_ONCE * self._tokens_at_once
         for batch in self._together(reply_batches([len(tokens) for tokens in sequences], budget, pads)):
             chosen = [sequences[row] for row in batch] or [_STAND_IN]
@@ -276,18 +275,10 @@ class Network:
         n_prompts = len(sequences)
         if not sequences:
             sequences, last = [_STAND_IN], [0]
-        width = max(map(len, sequences))
-        tokens = torch.zeros(len(sequences), width, dtype=torch.long)
-        mask = torch.zeros_like(tokens)
-        for row, sequence in enumerate(sequences):
-            tokens[row, : len(sequence)] = torch.tensor(sequence)
-            mask[row, : len(sequence)] = 1
-        # Right padding leaves every token at its own position, which is what models assume.
+        tokens, mask = pad(sequences, n_before=n_tokens_of(shared))
         inputs: dict[str, Any] = {"attention_mask": mask.to(self.device)}
         if shared or cache is not None:
-            seen = mask.new_ones(len(sequences), shared[0][0].shape[-2] if shared else 0)
-            cache = cache_before(shared) if cache is None else cache
-            inputs = {"attention_mask": torch.cat([seen, mask], dim=1).to(self.device), "past_key_values": cache}
+            inputs["past_key_values"] = cache_before(shared) if cache is None else cache
         rows = torch.arange(len(sequences), device=self.device)
         columns = torch.tensor(last, device=self.device)
         for block in self.blocks:

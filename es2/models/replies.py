@@ -15,11 +15,16 @@ from typing import TYPE_CHECKING, Any
 from es2.core.errors import MachineError
 from es2.core.progress import Reporter, silent
 from es2.models.batching import (
-    SHARING_VERIFIED,
     KeysAndValues,
+    Tokens,
     batches_by_length,
     cache_of,
+    is_verified,
     keys_and_values,
+    may_pad,
+    n_tokens_of,
+    pad,
+    positions_of,
     reply_batches,
     until_end,
     usual_reply_tokens,
@@ -31,7 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-Tokens = Sequence[int]
 Around = Callable[[list[int]], AbstractContextManager[Any]]
 """Given the rows of a batch, what to have open while it replies; what it yields is handed on with the batch."""
 
@@ -91,12 +95,8 @@ def greedy_replies(
     """
     import torch
 
-    config = model.config.get_text_config()
-    verified = model.config.model_type in SHARING_VERIFIED
-    window = getattr(config, "sliding_window", None)
-    longest = max(map(len, prompts), default=0) + n_tokens
-    pads = verified and (window is None or longest <= window)
-    n_shared = len(head) if verified else 0
+    pads = may_pad(model, max(map(len, prompts), default=0) + n_tokens)
+    n_shared = len(head) if is_verified(model) else 0
     budget = tokens_at_once or usual_reply_tokens(model.device.type)
     waiting = [
         [row for row in batch if row not in done]
@@ -147,21 +147,15 @@ def _reply(
     """The greedy replies to prompts that all follow `shared`; without `pads` they are of equal length."""
     import torch
 
-    width = max(map(len, sequences))
-    latest = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros_like(latest)
-    for row, sequence in enumerate(sequences):
-        latest[row, width - len(sequence) :] = torch.tensor(sequence)
-        mask[row, width - len(sequence) :] = 1
+    latest, mask = pad(sequences, side="left", n_before=n_tokens_of(shared))
     cache = cache_of(shared, len(sequences))
-    mask = torch.cat([mask.new_ones(len(sequences), shared[0][0].shape[-2] if shared else 0), mask], dim=1)
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     replies: list[list[int]] = [[] for _ in sequences]
     for count in range(n_tokens):
         step(count)
         inputs: dict[str, Any] = {}
         if pads:
-            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -latest.shape[1] :]
+            positions = positions_of(mask)[:, -latest.shape[1] :]
             inputs = {"attention_mask": mask.to(model.device), "position_ids": positions.to(model.device)}
         output = model(latest.to(model.device), past_key_values=cache, use_cache=True, **last_only, **inputs)
         chosen = output.logits[:, -1].argmax(dim=-1).tolist()
@@ -207,12 +201,7 @@ def exchange_states(
     states: dict[int, Tensor] = {}
     report(stage, 0, len(sequences))
     for batch in batches_by_length([len(sequence) for sequence in sequences], budget):
-        width = len(sequences[batch[0]])
-        # Right padding leaves every token at its own position, which is what models assume.
-        tokens, mask = torch.zeros(2, len(batch), width, dtype=torch.long)
-        for index, row in enumerate(batch):
-            tokens[index, : len(sequences[row])] = torch.tensor(sequences[row])
-            mask[index, : len(sequences[row])] = 1
+        tokens, mask = pad([sequences[row] for row in batch])
         with torch.inference_mode():
             output = model.base_model(
                 tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False

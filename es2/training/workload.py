@@ -17,8 +17,8 @@ from accelerate.utils import reduce
 from torch import Tensor
 
 from es2.core.progress import Cancelled, Reporter
-from es2.models.batching import end_tokens
-from es2.models.forward import BaseReply, HarmlessPass, Network, Tokens
+from es2.models.batching import Tokens, end_tokens
+from es2.models.forward import BaseReply, HarmlessPass, Network
 from es2.prompts.prompt_set import HARMLESS
 from es2.training.objective import BaseLayer, measure_base
 from es2.training.sampling import Batch, Plan

@@ -27,6 +27,7 @@ from es2.capture.residuals import _shared_tokens, _ways, capture_residuals
 from es2.core.errors import InputError, MachineError
 from es2.core.files import user_cache
 from es2.core.progress import Cancelled
+from es2.models import batching
 from es2.models.batching import batches_by_length, cache_before, cache_of, keys_and_values, plant
 from es2.models.catalogue import DEFAULT_MODEL, resolve
 from es2.models.chat_template import PINNED_DATE, Rendered, render
@@ -220,9 +221,9 @@ def test_equal_to_plain_transformers(
     folder_of: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert architecture in residuals_module.SHARING_VERIFIED
+    assert architecture in batching.SHARING_VERIFIED
     if not sharing:
-        monkeypatch.setattr(residuals_module, "SHARING_VERIFIED", ())
+        monkeypatch.setattr(batching, "SHARING_VERIFIED", ())
     folder = folder_of(architecture)
     rendered = render(load_tokenizer(folder), TEXTS)
     bridge = load_bridge(folder, dtype="float32", device="cpu")
@@ -475,7 +476,7 @@ def test_an_architecture_nobody_looked_at_is_tried_out(llama: Path, monkeypatch:
     assert known[0] > 20
     assert known[1]
     expected = capture_residuals(bridge, rendered)
-    monkeypatch.setattr(residuals_module, "SHARING_VERIFIED", ())
+    monkeypatch.setattr(batching, "SHARING_VERIFIED", ())
     assert _ways(bridge, rendered, columns) == known
     body = bridge.original_model.base_model
     forward = body.forward

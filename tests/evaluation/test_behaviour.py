@@ -82,7 +82,7 @@ def test_an_architecture_that_was_not_verified_replies_without_padding(
 ) -> None:
     _, model, tokens, head = load("llama")
     expected = single_replies(model, tokens)
-    monkeypatch.setattr("es2.models.replies.SHARING_VERIFIED", ())
+    monkeypatch.setattr("es2.models.batching.SHARING_VERIFIED", ())
     assert all_replies(model, tokens, head=head) == expected
 
 
