@@ -129,30 +129,30 @@ def compare_exchange(head: Head, base: Tensor, tuned: Tensor, reply: Tokens) -> 
     """Compare the states of `exchange_states` under base and tuned, for one prompt and the base's reply."""
     import torch
 
+    from es2.models.kl import compare_tokens
+
     n_prompt = len(base) - len(reply) + 1
     device = head.weight.device
-    kls, nlls, agreed = [], {"base": 0.0, "tuned": 0.0}, 0
-    said = torch.tensor(list(reply), device=device)
+    kls, said_by, agreed, start = [], {"base": 0.0, "tuned": 0.0}, 0, 0
+    said = torch.tensor(list(reply), device=device)[:, None]
     with torch.inference_mode():
-        for start in range(0, len(base), 64):
-            logs = {
-                model: head.logits(states[start : start + 64].to(device)).log_softmax(dim=-1)
-                for model, states in (("base", base), ("tuned", tuned))
-            }
-            kls.append((logs["base"].exp() * (logs["base"] - logs["tuned"])).sum(dim=-1).double().cpu())
+        for found in compare_tokens(tuned.to(device), base.to(device), head):
+            kls.append(found.kl.double().cpu())
             first = max(n_prompt - 1 - start, 0)  # the first state here that a token of the reply was read from
-            targets = said[start + first - (n_prompt - 1) :][: max(len(logs["base"]) - first, 0), None]
-            for model, log in logs.items():
-                nlls[model] -= float(log[first:].gather(1, targets).double().sum()) if len(targets) else 0.0
-            agreed += int((logs["tuned"][first:].argmax(dim=-1) == targets[:, 0]).sum()) if len(targets) else 0
+            start += len(found.kl)
+            log_tuned, log_base = found.log_tuned[first:], found.log_base[first:]
+            targets = said[start - len(log_base) - (n_prompt - 1) :][: len(log_base)]
+            said_by["base"] += float(log_base.gather(1, targets).double().sum())
+            said_by["tuned"] += float(log_tuned.gather(1, targets).double().sum())
+            agreed += int((log_tuned.argmax(dim=-1) == targets[:, 0]).sum())
     kl = torch.cat(kls)
     return Exchange(
         kl_prompt=float(kl[:n_prompt].sum()),
         kl_reply=float(kl[n_prompt - 1 :].sum()),
         n_prompt=n_prompt,
         n_reply=len(reply),
-        nll_base=nlls["base"],
-        nll_tuned=nlls["tuned"],
+        nll_base=-said_by["base"],
+        nll_tuned=-said_by["tuned"],
         agreed=agreed,
     )
 

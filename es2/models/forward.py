@@ -34,10 +34,10 @@ from es2.models.batching import (
     n_tokens_of,
     pad,
     reply_batches,
-    until_end,
     usual_tokens,
 )
 from es2.models.kl import Head, read_head, token_kl
+from es2.models.replies import decode
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -206,36 +206,53 @@ class Network:
         budget = REPLIES_AT_ONCE * self._tokens_at_once
         for batch in self._together(reply_batches([len(tokens) for tokens in sequences], budget, pads)):
             chosen = [sequences[row] for row in batch] or [_STAND_IN]
-            lengths = torch.tensor([len(tokens) for tokens in chosen])
-            cache = cache_of(shared, len(chosen))
-            embeddings, states = self._run(self._deep, chosen, (lengths - 1).tolist(), shared, cache)
-            read = [states]
-            ahead = states[torch.arange(len(chosen)), lengths - 1]
-            replies = [[token] for token in self.head.next_tokens(ahead)]
-            mask = torch.ones(len(chosen), self._n_shared + int(lengths.max()), dtype=torch.long)
-            mask[:, self._n_shared :] = torch.arange(int(lengths.max())) < lengths[:, None]
-            for count in range(n_tokens - 1):
-                if self._most(any(reply[-1] not in end_tokens for reply in replies)) == 0:
-                    break
-                latest = torch.tensor([reply[-1:] for reply in replies], device=self.device)
-                mask = torch.cat([mask, mask.new_ones(len(chosen), 1)], dim=1)
-                inputs: dict[str, Any] = {}
-                if pads:
-                    positions = (self._n_shared + lengths + count)[:, None]
-                    inputs = {"attention_mask": mask.to(self.device), "position_ids": positions.to(self.device)}
-                with self._precision():
-                    decoded = self._deep(latest, past_key_values=cache, use_cache=True, **inputs)
-                read.append(decoded.last_hidden_state)
-                for reply, token in zip(replies, self.head.next_tokens(read[-1][:, -1]), strict=True):
-                    reply.append(reply[-1] if reply[-1] in end_tokens else token)
-            later = torch.cat(read[1:], dim=1).cpu() if len(read) > 1 else None
-            states, embeddings = states.cpu(), embeddings.cpu()
+            replies, embeddings, states, later = self._reply(chosen, shared, n_tokens, end_tokens, pads)
             for i, row in enumerate(batch):
-                ended = until_end(replies[i], end_tokens)
                 counted = states[i, own : len(chosen[i])]
                 if later is not None:
-                    counted = torch.cat([counted, later[i, : len(ended) - 1]])
-                yield row, BaseReply(ended, counted.clone()), embeddings[i]
+                    counted = torch.cat([counted, later[i, : len(replies[i]) - 1]])
+                yield row, BaseReply(replies[i], counted.clone()), embeddings[i]
+
+    def _reply(
+        self,
+        sequences: Sequence[Tokens],
+        shared: KeysAndValues,
+        n_tokens: int,
+        end_tokens: frozenset[int],
+        pads: bool,
+    ) -> tuple[list[tuple[int, ...]], Tensor, Tensor, Tensor | None]:
+        """One batch's replies, embeddings at `last`, and states of the prompts and of what was replied, on the CPU."""
+        lengths = torch.tensor([len(tokens) for tokens in sequences])
+        cache = cache_of(shared, len(sequences))
+        embeddings = torch.empty(0)
+        read: list[Tensor] = []
+
+        def next_tokens(latest: Tensor, inputs: dict[str, Tensor]) -> list[int]:
+            nonlocal embeddings
+            if not read:
+                embeddings, states = self._run(self._deep, sequences, (lengths - 1).tolist(), shared, cache)
+                ahead = states[torch.arange(len(sequences)), lengths - 1]
+            else:
+                inputs = {name: values.to(self.device) for name, values in inputs.items()}
+                with self._precision():
+                    decoded = self._deep(latest.to(self.device), past_key_values=cache, use_cache=True, **inputs)
+                states = decoded.last_hidden_state
+                ahead = states[:, -1]
+            read.append(states)
+            return self.head.next_tokens(ahead)
+
+        replies = decode(
+            next_tokens,
+            sequences,
+            n_tokens,
+            end_tokens,
+            pads=pads,
+            side="right",
+            n_before=n_tokens_of(shared),
+            go_on=lambda unfinished: self._most(unfinished) > 0,
+        )
+        later = torch.cat(read[1:], dim=1).cpu() if len(read) > 1 else None
+        return replies, embeddings.cpu(), read[0].cpu(), later
 
     def _together(self, batches: Iterator[list[int]]) -> Iterator[list[int]]:
         """The batches; where processes hold shards, empty ones after them until every process has as many.

@@ -9,6 +9,7 @@ the head where checkpointing would need two.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,36 @@ def token_kl(
         return _TokenKL.apply(tuned, base, head)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What two models say of a chunk of tokens.
+
+    Attributes:
+        kl: KL(base ‖ tuned) in nats.
+        tuned_logits: of the tuned model.
+        log_tuned, log_base: log-probabilities.
+        p_base: the base's probabilities.
+    """
+
+    kl: Float[Tensor, "token"]
+    tuned_logits: Float[Tensor, "token vocab"]
+    log_tuned: Float[Tensor, "token vocab"]
+    log_base: Float[Tensor, "token vocab"]
+    p_base: Float[Tensor, "token vocab"]
+
+
+def compare_tokens(
+    tuned: Float[Tensor, "token d_model"], base: Float[Tensor, "token d_model"], head: Head
+) -> Iterator[Compared]:
+    """What two models say of tokens, a chunk of them at a time; arguments as `token_kl`."""
+    for tuned_part, base_part in _chunks(head, tuned, base):
+        logits = head.logits(tuned_part)
+        log_base = head.logits(base_part).log_softmax(dim=-1)
+        log_tuned = logits.log_softmax(dim=-1)
+        p_base = log_base.exp()
+        yield Compared((p_base * (log_base - log_tuned)).sum(dim=-1), logits, log_tuned, log_base, p_base)
+
+
 def _chunks(head: Head, *tensors: Tensor) -> Any:
     size = max(1, LOGITS_AT_ONCE // len(head.weight))
     parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
@@ -101,17 +132,14 @@ class _TokenKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tuned: Tensor, base: Tensor, head: Head) -> Tensor:
         divergences, gradients = [], []
-        for tuned_part, base_part in _chunks(head, tuned.detach(), base.detach()):
-            logits = head.logits(tuned_part)
-            log_base = head.logits(base_part).log_softmax(dim=-1)
-            log_tuned = logits.log_softmax(dim=-1)
-            p_base = log_base.exp()
-            divergences.append((p_base * (log_base - log_tuned)).sum(dim=-1))
+        for found in compare_tokens(tuned.detach(), base.detach(), head):
+            divergences.append(found.kl)
             if ctx.needs_input_grad[0]:
-                by_logits = log_tuned.exp_().sub_(p_base)
+                by_logits = found.log_tuned.exp_().sub_(found.p_base)
                 if head.softcap is not None:
-                    by_logits *= 1 - (logits / head.softcap).square()
+                    by_logits *= 1 - (found.tuned_logits / head.softcap).square()
                 gradients.append((by_logits.to(head.weight.dtype) @ head.weight).to(tuned.dtype))
+            del found  # before the next chunk's logits are made
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(divergences)

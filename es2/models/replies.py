@@ -10,19 +10,17 @@ import inspect
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from es2.core.errors import MachineError
 from es2.core.progress import Reporter, silent
 from es2.models.batching import (
-    KeysAndValues,
     Tokens,
     batches_by_length,
     cache_of,
     is_verified,
     keys_and_values,
     may_pad,
-    n_tokens_of,
     pad,
     positions_of,
     reply_batches,
@@ -119,7 +117,15 @@ def greedy_replies(
 
             try:
                 with around(batch) if around else nullcontext() as seen:
-                    replies = _reply(model, sequences, shared, n_tokens, end_tokens, pads, step)
+                    replies = decode(
+                        _next_tokens(model, cache_of(shared, len(batch))),
+                        sequences,
+                        n_tokens,
+                        end_tokens,
+                        pads=pads,
+                        n_before=n_shared,
+                        step=step,
+                    )
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -135,37 +141,62 @@ def greedy_replies(
             yield ReplyBatch(tuple(batch), tuple(replies), seen)
 
 
-def _reply(
-    model: Any,
-    sequences: list[tuple[int, ...]],
-    shared: KeysAndValues,
+def decode(
+    next_tokens: Callable[[Tensor, dict[str, Tensor]], list[int]],
+    sequences: Sequence[Tokens],
     n_tokens: int,
     end_tokens: frozenset[int],
+    *,
     pads: bool,
-    step: Callable[[int], None],
+    side: Literal["right", "left"] = "left",
+    n_before: int = 0,
+    go_on: Callable[[bool], bool] = bool,
+    step: Callable[[int], None] = lambda count: None,
 ) -> list[tuple[int, ...]]:
-    """The greedy replies to prompts that all follow `shared`; without `pads` they are of equal length."""
+    """The greedy replies to the prompts of one batch: the one loop over tokens that there is.
+
+    Args:
+        next_tokens: runs the model on tokens `[prompt, token]`, all of the prompts' first and then the latest one of
+            each, with an attention mask and positions where rows were filled up; returns what follows each row.
+        sequences: of each prompt, what follows the shared tokens.
+        n_tokens: the longest reply.
+        end_tokens: what ends one.
+        pads: whether the prompts may differ in length.
+        side: where shorter prompts are filled up. What reads or steers the last column needs `left`; on the right, the
+            reply's tokens follow the filling, which nothing attends to, at the positions they would have without it.
+        n_before: number of shared tokens.
+        go_on: given whether any reply is unfinished, whether to run the model once more.
+        step: called with the number of tokens done, before each pass; it may raise to stop.
+    """
     import torch
 
-    latest, mask = pad(sequences, side="left", n_before=n_tokens_of(shared))
-    cache = cache_of(shared, len(sequences))
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    latest, mask = pad(sequences, side=side, n_before=n_before)
     replies: list[list[int]] = [[] for _ in sequences]
     for count in range(n_tokens):
         step(count)
-        inputs: dict[str, Any] = {}
+        inputs = {}
         if pads:
-            positions = positions_of(mask)[:, -latest.shape[1] :]
-            inputs = {"attention_mask": mask.to(model.device), "position_ids": positions.to(model.device)}
-        output = model(latest.to(model.device), past_key_values=cache, use_cache=True, **last_only, **inputs)
-        chosen = output.logits[:, -1].argmax(dim=-1).tolist()
-        for reply, token in zip(replies, chosen, strict=True):
+            inputs = {"attention_mask": mask, "position_ids": positions_of(mask)[:, -latest.shape[1] :]}
+        for reply, token in zip(replies, next_tokens(latest, inputs), strict=True):
             reply.append(reply[-1] if reply and reply[-1] in end_tokens else token)
-        if all(reply[-1] in end_tokens for reply in replies):
+        if count + 1 == n_tokens or not go_on(any(reply[-1] not in end_tokens for reply in replies)):
             break
         latest = torch.tensor([reply[-1:] for reply in replies])
         mask = torch.cat([mask, mask.new_ones(len(sequences), 1)], dim=1)
     return [until_end(reply, end_tokens) for reply in replies]
+
+
+def _next_tokens(model: Any, cache: Any) -> Callable[[Tensor, dict[str, Tensor]], list[int]]:
+    """Reads the most likely next tokens off a model's own logits, adding to the cache."""
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+    def run(latest: Tensor, inputs: dict[str, Tensor]) -> list[int]:
+        inputs = {name: values.to(model.device) for name, values in inputs.items()}
+        output = model(latest.to(model.device), past_key_values=cache, use_cache=True, **last_only, **inputs)
+        chosen: list[int] = output.logits[:, -1].argmax(dim=-1).tolist()
+        return chosen
+
+    return run
 
 
 # -------------------------------------------------------------------------------------------------------------- ability
