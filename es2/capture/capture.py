@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from es2.capture.residuals import capture_residuals, room_for
+from es2.capture.residuals import capture_residuals
 from es2.core.errors import InputError
 from es2.core.files import content_key, is_key, read_json, user_cache, write_json
 from es2.core.progress import Reporter, silent
@@ -30,7 +30,8 @@ from es2.models.model_files import read_config
 from es2.models.placement import AUTO
 from es2.models.shape import context_length
 from es2.prompts.prompt_set import PromptSet
-from es2.store.activation_set import FORMAT_VERSION, ActivationSet, let_go
+from es2.store.activation_set import FORMAT_VERSION, ActivationSet
+from es2.store.embeddings import lay_out, layers_of, let_go, narrow
 from es2.store.sources import POSITIONS
 from es2.store.store import Store
 
@@ -59,7 +60,7 @@ class Reading:
         positions: some of `POSITIONS`.
         device: a torch device, or `auto` for all GPUs.
         dtype: one of `es2.models.number_formats.DTYPES`.
-        scratch: a folder for what was read so far; `None` keeps it in memory.
+        into: the file of embeddings that is made of them; `None` keeps them in memory.
     """
 
     key: str
@@ -69,14 +70,14 @@ class Reading:
     positions: Sequence[str]
     device: str | None
     dtype: str
-    scratch: Path | None = None
+    into: Path | None = None
 
     def read(self, report: Reporter = silent) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
         """Load the model and capture, as `load_bridge` and `capture_residuals` do."""
         report("load", 0, 1)
         bridge = load_bridge(self.folder, adapter=self.adapter, dtype=self.dtype, device=self.device, may_spread=True)
         report("load", 1, 1)
-        return capture_residuals(bridge, self.rendered, self.positions, scratch=self.scratch, report=report)
+        return capture_residuals(bridge, self.rendered, self.positions, into=self.into, report=report)
 
 
 @dataclass(frozen=True)
@@ -200,22 +201,25 @@ def capture(
         source = _superset(store, decides, prompts, tokenizer) if found is None else None
         if source is not None:
             rows = _rows_in(source.texts, prompts.texts)
-            arrays: dict[str, Float[np.ndarray, "layer prompt d_model"]] = {}
-            for position in positions:
+            with store.new_set(key, meta | {"from": source.key}, prompts.texts) as file:
                 shape = (source.n_layers, len(rows), source.d_model)
-                kind = np.float16 if source.meta["dtype"] == "float16" else np.float32
-                arrays[position] = room_for(shape, store.root, kind)
-                for l in range(source.n_layers):
-                    arrays[position][l] = source.layer(l, position)[rows]
-                    let_go(arrays[position])
-            found = store.write(key, meta | {"from": source.key}, prompts.texts, arrays)
-        if found is None:
-            reading = Reading(key, folder, adapter, rendered, positions, device, dtype, store.root)
-            arrays = read(reading, report)
-            if dtype != "float32" and device in (None, "cpu") and choose_device() == "cpu":
-                meta["rounding"] = _rounding(reading, arrays)
-            meta["seconds"] = time.perf_counter() - started
-            found = store.write(key, meta, prompts.texts, _storable(arrays, dtype, store.root))
+                kind = "float16" if source.meta["dtype"] == "float16" else "float32"
+                for position, embeddings in lay_out(file, positions, shape, kind).items():
+                    for l in range(source.n_layers):
+                        embeddings[l] = source.layer(l, position)[rows]
+                        let_go(embeddings)
+        elif found is None:
+            with store.new_set(key, meta, prompts.texts) as file:
+                reading = Reading(key, folder, adapter, rendered, positions, device, dtype, file)
+                arrays = read(reading, report)
+                if dtype != "float32" and device in (None, "cpu") and choose_device() == "cpu":
+                    meta["rounding"] = _rounding(reading, arrays)
+                meta["seconds"] = time.perf_counter() - started
+                fits = _fits_half(arrays, dtype)
+                del arrays
+                if fits:
+                    narrow(file)
+        found = store.written(key) if found is None else found
         found = store.add_name(found, spec.name, run)
     _remember(memo, key)
     return CaptureResult(found, computed, time.perf_counter() - started, rendered.n_tokens)
@@ -262,7 +266,7 @@ def _check_fit(rendered: Rendered, prompts: PromptSet, folder: Path) -> None:
 def _rounding(reading: Reading, arrays: dict[str, Float[np.ndarray, "layer prompt d_model"]]) -> float:
     """The mean distance between embeddings in half precision and in float32, in units of their length; of a few."""
     rows = np.linspace(0, len(reading.rendered.token_ids) - 1, _ROUNDING_PROMPTS).astype(int).tolist()
-    exact = replace(reading, rendered=reading.rendered.select(rows), dtype="float32", scratch=None).read()
+    exact = replace(reading, rendered=reading.rendered.select(rows), dtype="float32", into=None).read()
     errors = [
         np.linalg.norm(arrays[position][:, rows] - exact[position], axis=-1) / np.linalg.norm(exact[position], axis=-1)
         for position in reading.positions
@@ -270,28 +274,12 @@ def _rounding(reading: Reading, arrays: dict[str, Float[np.ndarray, "layer promp
     return float(np.mean(errors))
 
 
-def _storable(
-    arrays: dict[str, Float[np.ndarray, "layer prompt d_model"]], dtype: str, scratch: Path | None = None
-) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
-    """What a half-precision run gave fits into float16, unless the model has outlier dimensions."""
-    largest = float(np.max([np.abs(layer).max() for array in arrays.values() for layer in _layers(array)]))
+def _fits_half(arrays: dict[str, Float[np.ndarray, "layer prompt d_model"]], dtype: str) -> bool:
+    """Whether what a half-precision run gave fits into float16: it does unless the model has outlier dimensions."""
+    largest = float(np.max([np.abs(layer).max() for array in arrays.values() for layer in layers_of(array)]))
     if not np.isfinite(largest):
         raise InputError(f"Some embeddings are not finite in {dtype}; capture with bfloat16 or float32.")
-    if dtype == "float32" or largest >= _HALF_LIMIT:
-        return arrays
-    halves = {position: room_for(array.shape, scratch, np.float16) for position, array in arrays.items()}
-    for position, array in arrays.items():
-        for l, layer in enumerate(_layers(array)):
-            halves[position][l] = layer
-            let_go(halves[position])
-    return halves
-
-
-def _layers(array: Float[np.ndarray, "layer prompt d_model"]) -> Iterator[Float[np.ndarray, "prompt d_model"]]:
-    """One layer after the other, of which only the current one is held where they lie on disk."""
-    for layer in array:
-        yield layer
-        let_go(array)
+    return dtype != "float32" and largest < _HALF_LIMIT
 
 
 def _remember(memo: Path, key: str) -> None:

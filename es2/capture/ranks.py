@@ -1,9 +1,9 @@
 """A capture by all processes of one `accelerate launch`: the prompts are shared out and the embeddings joined again.
 
 The first process does what a capture does, alone: it looks in the store, renders, decides the key and holds its lock.
-Only when there is something to read does it tell the others, which load the model, read their share and write it to a
-folder that the store sweeps away should anybody die. So the set, its key and its numbers are those of one process, and
-nothing is in the store before every share is there.
+Only when there is something to read does it tell the others, which load the model and read their share into a file
+in a folder that the store sweeps away should a process die. So the set, its key and its numbers are those of one
+process, and nothing is in the store before every share is there.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import safe_open
 
 from es2.capture.capture import CaptureResult, Reading, capture
 from es2.core.errors import Es2Error, MachineError
-from es2.core.files import machine_error, numbered
+from es2.core.files import machine_error
 from es2.core.progress import Reporter, silent
 from es2.models.chat_template import Rendered
 from es2.models.placement import all_or_none, processes_of_launch
+from es2.store.embeddings import lay_out, let_go
 from es2.store.store import Store
 
 if TYPE_CHECKING:
@@ -114,11 +114,9 @@ def _read_share(processes: PartialState, reading: Reading, scratch: Path, report
     def read() -> None:
         rows = _rows(reading.rendered, processes.process_index, processes.num_processes)
         if rows:
-            share = replace(reading, rendered=reading.rendered.select(rows), device=str(processes.device))
-            try:
-                save_file(share.read(report), scratch / _name(processes.process_index))
-            except (OSError, SafetensorError) as error:
-                raise machine_error(numbered(error, scratch.parent), scratch) from error
+            into = scratch / _name(processes.process_index)
+            selected = reading.rendered.select(rows)
+            replace(reading, rendered=selected, device=str(processes.device), into=into).read(report)
 
     all_or_none(read)
 
@@ -138,11 +136,13 @@ def _join(n_processes: int, reading: Reading, scratch: Path) -> dict[str, Float[
                 "all of them share."
             )
         with safe_open(path, framework="numpy") as share:
-            for position in reading.positions:
-                embeddings = share.get_tensor(position)
-                n_layers, _, d_model = embeddings.shape
-                whole = joined.setdefault(position, np.empty((n_layers, n_prompts, d_model), dtype=np.float32))
-                whole[:, rows] = embeddings
+            n_layers, _, d_model = share.get_slice(reading.positions[0]).get_shape()
+            if not joined and reading.into is not None:
+                joined = lay_out(reading.into, reading.positions, (n_layers, n_prompts, d_model))
+            for position, whole in joined.items():
+                for l in range(n_layers):
+                    whole[l, rows] = share.get_slice(position)[l]
+                    let_go(whole)
     return joined
 
 

@@ -9,9 +9,6 @@ fires; keeping whole residual streams would cost a hundred times the memory.
 from __future__ import annotations
 
 import logging
-import math
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from es2.core.errors import InputError, MachineError
-from es2.core.files import machine_error
 from es2.core.malloc import keep_freed_memory
 from es2.core.progress import Reporter, silent
 from es2.models.batching import (
@@ -40,7 +36,7 @@ from es2.models.batching import (
 )
 from es2.models.chat_template import Rendered
 from es2.models.device import is_out_of_memory
-from es2.store.activation_set import let_go
+from es2.store.embeddings import lay_out, let_go
 from es2.store.sources import POSITIONS
 
 if TYPE_CHECKING:
@@ -64,7 +60,7 @@ def capture_residuals(
     *,
     max_tokens_per_batch: int | None = None,
     padding: Literal["right", "left"] = "right",
-    scratch: Path | None = None,
+    into: Path | None = None,
     report: Reporter = silent,
 ) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
     """Read the residual stream after every block (`blocks.{l}.hook_out`) at the given positions.
@@ -82,7 +78,7 @@ def capture_residuals(
         max_tokens_per_batch: padded tokens run at once, at least one prompt; by default what suits the device. Halved
             whenever memory runs out.
         padding: the side on which the shorter prompts of a batch are filled up; both give the same embeddings.
-        scratch: a folder; the arrays are then on disk there, in files without a name that vanish with them, and memory
+        into: a path at which a safetensors file of the embeddings is made; the arrays are then mapped there, and memory
             does not grow with the prompts.
         report: told after every batch how many tokens are done, shared ones not counted.
 
@@ -105,7 +101,10 @@ def capture_residuals(
     n_shared, planted = _ways(bridge, rendered, columns) if padding == "right" else (0, False)
     own_tokens = [tokens[n_shared:] for tokens in rendered.token_ids]
     shape = (int(bridge.cfg.n_layers), len(own_tokens), int(bridge.cfg.d_model))
-    captured = {position: room_for(shape, scratch) for position in positions}
+    if into is None:
+        captured = {position: np.empty(shape, dtype=np.float32) for position in positions}
+    else:
+        captured = lay_out(into, positions, shape)
     done, total = 0, sum(map(len, own_tokens))
     report("capture", done, total)
     waiting = _batches(own_tokens, range(len(own_tokens)), budget, planted)
@@ -160,25 +159,6 @@ def _alone(row: int, tokens: Sequence[int]) -> Tree:
     tree = Tree()
     tree.grow(row, tokens, ())
     return tree
-
-
-def room_for(
-    shape: tuple[int, ...], scratch: Path | None, dtype: type[np.floating] = np.float32
-) -> Float[np.ndarray, "layer prompt d_model"]:
-    """Room for the embeddings of one position, in memory or in a file of that folder that has no name."""
-    if scratch is None:
-        return np.empty(shape, dtype=dtype)
-    size = np.dtype(dtype).itemsize * math.prod(shape)
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=scratch) as file:
-            if hasattr(os, "posix_fallocate"):  # a mapped file that meets a full disk later would kill the process
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                file.truncate(size)
-            return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
-    except OSError as error:
-        raise machine_error(error, scratch) from error
 
 
 def _shared_tokens(rendered: Rendered, columns: np.ndarray) -> int:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +27,7 @@ from es2.core.files import (
     write_json,
 )
 from es2.core.versions import format_of
+from es2.store.embeddings import STORED_DTYPES
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 
 META, ACTIVATIONS, TEXTS, DIGESTS = "meta.json", "activations.safetensors", "texts.parquet", "digests.json"
-STORED_DTYPES = {"F16": "float16", "F32": "float32"}
 
 
 class _UnsoundError(Exception):
@@ -270,20 +269,3 @@ def _read_meta(path: Path) -> ActivationSet:
     if not sound:
         raise _UnsoundError(f"{META} lacks an entry, or describes something else")
     return ActivationSet(path.name, path, meta, inode)
-
-
-def let_go(array: np.ndarray) -> None:
-    """What was read from a mapped file, or written to it, is the disk's and counts as this process's memory no more."""
-    mapped = getattr(array, "_mmap", None)
-    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def _shape_and_dtype(arrays: Mapping[str, np.ndarray]) -> tuple[tuple[int, int, int], str]:
-    kinds = {(array.shape, array.dtype.name) for array in arrays.values()}
-    if len(kinds) != 1:
-        raise ValueError(f"Arrays of one shape and dtype are needed, not {sorted(kinds)}.")
-    (shape, dtype) = kinds.pop()
-    if len(shape) != 3 or dtype not in STORED_DTYPES.values():
-        raise ValueError(f"[layer, prompt, d_model] in float16 or float32 is needed, not {shape} in {dtype}.")
-    return shape, dtype

@@ -10,15 +10,12 @@ believed. Locks keep two processes from computing the same thing; they are the k
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from es2.core.errors import Es2Error, InputError
 from es2.core.files import (
@@ -38,17 +35,16 @@ from es2.store.activation_set import (
     ACTIVATIONS,
     FORMAT_VERSION,
     META,
-    STORED_DTYPES,
     TEXTS,
     ActivationSet,
     _digests,
     _read_meta,
-    _shape_and_dtype,
     _UnsoundError,
-    let_go,
 )
+from es2.store.embeddings import STORED_DTYPES, lay_out, let_go, read_header, shape_and_dtype
 
 if TYPE_CHECKING:
+    import numpy as np
     from jaxtyping import Float
 
 
@@ -174,45 +170,55 @@ class Store:
             MachineError: when the disk is full or refuses; nothing is left behind.
             ValueError: when the arrays do not fit each other or the texts.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        shape, dtype = _shape_and_dtype(arrays)
+        shape, dtype = shape_and_dtype(arrays)
         if shape[1] != len(texts):
             raise ValueError(f"{len(texts)} texts for embeddings of {shape[1]} prompts.")
         with lock(self.root, key):
             if existing := self.get(key):
                 return existing
-            with new_folder(self.root, self.root, key) as folder:
-                _save(arrays, folder / ACTIVATIONS)
-                pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), folder / TEXTS)
-                own = {
-                    "format": FORMAT_VERSION,
-                    "key": key,
-                    "created": datetime.now(UTC).isoformat(timespec="microseconds"),
-                    "positions": list(arrays),
-                    "n_layers": shape[0],
-                    "n_prompts": shape[1],
-                    "d_model": shape[2],
-                    "dtype": dtype,
-                    "files": _digests(folder),
-                }
-                write_json(folder / META, sealed(dict(meta) | own))
-            return _read_meta(self.root / key)
+            with self.new_set(key, meta, texts) as file:
+                for position, whole in lay_out(file, list(arrays), shape, dtype).items():
+                    for l, layer in enumerate(arrays[position]):
+                        whole[l] = layer
+                        let_go(whole)
+                        let_go(arrays[position])
+            return self.written(key)
 
+    def written(self, key: str) -> ActivationSet:
+        """The set that was just written; its files are compared with their digests when they are used."""
+        return _read_meta(self.root / checked_key(key))
 
-def _save(arrays: Mapping[str, Float[np.ndarray, "layer prompt d_model"]], path: Path) -> None:
-    """Write a safetensors file layer by layer: the library's own function holds everything in memory once more."""
-    header, end = {}, 0
-    for name, array in arrays.items():
-        kind = next(kind for kind, dtype in STORED_DTYPES.items() if dtype == array.dtype.name)
-        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
-        end += array.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for array in arrays.values():
-            for layer in array:
-                file.write(np.ascontiguousarray(layer).data)
-                let_go(array)
+    @contextmanager
+    def new_set(self, key: str, meta: Mapping[str, Any], texts: Sequence[str]) -> Iterator[Path]:
+        """Yield the path of the file of embeddings, for `lay_out`; the set is there when the block succeeds.
+
+        Until then everything lies in a temporary folder of the store, which vanishes with a block that fails.
+
+        Args:
+            key: as in `write`.
+            meta: as in `write`; read when the block ends.
+            texts: as in `write`.
+
+        Raises:
+            InputError, MachineError: as `write`.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with new_folder(self.root, self.root, key) as folder:
+            yield folder / ACTIVATIONS
+            header = read_header(folder / ACTIVATIONS)
+            entry = next(iter(header.values()))
+            pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), folder / TEXTS)
+            own = {
+                "format": FORMAT_VERSION,
+                "key": key,
+                "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+                "positions": list(header),
+                "n_layers": entry["shape"][0],
+                "n_prompts": entry["shape"][1],
+                "d_model": entry["shape"][2],
+                "dtype": STORED_DTYPES[entry["dtype"]],
+                "files": _digests(folder),
+            }
+            write_json(folder / META, sealed(dict(meta) | own))

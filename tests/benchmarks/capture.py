@@ -126,7 +126,7 @@ def _added_alone(who: str, folder: Path, prompts: PromptSet) -> float:
             nonlocal before
             bridge = load_bridge(reading.folder, dtype=reading.dtype, device=reading.device)
             before = _loaded(bridge.original_model)
-            return capture_residuals(bridge, rendered, reading.positions, scratch=reading.scratch, report=report)
+            return capture_residuals(bridge, rendered, reading.positions, into=reading.into, report=report)
 
         with tempfile.TemporaryDirectory() as home:
             capture(str(folder), prompts, store=Store(Path(home)), device="cpu", dtype="float32", read=read)

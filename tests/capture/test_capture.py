@@ -19,10 +19,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from es2.capture import capture as capture_module
 from es2.capture import residuals as residuals_module
-from es2.capture.capture import _storable, capture
+from es2.capture.capture import _fits_half, capture
 from es2.capture.residuals import _shared_tokens, _ways, capture_residuals
 from es2.core.errors import InputError, MachineError
 from es2.core.files import user_cache
@@ -371,15 +372,16 @@ def test_batches_are_halved_when_memory_runs_out(
     assert "Memory ran out; capture goes on with batches of" in caplog.text
 
 
-def test_embeddings_on_disk_are_the_same_and_vanish(llama: Path, tmp_path: Path) -> None:
+def test_embeddings_in_a_file_are_the_same(llama: Path, tmp_path: Path) -> None:
     rendered = render(load_tokenizer(llama), TEXTS)
     bridge = load_bridge(llama)
-    kept = capture_residuals(bridge, rendered, scratch=tmp_path / "scratch", max_tokens_per_batch=60)
+    kept = capture_residuals(bridge, rendered, into=tmp_path / "a.safetensors", max_tokens_per_batch=60)
     held = capture_residuals(bridge, rendered, max_tokens_per_batch=60)
     for position in POSITIONS:
         assert isinstance(kept[position], np.memmap)
         np.testing.assert_array_equal(kept[position], held[position])
-    assert list((tmp_path / "scratch").iterdir()) == []
+        with safe_open(tmp_path / "a.safetensors", framework="numpy") as file:
+            np.testing.assert_array_equal(file.get_tensor(position), held[position])
 
 
 def test_a_disk_without_room_for_the_embeddings_is_one_sentence(
@@ -388,9 +390,9 @@ def test_a_disk_without_room_for_the_embeddings_is_one_sentence(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("es2.capture.residuals.os.posix_fallocate", full, raising=False)
+    monkeypatch.setattr("es2.store.embeddings.os.posix_fallocate", full, raising=False)
     with pytest.raises(MachineError, match="No space is left"):
-        capture_residuals(load_bridge(llama), render(load_tokenizer(llama), TEXTS), scratch=tmp_path)
+        capture_residuals(load_bridge(llama), render(load_tokenizer(llama), TEXTS), into=tmp_path / "a.safetensors")
 
 
 def test_common_beginnings_are_run_once(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -690,14 +692,14 @@ def test_half_precision_is_stored_in_half(llama: Path) -> None:
 def test_float16_only_where_every_value_fits() -> None:
     small = {"last": np.full((1, 2, 3), 2.9e4, dtype=np.float32)}
     large = {"last": np.full((1, 2, 3), -3.1e4, dtype=np.float32)}
-    assert _storable(small, "bfloat16")["last"].dtype == np.float16
-    assert _storable(large, "bfloat16")["last"].dtype == np.float32
-    assert _storable(small, "float32")["last"].dtype == np.float32
+    assert _fits_half(small, "bfloat16")
+    assert not _fits_half(large, "bfloat16")
+    assert not _fits_half(small, "float32")
     for wrong in (np.inf, np.nan):
         large["last"] = np.ones((2, 2, 3), dtype=np.float32)
         large["last"][1, 0, 0] = wrong
         with pytest.raises(InputError, match="not finite in float16"):
-            _storable(large, "float16")
+            _fits_half(large, "float16")
 
 
 def test_a_prompt_longer_than_the_context_is_named(llama: Path) -> None:
