@@ -9,7 +9,6 @@ at.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,8 @@ import numpy as np
 
 from es2.analysis.probes import Probes
 from es2.analysis.projection import LANCZOS_FROM, View, axes_of, pca_view, separation_view
-from es2.core.errors import InputError, one_line
-from es2.core.files import parse_json
 from es2.core.progress import Reporter, silent
-from es2.core.versions import format_of
+from es2.core.records import RecordFiles
 from es2.prompts.prompt_set import PromptSet
 from es2.store.sources import LayerSource
 
@@ -31,6 +28,13 @@ if TYPE_CHECKING:
 
 
 VIEWS_FORMAT = 1
+_FILES = RecordFiles(
+    "views.json",
+    "views.safetensors",
+    VIEWS_FORMAT,
+    "are no readable views",
+    "remove the folder and run `es2 analyze` again",
+)
 DRAWS = {"separation": separation_view, "pca": pca_view}
 
 
@@ -63,12 +67,9 @@ class LayerViews:
 
     def save(self, folder: Path) -> None:
         """Write `views.safetensors` and `views.json` into an existing folder."""
-        from safetensors.numpy import save_file
-
-        tensors = {f"{kind}.points": np.ascontiguousarray(points) for kind, points in self.points.items()}
-        tensors |= {f"{kind}.explained": np.ascontiguousarray(parts) for kind, parts in self.explained.items()}
-        save_file(tensors, folder / "views.safetensors")
-        (folder / "views.json").write_text(json.dumps({"format": VIEWS_FORMAT}), encoding="utf-8")
+        arrays = {f"{kind}.points": points for kind, points in self.points.items()}
+        arrays |= {f"{kind}.explained": parts for kind, parts in self.explained.items()}
+        _FILES.save(folder, {}, arrays)
 
     @classmethod
     def load(cls, folder: Path) -> LayerViews:
@@ -77,33 +78,14 @@ class LayerViews:
         Raises:
             InputError: when the folder holds no views, or some of a newer format.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        path = folder / "views.json"
-        try:
-            if format_of(parse_json(path.read_bytes()).get("format"), VIEWS_FORMAT, str(path)) is None:
-                raise ValueError("no format version")
-            tensors = load_file(folder / "views.safetensors")
-            points = {kind: tensors[f"{kind}.points"] for kind in DRAWS}
-            explained = {kind: tensors[f"{kind}.explained"] for kind in DRAWS}
-            arrays = (*points.values(), *explained.values())
+        with _FILES.load(folder) as (_, arrays):
+            points = {kind: arrays[f"{kind}.points"] for kind in DRAWS}
+            explained = {kind: arrays[f"{kind}.explained"] for kind in DRAWS}
             (shape,) = {array.shape for array in points.values()}
-            sound = (
-                len(shape) == 4
-                and shape[1] in (1, 2)
-                and shape[3] == 2
-                and all(array.shape == (shape[0], 2) for array in explained.values())
-                and all(array.dtype.kind == "f" and np.isfinite(array).all() for array in arrays)
-            )
-            if not sound:
+            sound = len(shape) == 4 and shape[1] in (1, 2) and shape[3] == 2
+            if not sound or any(array.shape != (shape[0], 2) for array in explained.values()):
                 raise ValueError("not what was written")
             return cls(points, explained)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise InputError(
-                f"There are no readable views in {str(folder)!r} ({one_line(error)}); remove the folder and run "
-                "`es2 analyze` again."
-            ) from error
 
 
 def draw_layers(

@@ -9,7 +9,6 @@ and read from disk; the other two are a few matrix products and are made when th
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +20,9 @@ import numpy as np
 from es2.analysis.geometry import fit_frame, parts_of
 from es2.analysis.probes import Probes
 from es2.analysis.resampling import canonical
-from es2.core.errors import InputError, one_line
-from es2.core.files import parse_json
+from es2.core.errors import InputError
 from es2.core.progress import Reporter, silent
-from es2.core.versions import format_of
+from es2.core.records import RecordFiles
 from es2.prompts.prompt_set import PromptSet
 from es2.store.sources import LayerSource
 
@@ -33,6 +31,13 @@ if TYPE_CHECKING:
 
 
 PROJECTION_FORMAT = 1
+_FILES = RecordFiles(
+    "umap.json",
+    "umap.safetensors",
+    PROJECTION_FORMAT,
+    "are no readable UMAP coordinates",
+    "run `es2 project` again",
+)
 MIN_UMAP_POINTS = 10
 UMAP_NEIGHBOURS = 15
 LANCZOS_FROM = 600
@@ -192,11 +197,7 @@ class UmapCoordinates:
 
     def save(self, folder: Path) -> None:
         """Write `umap.safetensors` and `umap.json` into an existing folder."""
-        from safetensors.numpy import save_file
-
-        save_file({"points": np.ascontiguousarray(self.points)}, folder / "umap.safetensors")
-        about = {"format": PROJECTION_FORMAT, "kind": self.kind, "fit_on": self.fit_on}
-        (folder / "umap.json").write_text(json.dumps(about), encoding="utf-8")
+        _FILES.save(folder, {"kind": self.kind, "fit_on": self.fit_on}, {"points": self.points})
 
     @classmethod
     def load(cls, folder: Path) -> UmapCoordinates:
@@ -205,26 +206,12 @@ class UmapCoordinates:
         Raises:
             InputError: when the folder holds no coordinates, or some of a newer format.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        path = folder / "umap.json"
-        try:
-            about = parse_json(path.read_bytes())
-            if format_of(about.get("format"), PROJECTION_FORMAT, str(path)) is None:
-                raise ValueError("no format version")
-            kind, fit_on = about["kind"], about["fit_on"]
-            points = load_file(folder / "umap.safetensors")["points"]
+        with _FILES.load(folder) as (about, arrays):
+            kind, fit_on, points = about["kind"], about["fit_on"], arrays["points"]
             known = kind in ("umap", "pca") and fit_on in ("base", "both")
-            shaped = points.ndim == 4 and points.shape[1] in (1, 2) and points.shape[3] == 2
-            if not (known and shaped and points.dtype.kind == "f" and np.isfinite(points).all()):
+            if not (known and points.ndim == 4 and points.shape[1] in (1, 2) and points.shape[3] == 2):
                 raise ValueError("not what was written")
             return cls(points, kind, fit_on)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise InputError(
-                f"There are no readable UMAP coordinates in {str(folder)!r} ({one_line(error)}); "
-                "run `es2 project` again."
-            ) from error
 
 
 def umap_all_layers(

@@ -7,7 +7,6 @@ dictionary per layer, each number under its own name with its interval, is what 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from operator import index
@@ -19,12 +18,14 @@ import numpy as np
 from es2.analysis.probes import Probes
 from es2.analysis.resampling import Interval
 from es2.core.errors import InputError
-from es2.core.files import parse_json
+from es2.core.records import RecordFiles
 from es2.core.settings import Settings, setting
-from es2.core.versions import format_of
 from es2.store.sources import POSITIONS
 
 ANALYSIS_FORMAT = 1
+_FILES = RecordFiles(
+    "analysis.json", "probes.safetensors", ANALYSIS_FORMAT, "is no readable analysis", "run `es2 analyze` again"
+)
 
 NUMBERS = (
     "centroid_distance",
@@ -247,17 +248,13 @@ class Analysis:
 
     def save(self, folder: Path) -> None:
         """Write `analysis.json` and `probes.safetensors` into an existing folder."""
-        from safetensors.numpy import save_file
-
-        document = {"format": ANALYSIS_FORMAT} | self.to_dict()
-        (folder / "analysis.json").write_text(json.dumps(document, allow_nan=False), encoding="utf-8")
         models = {"base": self.base_probes} | ({"tuned": self.tuned_probes} if self.tuned_probes else {})
-        tensors = {
-            f"{model}.{field.name}": np.ascontiguousarray(getattr(probes, field.name))
+        arrays = {
+            f"{model}.{field.name}": getattr(probes, field.name)
             for model, probes in models.items()
             for field in fields(Probes)
         }
-        save_file(tensors, folder / "probes.safetensors")
+        _FILES.save(folder, self.to_dict(), arrays)
 
     @classmethod
     def load(cls, folder: Path) -> Analysis:
@@ -266,28 +263,19 @@ class Analysis:
         Raises:
             InputError: when the folder holds no analysis, or one of a newer format.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        path = folder / "analysis.json"
-        try:
-            document = parse_json(path.read_bytes())
-            if format_of(document.get("format"), ANALYSIS_FORMAT, str(path)) is None:
-                raise ValueError("no format version")
-            tensors = load_file(folder / "probes.safetensors")
+        with _FILES.load(folder) as (document, arrays):
             layers = tuple(LayerNumbers.from_dict(layer) for layer in document["layers"])
             base_layers = tuple(LayerNumbers.from_dict(layer) for layer in document.get("base_layers", ()))
             _check_layers(layers, base_layers, (*document["recommended"], document["best_layer"]))
-            config = AnalysisConfig.read(document["config"], str(path))
-            base_probes = _probes(tensors, "base", len(layers))
+            config = AnalysisConfig.read(document["config"], str(folder / _FILES.document))
             return cls(
                 base_layers=base_layers or layers,
                 tuned_layers=layers if base_layers else None,
                 recommended=tuple(map(index, document["recommended"])),
                 best_layer=index(document["best_layer"]),
                 reason=str(document["reason"]),
-                base_probes=base_probes,
-                tuned_probes=_probes(tensors, "tuned", len(base_layers)) if base_layers else None,
+                base_probes=_probes(arrays, "base", len(layers)),
+                tuned_probes=_probes(arrays, "tuned", len(base_layers)) if base_layers else None,
                 test_name=str(document["test_name"]),
                 n_prompts={
                     split: {label: index(count) for label, count in counts.items()}
@@ -295,10 +283,6 @@ class Analysis:
                 },
                 config=config,
             )
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-            raise InputError(
-                f"There is no readable analysis in {str(folder)!r} ({type(error).__name__}); run `es2 analyze` again."
-            ) from error
 
 
 def _check_layers(layers: Sequence[LayerNumbers], base_layers: Sequence[LayerNumbers], named: Sequence[int]) -> None:
@@ -317,11 +301,11 @@ def _check_layers(layers: Sequence[LayerNumbers], base_layers: Sequence[LayerNum
             raise ValueError("a change is missing")
 
 
-def _probes(tensors: Mapping[str, np.ndarray], model: str, n_layers: int) -> Probes:
-    found = {field.name: tensors[f"{model}.{field.name}"] for field in fields(Probes)}
+def _probes(arrays: Mapping[str, np.ndarray], model: str, n_layers: int) -> Probes:
+    found = {field.name: arrays[f"{model}.{field.name}"] for field in fields(Probes)}
     wide = found["weights"].shape[1:]
     for name, array in found.items():
         shape = (n_layers, *wide) if name in ("weights", "centre", "direction") else (n_layers,)
-        if array.shape != shape or len(wide) != 1 or array.dtype.kind != "f" or not np.isfinite(array).all():
+        if array.shape != shape or len(wide) != 1:
             raise ValueError(f"the probes' {name} is not what it should be")
     return Probes(**found)

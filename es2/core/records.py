@@ -1,0 +1,70 @@
+"""Records on disk: a JSON document beside an archive of arrays, with the version of its form.
+
+What a job works out and the app reads is kept in this one way, inside folders whose digests the store checks. What is
+read is taken to pieces inside the `with` block of `load`, and whatever does not fit there ends in one sentence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from es2.core.errors import InputError, one_line
+from es2.core.files import parse_json
+from es2.core.versions import format_of
+
+
+@dataclass(frozen=True)
+class RecordFiles:
+    """The two files of one kind of record.
+
+    Attributes:
+        document: name of the JSON file.
+        arrays: name of the safetensors file; the arrays are of finite floating-point numbers.
+        format: the version that is written, and the newest that is read.
+        missing: what the sentence says where nothing can be read, as in "is no readable analysis".
+        remedy: what to do then.
+    """
+
+    document: str
+    arrays: str
+    format: int
+    missing: str
+    remedy: str
+
+    def save(self, folder: Path, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+        """Write both files into an existing folder."""
+        from safetensors.numpy import save_file
+
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / self.arrays)
+        text = json.dumps({"format": self.format, **document}, allow_nan=False)
+        (folder / self.document).write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def load(self, folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, np.ndarray]]]:
+        """Yield the document and the arrays that `save` wrote, for the block to make a record of.
+
+        Raises:
+            InputError: when they cannot be read, are of a newer format, or the block meets what it did not expect.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = folder / self.document
+        try:
+            document = parse_json(path.read_bytes())
+            if format_of(document.get("format"), self.format, str(path)) is None:
+                raise ValueError("no format version")
+            arrays = load_file(folder / self.arrays)
+            for name, array in arrays.items():
+                if array.dtype.kind != "f" or not np.isfinite(array).all():
+                    raise ValueError(f"{name} is not of finite numbers")
+            yield document, arrays
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+            raise InputError(f"There {self.missing} in {str(folder)!r} ({one_line(error)}); {self.remedy}.") from error
