@@ -233,9 +233,8 @@ class Network:
                 embeddings, states = self._run(self._deep, sequences, (lengths - 1).tolist(), shared, cache)
                 ahead = states[torch.arange(len(sequences)), lengths - 1]
             else:
-                inputs = {name: values.to(self.device) for name, values in inputs.items()}
                 with self._precision():
-                    decoded = self._deep(latest.to(self.device), past_key_values=cache, use_cache=True, **inputs)
+                    decoded = self._deep(latest, past_key_values=cache, use_cache=True, **inputs)
                 states = decoded.last_hidden_state
                 ahead = states[:, -1]
             read.append(states)
@@ -247,6 +246,7 @@ class Network:
             n_tokens,
             end_tokens,
             pads=pads,
+            device=self.device,
             side="right",
             n_before=n_tokens_of(shared),
             go_on=lambda unfinished: self._most(unfinished) > 0,

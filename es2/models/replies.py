@@ -31,6 +31,7 @@ from es2.models.batching import (
 from es2.models.device import is_out_of_memory
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -123,6 +124,7 @@ def greedy_replies(
                         n_tokens,
                         end_tokens,
                         pads=pads,
+                        device=model.device,
                         n_before=n_shared,
                         step=step,
                     )
@@ -148,6 +150,7 @@ def decode(
     end_tokens: frozenset[int],
     *,
     pads: bool,
+    device: torch.device,
     side: Literal["right", "left"] = "left",
     n_before: int = 0,
     go_on: Callable[[bool], bool] = bool,
@@ -162,6 +165,7 @@ def decode(
         n_tokens: the longest reply.
         end_tokens: what ends one.
         pads: whether the prompts may differ in length.
+        device: where `next_tokens` wants what it is given.
         side: where shorter prompts are filled up. What reads or steers the last column needs `left`; on the right, the
             reply's tokens follow the filling, which nothing attends to, at the positions they would have without it.
         n_before: number of shared tokens.
@@ -176,8 +180,9 @@ def decode(
         step(count)
         inputs = {}
         if pads:
-            inputs = {"attention_mask": mask, "position_ids": positions_of(mask)[:, -latest.shape[1] :]}
-        for reply, token in zip(replies, next_tokens(latest, inputs), strict=True):
+            positions = positions_of(mask)[:, -latest.shape[1] :]
+            inputs = {"attention_mask": mask.to(device), "position_ids": positions.to(device)}
+        for reply, token in zip(replies, next_tokens(latest.to(device), inputs), strict=True):
             reply.append(reply[-1] if reply and reply[-1] in end_tokens else token)
         if count + 1 == n_tokens or not go_on(any(reply[-1] not in end_tokens for reply in replies)):
             break
@@ -191,8 +196,7 @@ def _next_tokens(model: Any, cache: Any) -> Callable[[Tensor, dict[str, Tensor]]
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def run(latest: Tensor, inputs: dict[str, Tensor]) -> list[int]:
-        inputs = {name: values.to(model.device) for name, values in inputs.items()}
-        output = model(latest.to(model.device), past_key_values=cache, use_cache=True, **last_only, **inputs)
+        output = model(latest, past_key_values=cache, use_cache=True, **last_only, **inputs)
         chosen: list[int] = output.logits[:, -1].argmax(dim=-1).tolist()
         return chosen
 
