@@ -123,7 +123,7 @@ class TestShards:
             "import os\n"
             "from pathlib import Path\n"
             "from torch.distributed.tensor import DTensor\n"
-            "from es2 import finetune\n"
+            "from es2.training import finetune\n"
             "from es2.cli.main import main\n"
             "load, models = finetune.load_sharded, []\n"
             "def load_and_keep(*arguments):\n"
