@@ -691,7 +691,9 @@ def after_work(tmp_path_factory: pytest.TempPathFactory) -> Exposed:
         ["capture", "--model", "nobody/nothing", "--prompts", str(source)],
         ["capture", "--model", str(model), "--prompts", "hf:nobody/nothing"],
     ]
-    script = "import sys; from es2.cli import main as cli\nfor line in sys.stdin:\n    sys.argv = ['es2', *eval(line)]\n"
+    script = (
+        "import sys; from es2.cli import main as cli\nfor line in sys.stdin:\n    sys.argv = ['es2', *eval(line)]\n"
+    )
     script += "    try: cli.main()\n    except SystemExit as end: print('ended', end.code)\n"
     ended = subprocess.run(
         [sys.executable, "-c", script],
