@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +23,16 @@ from es2.analysis.comparison import Comparison
 from es2.analysis.layer_views import DRAWS, LayerViews
 from es2.analysis.projection import FitOn, View
 from es2.analysis.results import Analysis
-from es2.core.errors import Es2Error, InputError
+from es2.core.errors import Es2Error
 from es2.jobs.job import Job
 from es2.models.catalogue import CATALOGUE, resolve
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import ActivationSet
-from es2.store.store import SHOWCASE, Store
-from es2.workflow import showcase
+from es2.store.store import Store
+from es2.workflow import compared
 from es2.workflow.derived import analysis_key, find_activations, find_analysis_folder, find_umap, find_views_folder
-from es2.workflow.runs import list_runs, open_run
+from es2.workflow.runs import list_runs, open_run, shipped_run
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 ENDED = ("done", "stopped")
 _AHEAD = ThreadPoolExecutor(1, thread_name_prefix="ahead")
 _waiting: list[Future[object]] = []
-_SHOWN = (Choice.model, Choice.prompts, "last")
 
 UMAP_START_SECONDS = 25.0
 UMAP_SECONDS_PER_PROMPT = 2.5e-3
@@ -123,9 +123,13 @@ def find(model: str, prompt_set: PromptSet, position: str) -> Opened | None:
     found = find_activations(model, prompt_set, position)
     if found is None:
         return None
-    activations = _kept(found.key, found.inode, found)
+    activations = _keep(found)
     analysis = _analysis(activations, prompt_set, position)
     return Opened(prompt_set, activations, analysis, position) if analysis is not None else None
+
+
+def _keep(found: ActivationSet) -> ActivationSet:
+    return _kept(found.key, found.inode, found)
 
 
 @st.cache_resource(max_entries=16, show_spinner=False)
@@ -200,93 +204,50 @@ def run_title(run: Job) -> str:
 
 def find_comparison(choice: Choice) -> Comparison | None:
     """What the choice compares, if all of it is on disk: its run (with `against`), else the newest run of its model and
-    prompts, else, for the default ones, the showcase.
+    prompts, else the shipped one.
 
     Raises:
-        InputError: for a run that does not exist, or a showcase that is asked for or fallen back on and is damaged.
+        InputError: for a run that does not exist, or a shipped one that is damaged or of other prompts than there are.
     """
-    if choice.run == SHOWCASE:
-        if (found := find_showcase()) is None:
-            raise InputError("There is no showcase in this checkout; `es2 showcase` makes it.")
-        return found
     if choice.run is not None:
         run = open_run(choice.run)
         against = open_run(choice.against) if choice.against else None
         return _comparison(run, against, choice.position)
-    if (found := _newest(choice)) is not None:
-        return found
-    return find_showcase() if (choice.model, choice.prompts, choice.position) == _SHOWN else None
-
-
-def _newest(choice: Choice) -> Comparison | None:
-    """The newest run of the chosen model and prompts that can be compared at the chosen position."""
-    for run in list_runs():
-        same = (run.config.get("model"), run.config.get("prompts")) == (choice.model, choice.prompts)
-        if same and run.status() in ENDED and (found := _comparison(run, None, choice.position)) is not None:
+    for run in filter(partial(_is_of, choice), list_runs()):
+        if run.status() in ENDED and (found := _comparison(run, None, choice.position)) is not None:
             return found
-    return None
+    shipped = shipped_run() if choice.position == Choice.position else None
+    return _comparison(shipped, None, choice.position) if shipped is not None and _is_of(choice, shipped) else None
+
+
+def _is_of(choice: Choice, run: Job) -> bool:
+    return (run.config.get("model"), run.config.get("prompts")) == (choice.model, choice.prompts)
 
 
 def of_run(choice: Choice) -> dict[str, Any]:
     """The model and the prompts of the run that is asked for, as changes of the choice: the sidebar names them."""
-    if choice.run in (None, SHOWCASE):
+    if choice.run is None:
         return {}
     try:
-        config = open_run(str(choice.run)).config
+        config = open_run(choice.run).config
         return {"model": str(config["model"]), "prompts": str(config["prompts"])}
     except (Es2Error, KeyError):
         return {}  # the page says that there is no such run
 
 
-def find_showcase() -> Comparison | None:
-    """The before and after that comes with the project, read once for as long as it stays the same; None if absent.
-
-    Raises:
-        InputError: when it is damaged or of other prompts than the built-in ones.
-    """
-    try:
-        stat = (showcase.folder() / showcase.DOCUMENT).stat()
-    except OSError:
-        return None
-    return _showcase((str(showcase.folder()), stat.st_ino, stat.st_mtime_ns))
-
-
-@st.cache_resource(max_entries=2, show_spinner="Reading the showcase")
-def _showcase(stamp: tuple[str, int, int]) -> Comparison | None:
-    found = showcase.load(Path(stamp[0]))
-    return found.comparison if found is not None else None
-
-
 def _comparison(run: Job, against: Job | None, position: str) -> Comparison | None:
-    """Base or `against` beside a run that has ended; None where something is missing."""
-    result = run.result()
-    if result is None:
-        return None
+    """Base or `against` beside a run; None where something is missing, which can be computed for any that is ours."""
     try:
-        prompt_set = prompts(run.config["prompts"]).measured()
+        prompt_set = prompts(str(run.config.get("prompts", Choice.prompts))).measured()
     except Es2Error:
         return None  # its file is gone or broken; the list of runs says so
-    left = (against.result() or {}).get("activations", {}).get("tuned") if against else None
-    keys = (left if against else result["activations"]["base"], result["activations"]["tuned"])
-    sets = [Store().get(key) if key else None for key in keys]
-    if any(one is None or one.texts_digest != prompt_set.texts_digest for one in sets):
+    try:
+        found = compared.find_comparison(run, prompt_set, position, against, keep=_keep, find=_analysis)
+    except compared.AbsentError:
+        if run.is_shipped:
+            raise
         return None
-    base, tuned = (_kept(one.key, one.inode, one) for one in sets if one is not None)
-    analysis = _analysis(base, prompt_set, position, tuned)
-    if analysis is None:
-        return None
-    return Comparison(
-        prompts=prompt_set,
-        base=base,
-        tuned=tuned,
-        analysis=analysis,
-        position=position,
-        names=(run_title(against), run_title(run)) if against else ("Base", "Tuned"),
-        targets=tuple(result["target_layers"]),
-        config=run.config,
-        result=result,
-        run=run.id,
-    )
+    return replace(found, names=(run_title(against), run_title(run))) if against is not None else found
 
 
 def _views_of_pair(comparison: Comparison) -> LayerViews | None:
@@ -336,9 +297,7 @@ def pair_view(
         raw: whether lengths are the models' own rather than divided by each model's scale; not for UMAP.
     """
     if kind == "umap":
-        coordinates = comparison.umap or find_umap(
-            comparison.base, comparison.prompts, comparison.position, comparison.tuned
-        )
+        coordinates = find_umap(comparison.base, comparison.prompts, comparison.position, comparison.tuned)
         return coordinates.view(layer) if coordinates is not None else None
     return _pair_view(comparison.key, layer, kind, fit_on, raw, comparison)
 

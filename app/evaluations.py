@@ -25,7 +25,6 @@ from es2.evaluation.config import SUITES
 from es2.evaluation.results import find_evaluations, read_evaluation
 from es2.jobs.job import Job
 from es2.jobs.queue import list_jobs, reopen, start
-from es2.store.store import SHOWCASE
 from es2.workflow.evaluate import KIND
 from es2.workflow.runs import open_run, tuned_weights
 
@@ -91,15 +90,15 @@ class Intro:
 
 
 def shown_run(choice: Choice) -> Job | None:
-    """The run on screen; None where there is none, and for the showcase, which comes without weights.
+    """The run on screen; None where there is none.
 
     Raises:
         InputError: for a run that does not exist.
     """
     if choice.run is not None:
-        return None if choice.run == SHOWCASE else open_run(choice.run)
+        return open_run(choice.run)
     comparison = artifacts.find_comparison(choice)
-    return open_run(comparison.run) if comparison is not None and comparison.run != SHOWCASE else None
+    return open_run(comparison.run) if comparison is not None else None
 
 
 def of_run(run: Job, suites: Sequence[str]) -> list[Evaluation]:
@@ -130,8 +129,8 @@ def opened(intro: Intro, suites: Sequence[str]) -> tuple[Job, Evaluation] | None
         st.caption(f":material/info: {text.markdown(sentence)}")
     choice = state.current()
     run = shown_run(choice)
-    if run is None:
-        _no_run(intro, choice)
+    if run is None or run.is_shipped:
+        _no_run(intro, run)
         return None
     found = of_run(run, suites)
     if not found:
@@ -140,12 +139,12 @@ def opened(intro: Intro, suites: Sequence[str]) -> tuple[Job, Evaluation] | None
     return run, _head(intro, run, choice, found, suites)
 
 
-def _no_run(intro: Intro, choice: Choice) -> None:
+def _no_run(intro: Intro, shipped: Job | None) -> None:
     with st.container(width=820, key="no_evaluation"):
         st.header(intro.title, anchor=False)
         st.markdown(intro.about)
         step_cards(intro.steps)
-        if choice.run == SHOWCASE or artifacts.find_comparison(choice) is not None:
+        if shipped is not None:
             st.markdown(
                 "On screen is the showcase, which comes without weights, so there is no model here to ask. Choose a "
                 "run of your own, or start one."

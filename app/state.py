@@ -47,7 +47,7 @@ class Choice:
         layer: the chosen layer; None until there is an analysis to recommend one.
         view: one of `VIEWS`.
         others: whether prompts of other splits than `test` are shown too.
-        run: the id of the run that is compared, or `showcase`; None for the newest that can be.
+        run: the id of the run that is compared; None for the newest that can be.
         against: the id of the run that stands in the place of base; None for base itself.
         arrangement: how base and tuned are drawn, one of `ARRANGEMENTS`.
         fit_on: what the axes are fitted on, one of `FITS`.

@@ -24,8 +24,6 @@ from app.components import plotly_library
 from es2.analysis.comparison import Comparison
 from es2.analysis.results import LayerNumbers
 from es2.report.page import Compared, figure_html, report_html
-from es2.store.store import SHOWCASE
-from es2.workflow.compared import find_compared
 from es2.workflow.runs import open_run
 
 if TYPE_CHECKING:
@@ -115,8 +113,6 @@ def _no_formula(cell: object) -> object:
 
 def report(comparison: Comparison) -> bytes:
     """The report on a comparison, an HTML file. Raises as reading embeddings does."""
-    if comparison.run == SHOWCASE:
-        return report_html(find_compared(SHOWCASE)).encode("utf-8", "replace")
     run = open_run(comparison.run)
     compared = Compared(**vars(comparison), title=run_title(run), events=run.events()[0])
     return report_html(compared).encode("utf-8", "replace")

@@ -25,7 +25,6 @@ from app.views.welcome import no_comparison
 from es2.analysis.comparison import Comparison
 from es2.analysis.projection import View
 from es2.analysis.verdict import Verdict, rule
-from es2.store.store import SHOWCASE
 from es2.workflow.runs import list_runs, open_run
 
 ARRANGEMENT_NAMES = {"side": "Side by side", "overlay": "Overlay", "morph": "Morph"}
@@ -135,11 +134,13 @@ def compare_config(choice: Choice, run: str, config: Any) -> dict[str, str]:
 
 def header(comparison: Comparison, layer: int) -> None:
     """What is compared, and the layer's control."""
-    analysis, config = comparison.analysis, comparison.config
+    analysis, config, run = comparison.analysis, comparison.config, open_run(comparison.run)
     with st.container(key="header"):
         left, right = st.columns(COLUMNS, gap="medium", vertical_alignment="bottom")
     with left:
-        what = f"{comparison.names[0]} → {comparison.names[1]}" if comparison.is_of_two_runs else title(comparison)
+        what = (
+            f"{comparison.names[0]} → {comparison.names[1]}" if comparison.is_of_two_runs else artifacts.run_title(run)
+        )
         st.subheader(f"{text.markdown(comparison.base.model)} · {text.markdown(what)}", anchor=False)
         n_test = sum(analysis.n_prompts["test"].values())
         drawn = int(comparison.prompts.in_split("test").sum())
@@ -154,18 +155,11 @@ def header(comparison: Comparison, layer: int) -> None:
         st.caption(" · ".join(text.markdown(part) for part in parts))
     with right:
         layer_control(layer, len(analysis.layers))
-    if comparison.run == SHOWCASE:
+    if run.is_shipped:
         with st.container(horizontal=True, vertical_alignment="center", key="introduction"):
             st.markdown(INTRODUCTION, width="stretch")
             if st.button("Start your own", key="to_runs", icon=":material/model_training:"):
                 state.go("runs")
-
-
-def title(comparison: Comparison) -> str:
-    """What the run is called."""
-    if comparison.run == SHOWCASE:
-        return "showcase"
-    return artifacts.run_title(open_run(comparison.run))
 
 
 def summary(comparison: Comparison, verdicts: dict[int, Verdict], layer: int) -> None:
@@ -237,9 +231,6 @@ def projection(choice: Choice, comparison: Comparison, layer: int) -> None:
     selected = state.selection(digest)
     drawn = figures(choice, comparison, state.tool(), layer, selected)
     if not drawn:
-        if comparison.run == SHOWCASE:
-            st.info("The showcase has no UMAP at this position; the other views are computed as you look.")
-            return
         seconds = artifacts.UMAP_START_SECONDS + artifacts.UMAP_SECONDS_PER_PROMPT * 2 * (
             comparison.base.n_layers * comparison.base.n_prompts
         )

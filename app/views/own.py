@@ -32,7 +32,7 @@ from es2.jobs.queue import open_job, start
 from es2.prompts.prompt_set import LABEL_NAMES, SPLITS, PromptSet
 from es2.prompts.readers import MAX_FILE_BYTES, find_problems, parse_prompts
 from es2.workflow.reader import Reading, answer, ask, open_reader
-from es2.workflow.runs import import_adapter
+from es2.workflow.runs import import_adapter, open_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,7 +94,7 @@ def _probes(choice: Choice) -> tuple[str, str | None, dict[str, Probes]] | None:
     comparison = artifacts.find_comparison(choice)
     if comparison is not None and comparison.analysis.tuned_probes is not None:
         analysis = comparison.analysis
-        run = None if comparison.run == "showcase" else comparison.run
+        run = None if open_run(comparison.run).is_shipped else comparison.run
         by_model = {"base": analysis.base_probes} | ({"tuned": analysis.tuned_probes} if run else {})
         if choice.against is None:
             return str(comparison.config["model"]), run, {name: own for name, own in by_model.items() if own}

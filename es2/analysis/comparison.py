@@ -1,8 +1,8 @@
-"""Two models side by side: what the compare page, the report and the showcase are all about.
+"""Two models side by side: what the compare page and the report are about.
 
-Wherever its parts were found (a run's folder, a second run, the committed showcase), a comparison is the same record,
-and what can be said of it is said here once: the KLs are those of a fine-tune against its base, so they say nothing
-where another run stands in the base's place.
+Wherever its parts were found (a run's folder, a second run, what is shipped), a comparison is the same record, and what
+can be said of it is said here once: the KLs are those of a fine-tune against its base, so they say nothing where
+another run stands in the base's place.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from es2.analysis.projection import UmapCoordinates
 from es2.analysis.results import Analysis
 from es2.analysis.verdict import KL_BUDGET, Verdict, layer_verdict, run_verdict
 from es2.prompts.prompt_set import PromptSet
@@ -23,7 +22,7 @@ class Comparison:
     """Base and a run's tuned model, or two runs.
 
     Attributes:
-        prompts: the prompts that are shown, in the order of the embeddings: `measured` ones, of the showcase a part.
+        prompts: the prompts that are shown, in the order of the embeddings: `measured` ones, or a part of them.
         base: their embeddings under the model at the left, base or the run that stands in its place.
         tuned: the same under the model at the right.
         analysis: of both; its numbers are of all test prompts, also where a part is shown.
@@ -32,8 +31,7 @@ class Comparison:
         targets: the target layers of the right one's run.
         config: the run's settings, `FinetuneConfig.to_dict()` and `prompts`, the source of the prompts.
         result: what the run came to: its `result.json`.
-        run: the run's id, or `showcase`.
-        umap: coordinates that come with it, of the showcase; else they are looked for beside the embeddings.
+        run: the run's id.
     """
 
     prompts: PromptSet
@@ -46,7 +44,6 @@ class Comparison:
     config: Mapping[str, Any]
     result: Mapping[str, Any]
     run: str
-    umap: UmapCoordinates | None = None
 
     @property
     def key(self) -> tuple[str, ...]:

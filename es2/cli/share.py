@@ -19,17 +19,19 @@ def showcase(
     json_: AsJson = False,
 ) -> None:
     """Make the before and after that a fresh clone shows; without --run, with a default fine-tune of its own."""
+    from es2.core.files import shipped
     from es2.workflow.runs import open_run
-    from es2.workflow.showcase import build, folder
+    from es2.workflow.showcase import build
 
     with progress() as report:
         made = build(run=open_run(run) if run else None, report=report)
+    n_measured = sum(sum(of_split.values()) for of_split in made.analysis.n_prompts.values())
     document = {
-        "path": str(folder()),
-        "run": made.result["run"],
+        "path": str(shipped()),
+        "run": made.run,
         "verdict": made.result["verdict"],
-        "n_prompts": dict(made.about["n_prompts"]),
-        "bytes": sum(file.stat().st_size for file in files_below(folder())),
+        "n_prompts": {"measured": n_measured, "part": len(made.prompts)},
+        "bytes": sum(file.stat().st_size for file in files_below(shipped())),
     }
 
     def show() -> None:

@@ -50,6 +50,28 @@ def home() -> Path:
     return Path(os.environ.get("ES2_HOME") or ".").absolute()
 
 
+def shipped() -> Path:
+    """The second root, which is only read: beside `home()`, the folder of sets and runs that come with the program.
+
+    `$ES2_SHOWCASE`, or in the checkout, or else below `home()`, where `es2 showcase` then writes it.
+    """
+    if chosen := os.environ.get("ES2_SHOWCASE"):
+        return Path(chosen).absolute()
+    checkout = Path(__file__).resolve().parents[2]
+    root = checkout if (checkout / "app" / "main.py").is_file() else home()
+    return root / "cached_activations" / "showcase"
+
+
+def is_shipped(path: Path) -> bool:
+    """Whether a file or folder comes with the program, so that nothing may change it."""
+    return path.is_relative_to(shipped())
+
+
+def way_out(path: Path, usual: str) -> str:
+    """What to do about something that is damaged or outdated: of what is shipped, all is built anew."""
+    return "`es2 showcase` rebuilds it" if is_shipped(path) else usual
+
+
 def user_cache() -> Path:
     """The folder for what every project of one user shares (models, digests): `$ES2_CACHE`, or the system's choice."""
     return Path(os.environ.get("ES2_CACHE") or platformdirs.user_cache_dir("es2")).absolute()
@@ -366,8 +388,12 @@ def _flush(path: Path) -> None:
 
 
 def set_aside(path: Path, inode: int, problem: str) -> DamagedError:
-    """Rename a damaged folder, unless another process has done so, and return the error that says so."""
+    """Rename a damaged folder, unless another process has done so or it is shipped; returns the error that says so."""
     what = f"{path.parent.parent.name}/{path.name}" if path.parent.name == "derived" else path.name
+    if is_shipped(path):
+        return DamagedError(
+            f"The artifact {what} in {shipped()} is damaged ({one_line(problem)}); {way_out(path, '')}."
+        )
     where = "was set aside"
     try:
         if path.stat().st_ino == inode:

@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 
 from es2.core.errors import InputError
-from es2.core.files import is_whole, machine_error, parse_json, read_json, sealed, write_json
+from es2.core.files import is_shipped, is_whole, machine_error, parse_json, read_json, sealed, way_out, write_json
 from es2.core.versions import format_of
 
 logger = logging.getLogger(__name__)
@@ -84,13 +84,27 @@ class Job:
         name = (read_json(self.path / "name.json") or {}).get("name", "")
         return name if isinstance(name, str) else ""
 
+    @property
+    def is_shipped(self) -> bool:
+        """Whether it comes with the program: it is only read, and has no weights."""
+        return is_shipped(self.path)
+
+    def check_own(self) -> None:
+        """Refuse a shipped one (`InputError`), before it is changed or its weights are wanted."""
+        if self.is_shipped:
+            raise InputError(
+                f"Run {self.id} comes with the program, to be looked at: it has no weights and cannot be changed; "
+                "`es2 finetune` makes a run of your own."
+            )
+
     def rename(self, name: str) -> None:
         """Call it something, or nothing; the id and the folder stay as they are.
 
         Raises:
-            InputError: for a name that is too long or not one line of text.
+            InputError: for a name that is too long or not one line of text, or a shipped one.
             MachineError: when the folder cannot be written.
         """
+        self.check_own()
         name = " ".join(name.split())
         if len(name) > MAX_NAME or not name.isprintable():
             raise InputError(f"A name is one line of at most {MAX_NAME} characters, not {name[:40]!r}; shorten it.")
@@ -164,8 +178,10 @@ class Job:
         sees the request at its next heartbeat. A job that has ended is left as it is.
 
         Raises:
+            InputError: for a shipped one.
             MachineError: when the request cannot be written.
         """
+        self.check_own()
         if not self.is_active():
             return
         marker = self.path / "cancel"
@@ -181,9 +197,10 @@ class Job:
         """Remove its folder.
 
         Raises:
-            InputError: while it is queued or running.
+            InputError: while it is queued or running, or for a shipped one.
             MachineError: when the folder cannot be removed.
         """
+        self.check_own()
         if self.is_active():
             raise InputError(f"Job {self.id} is {self.status()}; cancel it before deleting it.")
         aside = self.path.with_name(f".deleted-{self.id}")  # out of sight at once, however long removing takes
@@ -234,7 +251,8 @@ class Job:
                 format_of(document.get("format"), FORMAT_VERSION, str(path))
         except InputError as error:
             return str(error)
-        return f"The result of job {self.id} is damaged; do the same again, or `es2 runs resume {self.id}` for a run."
+        fix = way_out(self.path, f"do the same again, or `es2 runs resume {self.id}` for a run")
+        return f"The result of job {self.id} is damaged; {fix}."
 
     def _active(self) -> str | None:
         """`queued` or `running` while a process lives, or is on its way to the lock; else None."""
@@ -319,7 +337,8 @@ def read_job(path: Path) -> Job:
     config = read_json(path / "config.json")
     sound = config is not None and is_whole(config) and _is_config(config)
     if config is None or not sound or format_of(config.get("format"), FORMAT_VERSION, str(path)) is None:
-        raise InputError(f"{path} is no job: its config.json is missing or damaged; delete the folder.")
+        fix = way_out(path, "delete the folder")
+        raise InputError(f"{path} is no job: its config.json is missing or damaged; {fix}.")
     return Job(path, config)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from es2.core.errors import InputError, MachineError
-from es2.core.files import home, machine_error, sealed, write_json
+from es2.core.files import home, machine_error, sealed, shipped, write_json
 from es2.jobs.job import ACTIVE, FORMAT_VERSION, HOST, Job, children, read_job, reap
 
 logger = logging.getLogger(__name__)
@@ -119,9 +119,10 @@ def reopen(job: Job) -> None:
     """Take back a job's end, so that it can be started again and goes on from what it kept.
 
     Raises:
-        InputError: when it is queued, running or done.
+        InputError: when it is queued, running or done, or a shipped one.
         MachineError: when the folder cannot be written.
     """
+    job.check_own()
     status = job.status()
     if status in (*ACTIVE, "done"):
         raise InputError(f"Job {job.id} is {status}; only one that ended before its time can be resumed.")
@@ -156,15 +157,15 @@ def find_jobs(kind: str, config: Mapping[str, Any], root: Path | None = None) ->
 
 
 def open_job(id: str, root: Path | None = None) -> Job:
-    """The job of this id.
+    """The job of this id: of `root`, or else a shipped one, which lists leave out.
 
     Raises:
         InputError: when there is none, or it was written by a newer version.
     """
-    folder = _root(root)
-    if not _ID.fullmatch(id) or not (folder / id).is_dir():
-        raise InputError(f"There is no job {id[:80]!r} in {folder}; `es2 runs` lists those there are.")
-    return read_job(folder / id)
+    for folder in (_root(root), shipped() / "runs"):
+        if _ID.fullmatch(id) and (folder / id).is_dir():
+            return read_job(folder / id)
+    raise InputError(f"There is no job {id[:80]!r} in {_root(root)}; `es2 runs` lists those there are.")
 
 
 def _root(root: Path | None) -> Path:

@@ -18,6 +18,7 @@ from es2.core.files import (
     checked_key,
     file_digest,
     files_below,
+    is_shipped,
     is_whole,
     new_folder,
     read_json,
@@ -106,6 +107,14 @@ class ActivationSet:
     def texts_digest(self) -> str:
         """`PromptSet.texts_digest` of the prompts."""
         return str(self.meta["texts_digest"])
+
+    @property
+    def whole(self) -> str:
+        """The key of the set that this one is a part of; its own for any other.
+
+        A part is never computed on: beside it lies what was computed from the whole.
+        """
+        return str(self.meta.get("part_of", self.key))
 
     @property
     def created(self) -> str:
@@ -201,7 +210,8 @@ class ActivationSet:
         """The folder of what was computed from this set under `key`; None if absent, or damaged (then set aside).
 
         Raises:
-            InputError: for an impossible key, or a folder written by a newer version.
+            InputError: for an impossible key, or a folder written by a newer version; for a damaged one that is
+                shipped (`DamagedError`), since nothing makes it anew.
         """
         path = self.path / "derived" / checked_key(key)
         try:
@@ -213,10 +223,17 @@ class ActivationSet:
             if not is_whole(document):
                 raise _UnsoundError(f"{DIGESTS} is not what was written")
             _check_format(document.get("format"), path)
-            if _digests(path) != document.get("files"):
-                raise _UnsoundError("its files are not what was written")
+            found, stated = _digests(path), document.get("files")
+            if not isinstance(stated, dict):
+                raise _UnsoundError(f"{DIGESTS} is missing or lacks an entry")
+            for name in sorted(found.keys() | stated.keys()):
+                if found.get(name) != stated.get(name):
+                    raise _UnsoundError(f"{name} is {'not what was written' if name in found else 'missing'}")
         except _UnsoundError as error:
-            logger.warning("%s", set_aside(path, inode, str(error)))
+            damaged = set_aside(path, inode, str(error))
+            if is_shipped(path):
+                raise damaged from error
+            logger.warning("%s", damaged)
             return None
         except OSError as error:
             raise self._unreadable(error) from error

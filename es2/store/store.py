@@ -23,11 +23,13 @@ from es2.core.files import (
     checked_key,
     home,
     is_key,
+    is_shipped,
     lock,
     machine_error,
     new_folder,
     sealed,
     set_aside,
+    shipped,
     unreadable,
     write_json,
 )
@@ -50,19 +52,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHOWCASE = "showcase"
-"""A folder beside the sets that is none: see `es2.workflow.showcase`."""
+FOLDER = "cached_activations"
+"""Where sets are kept, below `home()` and below the root that is only read."""
 
 
 class Store:
     """Activation sets under one folder, by key.
 
     Args:
-        root: the folder; `home()/cached_activations` if not given. It is made when something is written.
+        root: the folder; if not given, `home()/cached_activations`, and what is looked up by its key and is not there
+            is looked for among the shipped sets, too. It is made when something is written.
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        self.root = (root or home() / "cached_activations").absolute()
+        self.root = (root or home() / FOLDER).absolute()
+        self._places = (self.root,) if root else (self.root, shipped() / FOLDER)
+
+    def _place(self, key: str) -> Path:
+        paths = [place / checked_key(key) for place in self._places]
+        return next((path for path in paths if path.is_dir()), paths[0])
 
     def open(self, key: str) -> ActivationSet:
         """The checked activation set of this key.
@@ -72,7 +80,7 @@ class Store:
                 `key` is no key.
             MachineError: when it cannot be read.
         """
-        path = self.root / checked_key(key)
+        path = self._place(key)
         try:
             inode = path.stat().st_ino
         except (FileNotFoundError, NotADirectoryError):
@@ -87,21 +95,27 @@ class Store:
         return activations
 
     def get(self, key: str) -> ActivationSet | None:
-        """As `open`, but None when it is absent or damaged."""
-        if not (self.root / checked_key(key)).is_dir():
+        """As `open`, but None when it is absent or damaged; a damaged one that is shipped, nothing makes anew."""
+        path = self._place(key)
+        if not path.is_dir():
             return None
         try:
             return self.open(key)
         except DamagedError as error:
+            if is_shipped(path):
+                raise
             logger.warning("%s", error)
             return None
 
     def list(self) -> list[ActivationSet]:
-        """Every readable set, newest first; what cannot be read is skipped with a warning. Only `meta.json` is read."""
+        """Every readable set of `root`, newest first; what cannot be read is skipped with a warning.
+
+        Only `meta.json` is read.
+        """
         found = []
         for path in self.root.iterdir() if self.root.is_dir() else ():
-            if not (is_key(path.name) and path.is_dir()) or path.name == SHOWCASE:
-                continue
+            if not (is_key(path.name) and path.is_dir()) or (path / FOLDER).is_dir():
+                continue  # no set, or the shipped root, which lies beside the sets
             try:
                 found.append(_read_meta(path))
             except (_UnsoundError, Es2Error, OSError) as error:

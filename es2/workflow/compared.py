@@ -1,68 +1,114 @@
-"""The two models of a run side by side, from what lies on disk: what a report and a figure are about."""
+"""The two models of a run side by side, from what lies on disk: what the page, a report and a figure are about."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 
+import numpy as np
+
+from es2.analysis.comparison import Comparison
+from es2.analysis.results import Analysis
 from es2.core.errors import InputError
+from es2.core.files import checked_key, way_out
 from es2.jobs.job import Job
 from es2.prompts.loading import load_prompts
+from es2.prompts.prompt_set import PromptSet
 from es2.report.page import Compared
-from es2.store.store import SHOWCASE, Store
-from es2.workflow import showcase
+from es2.store.activation_set import ActivationSet
+from es2.store.store import Store
 from es2.workflow.derived import find_analysis
 from es2.workflow.runs import open_run
 
 
+class AbsentError(InputError):
+    """Something that a comparison is made of is not on disk, or not of these prompts."""
+
+
 def find_compared(run: str) -> Compared:
-    """A run beside its base, or the showcase, from what lies on disk.
+    """A run beside its base, with all that a report says of it.
 
     Args:
         run: a run's id, or `showcase`.
 
     Raises:
-        InputError: when there is no such run or showcase, or something that the report needs is missing.
+        InputError: when there is no such run, or something that the report needs is missing (`AbsentError`).
     """
-    if run != SHOWCASE:
-        return _of_run(open_run(run))
-    found = showcase.load()
-    if found is None:
-        raise InputError("There is no showcase in this checkout; `es2 showcase` makes it.")
-    return Compared(**vars(found.comparison), title="Showcase", events=found.events)
+    job = open_run(run)
+    found = find_comparison(job, load_prompts(str(job.config.get("prompts", "builtin"))).measured())
+    return Compared(**vars(found), title=job.name or job.id, events=job.events()[0])
 
 
-def _of_run(run: Job) -> Compared:
+def find_comparison(
+    run: Job,
+    prompts: PromptSet,
+    position: str = "last",
+    against: Job | None = None,
+    *,
+    keep: Callable[[ActivationSet], ActivationSet] = lambda found: found,
+    find: Callable[[ActivationSet, PromptSet, str, ActivationSet], Analysis | None] = find_analysis,
+) -> Comparison:
+    """A run beside its base, or beside another run.
+
+    Args:
+        run: the run.
+        prompts: its measured prompts.
+        position: whose embeddings are read.
+        against: the run that stands in the place of base.
+        keep: gives the object that is remembered for a set, for a caller that asks again and again.
+        find: as `find_analysis`, likewise.
+
+    Raises:
+        AbsentError: when something is missing, or the run's result is not what a fine-tune writes.
+        InputError, MachineError: as `Store.get` does.
+    """
     result = run.result()
     if result is None:
-        raise InputError(
-            f"Run {run.id} is {run.status()} and has no result to report; `es2 runs resume {run.id}` goes on."
-        )
-    position = "last"
-    prompts = load_prompts(run.config["prompts"]).measured()
-    base, tuned = (Store().get(result["activations"][name]) for name in ("base", "tuned"))
+        fix = way_out(run.path, f"`es2 runs resume {run.id}` goes on")
+        raise AbsentError(f"Run {run.id} is {run.status()} and has no result to report; {fix}.")
+    again = way_out(run.path, "fine-tune again")
+    try:
+        left = (against.result() or {})["activations"]["tuned"] if against else result["activations"]["base"]
+        keys = (checked_key(left), checked_key(result["activations"]["tuned"]))
+        targets = tuple(map(int, result["target_layers"]))
+    except (LookupError, TypeError, ValueError) as error:
+        raise AbsentError(f"The result of run {run.id} lacks an entry, or has one that cannot be; {again}.") from error
+    base, tuned = map(Store().get, keys)
     if base is None or tuned is None:
-        raise InputError(f"The embeddings of run {run.id} are not here any more; {_again(run)}")
-    if base.texts_digest != prompts.texts_digest:
-        raise InputError(f"The prompts {run.config['prompts']!r} have changed since run {run.id}; fine-tune again.")
-    analysis = find_analysis(base, prompts, position, tuned)
+        raise AbsentError(f"The embeddings of run {run.id} are not here any more; {_again(run)}.")
+    base, tuned = keep(base), keep(tuned)
+    shown = captured_of(prompts, base)
+    if shown is None or base.texts_digest != tuned.texts_digest:
+        raise AbsentError(f"The prompts {prompts.name!r} have changed since run {run.id}; {again}.")
+    if run.is_shipped and position not in base.positions:
+        raise AbsentError(f"Run {run.id} comes with the program at position {base.positions[0]} only; choose that one.")
+    analysis = find(base, prompts, position, tuned)
     if analysis is None:
-        raise InputError(f"The analysis of run {run.id} is not here any more; {_again(run)}")
-    return Compared(
-        prompts=prompts,
+        what = f"The analysis of run {run.id} at position {position} of its prompts as they are now"
+        raise AbsentError(f"{what} is not here; {_again(run)}.")
+    return Comparison(
+        prompts=shown,
         base=base,
         tuned=tuned,
         analysis=analysis,
         position=position,
         names=("Base", "Tuned"),
-        targets=tuple(result["target_layers"]),
+        targets=targets,
         config=run.config,
         result=result,
         run=run.id,
-        title=run.name or run.id,
-        events=run.events()[0],
     )
 
 
+def captured_of(prompts: PromptSet, activations: ActivationSet) -> PromptSet | None:
+    """Those of `prompts` that a set holds: all, or where the set is a part of another, a part; None for other ones."""
+    if activations.whole != activations.key:
+        held = set(activations.texts)
+        prompts = prompts.select(np.array([text in held for text in prompts.texts], dtype=bool))
+    return prompts if prompts.texts_digest == activations.texts_digest else None
+
+
 def _again(run: Job) -> str:
-    options = shlex.join(("--model", run.config["model"], "--prompts", run.config["prompts"], "--run", run.id))
-    return f"`es2 analyze {options}` makes it again."
+    model, prompts = (str(run.config.get(name)) for name in ("model", "prompts"))
+    options = shlex.join(("--model", model, "--prompts", prompts, "--run", run.id))
+    return way_out(run.path, f"`es2 analyze {options}` makes it again")

@@ -29,7 +29,7 @@ def analysis_key(
     tuned: ActivationSet | None = None,
     test: Captured | None = None,
 ) -> str:
-    """The key of an analysis: everything that decides its numbers, and nothing else."""
+    """The key of an analysis: everything that decides its numbers, and nothing else; of a part, that of the whole."""
     n_fitted = max(int(prompts.in_split("probe").sum()), len(test.prompts) if test else 0)
     # Where prompts outnumber dimensions, analyses before this entry hold probes that are not the best ones.
     corrected = {"fits": 2} if n_fitted > base.d_model else {}
@@ -38,8 +38,8 @@ def analysis_key(
         | {
             "kind": "analysis",
             "format": ANALYSIS_FORMAT,
-            "base": base.key,
-            "tuned": tuned and tuned.key,
+            "base": base.whole,
+            "tuned": tuned and tuned.whole,
             "prompts": prompts.digest,
             "test": test and [test.base.key, test.tuned and test.tuned.key, test.prompts.digest],
             "config": config.to_dict(),

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from es2.core.errors import Es2Error, InputError
 from es2.core.files import (
+    bring_back,
     content_key,
     expanded,
     file_digest,
@@ -27,9 +28,10 @@ from es2.core.files import (
     numbered,
     output_path,
     set_aside,
+    shipped,
     unreadable,
 )
-from es2.jobs.job import Job
+from es2.jobs.job import Job, read_job
 from es2.jobs.queue import lay_down, list_jobs, open_job
 from es2.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 from es2.models.catalogue import resolve
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
 
 KIND = "finetune"
+SHOWCASE = "showcase"
+"""What the shipped run is called in links and commands, whatever its id."""
 ADAPTER, WEIGHTS = "adapter", "weights.safetensors"
 
 
@@ -52,15 +56,28 @@ def list_runs(root: Path | None = None) -> list[Job]:
 
 
 def open_run(id: str, root: Path | None = None) -> Job:
-    """The run of this id.
+    """The run of this id, or the shipped one where the id is `SHOWCASE`.
 
     Raises:
         InputError: when there is no such run.
     """
+    if id == SHOWCASE:
+        if (found := shipped_run()) is None:
+            raise InputError("There is no showcase in this checkout; `es2 showcase` makes it.")
+        return found
     job = open_job(id, root)
     if job.kind != KIND:
         raise InputError(f"Job {id} is no fine-tuning run but a {job.kind} job; `es2 runs` lists the runs.")
     return job
+
+
+def shipped_run() -> Job | None:
+    """The run that comes with the program; None if there is none. Raises `InputError` where it is damaged."""
+    root = shipped()
+    if not root.exists():
+        bring_back(root, root.parent)
+    runs = sorted((root / "runs").glob("*"))
+    return read_job(runs[-1]) if runs else None
 
 
 def config_of(run: Job) -> FinetuneConfig:
@@ -75,10 +92,11 @@ def tuned_weights(run: Job) -> Path:
     """What the run trained: the folder of its adapter, or the file of the blocks it changed.
 
     Raises:
-        InputError: when it has left none (yet), or has lost them: damaged ones are set aside, and the run then counts
-            as failed, so that it can be resumed.
+        InputError: when it has left none (yet), is shipped, or has lost them: damaged ones are set aside, and the run
+            then counts as failed, so that it can be resumed.
         MachineError: when they cannot be read.
     """
+    run.check_own()
     found = next((run.path / name for name in (ADAPTER, WEIGHTS) if (run.path / name).exists()), None)
     result = run.result()
     if result is None:

@@ -229,7 +229,7 @@ class TestComparison:
         n_test = sum(compared.analysis.n_prompts["test"].values())
         assert f"all {n_test} test prompts" in captions(open_compare(compared.link()))
         more = {**compared.analysis.n_prompts, "test": {"harmful": 500, "harmless": 500}}
-        part = replace(found, analysis=replace(compared.analysis, n_prompts=more), run="showcase")
+        part = replace(found, analysis=replace(compared.analysis, n_prompts=more))
         monkeypatch.setattr("app.artifacts.find_comparison", lambda choice: part)
         assert f"numbers are of all 1,000 test prompts; {n_test} of them are drawn" in captions(open_compare())
 

@@ -118,7 +118,6 @@ def step_clock(seconds: float) -> None:
     """Let this process's clock be wrong from now on; modification times are the kernel's and stay right."""
     import es2.jobs.queue
     import es2.store.store
-    import es2.workflow.showcase
 
     truly = time.time
     time.time = lambda: truly() + seconds  # type: ignore[assignment]
@@ -128,5 +127,5 @@ def step_clock(seconds: float) -> None:
         def now(cls, tz: Any = None) -> datetime:
             return datetime.now(tz) + timedelta(seconds=seconds)
 
-    for module in (es2.jobs.queue, es2.workflow.showcase, es2.store.store):
+    for module in (es2.jobs.queue, es2.store.store):
         module.datetime = Wrong  # type: ignore[attr-defined]

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from es2.core.errors import Es2Error, InputError
-from es2.core.files import is_key
+from es2.core.files import is_key, shipped
 from es2.evaluation.results import find_evaluations, read_evaluation
 from es2.jobs.queue import list_jobs
 from es2.store.store import Store
-from es2.workflow import showcase
-from es2.workflow.runs import list_runs, tuned_weights
+from es2.workflow.compared import find_compared
+from es2.workflow.derived import find_umap
+from es2.workflow.runs import list_runs, shipped_run, tuned_weights
 from tests.system.operations import World
 
 MAIN = str(Path(__file__).parents[2] / "app" / "main.py")
@@ -51,10 +52,12 @@ def look(world: World, page: str | None = None) -> dict[str, Any]:
             except InputError:
                 judge(run.path / "adapter", False)
     try:
-        if showcase.load() is not None:
-            judge(showcase.folder(), True)
+        if (run := shipped_run()) is not None:
+            found = find_compared("showcase")
+            umap = find_umap(found.base, found.prompts, found.position, found.tuned)
+            judge(shipped(), found.run == run.id and umap is not None)
     except Es2Error:
-        judge(showcase.folder(), False)
+        judge(shipped(), False)
     jobs = [
         {
             "id": job.id,

@@ -33,10 +33,11 @@ from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import ActivationSet
 from es2.training.config import FinetuneConfig
 from es2.workflow import showcase
+from es2.workflow.compared import find_compared
 from es2.workflow.derived import find_activations, find_analysis, find_umap
 from es2.workflow.evaluate import unfinished_job
 from es2.workflow.job_kinds import JOBS
-from es2.workflow.runs import export, list_runs, tuned_weights
+from es2.workflow.runs import export, list_runs, shipped_run, tuned_weights
 
 SETTINGS: dict[str, Any] = {
     "steps": 4,
@@ -285,14 +286,15 @@ def taken_away(world: World) -> dict[str, str | None]:
 
 
 def shown(world: World) -> dict[str, str | None]:
-    found = showcase.load()
-    if found is None:
+    if shipped_run() is None:
         return {"showcase": None}
+    found = find_compared("showcase")
+    umap = find_umap(found.base, found.prompts, found.position, found.tuned)
     return {
         "showcase": _hash(
             lasting(dict(found.result)),
             found.analysis.to_dict(),
-            found.umap.points,
+            umap.points if umap else None,
             _embeddings(found.base),
             _embeddings(found.tuned),
         )

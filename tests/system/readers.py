@@ -317,36 +317,38 @@ def _views(folder: Path) -> Draw:
 
 
 def _showcases(folder: Path) -> Draw:
-    """The showcase's document, its digest made anew where the change is to be seen; and its other files."""
+    """The shipped run's documents, their digests made anew where the change is to be seen; and all other files."""
     from es2.analysis.projection import UmapCoordinates
-    from es2.workflow import showcase
+    from es2.workflow.compared import find_compared
+    from es2.workflow.derived import find_umap
+    from es2.workflow.showcase import write
 
     made = _artifacts(folder)
     prompts = made.artifacts.prompts
     original = folder / "original"
     original.mkdir()
-    points = np.zeros((len(made.analysis.base_layers), 2, len(prompts), 2), dtype=np.float32)
-    about = {
-        "format": showcase.SHOWCASE_FORMAT, "model": "toy-model", "prompts": str(made.artifacts.source),
-        "prompts_digest": prompts.digest, "config": dict(made.run.config), "result": made.run.result(), "events": [],
-        "created": "2026-01-01T00:00:00+00:00", "versions": {},
-    }  # fmt: skip
+    umap = UmapCoordinates(
+        np.zeros((len(made.analysis.base_layers), 2, len(prompts), 2), dtype=np.float32), "umap", "both"
+    )
     models = (made.artifacts.activations, made.tuned)
-    showcase._write(original, about, prompts, models, made.analysis, UmapCoordinates(points, "umap", "both"), 10**9)
-    document = json.loads((original / showcase.DOCUMENT).read_bytes())
+    write(original, made.run, made.run.config, prompts, models, made.analysis, umap)
     files = sorted(file.relative_to(original) for file in original.rglob("*") if file.is_file())
+    documents = [file for file in files if file.name in ("config.json", "result.json", "meta.json")]
 
     def draw(rng: Random) -> Attempt:
         path = _fresh(original, folder / "copy")
         if rng.random() < 0.6:
-            (path / showcase.DOCUMENT).write_bytes(_spoilt(document, rng))
+            file = path / rng.choice(documents)
+            file.write_bytes(_spoilt(json.loads(file.read_bytes()), rng))
         else:
             file = path / rng.choice(files)
             file.write_bytes(mutate_bytes(file.read_bytes(), rng))
 
         def read() -> object:
-            found = showcase.load(path)
-            return found and found.prompts.digest
+            os.environ["ES2_SHOWCASE"] = str(path)
+            found = find_compared("showcase")
+            find_umap(found.base, found.prompts, found.position, found.tuned)
+            return found.prompts.digest
 
         return read
 

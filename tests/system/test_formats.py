@@ -30,8 +30,9 @@ from es2.jobs.queue import list_jobs, open_job
 from es2.models import tensors
 from es2.store.activation_set import FORMAT_VERSION
 from es2.store.store import Store
-from es2.workflow import showcase
+from es2.workflow.compared import find_compared
 from es2.workflow.runs import config_of
+from es2.workflow.showcase import write
 from tests.builders_artifacts import Compared, write_comparison
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -55,14 +56,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Compared:
     }  # fmt: skip
     (made.run.path / "evaluation").mkdir()
     (made.run.path / "evaluation" / "0a.json").write_text(json.dumps(sealed(evaluation)))
-    about = {
-        "format": showcase.SHOWCASE_FORMAT, "model": "toy-model", "prompts": str(made.artifacts.source),
-        "prompts_digest": prompts.digest, "config": dict(made.run.config), "result": made.run.result(), "events": [],
-        "created": "2026-01-01T00:00:00+00:00", "versions": {},
-    }  # fmt: skip
     (home / "showcase").mkdir()
     models = (made.artifacts.activations, made.tuned)
-    showcase._write(home / "showcase", about, prompts, models, made.analysis, coordinates, 10**9)
+    write(home / "showcase", made.run, made.run.config, prompts, models, made.analysis, coordinates)
     return made
 
 
@@ -93,7 +89,8 @@ def home(whole: Compared, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def place(home: Path, whole: Compared, request: pytest.FixtureRequest) -> Place:
+def place(home: Path, whole: Compared, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setenv("ES2_SHOWCASE", str(home / "showcase"))
     store, key, runs = Store(home / "cached_activations"), whole.tuned.key, home / "runs"
     derived = next((store.root / key / "derived").iterdir())
     evaluation = runs / whole.run.id / "evaluation" / "0a.json"
@@ -106,9 +103,7 @@ def place(home: Path, whole: Compared, request: pytest.FixtureRequest) -> Place:
         "job": Place(runs / whole.run.id / "config.json", lambda: config_of(open_job(whole.run.id, runs)), 1),
         "evaluation": Place(evaluation, lambda: read_evaluation(evaluation), EVALUATION_FORMAT),
         "showcase": Place(
-            home / "showcase" / showcase.DOCUMENT,
-            lambda: showcase.load(home / "showcase"),
-            showcase.SHOWCASE_FORMAT,
+            home / "showcase" / "runs" / whole.run.id / "config.json", lambda: find_compared("showcase"), 1
         ),
     }
     return places[request.param]
@@ -252,10 +247,10 @@ class TestTheCheckout:
                 if (folder / "analysis.json").exists():
                     assert Analysis.load(folder).layers
 
-    def test_its_showcase(self) -> None:
-        found = showcase.load(CHECKOUT / "cached_activations" / "showcase")
-        assert found is not None
-        assert found.comparison.targets == tuple(found.result["target_layers"])
+    def test_its_showcase(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ES2_SHOWCASE", str(CHECKOUT / "cached_activations" / "showcase"))
+        found = find_compared("showcase")
+        assert found.targets == tuple(found.result["target_layers"])
 
     def test_its_runs(self) -> None:
         for run in list_jobs(CHECKOUT / "runs", "finetune"):

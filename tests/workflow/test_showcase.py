@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +16,24 @@ import numpy as np
 import pytest
 
 from es2.analysis.layers import analyze
+from es2.analysis.projection import UmapCoordinates
 from es2.analysis.results import AnalysisConfig
 from es2.core.errors import InputError, MachineError
-from es2.core.files import content_key
+from es2.core.files import home as own_home
+from es2.core.files import sealed, shipped
 from es2.jobs.job import Job
+from es2.jobs.queue import list_jobs, reopen
 from es2.models.catalogue import DEFAULT_MODEL
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
+from es2.report.page import Compared
 from es2.store.store import Store
 from es2.training.config import FinetuneConfig
 from es2.workflow import showcase
-from es2.workflow.runs import list_runs
-from es2.workflow.showcase import LIMIT_BYTES, Showcase, build, choose_pairs, load
+from es2.workflow.compared import find_compared, find_comparison
+from es2.workflow.derived import find_umap
+from es2.workflow.runs import export, list_runs, open_run
+from es2.workflow.showcase import LIMIT_BYTES, build, choose_pairs
 from tests.builders import D_MODEL, N_LAYERS, save_tiny_model, tiny_prompts, write_prompts
 
 SETTINGS = FinetuneConfig(layers=(), steps=2, pairs_per_step=4, watch_every=2, watch_prompts=4, reply_tokens=4)
@@ -37,9 +46,11 @@ class World:
         self.home = home
         self.model = str(save_tiny_model(home / "models" / "tiny-llama"))
         self.prompts = str(write_prompts(home / "locks.csv", tiny_prompts(40)))
-        self.made = self.build(path=home / "showcase")
+        self.made = self.build(home / "showcase")
 
-    def build(self, **changes: Any) -> Showcase:
+    def build(self, path: Path, **changes: Any) -> Compared:
+        """The showcase, made at `path`, which is where it is looked for from then on."""
+        os.environ["ES2_SHOWCASE"] = str(path)  # the tests' fixture puts it back
         return build(**{"model": self.model, "prompts": self.prompts, "settings": SETTINGS} | changes)
 
     @property
@@ -71,61 +82,74 @@ def _set_places(home: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def copy(world: World, tmp_path: Path) -> Path:
+def copy(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A showcase that may be spoilt."""
-    return shutil.copytree(world.home / "showcase", tmp_path / "showcase")
+    path = shutil.copytree(world.home / "showcase", tmp_path / "showcase")
+    monkeypatch.setenv("ES2_SHOWCASE", str(path))
+    return path
 
 
-def edit(path: Path, *, signed: bool = True, **changes: Any) -> None:
-    document = json.loads((path / "showcase.json").read_text()) | changes
-    if signed:
-        document.pop("digest")
-        document["digest"] = content_key(document)
-    (path / "showcase.json").write_text(json.dumps(document))
+def edit(path: Path, file: str, *, signed: bool = True, **changes: Any) -> None:
+    (place,) = path.glob(f"runs/*/{file}")
+    document = json.loads(place.read_text()) | changes
+    place.write_text(json.dumps(sealed(document) if signed else document))
+
+
+def umap_of(found: Compared) -> UmapCoordinates:
+    umap = find_umap(found.base, found.prompts, found.position, found.tuned)
+    assert umap is not None
+    return umap
+
+
+def size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 class TestBuild:
     def test_holds_the_run_and_everything_a_comparison_needs(self, world: World) -> None:
         made, result = world.made, world.run.result()
         assert result is not None
-        assert made.result == {name: value for name, value in result.items() if name != "path"}
-        assert made.comparison.targets == made.analysis.recommended == tuple(result["target_layers"])
+        keys = {"base": made.base.key, "tuned": made.tuned.key}
+        assert made.result == {name: own for name, own in result.items() if name != "path"} | {"activations": keys}
+        assert made.targets == made.analysis.recommended == tuple(result["target_layers"])
         assert made.prompts.digest == world.measured.digest, "everything fits"
         for kept, name in ((made.base, "base"), (made.tuned, "tuned")):
             original = Store().open(result["activations"][name])
             assert kept.positions == ("last",)
             assert kept.meta["dtype"] == "float16"
+            assert kept.whole == original.key
             for layer in range(N_LAYERS):
                 np.testing.assert_allclose(kept.layer(layer), original.layer(layer), rtol=2**-10, atol=1e-6)
-        assert made.umap.points.shape == (N_LAYERS, 2, len(made.prompts), 2)
+        assert umap_of(made).points.shape == (N_LAYERS, 2, len(made.prompts), 2)
         assert [event["done"] for event in made.events] == [1, 2]
-        assert made.about["versions"]["numpy"] == np.__version__
+        assert made.config["versions"]["numpy"] == np.__version__
 
     def test_says_nothing_about_the_machine_that_made_it(self, world: World) -> None:
-        result = json.loads((world.home / "showcase" / "showcase.json").read_text())["result"]
-        assert str(world.home) not in json.dumps(result)
+        (run,) = (world.home / "showcase" / "runs").iterdir()
+        assert str(world.home) not in (run / "result.json").read_text()
+        assert not {"host", "pid"} & json.loads((run / "config.json").read_text()).keys()
         assert not list((world.home / "showcase").rglob(".locks"))
         assert not list((world.home / "showcase").rglob("adapter*"))
 
     def test_takes_an_existing_run_and_only_the_pairs_that_fit(self, world: World) -> None:
         n_runs = len(list_runs())
-        whole = sum(file.stat().st_size for file in (world.home / "showcase").rglob("*") if file.is_file())
+        whole = size(world.home / "showcase")
         limit = whole + 2**16 - 8000  # building reserves 2**16 for headers, and all embeddings take 12 kB
         path = world.home / "small" / "showcase"
-        small = world.build(run=world.run, path=path, limit=limit)
+        umap = umap_of(world.made)
+        small = world.build(path, run=world.run, limit=limit)
         assert len(list_runs()) == n_runs
-        assert sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) <= limit
+        assert size(path) <= limit
         assert 0 < len(small.prompts) < len(world.made.prompts)
-        assert small.about["n_prompts"] == {"measured": len(world.measured), "part": len(small.prompts)}
         rows = [world.measured.texts.index(text) for text in small.prompts.texts]
         assert rows == sorted(rows)
-        np.testing.assert_array_equal(small.umap.points, world.made.umap.points[:, :, rows])
+        np.testing.assert_array_equal(umap_of(small).points, umap.points[:, :, rows])
         np.testing.assert_array_equal(small.base.layer(1), world.made.base.layer(1)[rows])
         assert small.analysis.to_dict() == world.made.analysis.to_dict(), "the numbers are of all measured prompts"
 
     def test_a_limit_that_holds_nothing(self, world: World) -> None:
         with pytest.raises(InputError, match="allow it more bytes"):
-            world.build(run=world.run, path=world.home / "nothing" / "showcase", limit=1000)
+            world.build(world.home / "nothing" / "showcase", run=world.run, limit=1000)
         assert not (world.home / "nothing" / "showcase").exists()
 
     @pytest.mark.parametrize(
@@ -137,12 +161,12 @@ class TestBuild:
     )
     def test_refuses_a_run_that_is_not_the_default_one(self, world: World, changes: dict[str, Any], what: str) -> None:
         with pytest.raises(InputError, match=what):
-            world.build(run=world.run, path=world.home / "refused" / "showcase", **changes)
+            world.build(world.home / "refused" / "showcase", run=world.run, **changes)
 
     def test_replaces_the_old_one_only_when_the_new_one_is_whole(
         self, world: World, copy: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        edit(copy, created="long ago")
+        edit(copy, "config.json", created="long ago")
 
         def full(*arguments: object) -> str:
             raise OSError(28, "No space left on device")
@@ -150,64 +174,75 @@ class TestBuild:
         with monkeypatch.context() as patch:
             patch.setattr(showcase, "_write_part", full)
             with pytest.raises(MachineError, match="No space"):
-                world.build(run=world.run, path=copy)
-        old = load(copy)
-        assert old is not None
-        assert old.about["created"] == "long ago"
+                world.build(copy, run=world.run)
+        assert find_compared("showcase").config["created"] == "long ago"
 
-        assert world.build(run=world.run, path=copy).about["created"] != "long ago"
+        assert world.build(copy, run=world.run).config["created"] == world.run.created
         assert [entry.name for entry in copy.parent.iterdir() if entry.name != ".locks"] == ["showcase"]
 
 
 class TestLoad:
     def test_a_builder_that_was_killed_while_it_replaced_the_old_one(self, copy: Path) -> None:
         copy.rename(copy.with_name(".former-showcase-00112233"))
-        assert load(copy) is not None
+        assert find_compared("showcase").prompts
 
-    def test_absent(self, tmp_path: Path) -> None:
-        assert load(tmp_path / "showcase") is None
-        assert load() is None
+    def test_absent(self) -> None:
+        with pytest.raises(InputError, match=r"no showcase .* `es2 showcase` makes it"):
+            find_compared("showcase")
 
     @pytest.mark.parametrize(
-        "file", ["*/activations.safetensors", "analysis/analysis.json", "umap/umap.safetensors", "*/texts.parquet"]
+        "file",
+        ["*/activations.safetensors", "*/derived/*/analysis.json", "*/derived/*/umap.safetensors", "*/texts.parquet"],
     )
     def test_a_damaged_file_is_named_with_the_way_out_and_stays(self, copy: Path, file: str) -> None:
-        (damaged, *_) = sorted(copy.glob(file))
+        (damaged, *_) = sorted(copy.glob(f"cached_activations/{file}"))
         data = bytearray(damaged.read_bytes())
         data[-1] ^= 1
         damaged.write_bytes(data)
         before = sorted(copy.rglob("*"))
         with pytest.raises(InputError, match=rf"{damaged.name} is not what was written\); `es2 showcase` rebuilds it"):
-            load(copy)
+            umap_of(find_compared("showcase"))
         assert sorted(copy.rglob("*")) == before
 
     def test_a_missing_file(self, copy: Path) -> None:
-        (copy / "umap" / "umap.json").unlink()
-        with pytest.raises(InputError, match=r"umap/umap.json is missing\); `es2 showcase` rebuilds it"):
-            load(copy)
+        next(copy.rglob("umap.json")).unlink()
+        with pytest.raises(InputError, match=r"umap.json is missing\); `es2 showcase` rebuilds it"):
+            umap_of(find_compared("showcase"))
 
-    def test_an_edited_document(self, copy: Path) -> None:
-        edit(copy, signed=False, model="another")
-        with pytest.raises(InputError, match=r"showcase\.json is not what was written"):
-            load(copy)
-        (copy / "showcase.json").write_text("{")
-        with pytest.raises(InputError, match="no JSON object"):
-            load(copy)
+    @pytest.mark.parametrize("part", ["analysis.json", "meta.json"])
+    def test_a_missing_folder(self, copy: Path, part: str) -> None:
+        shutil.rmtree(next(copy.rglob(part)).parent)
+        with pytest.raises(InputError, match=r"not here.*; `es2 showcase` rebuilds it"):
+            find_compared("showcase")
+
+    @pytest.mark.parametrize("file", ["config.json", "result.json"])
+    def test_an_edited_document(self, copy: Path, file: str) -> None:
+        edit(copy, file, signed=False, model="another")
+        with pytest.raises(InputError, match="`es2 showcase` rebuilds it"):
+            find_compared("showcase")
+        next(copy.rglob(file)).write_text("{")
+        with pytest.raises(InputError, match="`es2 showcase` rebuilds it"):
+            find_compared("showcase")
 
     @pytest.mark.parametrize(("version", "fix"), [(99, "update"), (0, "es2 showcase"), ("1", "es2 showcase")])
     def test_another_format(self, copy: Path, version: object, fix: str) -> None:
-        edit(copy, format=version)
+        edit(copy, "config.json", format=version)
         with pytest.raises(InputError, match=fix):
-            load(copy)
+            find_compared("showcase")
 
-    def test_prompts_that_have_changed_since(self, copy: Path, tmp_path: Path) -> None:
-        edit(copy, prompts=str(write_prompts(tmp_path / "others.csv", tiny_prompts(44))))
-        with pytest.raises(InputError, match=r"other prompts than .* `es2 showcase` rebuilds it"):
-            load(copy)
+    def test_prompts_that_have_changed_since(self, copy: Path, world: World, tmp_path: Path) -> None:
+        edit(copy, "config.json", prompts=str(write_prompts(tmp_path / "others.csv", tiny_prompts(44))))
+        with pytest.raises(InputError, match="its prompts as they are now is not here; `es2 showcase` rebuilds it"):
+            find_compared("showcase")
+        text = Path(world.prompts).read_text()
+        (tmp_path / "reworded.csv").write_text(text.replace("Oil lock", "Paint lock"))
+        edit(copy, "config.json", prompts=str(tmp_path / "reworded.csv"))
+        with pytest.raises(InputError, match=r"have changed since .*; `es2 showcase` rebuilds it"):
+            find_compared("showcase")
 
     def test_needs_no_torch(self, world: World) -> None:
         code = (
-            "import sys; from es2.workflow.showcase import load; assert load().comparison.targets; "
+            "import sys; from es2.workflow.compared import find_compared; assert find_compared('showcase').targets; "
             "assert 'torch' not in sys.modules"
         )
         environment = {"ES2_SHOWCASE": str(world.home / "showcase"), "ES2_CACHE": str(world.home / "cache")}
@@ -223,9 +258,59 @@ class TestLoad:
             shutil.rmtree(kept / "showcase")
 
 
+class TestReadOnly:
+    """Of two roots the own one comes first, and nothing changes the other."""
+
+    @pytest.fixture
+    def elsewhere(self, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+        """The shipped run, with a home in which there is nothing."""
+        monkeypatch.setenv("ES2_HOME", str(tmp_path / "home"))
+        return open_run("showcase")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda run: run.cancel(),
+            lambda run: run.rename("mine"),
+            lambda run: run.delete(),
+            reopen,
+            lambda run: export(run, own_home() / "out"),
+            lambda run: export(run, own_home() / "out", merged=True),
+        ],
+    )
+    def test_it_cannot_be_changed_or_taken_away(self, elsewhere: Job, change: Callable[[Job], object]) -> None:
+        before = {path: path.stat().st_mtime_ns for path in shipped().rglob("*")}
+        with pytest.raises(InputError, match=r"comes with the program.*`es2 finetune` makes a run of your own\.$"):
+            change(elsewhere)
+        assert {path: path.stat().st_mtime_ns for path in shipped().rglob("*")} == before
+        assert not own_home().exists()
+
+    @pytest.mark.parametrize("action", ["cancel", "resume", "rename", "delete"])
+    def test_the_command_says_so(self, elsewhere: Job, es2: Any, action: str) -> None:
+        code, document = es2("runs", action, elsewhere.id, *(["mine"] if action == "rename" else []))
+        assert (code, "comes with the program" in document["error"]) == (2, True)
+
+    def test_it_is_opened_by_its_id_and_shown_but_not_listed(self, elsewhere: Job, es2: Any) -> None:
+        assert open_run(elsewhere.id).path == elsewhere.path
+        assert es2("runs", "show", elsewhere.id)[1]["result"]["verdict"] == elsewhere.result()["verdict"]
+        assert list_runs() == list_jobs() == Store().list() == []
+        assert find_compared(elsewhere.id).base.path.is_relative_to(shipped())
+
+    def test_what_is_in_the_own_home_comes_first(self, world: World, copy: Path) -> None:
+        run = open_run("showcase")
+        assert run.is_shipped
+        assert not open_run(run.id).is_shipped
+        assert len(find_compared(run.id).prompts) == len(world.measured)
+
+    def test_other_positions_are_not_there(self, elsewhere: Job) -> None:
+        measured = load_prompts(elsewhere.config["prompts"]).measured()
+        with pytest.raises(InputError, match="at position last only; choose that one"):
+            find_comparison(elsewhere, measured, "last_instruction")
+
+
 def test_the_checkout_has_it_whatever_the_home_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ES2_SHOWCASE")
-    assert showcase.folder() == Path(__file__).resolve().parents[2] / "cached_activations" / "showcase"
+    assert shipped() == Path(__file__).resolve().parents[2] / "cached_activations" / "showcase"
 
 
 class TestApp:
@@ -241,9 +326,10 @@ class TestApp:
         from app import artifacts
         from app.state import Choice
 
-        found = artifacts.find_comparison(Choice(run=run))
+        choice = Choice(model=shown.model, prompts=shown.prompts, run=run)
+        found = artifacts.find_comparison(choice)
         assert found is not None
-        assert (found.run, found.names, found.targets) == ("showcase", ("Base", "Tuned"), shown.made.comparison.targets)
+        assert (found.run, found.names, found.targets) == (shown.made.run, ("Base", "Tuned"), shown.made.targets)
         assert found.prompts.digest == shown.made.prompts.digest
         for margins in artifacts.pair_margins(found, 1):
             assert margins.shape == (len(found.prompts),)
@@ -252,8 +338,12 @@ class TestApp:
             assert view is not None
             assert view.tuned is not None
             assert len(view.base) == len(view.tuned) == len(found.prompts)
-        np.testing.assert_array_equal(view.base, shown.made.umap.points[1, 0])
-        assert artifacts.find_comparison(Choice(run=run)) is found, "read once"
+        np.testing.assert_array_equal(view.base, umap_of(shown.made).points[1, 0])
+        again = artifacts.find_comparison(choice)
+        assert again is not None
+        assert (again.base, again.tuned, again.analysis) == (found.base, found.tuned, found.analysis)
+        assert again.base is found.base, "read once"
+        assert again.analysis is found.analysis, "read once"
 
     def test_a_run_comes_before_it(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         from app import artifacts
@@ -280,7 +370,7 @@ class TestApp:
         from es2.report.page import report_html
         from es2.workflow.compared import find_compared
 
-        found = artifacts.find_comparison(Choice())
+        found = artifacts.find_comparison(Choice(run="showcase"))
         assert found is not None
         page = report(found).decode()
         assert "<h1>Showcase</h1>" in page
@@ -324,11 +414,12 @@ class TestCommand:
 
     def test_prints_what_was_made(self, es2: Any, world: World, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("ES2_SHOWCASE", str(copy))
-        monkeypatch.setattr(showcase, "build", lambda **given: load())
+        monkeypatch.setattr(showcase, "build", lambda **given: find_compared("showcase"))
         code, document = es2("showcase")
         assert code == 0
         assert document["path"] == str(copy)
         assert document["verdict"] == world.made.result["verdict"]
+        assert document["n_prompts"] == dict.fromkeys(("measured", "part"), len(world.measured))
         assert document["bytes"] > 1000
 
 
@@ -336,28 +427,24 @@ class TestCommand:
 
 
 @pytest.fixture
-def committed(monkeypatch: pytest.MonkeyPatch) -> Showcase:
+def committed(monkeypatch: pytest.MonkeyPatch) -> Compared:
     monkeypatch.delenv("ES2_SHOWCASE")
-    found = load()
-    if found is None:
-        pytest.skip("no showcase is committed yet; `es2 showcase` makes it")
-    return found
+    return find_compared("showcase")
 
 
-def test_the_committed_one_is_of_todays_defaults(committed: Showcase) -> None:
-    assert committed.about["model"] == DEFAULT_MODEL
+def test_the_committed_one_is_of_todays_defaults(committed: Compared) -> None:
+    assert committed.config["model"] == committed.base.model == DEFAULT_MODEL
     assert committed.config["prompts"] == "builtin"
-    assert committed.about["prompts_digest"] == load_prompts("builtin").measured().digest
-    shipped = FinetuneConfig(layers=committed.analysis.recommended).to_dict()
-    assert FinetuneConfig.from_dict(committed.config).to_dict() == shipped  # it may be older than a setting
+    shipped_settings = FinetuneConfig(layers=committed.analysis.recommended).to_dict()
+    assert FinetuneConfig.from_dict(dict(committed.config)).to_dict() == shipped_settings  # it may lack a new setting
     assert committed.analysis.config == AnalysisConfig()
     assert committed.base.d_model > D_MODEL
-    files = [file for file in showcase.folder().rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= LIMIT_BYTES < 20_000_000
+    assert umap_of(committed).points.shape[2] == len(committed.prompts)
+    assert size(shipped()) <= LIMIT_BYTES < 20_000_000
 
 
 @pytest.mark.real
-def test_the_committed_one_is_what_its_embeddings_say(committed: Showcase) -> None:
+def test_the_committed_one_is_what_its_embeddings_say(committed: Compared) -> None:
     """The numbers of the part agree with those of all measured prompts, as far as a part can: it is a sample."""
     part = analyze(committed.prompts, committed.base, committed.tuned, config=AnalysisConfig(n_bootstrap=200))
     assert part.tuned_layers is not None
