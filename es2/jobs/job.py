@@ -129,9 +129,16 @@ class Job:
         return self.status() in ACTIVE
 
     def result(self) -> dict[str, Any] | None:
-        """What the task returned; None before the end and after any end but `done`, `stopped` or one disowned."""
-        result = (_read_end(self.path / "result.json") or {}).get("result")
-        return result if isinstance(result, dict) else None
+        """What the task returned; None before the end and after any end but `done`, `stopped` or one disowned.
+
+        It is remembered for as long as the file stays the same, so nobody writes into it.
+        """
+        path = self.path / "result.json"
+        try:
+            stat = path.stat()
+        except OSError:
+            return _result.__wrapped__(path)  # absent, or why it cannot be read
+        return _result(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
     def error(self) -> str | None:
         """One sentence: why it failed, stopped or was interrupted; None otherwise."""
@@ -357,6 +364,13 @@ def _read_end(path: Path) -> dict[str, Any] | None:
     if document is None or document.get("format", 1) != FORMAT_VERSION or not is_whole(document):
         return None
     return document
+
+
+@lru_cache(maxsize=16)
+def _result(path: Path, *stamp: int) -> dict[str, Any] | None:
+    """The result in a file with this inode, time and size: a page asks at every click, and reading takes a while."""
+    result = (_read_end(path) or {}).get("result")
+    return result if isinstance(result, dict) else None
 
 
 @lru_cache(maxsize=1024)

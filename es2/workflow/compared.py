@@ -60,8 +60,11 @@ def find_comparison(
 
     Raises:
         AbsentError: when something is missing, or the run's result is not what a fine-tune writes.
-        InputError, MachineError: as `Store.get` does.
+        InputError, MachineError: as `Store.get` does; for a shipped run beside another one.
     """
+    if against is not None:
+        run.check_own()
+        against.check_own()
     result = run.result()
     if result is None:
         fix = way_out(run.path, f"`es2 runs resume {run.id}` goes on")

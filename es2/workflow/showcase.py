@@ -22,13 +22,13 @@ import numpy as np
 
 from es2.analysis.projection import UmapCoordinates
 from es2.analysis.results import Analysis
-from es2.core.errors import InputError, MachineError
+from es2.core.errors import InputError
 from es2.core.files import content_key, files_below, new_folder, read_json, sealed, shipped, write_json
 from es2.core.progress import Reporter, silent
 from es2.core.versions import installed_versions
 from es2.jobs.job import Job
 from es2.jobs.queue import lay_down
-from es2.jobs.running import run_job
+from es2.jobs.running import result_of, run_job
 from es2.models.catalogue import DEFAULT_MODEL, resolve
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet, stable_hash
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 
+NAME = "Showcase"
 POSITION = "last"
 LIMIT_BYTES = 19_500_000
 """Of everything in the folder. The promise is 20 MB; a repository keeps every version for ever."""
@@ -82,7 +83,7 @@ def build(
 
     Raises:
         InputError: for a run that is another one or has no result, or when not even one pair of each split fits.
-        MachineError: when the machine refuses, or the fine-tune fails.
+        MachineError: when the machine refuses; either, with its sentence, when the fine-tune fails.
     """
     settings = settings or FinetuneConfig(layers=())
     prompt_set = load_prompts(prompts)
@@ -120,29 +121,27 @@ def _tune(model: str, source: str, prompts: PromptSet, settings: FinetuneConfig,
     config = settings.replace(model=model, layers=base.analysis.recommended)
     config.check(base.activations.n_layers, prompts)
     run = lay_down("finetune", config.to_dict() | {"prompts": source})
-    run.rename("Showcase")
-    run_job(run.path, JOBS, report)
-    if run.result() is None:
-        raise MachineError(run.error() or f"Run {run.id} was {run.status()}; `es2 runs resume {run.id}` goes on.")
+    run.rename(NAME)
+    code = run_job(run.path, JOBS, report)
+    result_of(run, code, f"Run {run.id} was {run.status()}; `es2 runs resume {run.id}` goes on.")
     return run
 
 
 def _check_run(run: Job, model: str, source: str, settings: FinetuneConfig) -> None:
-    def refuse(what: str, own: object, usual: object) -> InputError:
-        return InputError(
-            f"Run {run.id} cannot be the showcase: its {what} is {own!r}, the default is {usual!r}; "
-            "leave --run away and `es2 showcase` makes the run."
-        )
+    """Refuse a run that is not of this model, these prompts and these settings (`InputError`)."""
 
-    config = config_of(run)
-    if resolve(config.model).location != resolve(model).location:
-        raise refuse("model", config.model, model)
-    if run.config.get("prompts") != source:
-        raise refuse("prompt set", run.config.get("prompts"), source)
-    usual = settings.to_dict()
-    for name, own in config.to_dict().items():
-        if name not in _FREE_SETTINGS and own != usual[name]:
-            raise refuse(name, own, usual[name])
+    def facts(config: FinetuneConfig, model: str, source: object) -> dict[str, object]:
+        decisive = {name: value for name, value in config.to_dict().items() if name not in _FREE_SETTINGS}
+        return {"model": resolve(model).location, "prompt set": source} | decisive
+
+    own = config_of(run)
+    usual = facts(settings, model, source)
+    for name, value in facts(own, own.model, run.config.get("prompts")).items():
+        if value != usual[name]:
+            raise InputError(
+                f"Run {run.id} cannot be the showcase: its {name} is {value!r}, the default is {usual[name]!r}; "
+                "leave --run away and `es2 showcase` makes the run."
+            )
 
 
 def write(
@@ -203,7 +202,7 @@ def _write_run(new: Path, run: Job, config: Mapping[str, Any], keys: Mapping[str
     write_json(folder / "result.json", sealed(end | {"result": result}))
     training = [event for event in run.events()[0] if event.get("stage") == "finetune" and "loss" in event]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in training))
-    write_json(folder / "name.json", {"name": SHOWCASE.capitalize()})
+    write_json(folder / "name.json", {"name": NAME})
 
 
 def choose_pairs(prompts: PromptSet, n_prompts: int) -> Bool[np.ndarray, "prompt"]:

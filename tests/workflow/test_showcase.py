@@ -302,6 +302,12 @@ class TestReadOnly:
         assert not open_run(run.id).is_shipped
         assert len(find_compared(run.id).prompts) == len(world.measured)
 
+    def test_it_does_not_stand_beside_another_run(self, world: World, copy: Path) -> None:
+        own, shown = world.run, open_run("showcase")
+        for pair in ((own, shown), (shown, own)):
+            with pytest.raises(InputError, match="comes with the program"):
+                find_comparison(pair[0], world.measured, against=pair[1])
+
     def test_other_positions_are_not_there(self, elsewhere: Job) -> None:
         measured = load_prompts(elsewhere.config["prompts"]).measured()
         with pytest.raises(InputError, match="at position last only; choose that one"):
