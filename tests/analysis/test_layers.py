@@ -368,7 +368,7 @@ def test_recommendation_of_small_models_and_ties(loss: list[float], expected: tu
 def test_an_analysis_of_wrong_fits_is_not_found(d_model: int, n_elsewhere: int, is_another: bool) -> None:
     """Where prompts outnumbered dimensions, of `probe` or of another test set, fits could be wrong; only there."""
     prompts = paired_prompts(20)  # 20 prompts of `probe`
-    base: Any = SimpleNamespace(key="base", d_model=d_model)
+    base: Any = SimpleNamespace(key="base", whole="base", d_model=d_model)
     elsewhere = single_prompts([0, *[1] * (n_elsewhere - 1)]) if n_elsewhere else None
     test = Captured(elsewhere, base) if elsewhere else None
     before = {"kind": "analysis", "format": 1, "base": "base", "tuned": None, "prompts": prompts.digest}
