@@ -175,7 +175,7 @@ def write(
     texts = sum(len(text.encode()) for text in measured.texts)
     (new / "analysis").mkdir()
     analysis.save(new / "analysis")
-    _write_run(new, run, config, {})
+    end = _write_run(new / "runs" / run.id, run, config)
     spent = sum(file.stat().st_size for file in files_below(new)) + 2 * texts + _MARGIN_BYTES
     shutil.rmtree(new / "analysis")
     chosen = choose_pairs(measured, (limit - spent) // per_prompt)
@@ -188,21 +188,24 @@ def write(
     with tuned.write_derived(umap_key(base, part, POSITION, tuned)) as folder:
         replace(umap, points=umap.points[:, :, chosen]).save(folder)
     shutil.rmtree(store.root / ".locks")
-    _write_run(new, run, config, {"base": base.key, "tuned": tuned.key})
+    end["result"]["activations"] = {"base": base.key, "tuned": tuned.key}
+    write_json(new / "runs" / run.id / "result.json", sealed(end))
 
 
-def _write_run(new: Path, run: Job, config: Mapping[str, Any], keys: Mapping[str, str]) -> None:
-    """Write a run's folder without weights and without what tells of the machine it was made on."""
-    folder = new / "runs" / run.id
-    folder.mkdir(parents=True, exist_ok=True)
+def _write_run(folder: Path, run: Job, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a run's folder without weights and without what tells of the machine; returns what `result.json` says."""
+    end, events = read_json(run.path / "result.json"), run.events()[0]
+    if end is None or end.get("result") is None:
+        raise InputError(f"Run {run.id} was removed; leave --run away and `es2 showcase` makes one.")
+    folder.mkdir(parents=True)
     own = {name: entry for name, entry in config.items() if name not in _OF_THE_MACHINE}
     write_json(folder / "config.json", sealed(own | {"versions": installed_versions()}))
-    end = read_json(run.path / "result.json") or {}
-    result = {name: entry for name, entry in end["result"].items() if name != "path"} | {"activations": dict(keys)}
-    write_json(folder / "result.json", sealed(end | {"result": result}))
-    training = [event for event in run.events()[0] if event.get("stage") == "finetune" and "loss" in event]
+    training = [event for event in events if event.get("stage") == "finetune" and "loss" in event]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in training))
     write_json(folder / "name.json", {"name": NAME})
+    end |= {"result": {name: entry for name, entry in end["result"].items() if name != "path"}}
+    write_json(folder / "result.json", sealed(end))
+    return end
 
 
 def choose_pairs(prompts: PromptSet, n_prompts: int) -> Bool[np.ndarray, "prompt"]:
