@@ -6,7 +6,9 @@ there, so that functions of the library know nothing of jobs, bars or signals.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 
 class Cancelled(Exception):  # noqa: N818 (a request that was followed, not an error)
@@ -27,3 +29,28 @@ class Reporter(Protocol):
 
 def silent(stage: str, done: int, total: int, **numbers: float) -> None:
     """A `Reporter` that tells nobody and never cancels."""
+
+
+def seconds_left(events: Sequence[Mapping[str, Any]], now: float | None = None) -> float | None:
+    """Estimate how long the current stage will still take, from its pace so far.
+
+    Args:
+        events: progress events, oldest first; those of earlier stages are ignored.
+        now: seconds since 1970; the clock's if not given.
+
+    Returns:
+        Seconds, at least 0; None before the stage has advanced twice, or when its total is unknown (0).
+    """
+    if not events:
+        return None
+    last = events[-1]
+    first = last
+    for event in reversed(events):
+        if event["stage"] != last["stage"] or event["done"] > first["done"]:
+            break
+        first = event
+    steps, elapsed = last["done"] - first["done"], last["time"] - first["time"]
+    if steps <= 0 or last["total"] <= 0:
+        return None
+    left = (last["total"] - last["done"]) * elapsed / steps
+    return float(max(0.0, left - ((time.time() if now is None else now) - last["time"])))

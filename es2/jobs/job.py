@@ -18,7 +18,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,7 @@ import psutil
 
 from es2.core.errors import InputError
 from es2.core.files import is_shipped, is_whole, machine_error, parse_json, read_json, sealed, way_out, write_json
+from es2.core.progress import seconds_left
 from es2.core.versions import format_of
 
 logger = logging.getLogger(__name__)
@@ -307,31 +308,6 @@ class Job:
         """Whether it was launched before `other` on this host, and both have to take turns."""
         record = read_json(self.path / "heartbeat.json") or read_json(self.path / "launched.json") or {}
         return self.id < other.id and self.config.get("heavy", True) and record.get("host") == HOST
-
-
-def seconds_left(events: Sequence[Mapping[str, Any]], now: float | None = None) -> float | None:
-    """Estimate how long the current stage will still take, from its pace so far.
-
-    Args:
-        events: progress events, oldest first; those of earlier stages are ignored.
-        now: seconds since 1970; the clock's if not given.
-
-    Returns:
-        Seconds, at least 0; None before the stage has advanced twice, or when its total is unknown (0).
-    """
-    if not events:
-        return None
-    last = events[-1]
-    first = last
-    for event in reversed(events):
-        if event["stage"] != last["stage"] or event["done"] > first["done"]:
-            break
-        first = event
-    steps, elapsed = last["done"] - first["done"], last["time"] - first["time"]
-    if steps <= 0 or last["total"] <= 0:
-        return None
-    left = (last["total"] - last["done"]) * elapsed / steps
-    return float(max(0.0, left - ((time.time() if now is None else now) - last["time"])))
 
 
 def read_job(path: Path) -> Job:

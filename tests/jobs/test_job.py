@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from es2.core.errors import InputError
-from es2.jobs.job import FORMAT_VERSION, HOST, STALE_SECONDS, Job, read_job, seconds_left
+from es2.core.progress import seconds_left
+from es2.jobs.job import FORMAT_VERSION, HOST, STALE_SECONDS, Job, read_job
 
 ID = "20260101-120000-000000-prepare-0123ab"
 
