@@ -33,8 +33,8 @@ def adapter_files(finetune: Path) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise InputError(
-                f"The folder {str(finetune)!r} is no adapter: it has no {file.name}; save the adapter again with "
-                "peft's save_pretrained, which writes safetensors. Nothing else is read."
+                f"{str(finetune)!r} holds no peft adapter: it has no {file.name}; save the adapter again with peft's "
+                "save_pretrained, which writes safetensors. Nothing else is read."
             )
     return files
 

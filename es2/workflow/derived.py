@@ -99,7 +99,8 @@ def find_analysis_folder(
             key = analysis_key(activations, prompts, config, tuned=tuned)
             if key == file.parent.name and (folder := holder.derived(key)) is not None:
                 return folder
-    return None
+    # A damaged one states nothing; under the usual settings' key it is refused by its name.
+    return holder.derived(analysis_key(activations, prompts, AnalysisConfig(position=position), tuned=tuned))
 
 
 @lru_cache(maxsize=256)

@@ -77,6 +77,8 @@ def shipped_run() -> Job | None:
     if not root.exists():
         bring_back(root, root.parent)
     runs = sorted((root / "runs").glob("*"))
+    if not runs and (root / "showcase.json").exists():
+        raise InputError(f"The showcase in {root} is of an earlier layout; `es2 showcase` makes it anew.")
     return read_job(runs[-1]) if runs else None
 
 

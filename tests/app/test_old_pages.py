@@ -34,12 +34,6 @@ def test_a_comparison_with_its_views(choice: Choice) -> None:
         np.testing.assert_allclose(view.tuned[0], expected, rtol=1e-5)
 
 
-def test_the_showcase() -> None:
-    found = artifacts.find_comparison(Choice(run="showcase"))
-    assert found is not None
-    assert found.result["verdict"] == EXPECTED["showcase"]["verdict"]
-
-
 @pytest.mark.parametrize("page", ["", "layers", "behaviour", "robustness"])
 def test_pages_of_the_run(page: str, old_home: Path) -> None:
     at = open_page(page, LINK)

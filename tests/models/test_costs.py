@@ -44,7 +44,8 @@ def test_no_cost_is_stated_a_second_time() -> None:
 def test_a_weight_of_four_bits_has_its_share_of_a_scale() -> None:
     machine = Machine("cuda", 1e14, 24.0)
     plain, packed = (
-        needs(FinetuneConfig((16, 22), quantize=quantize), SHAPE, [30] * 20, 20, machine) for quantize in (None, "4bit")
+        needs(FinetuneConfig(layers=(16, 22), quantize=quantize), SHAPE, [30] * 20, 20, machine)
+        for quantize in (None, "4bit")
     )
     saved = (2 - 4.5 / 8) * SHAPE.n_layers * SHAPE.block_parameters
     assert plain["steps"] - packed["steps"] == pytest.approx(saved)
@@ -53,7 +54,7 @@ def test_a_weight_of_four_bits_has_its_share_of_a_scale() -> None:
 def test_a_start_takes_as_long_in_both_plans(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "tiny-llama")
     machine = Machine("cpu", 1e9, 8.0)
-    found = plan(FinetuneConfig((1, 2), model=str(folder)), tiny_prompts(60), folder, machine=machine)
+    found = plan(FinetuneConfig(layers=(1, 2), model=str(folder)), tiny_prompts(60), folder, machine=machine)
     shape = Shape.of_folder(folder)
     config = EvaluateConfig(model=str(folder), run="x", suite="all")
     loads = evaluation_seconds(config, Sample(4, 4, 4, 0, 80.0), shape, machine)["loading"]

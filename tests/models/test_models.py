@@ -317,7 +317,7 @@ def test_unknown_device_and_dtype(folder: Path) -> None:
 
 
 def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no adapter: it has no adapter_config\.json"):
+    with pytest.raises(InputError, match=r"no peft adapter: it has no adapter_config\.json"):
         load_bridge(folder, adapter=tmp_path)
     wider = save_tiny_model(tmp_path / "wide", d_model=64)
     with pytest.raises(InputError, match="does not fit the model"):

@@ -22,7 +22,7 @@ from es2.jobs.running import run_job
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import SPLITS
 from es2.store.store import Store
-from es2.workflow import reproduce, showcase
+from es2.workflow import reproduce
 from es2.workflow.derived import find_activations, find_analysis, find_umap, find_views_folder
 from es2.workflow.evaluate import evaluate, find_evaluation
 from es2.workflow.job_kinds import JOBS
@@ -132,11 +132,11 @@ class TestRuns:
         assert code == 0, document
         assert (tmp_path / "out" / file).is_file()
 
-    @pytest.mark.parametrize("name", [*("done", "stopped", "full", "imported"), "showcase"])
+    @pytest.mark.parametrize("name", ["done", "stopped", "full", "imported"])
     def test_report(self, es2: Es2, name: str, tmp_path: Path) -> None:
-        code, document = es2("report", "--run", RUNS.get(name, name), "--out", tmp_path / "report.html")
+        code, document = es2("report", "--run", RUNS[name], "--out", tmp_path / "report.html")
         assert code == 0, document
-        verdict = ({"showcase": EXPECTED["showcase"]} | EXPECTED["runs"])[name]["verdict"]
+        verdict = EXPECTED["runs"][name]["verdict"]
         assert verdict in (tmp_path / "report.html").read_text(encoding="utf-8").casefold()
 
     def test_an_interrupted_one_goes_on_from_its_checkpoint(self) -> None:
@@ -195,8 +195,7 @@ def test_a_readers_answer() -> None:
     check(float(np.linalg.norm(reading.tuned["last"])), expected["tuned"], 1e-5)
 
 
-def test_a_showcase() -> None:
-    found = showcase.load()
-    assert found is not None
-    assert len(found.prompts) == EXPECTED["showcase"]["n_prompts"]
-    assert found.comparison.result["verdict"] == EXPECTED["showcase"]["verdict"]
+def test_a_showcase_of_the_former_layout_is_refused_with_the_way_out(es2: Es2) -> None:
+    code, document = es2("report", "--run", "showcase", "--out", "report.html")
+    assert code == 2
+    assert "is of an earlier layout; `es2 showcase` makes it anew" in document["error"]
