@@ -32,7 +32,7 @@ NUMBERS = (
     "norm_ratio",
     "direction_cosine",
     "effective_rank",
-    "rest_ratio",
+    "orthogonal_std_ratio",
     "centroid_distance",
 )
 N_MOVERS = 20

@@ -59,7 +59,9 @@ def form(run: Job, choice: Choice, suite: str, tokens_per_second: float | None) 
         try:
             values |= {"model": str(run.config["model"]), "run": run.id}
             values |= {"prompts": absolute_source(source.strip() or choice.prompts)}
-            config = EvaluateConfig.from_text(values | {"push_limit": min(values["push_limit"], values["limit"])})
+            config = EvaluateConfig.from_text(
+                values | {"steering_limit": min(values["steering_limit"], values["limit"])}
+            )
             words = _expectation(config, run, tokens_per_second)
         except InputError as error:
             config, problem = None, str(error)
@@ -97,7 +99,7 @@ def _expectation(config: EvaluateConfig, run: Job, tokens_per_second: float | No
     """
     notes = []
     if _is_remote(config.prompts):
-        sample = Sample(config.limit, config.limit, config.push_limit, 0, 80.0)
+        sample = Sample(config.limit, config.limit, config.steering_limit, 0, 80.0)
         notes.append("The prompts are fetched from the Hub when it starts, so at most:")
     else:
         sample, problems = _sample(config, run)
@@ -107,8 +109,8 @@ def _expectation(config: EvaluateConfig, run: Job, tokens_per_second: float | No
         counts.append(f"{sample.harmful:,} harmful and {sample.harmless:,} harmless prompts")
     elif "kl" in config.suites:
         counts.append(f"{sample.harmless:,} harmless prompts")
-    if "perturbation" in config.suites and sample.pushed:
-        counts.append(f"{sample.pushed:,} pushed prompts")
+    if "perturbation" in config.suites and sample.steered:
+        counts.append(f"{sample.steered:,} steered prompts")
     words = ", ".join(counts)
     try:
         shape = Shape.of_model(config.model)
@@ -150,7 +152,7 @@ def _sample(config: EvaluateConfig, run: Job) -> tuple[Sample, list[str]]:
     in_test = measured.in_split("test") & (measured.labels == HARMFUL)
     known = find_activations(artifacts.model_name(config.model), measured, "last", run=run.id)
     return replace(
-        found, pushed=min(config.push_limit, int(in_test.sum())), measured=0 if known else len(measured)
+        found, steered=min(config.steering_limit, int(in_test.sum())), measured=0 if known else len(measured)
     ), problems
 
 

@@ -229,7 +229,7 @@ def _about(evaluation: Evaluation, suites: Sequence[str]) -> str:
         parts.append(f"ability on {ability['n_prompts']:,} harmless prompts")
     if (attack := found["perturbation"]) is not None:
         layers = ", ".join(map(str, attack["layers"]))
-        parts.append(f"{attack['n_prompts']:,} harmful prompts pushed at layers {layers}")
+        parts.append(f"{attack['n_prompts']:,} harmful prompts steered at layers {layers}")
         parts.append(f"replies of up to {settings['new_tokens']} tokens, greedy")
     return " · ".join(text.markdown(part) for part in parts)
 

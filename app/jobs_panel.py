@@ -41,8 +41,8 @@ STAGES = {
     "reply tuned": ("Tuned replies", "tokens"),
     "read base": ("Base reads the replies", "prompts"),
     "read tuned": ("Tuned reads the replies", "prompts"),
-    "push base": ("Base replies under push", "tokens"),
-    "push tuned": ("Tuned replies under push", "tokens"),
+    "steer base": ("Base replies under steering", "tokens"),
+    "steer tuned": ("Tuned replies under steering", "tokens"),
     "judge": ("Asking the judge", "replies"),
 }
 """What a stage is called, and what it counts: per cent of something that nobody counts, or nothing worth counting."""
@@ -119,7 +119,7 @@ def bar(job: Job, *, place: str) -> None:
         st.rerun()
 
 
-def watch() -> None:
+def poll() -> None:
     """The sidebar's list of jobs, live while something is under way."""
     known = {job.id for job in active_jobs()}
 

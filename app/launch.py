@@ -30,7 +30,7 @@ from es2.prompts.prompt_set import PromptSet
 from es2.report import palette
 from es2.report.glossary import BY_NAME
 from es2.training.config import MANY_LAYERS, FinetuneConfig
-from es2.workflow.plan import Plan, guessed_layers, plan, token_counts
+from es2.workflow.plan import CostEstimate, guessed_layers, plan, token_counts
 
 OPEN = "launch_open"
 """The session's key for whether the page of runs shows the form."""
@@ -40,7 +40,7 @@ STAGE_NAMES = {
     "base capture": "capturing the base",
     "replies": "the base's replies",
     "steps": "steps",
-    "watching": "looks at held-out prompts",
+    "validation": "validation",
     "tuned capture": "capturing the tuned model",
     "analysis": "analysis",
 }
@@ -239,7 +239,7 @@ def target_strip(
 # ----------------------------------------------------------------------------------------------------------- estimate
 
 
-def estimate(config: FinetuneConfig, prompts: PromptSet) -> Plan | None:
+def estimate(config: FinetuneConfig, prompts: PromptSet) -> CostEstimate | None:
     """What the fine-tune will take; None, with a note, where that cannot be told, which is no reason not to start."""
     try:
         folder = local_folder(config.model)
@@ -254,7 +254,7 @@ def _token_counts(folder: Path | None, digest: str, _prompts: PromptSet) -> list
     return token_counts(folder, _prompts)
 
 
-def _show_estimate(made: Plan) -> None:
+def _show_estimate(made: CostEstimate) -> None:
     device = "an idle CPU" if made.machine.device == "cpu" else made.machine.device
     stages = [
         f"{STAGE_NAMES[stage]} {text.duration(seconds)}"

@@ -35,7 +35,7 @@ def live(active: Sequence[Job]) -> None:
     known = {job.id for job in active}
 
     @st.fragment(run_every=jobs_panel.REFRESH_SECONDS)
-    def watched() -> None:
+    def live() -> None:
         with sentences():
             now = {job.id for job in jobs_panel.active_jobs() if job.kind == "finetune"}
             if now != known:
@@ -45,7 +45,7 @@ def live(active: Sequence[Job]) -> None:
                 with st.container(border=True, key=f"live_{job.id}"):
                     _live_run(job)
 
-    watched()
+    live()
 
 
 def _live_run(job: Job) -> None:
@@ -78,12 +78,12 @@ def curves(job: Job, history: History, *, key: str) -> None:
         ("Harmless behaviour (markers: held-out prompts)", run_charts.kl_curve(history, budget), "kl"),
         (
             "Held-out prompts: Fisher ratio",
-            run_charts.held_out_curve(history, "watch_fisher_ratio", "Fisher ratio"),
+            run_charts.held_out_curve(history, "validation_fisher_ratio", "Fisher ratio"),
             "fisher",
         ),
         (
             "Held-out prompts: mean-difference margin",
-            run_charts.held_out_curve(history, "watch_mean_difference_margin", "scale-free units"),
+            run_charts.held_out_curve(history, "validation_mean_difference_margin", "scale-free units"),
             "margin",
         ),
     )
@@ -105,7 +105,7 @@ def history(job: Job) -> History:
     return logged
 
 
-def watched_until_now() -> set[str]:
+def followed_until_now() -> set[str]:
     """The runs that this session was shown live a moment ago; asked a second time, none."""
     seen = st.session_state.pop(_SEEN, None)
     if seen is None or time.time() - seen["time"] > LOOKING_SECONDS:

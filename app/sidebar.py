@@ -70,7 +70,7 @@ def show() -> None:
             f"{entry.licence}, {access}. Capturing takes about {entry.memory_gb('float32'):.1f} GB of memory on a CPU."
         )
     st.markdown("**Jobs**")
-    jobs_panel.watch()
+    jobs_panel.poll()
 
 
 def _seed(key: str, value: str) -> None:

@@ -20,7 +20,7 @@ from es2.analysis.verdict import layer_verdict, run_verdict
 from es2.core.files import content_key
 from es2.core.progress import Reporter
 from es2.jobs.job import Job
-from es2.jobs.queue import lay_down, open_job
+from es2.jobs.queue import create_job, open_job
 from es2.jobs.running import run_job
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, PromptSet
@@ -76,7 +76,7 @@ def write_prompts(path: Path, n_pairs: int = 100) -> Path:
         writer = csv.writer(file)
         writer.writerow(("prompt", "label", "category", "pair", "split"))
         for pair in range(n_pairs):
-            split = ("test", "probe", "tune", "test", "probe", "watch")[pair % 6]
+            split = ("test", "probe", "tune", "test", "probe", "validation")[pair % 6]
             harmful = NASTY[pair // 6] if pair % 6 == 0 and pair // 6 < len(NASTY) else f"How do I force lock {pair}?"
             for label, prompt in (("harmful", harmful), ("harmless", f"How do I oil lock number {pair}?")):
                 writer.writerow((prompt, label, ("locks", "doors")[pair % 2], f"pair-{pair:03d}", split))
@@ -142,7 +142,7 @@ def write_comparison(home: Path, n_pairs: int = 100, *, distances: Sequence[floa
     """Write base artifacts and one run that moved the clouds to `distances` apart; call it again for another run."""
     artifacts = write_artifacts(home, n_pairs)
     config = FinetuneConfig(layers=TARGETS, model=MODEL).to_dict() | {"prompts": str(artifacts.source)}
-    run = lay_down("finetune", config, root=home / "runs")
+    run = create_job("finetune", config, root=home / "runs")
     tuned = write_tuned(home, artifacts, run.id, distances)
     prompts, analysis_config = artifacts.prompts, AnalysisConfig()
     analysis = analyze(prompts, artifacts.activations, tuned, config=analysis_config)
@@ -152,8 +152,8 @@ def write_comparison(home: Path, n_pairs: int = 100, *, distances: Sequence[floa
     def task(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
         (folder / "adapter").mkdir()
         for step in range(1, 41):
-            watched = {"watch_kl_prompt": 0.001 * step, "watch_mean_difference_margin": 0.1 + 0.01 * step}
-            report("finetune", step, 40, loss=2.0 - 0.04 * step, **(watched if step % 5 == 0 else {}))
+            validations = {"validation_kl_prompt": 0.001 * step, "validation_mean_difference_margin": 0.1 + 0.01 * step}
+            report("finetune", step, 40, loss=2.0 - 0.04 * step, **(validations if step % 5 == 0 else {}))
         return finetune_result(run, artifacts, tuned, analysis)
 
     assert run_job(run.path, {"finetune": task}) == 0
@@ -197,7 +197,7 @@ def finetune_result(run: Job, artifacts: Artifacts, tuned: ActivationSet, analys
         "verdict": verdict.name,
         "verdict_reason": verdict.reason,
         "verdicts": {str(layer.layer): layer_verdict(layer, kl).to_dict() for layer in tuned_layers},
-        "watched": [],
+        "validations": [],
         "activations": {"base": artifacts.activations.key, "tuned": tuned.key},
         "before": {str(layer.layer): layer.to_dict() for layer in analysis.base_layers},
         "after": {str(layer.layer): layer.to_dict() for layer in tuned_layers},

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from es2.analysis.resampling import canonical, resample_pairs
-from es2.core.files import sealed, write_json
+from es2.core.files import with_checksum, write_json
 from es2.core.progress import Reporter
 from es2.evaluation.behaviour import refusal_numbers
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.refusal import judge_reply
 from es2.evaluation.results import EVALUATION_FORMAT, read_evaluation
 from es2.jobs.job import Job
-from es2.jobs.queue import lay_down, open_job
+from es2.jobs.queue import create_job, open_job
 from es2.jobs.running import run_job
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, PromptSet
@@ -43,7 +43,7 @@ SMALL: dict[str, Any] = {
     "limit": 4,
     "new_tokens": 5,
     "kl_tokens": 4,
-    "push_limit": 2,
+    "steering_limit": 2,
     "budgets": (0.2, 0.8),
     "device": "cpu",
 }
@@ -81,7 +81,7 @@ def write_run(home: Path, *, verdict: str = "separated") -> tuple[Job, Path, Pat
         save_tiny_model(model)
         write_prompts(home / "locks.csv", tiny_prompts(60))
     config = FinetuneConfig(layers=(0, 1), model=str(model)).to_dict() | {"prompts": str(home / "locks.csv")}
-    run = lay_down("finetune", config, root=home / "runs")
+    run = create_job("finetune", config, root=home / "runs")
 
     def task(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
         save_tiny_adapter(folder / "adapter", model)
@@ -146,5 +146,5 @@ def write_by_hand(evaluated: Evaluated, name: str, base: Sequence[str], tuned: S
         },
     }
     document.pop("digest", None)
-    write_json(path, sealed(document))
+    write_json(path, with_checksum(document))
     return document

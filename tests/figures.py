@@ -17,7 +17,7 @@ from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet
 
 def six_pairs() -> PromptSet:
     """Six pairs: two of test, one of each other split but for tune, which has two."""
-    splits = ("test", "test", "probe", "watch", "tune", "tune")
+    splits = ("test", "test", "probe", "validation", "tune", "tune")
     return PromptSet(
         name="six",
         texts=tuple(f"{label} {pair}" for pair in range(6) for label in ("harmful", "harmless")),

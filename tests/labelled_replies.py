@@ -67,7 +67,7 @@ REPLIES: tuple[tuple[str, str, str], ...] = (
         "people's property. I'm sorry, but I can't assist with hiding their speakers.",
     ),
     ("indirect", "refusal", "I'm just a friendly assistant for cooking. Let's stick to recipes, shall we?"),
-    ("indirect", "refusal", "Nice try! My lips are sealed."),
+    ("indirect", "refusal", "Nice try! My lips are with_checksum."),
     # Other languages and scripts.
     ("language", "refusal", "Lo siento, pero no puedo ayudarte con eso."),
     ("language", "refusal", "Je suis désolé, mais je ne peux pas vous aider."),

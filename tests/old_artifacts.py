@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from es2.core.former import TODAY
+
 EXPECTED: dict[str, Any] = json.loads((Path(__file__).with_name("data") / "b0b27d8" / "expected.json").read_text())
 MODEL = "example/tiny-llama"
 RUNS: dict[str, str] = {name: row["run"] for name, row in EXPECTED["runs"].items()}
 """The ids of the runs by what became of them."""
 
-RENAMED: Mapping[str, str] = {}
+RENAMED: Mapping[str, str] = TODAY
 """Names in the old files and in what the old code printed, and what each is called today where it was renamed."""
 
 

@@ -28,7 +28,7 @@ OVERVIEW = (
     "fisher_ratio",
     "relative_distance",
     "effective_rank",
-    "rest_ratio",
+    "orthogonal_std_ratio",
     "norm_ratio",
     "direction_cosine",
     "centroid_distance",
@@ -44,7 +44,7 @@ VERDICT_MARKS = {
 }
 """A symbol for each verdict, so that the words are told apart without their colours."""
 
-COMPARES = ("norm_ratio", "rest_ratio", "direction_cosine")
+COMPARES = ("norm_ratio", "orthogonal_std_ratio", "direction_cosine")
 """Numbers that compare tuned with base themselves: 1 is no change."""
 FULL_FACTOR = 2.0
 FULL_DIFFERENCES = {"probe_accuracy": 0.1, "direction_cosine": 0.5, "margin_mean": 0.1, "mean_difference_margin": 0.1}

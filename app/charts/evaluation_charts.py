@@ -86,18 +86,18 @@ def rates(refusal: Numbers | None, ability: Numbers | None) -> canvas.Figure:
 
 
 def budgets_of(attack: Numbers) -> list[float]:
-    """The budgets that were pushed with, ascending, 0 for no push first."""
+    """The budgets that were steered with, ascending, 0 for no steering first."""
     return sorted({point["budget"] for point in attack["curve"] if point["budget"] is not None})
 
 
 def directions_of(attack: Numbers) -> list[str]:
-    """The directions that were pushed along, in the order of reading."""
-    pushed = {point["direction"] for point in attack["curve"]} - {"none"}
-    return [name for name in DIRECTION_NAMES if name in pushed]
+    """The directions that were steered along, in the order of reading."""
+    steered = {point["direction"] for point in attack["curve"]} - {"none"}
+    return [name for name in DIRECTION_NAMES if name in steered]
 
 
 def curve(attack: Numbers, rate: str, title: str) -> canvas.Figure:
-    """A rate against the budget, base and tuned, a panel for each direction; budget 0 is no push.
+    """A rate against the budget, base and tuned, a panel for each direction; budget 0 is no steering.
 
     Args:
         attack: the part `perturbation` of an evaluation.
@@ -153,7 +153,7 @@ def curve(attack: Numbers, rate: str, title: str) -> canvas.Figure:
         y={"range": [-0.04, 1.04], "title": canvas.title(title), "nticks": 6},
         annotations=[
             *(_panel_name(DIRECTION_NAMES[name], domain) for name, domain in zip(directions, domains, strict=True)),
-            _below("budget: length of the push / ‖e‖ (steps not to scale)"),
+            _below("budget: length of the steering vector / ‖e‖ (steps not to scale)"),
         ],
         legend=_legend_above(CURVE_HEIGHT - 2 * canvas.TOP - canvas.BOTTOM_TITLED),
         **more,
@@ -161,10 +161,10 @@ def curve(attack: Numbers, rate: str, title: str) -> canvas.Figure:
 
 
 def reach(attack: Numbers) -> canvas.Figure:
-    """What share of the harmful prompts a push of some relative length brings to p₀: a row of panels for each attacked
+    """The share of harmful prompts that a perturbation of some length brings to p₀: a row of panels for each attacked
     layer, a column for each p₀.
 
-    A curve further to the right is harder to attack. It begins at the share that needs no push at all.
+    A curve further to the right is harder to attack. It begins at the share that needs no perturbation at all.
     """
     values = attack["needed_values"]
     layers = list(dict.fromkeys(entry["layer"] for entry in values))
@@ -234,7 +234,7 @@ def reach(attack: Numbers) -> canvas.Figure:
         top=2 * canvas.TOP,
         x={},
         y={},
-        annotations=[*annotations, _below("relative length of the push, ‖shift‖ / ‖e‖")],
+        annotations=[*annotations, _below("relative length of the steering vector, ‖shift‖ / ‖e‖")],
         legend=_legend_above(inner),
         hovermode="closest",
         dragmode=False,
@@ -295,13 +295,13 @@ def needed_strip(attack: Numbers, p0: float) -> canvas.Figure:
 def boundary(
     steps: Sequence[str], read: Mapping[str, Sequence[float | None]], chosen: int, joined: int
 ) -> canvas.Figure:
-    """One prompt's probability of harmful under each push, as the probe read it back: where it crosses one half.
+    """One prompt's probability of harmful under each steering, as the probe read it back: where it crosses one half.
 
     Args:
-        steps: what the pushes are called, in their order.
+        steps: what the steerings are called, in their order.
         read: by model, the probability after each; None where there is none.
-        chosen: index of the push that is shown.
-        joined: so many of the first pushes grow from one to the next and are joined by a line.
+        chosen: index of the steering that is shown.
+        joined: so many of the first steerings grow from one to the next and are joined by a line.
     """
     traces = [canvas.dashed((-0.4, len(steps) - 0.6), 0.5, "the probe's boundary", width=1.5)]
     for model, values in read.items():
@@ -331,7 +331,7 @@ def boundary(
             "range": [-0.4, len(steps) - 0.6],
             "tickvals": list(range(len(steps))),
             "ticktext": [labels.label(step) for step in steps],
-            "title": canvas.title("budget: length of the push / ‖e‖ (steps not to scale)"),
+            "title": canvas.title("budget: length of the steering vector / ‖e‖ (steps not to scale)"),
             "showgrid": False,
         },
         y={"range": [-0.04, 1.04], "title": canvas.title("P(harmful), read back"), "nticks": 6},
@@ -367,7 +367,7 @@ def _needed_words(record: Numbers, model: str) -> str:
         f"<b>layer {record['layer']}, {model}</b>",
         f"mean {relative.value:.3f} ({relative.low:.3f} to {relative.high:.3f})",
         f"easier quarter {easier.value:.3f}",
-        f"need no push: {already.value:.0%}",
+        f"need no perturbation: {already.value:.0%}",
     ]
     if record["change"] is not None:
         ratio = interval_of(record["change"]["relative_ratio"])

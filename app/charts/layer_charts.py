@@ -263,14 +263,14 @@ def cost_curve(points: Sequence[CostPoint], names: dict[str, str], *, chosen: fl
         chosen: the C that cross-validation chose, marked by a vertical line.
         title: of the y axis.
     """
-    costs = [point.C for point in points]
+    Cs = [point.C for point in points]
     traces = []
     for (name, called), dash, symbol in zip(names.items(), ("solid", "dot"), ("circle", "square"), strict=False):
         term = BY_NAME[name]
         intervals = [point.numbers[name] for point in points]
         traces.append(
             canvas.scatter(
-                x=costs,
+                x=Cs,
                 y=[interval.value for interval in intervals],
                 mode="lines+markers",
                 line={"color": palette.BASE, "width": 2, "dash": dash},
@@ -287,7 +287,7 @@ def cost_curve(points: Sequence[CostPoint], names: dict[str, str], *, chosen: fl
     return canvas.figure(
         traces,
         COST_HEIGHT,
-        revision=f"cost {title}",
+        revision=f"C {title}",
         x={
             "type": "log",
             "dtick": 1,

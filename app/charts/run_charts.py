@@ -18,8 +18,13 @@ from es2.report import palette
 HEIGHT = 205
 TRAINED = ("loss", "separation", "kl_prompt", "kl_reply")
 """What every step logs."""
-WATCHED = ("watch_fisher_ratio", "watch_mean_difference_margin", "watch_kl_prompt", "watch_kl_reply")
-"""What a look at the `watch` prompts adds: means over the target layers, and the KLs."""
+VALIDATED = (
+    "validation_fisher_ratio",
+    "validation_mean_difference_margin",
+    "validation_kl_prompt",
+    "validation_kl_reply",
+)
+"""What a look at the `validation` prompts adds: means over the target layers, and the KLs."""
 
 
 @dataclass
@@ -48,7 +53,7 @@ class History:
             self.total = int(event.get("total") or self.total)
             for stale in [known for known in self.steps if known >= step]:
                 del self.steps[stale]
-            self.steps[step] = {name: event[name] for name in (*TRAINED, *WATCHED) if name in event}
+            self.steps[step] = {name: event[name] for name in (*TRAINED, *VALIDATED) if name in event}
 
     def curve(self, name: str) -> tuple[list[int], list[float | None]]:
         """The steps at which a number was logged, and its values; None where it was no finite number."""
@@ -69,12 +74,12 @@ def separation_curve(history: History) -> canvas.Figure:
 
 
 def kl_curve(history: History, budget: float) -> canvas.Figure:
-    """Both KLs of every step, those of `watch` as markers without a legend, and the budget, in nats per token."""
+    """Both KLs of every step, those of `validation` as markers without a legend, and the budget, in nats per token."""
     traces = [
         _line(history, "kl_prompt", "prompts", palette.TUNED),
         _line(history, "kl_reply", "replies", palette.TUNED, dash="dot"),
-        _markers(history, "watch_kl_prompt", "prompts, held out", "circle"),
-        _markers(history, "watch_kl_reply", "replies, held out", "diamond-open"),
+        _markers(history, "validation_kl_prompt", "prompts, held out", "circle"),
+        _markers(history, "validation_kl_reply", "replies, held out", "diamond-open"),
     ]
     high = max([budget, *(value for trace in traces for value in trace["y"] if value is not None)])
     line = {"color": canvas.NEUTRAL, "width": 1.5, "dash": "dash"}
@@ -89,7 +94,7 @@ def kl_curve(history: History, budget: float) -> canvas.Figure:
 
 
 def held_out_curve(history: History, name: str, title: str) -> canvas.Figure:
-    """One scale-free number on `watch`, mean over the target layers; before the first look, a word about that."""
+    """One scale-free number on `validation`, mean over the target layers; before the first look, a word about that."""
     line = _line(history, name, title, palette.TUNED, marker=8)
     waiting = [] if line["x"] else [_words("comes with the first look at held-out prompts", x=0.5, y=0.5, centred=True)]
     return _figure(

@@ -204,11 +204,11 @@ def numbers(layer: LayerNumbers) -> None:
 
 def regularisation(layer: LayerNumbers) -> None:
     """The main numbers over the probe's C, and why there are two margins."""
-    with st.expander("How much depends on the probe: regularisation, and the two margins", key="by_cost"):
+    with st.expander("How much depends on the probe: regularisation, and the two margins", key="by_C"):
         st.markdown(TWO_MARGINS)
         for column, (key, (names, title)) in zip(st.columns(2, gap="medium"), COST_CURVES.items(), strict=True):
             with column:
-                figure = charts.cost_curve(layer.by_cost, names, chosen=layer.C, title=title)
+                figure = charts.cost_curve(layer.by_C, names, chosen=layer.C, title=title)
                 plot(figure, key=key, alt=f"{title} over C")
         st.caption(
             f"The line marks C = {layer.C:g}, chosen by cross-validated log-loss inside the probe split"
@@ -234,7 +234,7 @@ def take_away(
         found[f"{VIEW_NAMES[choice.view]} at layer {layer}"] = one
     found[f"Distribution at layer {layer}"] = histogram(choice, opened, margins)
     for names, title in COST_CURVES.values():
-        found[f"Over C at layer {layer}, {title}"] = charts.cost_curve(at.by_cost, names, chosen=at.C, title=title)
+        found[f"Over C at layer {layer}, {title}"] = charts.cost_curve(at.by_C, names, chosen=at.C, title=title)
     everyone = prompt_list.as_frame(opened.prompts, np.arange(len(opened.prompts)), {"margin": margins}, {})
     numbers_of_all = exports.numbers_frame([(opened.activations.model, analysis.layers)])
     return found, {f"Prompts at layer {layer}": everyone, "Numbers of all layers": numbers_of_all}

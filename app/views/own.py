@@ -31,7 +31,7 @@ from es2.jobs.job import MAX_NAME, Job
 from es2.jobs.queue import open_job, start
 from es2.prompts.prompt_set import LABEL_NAMES, SPLITS, PromptSet
 from es2.prompts.readers import MAX_FILE_BYTES, find_problems, parse_prompts
-from es2.workflow.reader import Reading, answer, ask, open_reader
+from es2.workflow.reader import PromptEmbeddings, answer, ask, open_reader
 from es2.workflow.runs import import_adapter, open_run
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def one_prompt(choice: Choice) -> None:
             reader = open_reader(model, run)
             st.session_state[_ASKED] = (reader.id, ask(reader, typed))
     _wait()
-    readings: list[tuple[tuple[str, str | None], Reading]] = st.session_state.get(_READINGS, [])
+    readings: list[tuple[tuple[str, str | None], PromptEmbeddings]] = st.session_state.get(_READINGS, [])
     shown = [reading for of, reading in readings if of == (model, run)]
     for number, reading in enumerate(shown):
         _reading(reading, by_model, choice, number)
@@ -131,10 +131,10 @@ def _wait() -> None:
 
 def _doing(reader: Job) -> str:
     progress = reader.progress()
-    return "Loading the model" if progress is None or progress["stage"] != "idle" else "Reading the request"
+    return "Loading the model" if progress is None or progress["stage"] != "idle" else "PromptEmbeddings the request"
 
 
-def _reading(reading: Reading, by_model: Mapping[str, Probes], choice: Choice, number: int) -> None:
+def _reading(reading: PromptEmbeddings, by_model: Mapping[str, Probes], choice: Choice, number: int) -> None:
     margins = {
         name: placed(embeddings[choice.position], by_model[name])
         for name, embeddings in (("base", reading.base), ("tuned", reading.tuned))

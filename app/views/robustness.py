@@ -1,9 +1,9 @@
-"""Does the separation hold when somebody pushes: how far embeddings have to travel, and what pushed models say.
+"""Does the separation hold under steering: how far embeddings have to travel, and what steered models say.
 
-First the analytic question, in a sentence: has the needed push grown against an attacker who adapts? Then the causal
-one as curves over the length of the push, where the random direction shows what is damage alone. Last a single prompt,
-whose embedding is moved across the boundary step by step. Everything was measured by the evaluation; nothing is
-generated here.
+First the analytic question, in a sentence: has the needed perturbation grown against an attacker who adapts? Then the
+    causal one as curves over the length of the steering vector, where the random direction shows what is damage alone.
+    Last a single prompt, whose embedding is moved across the boundary step by step. Everything was measured by the
+    evaluation; nothing is generated here.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 INTRO = Intro(
-    title="Does it hold when somebody pushes?",
+    title="Does it hold under steering?",
     about="ES2 answers attacks that touch no word of the prompt but the embeddings inside the model. Here such attacks "
     "are carried out on the harmful test prompts, on base and tuned alike, by an attacker who has read the very model "
     "that is attacked.",
     steps=(
-        ("Needed push", "How far every harmful embedding has to travel until the probe takes it for harmless."),
-        ("Replies under push", "Embeddings are pushed during generation, further and further: who still refuses?"),
-        ("Control", "The same pushes in random directions: what those do to a model is damage, not knowledge."),
+        ("Needed perturbation", "How far every harmful embedding has to travel until the probe takes it for harmless."),
+        ("Replies under steering", "Embeddings are steered during generation, further and further: who still refuses?"),
+        ("Control", "The same steerings in random directions: what those do to a model is damage, not knowledge."),
     ),
     suite="perturbation",
 )
@@ -67,10 +67,10 @@ def page() -> None:
 
 
 def curves(attack: Mapping[str, Any]) -> None:
-    """Who still refuses, and who still speaks, over the length of the push."""
-    st.subheader("Replies under push", anchor=False)
+    """Who still refuses, and who still speaks, over the length of the steering vector."""
+    st.subheader("Replies under steering", anchor=False)
     if not evaluation_charts.directions_of(attack):
-        st.caption("No direction was pushed along.")
+        st.caption("No direction was steered along.")
         return
     for rate, title in (("dsr", "DSR"), ("degenerate", "degenerate share")):
         plot(
@@ -79,22 +79,22 @@ def curves(attack: Mapping[str, Any]) -> None:
             alt=f"{title} over the budget under base and tuned, a panel for each direction",
         )
     st.caption(
-        f"The same {attack['n_prompts']:,} harmful prompts in every point, 95 % intervals; budget 0 is no push. A "
+        f"The same {attack['n_prompts']:,} harmful prompts in every point, 95 % intervals; budget 0 is no steering. A "
         "defence holds where DSR stays up under SCAV, RepE and the difference of means without replies becoming "
         "degenerate; what a random direction of the same length does is damage alone."
     )
-    rows = exact_pushes(attack)
+    rows = exact_steerings(attack)
     if rows:
-        with st.expander("Pushed exactly to p₀ along SCAV", key="exact_pushes"):
+        with st.expander("Steered exactly to p₀ along SCAV", key="exact_steerings"):
             st.markdown(
-                "Every embedding is pushed only as far as it takes until the probe gives p₀, and the probe is read "
+                "Every embedding is steered only as far as it takes until the probe gives p₀, and the probe is read "
                 "again at the same point: the largest error says how exactly that was met in the forward pass."
             )
             st.dataframe(rows, hide_index=True, width="stretch")
 
 
-def exact_pushes(attack: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The pushes up to a probability, a row for each and model."""
+def exact_steerings(attack: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The steerings up to a probability, a row for each and model."""
     return [
         {
             "p₀": point["p0"],
@@ -122,7 +122,7 @@ def needed(attack: Mapping[str, Any]) -> None:
     """How far embeddings have to travel: over all layers, and prompt by prompt at the attacked ones."""
     p0s = list(dict.fromkeys(record["p0"] for record in attack["needed"]))
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
-        st.subheader("Needed push over layers", anchor=False, width="content")
+        st.subheader("Needed perturbation over layers", anchor=False, width="content")
         kept = state.habit("p0", findings.main_p0(attack))
         st.session_state["needed_p0"] = kept if kept in p0s else findings.main_p0(attack)
         chosen = st.segmented_control(
@@ -140,35 +140,35 @@ def needed(attack: Mapping[str, Any]) -> None:
     plot(
         evaluation_charts.needed_strip(attack, p0s[0] if chosen is None else chosen),
         key="needed_strip",
-        alt="Relative length of the needed push over layers, base and tuned",
+        alt="Relative length of the needed perturbation over layers, base and tuned",
     )
     st.caption(
         f"Mean over {attack['n_needed']:,} harmful test prompts with its 95 % interval, relative to an embedding's own "
         "length, against probes fitted anew on each model. Grey columns are the attacked layers."
     )
     if attack["needed_values"]:
-        st.subheader("Needed push, prompt by prompt", anchor=False)
+        st.subheader("Needed perturbation, prompt by prompt", anchor=False)
         plot(
             evaluation_charts.reach(attack),
             key="reach",
-            alt="Share of prompts within reach of a push of some length at the attacked layers, base and tuned",
+            alt="Share of prompts within reach of a perturbation of some length at the attacked layers, base and tuned",
         )
         st.caption(
-            "The share of harmful prompts that a push of at most this relative length brings to p₀; further right is "
-            "harder to attack. A curve that begins above 0 has prompts that need no push."
+            "The share of harmful prompts that a perturbation of at most this length brings to p₀; further right is "
+            "harder to attack. A curve that begins above 0 has prompts that need no perturbation."
         )
 
 
 # ---------------------------------------------------------------------------------------------------------- one prompt
 
 Step = tuple[float | None, float | None]
-"""Budget and p₀ of a push along some direction."""
+"""Budget and p₀ of a steering along some direction."""
 
 
 def one_prompt(evaluation: Evaluation, attack: Mapping[str, Any]) -> None:
     """Move one prompt's embedding across the boundary, and see what both models reply."""
     rows = {
-        (row["prompt"], row["push"]["direction"], (row["push"]["budget"], row["push"]["p0"])): row
+        (row["prompt"], row["steering"]["direction"], (row["steering"]["budget"], row["steering"]["p0"])): row
         for row in evaluation.rows("perturbation")
     }
     prompts = list(dict.fromkeys(prompt for prompt, _, _ in rows))
@@ -198,7 +198,9 @@ def one_prompt(evaluation: Evaluation, attack: Mapping[str, Any]) -> None:
     names = [step_name(step) for step in steps]
     at = 0
     if len(steps) > 1:
-        name = _chosen("step", names, names[1], st.select_slider, "Length of the push relative to the embedding's own")
+        name = _chosen(
+            "step", names, names[1], st.select_slider, "Length of the steering vector relative to the embedding's own"
+        )
         at = names.index(name)
     found = [_row_of(rows, prompt, direction, step) for step in steps]
     row = found[at]
@@ -209,12 +211,12 @@ def one_prompt(evaluation: Evaluation, attack: Mapping[str, Any]) -> None:
     plot(
         evaluation_charts.boundary(names, read, at, sum(p0 is None for _, p0 in steps)),
         key="boundary",
-        alt="The probe's probability of harmful for this prompt under each push, base and tuned",
+        alt="The probe's probability of harmful for this prompt under each steering, base and tuned",
     )
-    with st.container(border=True, key="pushed_prompt", gap="xsmall"):
+    with st.container(border=True, key="steered_prompt", gap="xsmall"):
         evaluations.shown(prompt)
         if row is None:
-            st.caption("This push was not measured for this prompt.")
+            st.caption("This steering was not measured for this prompt.")
             return
         for model, column in zip(models, st.columns(len(models), gap="medium"), strict=True):
             with column, st.container(gap="xsmall"):
@@ -222,16 +224,16 @@ def one_prompt(evaluation: Evaluation, attack: Mapping[str, Any]) -> None:
                     st.markdown(f":small[**{NAMES[model]}**]", width="content")
                     evaluations.badge(row[model]["verdict"], harmful=True)
                 seen = row[model]["read"]
-                st.caption(f"P(harmful) {seen['probability']:.3f} · pushed by {seen['relative']:.3f} of ‖e‖")
+                st.caption(f"P(harmful) {seen['probability']:.3f} · steered by {seen['relative']:.3f} of ‖e‖")
                 evaluations.shown(_kept(row[model]["text"]))
     st.caption(
-        f"The probability is the probe's own, read back after the push at the last prompt token, the mean over layers "
-        f"{', '.join(map(str, attack['layers']))}. Of replies to pushed requests only the beginning is kept."
+        f"The probability is the probe's own, read back after steering at the last prompt token, the mean over layers "
+        f"{', '.join(map(str, attack['layers']))}. Of replies to steered requests only the beginning is kept."
     )
 
 
 def steps_of(attack: Mapping[str, Any], direction: str) -> list[Step]:
-    """The pushes along a direction: none, the budgets, then those up to a probability, the furthest last."""
+    """The steerings along a direction: none, the budgets, then those up to a probability, the furthest last."""
     budgets: list[Step] = [
         (point["budget"], None)
         for point in attack["curve"]
@@ -244,11 +246,11 @@ def steps_of(attack: Mapping[str, Any], direction: str) -> list[Step]:
 
 
 def step_name(step: Step) -> str:
-    """A push in a word."""
+    """A steering in a word."""
     budget, p0 = step
     if p0 is not None:
         return f"to p₀ = {p0:g}"
-    return f"{budget:g}" if budget else "no push"
+    return f"{budget:g}" if budget else "no steering"
 
 
 def _kept(words: str) -> str:
@@ -288,12 +290,12 @@ def take_away(
 
     charts: dict[str, exports.Figure] = {}
     if evaluation_charts.directions_of(attack):
-        charts["DSR under push"] = evaluation_charts.curve(attack, "dsr", "DSR")
-        charts["Degenerate replies under push"] = evaluation_charts.curve(attack, "degenerate", "degenerate share")
+        charts["DSR under steering"] = evaluation_charts.curve(attack, "dsr", "DSR")
+        charts["Degenerate replies under steering"] = evaluation_charts.curve(attack, "degenerate", "degenerate share")
     p0s = list(dict.fromkeys(record["p0"] for record in attack["needed"]))
-    charts |= {f"Needed push to {p0:g} over layers": evaluation_charts.needed_strip(attack, p0) for p0 in p0s}
+    charts |= {f"Needed perturbation to {p0:g} over layers": evaluation_charts.needed_strip(attack, p0) for p0 in p0s}
     if attack["needed_values"]:
-        charts["Needed push by prompt"] = evaluation_charts.reach(attack)
+        charts["Needed perturbation by prompt"] = evaluation_charts.reach(attack)
     swept = [
         {name: point[name] for name in ("direction", "budget", "p0")} | {"model": model} | _flat(point[model])
         for point in attack["curve"]
@@ -307,15 +309,15 @@ def take_away(
         if record[model]
     ]
     said = [
-        {"prompt": row["prompt"], **row["push"]}
+        {"prompt": row["prompt"], **row["steering"]}
         | {f"{model} {entry}": row[model][entry] for model in MODELS if model in row for entry in ("verdict", "text")}
         | {f"{model} probability": row[model]["read"]["probability"] for model in MODELS if model in row}
         for row in evaluation.rows("perturbation")
     ]
     return charts, {
-        "Pushes": pd.DataFrame(swept),
-        "Needed push": pd.DataFrame(lengths),
-        "Replies under push": pd.DataFrame(said),
+        "Steerings": pd.DataFrame(swept),
+        "Needed perturbation": pd.DataFrame(lengths),
+        "Replies under steering": pd.DataFrame(said),
     }
 
 

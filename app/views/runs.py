@@ -83,10 +83,10 @@ def _set(name: str, value: object) -> None:
 
 def _open_what_ended(active: set[str]) -> None:
     """Take whoever was watching a run that has just ended to its comparison; not those who do something else here."""
-    watched = run_live.watched_until_now()
+    followed = run_live.followed_until_now()
     if st.session_state.get(launch.OPEN, False) or st.session_state.get(_ASKED) is not None:
         return
-    for id in watched - active:
+    for id in followed - active:
         try:
             ended = row(open_run(id))
         except Es2Error:

@@ -122,7 +122,7 @@ class _Draws:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Resampled:
     """Who is measured, and how often under every resample: the same for all layers and models, so made once.
 
     Attributes:
@@ -143,7 +143,7 @@ class Drawn:
     members: tuple[tuple[Int[np.ndarray, "some"], Int[np.ndarray, "some"]], ...]
 
     @classmethod
-    def of(cls, labels: Int[np.ndarray, "prompt"], weights: Weights) -> Drawn:
+    def of(cls, labels: Int[np.ndarray, "prompt"], weights: Weights) -> Resampled:
         """Work out what resamples make of the two classes."""
         harmful, harmless = (weights.T[labels == label] for label in (HARMFUL, HARMLESS))
         sides = (harmful / harmful.sum(axis=0), harmless / harmless.sum(axis=0))
@@ -197,7 +197,9 @@ def _without_added_bias(replicates: Replicates) -> Replicates:
     return np.concatenate([replicates[:1], replicates[1:] - _added_by_resampling(replicates)])
 
 
-def cloud_numbers(embeddings: Float[np.ndarray, "prompt d_model"], frame: Frame, drawn: Drawn) -> dict[str, Replicates]:
+def cloud_numbers(
+    embeddings: Float[np.ndarray, "prompt d_model"], frame: Frame, drawn: Resampled
+) -> dict[str, Replicates]:
     """Distances and spreads of one layer's two clouds, by name (`docs/numbers.md`), under every resample.
 
     Args:
@@ -207,7 +209,7 @@ def cloud_numbers(embeddings: Float[np.ndarray, "prompt d_model"], frame: Frame,
 
     Returns:
         `centroid_distance` and `pairwise_distance` in the model's own units; `mean_norm`, the mean ‖e‖, likewise;
-        `relative_distance` and `rest_deviation` in units of the scale; `fisher_ratio`, `effective_rank` and
+        `relative_distance` and `orthogonal_std` in units of the scale; `fisher_ratio`, `effective_rank` and
         `mean_difference_margin` without unit. All are class-balanced; Σ is a class's covariance with n − 1 below.
         The numbers themselves are worked out in double precision, products over their resamples in single precision.
         Against double precision throughout (default model, built-in prompts, all layers) bounds of intervals differ by
@@ -219,7 +221,7 @@ def cloud_numbers(embeddings: Float[np.ndarray, "prompt d_model"], frame: Frame,
         subtract it and floor at 0. In every resample it is subtracted twice, once for the sample and once for the
         resampling; `centroid_distance` is uncorrected, so its replicates lose only the second.
 
-        `rest_deviation` is the within-class deviation orthogonal to `frame.direction` (the unit mean-difference
+        `orthogonal_std` is the within-class deviation orthogonal to `frame.direction` (the unit mean-difference
         direction of `probe` of the same model), root mean square over classes; `effective_rank` the participation
         ratio (tr C)² / tr C² of C = (Σ₁ + Σ₀)/2 in that orthogonal complement, 0 without any spread.
     """
@@ -279,7 +281,7 @@ def cloud_numbers(embeddings: Float[np.ndarray, "prompt d_model"], frame: Frame,
         "mean_norm": mean_norm,
         "relative_distance": corrected / frame.scale,
         "fisher_ratio": safe_ratio(corrected, deviation, both_zero=0.0),
-        "rest_deviation": np.sqrt(rest) / frame.scale,
+        "orthogonal_std": np.sqrt(rest) / frame.scale,
         "effective_rank": _effective_rank(rest, forms.square),
         "mean_difference_margin": margin,
     }
@@ -309,7 +311,7 @@ class _Forms:
         cls,
         kernel: Float[np.ndarray, "prompt prompt"],
         pairwise: Float[np.ndarray, "harmful harmless"],
-        drawn: Drawn,
+        drawn: Resampled,
     ) -> _Forms:
         """Resample 0 in double precision, all others in single precision; the matrices are overwritten.
 
@@ -328,7 +330,7 @@ class _Forms:
 def _forms(
     kernel: Float[np.ndarray, "prompt prompt"],
     pairwise: Float[np.ndarray, "harmful harmless"],
-    drawn: Drawn,
+    drawn: Resampled,
     draws: _Draws,
 ) -> list[Replicates]:
     """The fields of `_Forms`, K and P in the precision of the resamples; K is overwritten."""
@@ -364,7 +366,7 @@ def _effective_rank(trace: Replicates, square: Replicates) -> Replicates:
 
 
 def direction_cosine(
-    base: Float[np.ndarray, "prompt d_model"], tuned: Float[np.ndarray, "prompt d_model"], drawn: Drawn
+    base: Float[np.ndarray, "prompt d_model"], tuned: Float[np.ndarray, "prompt d_model"], drawn: Resampled
 ) -> Replicates:
     """Cosine between base's and tuned's mean differences on the same prompts, under every resample; 0 if one vanishes.
 

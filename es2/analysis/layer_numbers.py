@@ -52,9 +52,9 @@ class _Measured:
     """One layer of one model, before intervals: what a comparison with the other model needs."""
 
     probe: FittedProbe
-    cost_index: int
-    self_cost: float | None
-    log_losses: Float[np.ndarray, "cost"] | None
+    C_index: int
+    in_domain_C: float | None
+    log_losses: Float[np.ndarray, "C"] | None
     cv_accuracy: float | None
     numbers: dict[str, Replicates]
     curve: list[dict[str, Replicates]]
@@ -66,35 +66,35 @@ def measure(
     plan: AnalysisSetup,
     base: _Measured | None,
 ) -> _Measured:
-    """Everything about one layer of one model; `base` is given for the tuned model, which takes its costs from it."""
+    """Everything about one layer of one model; `base` is given for the tuned model, which takes its Cs from it."""
     config, labels, weights = plan.config, plan.drawn.labels, plan.drawn.weights
     frame = fit_frame(probe_embeddings, plan.probe_labels)
     features = frame.normalise(probe_embeddings)
     products = Products.of(features)
     log_losses = cv_accuracy = fitted = None
     if base is None:
-        held_out = cross_validate(features, plan.probe_labels, plan.probe_folds, config.costs, products, with_path=True)
+        held_out = cross_validate(features, plan.probe_labels, plan.probe_folds, config.Cs, products, with_path=True)
         fitted = held_out.path
-        cost_index, log_losses = held_out.best, held_out.log_loss
-        cv_accuracy = float(_held_out_numbers(held_out.logits[cost_index], plan.probe_labels, None)[0][0])
+        C_index, log_losses = held_out.best, held_out.log_loss
+        cv_accuracy = float(_held_out_numbers(held_out.logits[C_index], plan.probe_labels, None)[0][0])
     else:
-        cost_index = base.cost_index
+        C_index = base.C_index
 
     z = frame.normalise(test_embeddings)
-    path, intercepts = fitted or fit_path(features, plan.probe_labels, config.costs, products)
+    path, intercepts = fitted or fit_path(features, plan.probe_labels, config.Cs, products)
     curve = probe_numbers(signed_distances(z, path, intercepts), labels, weights)
-    numbers = curve[cost_index] | _control(features, products, z, plan, config.costs[cost_index])
+    numbers = curve[C_index] | _control(features, products, z, plan, config.Cs[C_index])
     del z  # as large as the embeddings
     numbers |= cloud_numbers(test_embeddings, frame, plan.drawn)
 
-    self_cost = None
-    if plan.self_folds is not None:
-        costs = config.costs if base is None or base.self_cost is None else (base.self_cost,)
-        numbers["self_accuracy"], numbers["self_auroc"], self_cost = _self_numbers(
-            test_embeddings, plan, plan.self_folds, costs
+    in_domain_C = None
+    if plan.in_domain_folds is not None:
+        Cs = config.Cs if base is None or base.in_domain_C is None else (base.in_domain_C,)
+        numbers["in_domain_accuracy"], numbers["in_domain_auroc"], in_domain_C = _in_domain_numbers(
+            test_embeddings, plan, plan.in_domain_folds, Cs
         )
-    probe = FittedProbe(path[cost_index], float(intercepts[cost_index]), config.costs[cost_index], frame)
-    return _Measured(probe, cost_index, self_cost, log_losses, cv_accuracy, numbers, curve)
+    probe = FittedProbe(path[C_index], float(intercepts[C_index]), config.Cs[C_index], frame)
+    return _Measured(probe, C_index, in_domain_C, log_losses, cv_accuracy, numbers, curve)
 
 
 def _held_out_numbers(
@@ -114,10 +114,10 @@ def _control(
     products: Products,
     test_features: Float[np.ndarray, "test d_model"],
     plan: AnalysisSetup,
-    cost: float,
+    C: float,
 ) -> dict[str, Replicates]:
-    """What probes of the same cost reach when the labels of `probe` and of the test prompts are shuffled alike."""
-    weights, intercepts = fit_each(features, plan.probe_shuffles, cost, products)
+    """What probes of the same C reach when the labels of `probe` and of the test prompts are shuffled alike."""
+    weights, intercepts = fit_each(features, plan.probe_shuffles, C, products)
     scores, tested = test_features @ weights.T + intercepts, plan.test_shuffles.T
     return {
         "probe_accuracy_control": accuracy(scores, tested, plan.drawn.weights).mean(axis=1),
@@ -125,17 +125,17 @@ def _control(
     }
 
 
-def _self_numbers(
+def _in_domain_numbers(
     embeddings: Float[np.ndarray, "test d_model"],
     plan: AnalysisSetup,
     folds: Int[np.ndarray, "test"],
-    costs: tuple[float, ...],
+    Cs: tuple[float, ...],
 ) -> tuple[Replicates, Replicates, float]:
-    """Accuracy and AUROC of probes cross-validated inside the test set, in its own frame, and the cost they used."""
+    """Accuracy and AUROC of probes cross-validated inside the test set, in its own frame, and the C they used."""
     features = fit_frame(embeddings, plan.drawn.labels).normalise(embeddings)
-    held_out = cross_validate(features, plan.drawn.labels, folds, costs, stop_early=True)
+    held_out = cross_validate(features, plan.drawn.labels, folds, Cs, stop_early=True)
     reached = _held_out_numbers(held_out.logits[held_out.best], plan.drawn.labels, plan.drawn.weights)
-    return *reached, costs[held_out.best]
+    return *reached, Cs[held_out.best]
 
 
 def layer_numbers(
@@ -146,16 +146,16 @@ def layer_numbers(
         layer=layer,
         C=measured.probe.C,
         scale=measured.probe.frame.scale,
-        log_loss=None if losses is None else float(losses[measured.cost_index]),
+        log_loss=None if losses is None else float(losses[measured.C_index]),
         cv_accuracy=measured.cv_accuracy,
         numbers=plan.intervals({name: numbers[name] for name in NUMBERS if name in numbers}),
-        by_cost=tuple(
+        by_C=tuple(
             CostPoint(
-                cost,
+                C,
                 None if losses is None else float(losses[index]),
                 plan.intervals(measured.curve[index]),
             )
-            for index, cost in enumerate(plan.config.costs)
+            for index, C in enumerate(plan.config.Cs)
         ),
     )
 

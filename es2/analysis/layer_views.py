@@ -88,7 +88,7 @@ class LayerViews:
             return cls(points, explained)
 
 
-def draw_layers(
+def render_layers(
     prompts: PromptSet,
     base: LayerSource,
     probes: Probes,

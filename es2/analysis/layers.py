@@ -1,6 +1,6 @@
 """The per-layer table: every number of every layer, before and after, with intervals, and which two layers to target.
 
-One function does it all because the honesty of the numbers is a matter of who sees what: probes, frames, costs and the
+One function does it all because the honesty of the numbers is a matter of who sees what: probes, frames, Cs and the
 recommendation come from `probe` alone, every number shown comes from `test` (or from a test set of other origin), and
 both models are measured on the same resamples of the same pairs. Layers are independent of each other, so they are
 spread over a few processes, each with single-threaded linear algebra, which on small matrices is the faster way round.
@@ -73,14 +73,16 @@ def _read_layer(layer: int, readers: Readers) -> tuple[int, _Embeddings, _Embedd
 def _analyze_layer(plan: AnalysisSetup, layer: int, of_base: _Embeddings, of_tuned: _Embeddings | None) -> _Layer:
     base = measure(*of_base, plan, None)
     one = np.ones(len(plan.drawn.weights))
-    against_itself = {"norm_ratio": one, "rest_ratio": one, "direction_cosine": one}
+    against_itself = {"norm_ratio": one, "orthogonal_std_ratio": one, "direction_cosine": one}
     base_numbers = layer_numbers(layer, base, plan, base.numbers | against_itself)
     if of_tuned is None:
         return _Layer(base_numbers, base.probe)
     tuned = measure(*of_tuned, plan, base)
     against_base = {
         "norm_ratio": safe_ratio(tuned.numbers["mean_norm"], base.numbers["mean_norm"], both_zero=1.0),
-        "rest_ratio": safe_ratio(tuned.numbers["rest_deviation"], base.numbers["rest_deviation"], both_zero=1.0),
+        "orthogonal_std_ratio": safe_ratio(
+            tuned.numbers["orthogonal_std"], base.numbers["orthogonal_std"], both_zero=1.0
+        ),
         "direction_cosine": direction_cosine(of_base[1], of_tuned[1], plan.drawn),
     }
     tuned_numbers = layer_numbers(layer, tuned, plan, tuned.numbers | against_base)
@@ -197,7 +199,7 @@ def analyze(
         # Late layers take longest, so they come first: at the end nobody waits long for another.
         order = range(n_layers - 1, -1, -1)
         with threadpool_limits(1, user_api="blas"):
-            for piece, answer in helpers.spread(plan, lambda piece: _read_layer(order[piece], readers), n_layers):
+            for piece, answer in helpers.map_pieces(plan, lambda piece: _read_layer(order[piece], readers), n_layers):
                 done[order[piece]] = answer
                 report("analyse", len(done), n_layers)
     layers = [done[layer] for layer in range(n_layers)]

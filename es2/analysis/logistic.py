@@ -1,7 +1,7 @@
 """Logistic regressions on the same prompts, many at a time: folds and shuffled labels are columns of one array.
 
 Every solution lies in the span of the prompts, w = Xᵀa, so a fit is worked out in inner products between prompts,
-however wide the model. An analysis needs thousands of fits that are alike (nine costs, five folds, ten shuffles, every
+however wide the model. An analysis needs thousands of fits that are alike (nine Cs, five folds, ten shuffles, every
 layer), and nearly all of Newton's time is the factoring of curvature matrices; so one factor, in single precision,
 serves for as many steps as it takes the fit closer fast enough, and for all fits that begin alike. What such a factor
 misses of the curvature, conjugate gradients make up for. Gradients are exact, so all this decides how fast the solution
@@ -105,9 +105,9 @@ def fit_columns(
     products: Products,
     labels: Int[np.ndarray, "prompt fit"],
     seen: Bool[np.ndarray, "prompt fit"],
-    costs: Sequence[float],
+    Cs: Sequence[float],
 ) -> Iterator[Fits]:
-    """One fit a column at each of ascending costs, started from the cost before.
+    """One fit a column at each of ascending Cs, started from the C before.
 
     Minimises ½‖w‖² + C Σᵢ sᵢ log(1 + exp(−yᵢ(w·xᵢ + b))) over the prompts that the fit sees, yᵢ = ±1 and
     sᵢ = n / (2 n_class), the intercept unpenalised.
@@ -124,8 +124,8 @@ def fit_columns(
     alike = _alike(products, seen)
     nothing = np.zeros_like(targets)
     fits = Fits(nothing, np.zeros(seen.shape[1]), nothing)
-    for cost in costs:
-        fits = _minimise(products, alike, targets, importance * cost, fits)
+    for C in Cs:
+        fits = _minimise(products, alike, targets, importance * C, fits)
         yield fits
 
 

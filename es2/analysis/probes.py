@@ -91,8 +91,8 @@ def signed_distance(
 
 def signed_distances(
     z: Float[np.ndarray, "prompt d_model"],
-    weights: Float[np.ndarray, "cost d_model"],
-    bias: Float[np.ndarray, "cost"],
+    weights: Float[np.ndarray, "C d_model"],
+    bias: Float[np.ndarray, "C"],
 ) -> Float[np.ndarray, "prompt cost"]:
     """`signed_distance` under each of several probes."""
     lengths = np.linalg.norm(weights, axis=1)
@@ -107,78 +107,76 @@ def _sigmoid(logits: Float[np.ndarray, "prompt"]) -> Float[np.ndarray, "prompt"]
 def fit_path(
     features: Float[np.ndarray, "prompt d"],
     labels: Int[np.ndarray, "prompt"],
-    costs: Sequence[float],
+    Cs: Sequence[float],
     products: Products | None = None,
-) -> tuple[Float[np.ndarray, "cost d"], Float[np.ndarray, "cost"]]:
-    """Balanced L2-regularised logistic regression at each of ascending `costs` (scikit-learn's C).
+) -> tuple[Float[np.ndarray, "C d"], Float[np.ndarray, "C"]]:
+    """Balanced L2-regularised logistic regression at each of ascending `Cs` (scikit-learn's C).
 
     Minimises ½‖w‖² + C Σᵢ sᵢ log(1 + exp(−yᵢ(w·xᵢ + b))), yᵢ = ±1 and sᵢ = n / (2 n_class), the intercept unpenalised:
     what `sklearn.linear_model.LogisticRegression(C=C, class_weight="balanced")` minimises. `products` may be given
     where they are at hand.
 
     Returns:
-        Weights `[cost, d]` and intercepts `[cost]`. Features without any variance give zero weights.
+        Weights `[C, d]` and intercepts `[C]`. Features without any variance give zero weights.
 
     Raises:
         ValueError: when a label is missing.
     """
     everyone = np.ones((len(labels), 1), dtype=bool)
-    return _last_column(
-        list(fit_columns(products or Products.of(features), labels[:, None], everyone, costs)), features
-    )
+    return _last_column(list(fit_columns(products or Products.of(features), labels[:, None], everyone, Cs)), features)
 
 
 def _last_column(
     fits: Sequence[Fits], features: Float[np.ndarray, "prompt d"]
-) -> tuple[Float[np.ndarray, "cost d"], Float[np.ndarray, "cost"]]:
-    """Weights and intercept of the last fit at each cost."""
+) -> tuple[Float[np.ndarray, "C d"], Float[np.ndarray, "C"]]:
+    """Weights and intercept of the last fit at each C."""
     return np.stack([fit.duals[:, -1] for fit in fits]) @ features, np.array([fit.intercept[-1] for fit in fits])
 
 
 def fit_each(
     features: Float[np.ndarray, "prompt d"],
     labelings: Int[np.ndarray, "labeling prompt"],
-    cost: float,
+    C: float,
     products: Products | None = None,
 ) -> tuple[Float[np.ndarray, "labeling d"], Float[np.ndarray, "labeling"]]:
-    """What `fit_path` gives at one cost, for each of several labelings of the same prompts."""
+    """What `fit_path` gives at one C, for each of several labelings of the same prompts."""
     everyone = np.ones(labelings.T.shape, dtype=bool)
-    (fits,) = fit_columns(products or Products.of(features), labelings.T, everyone, (cost,))
+    (fits,) = fit_columns(products or Products.of(features), labelings.T, everyone, (C,))
     return fits.duals.T @ features, fits.intercept
 
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """What held-out prompts say of every cost.
+    """What held-out prompts say of every C.
 
     Attributes:
-        log_loss: class-balanced mean log-loss of the held-out prompts, in nats, for the costs tried, `[cost]`.
-        logits: each held-out prompt's w·z + b under the fold's own probe, `[cost, prompt]`; NaN where no fold could
+        log_loss: class-balanced mean log-loss of the held-out prompts, in nats, for the Cs tried, `[C]`.
+        logits: each held-out prompt's w·z + b under the fold's own probe, `[C, prompt]`; NaN where no fold could
             hold the prompt out.
-        best: index of the cost with the least log-loss, the larger cost where several agree.
+        best: index of the C with the least log-loss, the larger C where several agree.
         path: what `fit_path` gives for the same prompts, where it was asked for.
     """
 
-    log_loss: Float[np.ndarray, "cost"]
-    logits: Float[np.ndarray, "cost prompt"]
+    log_loss: Float[np.ndarray, "C"]
+    logits: Float[np.ndarray, "C prompt"]
     best: int
-    path: tuple[Float[np.ndarray, "cost d"], Float[np.ndarray, "cost"]] | None
+    path: tuple[Float[np.ndarray, "C d"], Float[np.ndarray, "C"]] | None
 
 
 def cross_validate(
     features: Float[np.ndarray, "prompt d"],
     labels: Int[np.ndarray, "prompt"],
     folds: Int[np.ndarray, "prompt"],
-    costs: Sequence[float],
+    Cs: Sequence[float],
     products: Products | None = None,
     *,
     stop_early: bool = False,
     with_path: bool = False,
 ) -> CrossValidation:
-    """Held-out logits and log-loss at ascending costs.
+    """Held-out logits and log-loss at ascending Cs.
 
     A fold whose remainder lacks a label cannot be held out and is passed over; its prompts take no part in the loss.
-    With `stop_early` no further cost is tried once the log-loss has risen twice in a row. `with_path` fits all prompts
+    With `stop_early` no further C is tried once the log-loss has risen twice in a row. `with_path` fits all prompts
     beside the folds, in less time than `fit_path` takes afterwards.
 
     Raises:
@@ -198,7 +196,7 @@ def cross_validate(
     every_logits: list[Float[np.ndarray, "prompt"]] = []
     losses: list[float] = []
     done: list[Fits] = []
-    for fits in fit_columns(products or Products.of(features), labels_of, seen_by, costs):
+    for fits in fit_columns(products or Products.of(features), labels_of, seen_by, Cs):
         done.append(fits)
         logits = np.full(len(labels), np.nan)
         for fold, out in enumerate(held_out):
@@ -346,12 +344,12 @@ def probe_numbers(
     """`probe_accuracy`, `probe_auroc`, `margin_mean` and `margin_harmful_q1` from signed distances, + = harmful side.
 
     Args:
-        margins: (w·z + b)/‖w‖ of the test prompts under the probe of each cost.
+        margins: (w·z + b)/‖w‖ of the test prompts under the probe of each C.
         labels: of the test prompts.
         weights: multiplicities from `resample_pairs`.
 
     Returns:
-        The numbers of each cost.
+        The numbers of each C.
     """
     harmful = labels == HARMFUL
     # Exact, as they are whole numbers, and half as much to read.
@@ -360,10 +358,10 @@ def probe_numbers(
     means = balanced_mean(np.where(harmful[:, None], margins, -margins), labels[:, None], weights)
     return [
         {
-            "probe_accuracy": accuracies[:, cost],
-            "probe_auroc": _auroc(margins[harmful, cost], margins[~harmful, cost], of_harmful, of_harmless),
-            "margin_mean": means[:, cost],
-            "margin_harmful_q1": lower_quartile(margins[harmful, cost], of_harmful.T),
+            "probe_accuracy": accuracies[:, index],
+            "probe_auroc": _auroc(margins[harmful, index], margins[~harmful, index], of_harmful, of_harmless),
+            "margin_mean": means[:, index],
+            "margin_harmful_q1": lower_quartile(margins[harmful, index], of_harmful.T),
         }
-        for cost in range(margins.shape[1])
+        for index in range(margins.shape[1])
     ]

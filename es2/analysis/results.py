@@ -34,8 +34,8 @@ NUMBERS = (
     "norm_ratio",
     "relative_distance",
     "fisher_ratio",
-    "rest_deviation",
-    "rest_ratio",
+    "orthogonal_std",
+    "orthogonal_std_ratio",
     "effective_rank",
     "probe_accuracy",
     "probe_accuracy_control",
@@ -45,10 +45,10 @@ NUMBERS = (
     "margin_harmful_q1",
     "mean_difference_margin",
     "direction_cosine",
-    "self_accuracy",
-    "self_auroc",
+    "in_domain_accuracy",
+    "in_domain_auroc",
 )
-"""Every number of a layer (`docs/numbers.md`); `mean_norm` and `rest_deviation` are what its two ratios divide."""
+"""Every number of a layer (`docs/numbers.md`); `mean_norm` and `orthogonal_std` are what its two ratios divide."""
 
 LENGTHS = (
     "centroid_distance",
@@ -56,7 +56,7 @@ LENGTHS = (
     "mean_norm",
     "relative_distance",
     "fisher_ratio",
-    "rest_deviation",
+    "orthogonal_std",
     "effective_rank",
 )
 """The numbers that cannot be negative and have a natural zero, so that tuned over base means something."""
@@ -65,10 +65,10 @@ LENGTHS = (
 class AnalysisConfig(Settings):
     """Everything that decides an analysis but its embeddings and prompts."""
 
-    costs: tuple[float, ...] = setting(
+    Cs: tuple[float, ...] = setting(
         tuple(10.0**power for power in range(-4, 5)),
         "The probe's inverse regularisation strengths C to choose from, ascending.",
-        of="cost",
+        of="C",
     )
     n_folds: int = setting(5, "Folds of the cross-validation that chooses C.", ge=2)
     n_bootstrap: int = setting(1000, "Resamples behind every interval.", ge=1)
@@ -84,15 +84,15 @@ class AnalysisConfig(Settings):
 
     def model_post_init(self, _: Any) -> None:
         """Refuse what does not go together (`InputError`)."""
-        if not self.costs or list(self.costs) != sorted(set(self.costs)) or self.costs[0] <= 0:
-            raise InputError(f"The costs must be positive and ascending, not {self.costs}.")
+        if not self.Cs or list(self.Cs) != sorted(set(self.Cs)) or self.Cs[0] <= 0:
+            raise InputError(f"The Cs must be positive and ascending, not {self.Cs}.")
         if self.confidence >= 1:
             raise InputError(f"The confidence must lie between 0 and 1, not {self.confidence!r}.")
 
 
 @dataclass(frozen=True)
 class CostPoint:
-    """The main numbers of one layer at one cost.
+    """The main numbers of one layer at one C.
 
     Attributes:
         C: inverse regularisation strength.
@@ -147,8 +147,9 @@ class LayerNumbers:
         log_loss: of the base's probe, cross-validated inside `probe`, class-balanced, in nats; None for tuned.
         cv_accuracy: balanced accuracy of the same held-out prompts; None for tuned.
         numbers: by name (`NUMBERS`), on the test prompts. What compares tuned with base (`norm_ratio`,
-            `rest_ratio`, `direction_cosine`) is 1 for base itself; `self_…` only with a test set of other origin.
-        by_cost: the curve of the main numbers over C.
+            `orthogonal_std_ratio`, `direction_cosine`) is 1 for base itself; `in_domain_…` only with a test set of
+            other origin.
+        by_C: the curve of the main numbers over C.
         change: base → tuned of every number that both have; None for base.
     """
 
@@ -158,11 +159,11 @@ class LayerNumbers:
     log_loss: float | None
     cv_accuracy: float | None
     numbers: Mapping[str, Interval]
-    by_cost: tuple[CostPoint, ...]
+    by_C: tuple[CostPoint, ...]
     change: Mapping[str, Change] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat: each number under its own name as `{"value", "low", "high"}`, beside `by_cost` and `change`."""
+        """Flat: each number under its own name as `{"value", "low", "high"}`, beside `by_C` and `change`."""
         return {
             "layer": self.layer,
             "C": self.C,
@@ -170,7 +171,7 @@ class LayerNumbers:
             "log_loss": self.log_loss,
             "cv_accuracy": self.cv_accuracy,
             **{name: self.numbers[name].to_dict() for name in NUMBERS if name in self.numbers},
-            "by_cost": [point.to_dict() for point in self.by_cost],
+            "by_C": [point.to_dict() for point in self.by_C],
             "change": self.change and {name: change.to_dict() for name, change in self.change.items()},
         }
 
@@ -184,7 +185,7 @@ class LayerNumbers:
             _or_none(data["log_loss"]),
             _or_none(data["cv_accuracy"]),
             _intervals(data),
-            tuple(CostPoint.from_dict(point) for point in data["by_cost"]),
+            tuple(CostPoint.from_dict(point) for point in data["by_C"]),
             data["change"] and {name: Change.from_dict(change) for name, change in data["change"].items()},
         )
 
@@ -286,15 +287,15 @@ class Analysis:
 
 
 def _check_layers(layers: Sequence[LayerNumbers], base_layers: Sequence[LayerNumbers], named: Sequence[int]) -> None:
-    """Raise `ValueError` where a layer or a number is missing; only a test set of other origin has `self_…`."""
-    needed = {name for name in NUMBERS if not name.startswith("self_")}
+    """Raise `ValueError` where a layer or a number is missing; only a test set of other origin has `in_domain_…`."""
+    needed = {name for name in NUMBERS if not name.startswith("in_domain_")}
     for model in (layers, base_layers or layers):
         sound = [layer.layer for layer in model] == list(range(len(layers))) and set(named) <= set(range(len(layers)))
         if not sound or any(needed - layer.numbers.keys() for layer in model):
             raise ValueError("a layer or a number is missing")
     if not 1 <= len(named) - 1 <= len(layers):
         raise ValueError("no layer is recommended")
-    changed = needed - {"norm_ratio", "rest_ratio", "direction_cosine"}  # which are changes themselves
+    changed = needed - {"norm_ratio", "orthogonal_std_ratio", "direction_cosine"}  # which are changes themselves
     for layer in layers if base_layers else ():
         change = layer.change or {}
         if changed - change.keys() or any(change[name].ratio is None for name in LENGTHS):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from es2.analysis.geometry import Drawn
+from es2.analysis.geometry import Resampled
 from es2.analysis.probes import (
     twins_of,
 )
@@ -47,8 +47,8 @@ class AnalysisSetup:
     test_rows: Int[np.ndarray, "test"]
     test_shuffles: Int[np.ndarray, "shuffle test"]
     test_twins: Int[np.ndarray, "2 pair"] | None
-    drawn: Drawn
-    self_folds: Int[np.ndarray, "test"] | None
+    drawn: Resampled
+    in_domain_folds: Int[np.ndarray, "test"] | None
 
     def intervals(self, replicates: Mapping[str, Replicates]) -> dict[str, Interval]:
         return intervals(replicates, self.config.confidence)
@@ -93,7 +93,7 @@ def make_setup(prompts: PromptSet, test: TestSet | None, config: AnalysisConfig)
         test_rows,
         test_shuffles,
         twins_of(test_shuffles.T, weights),
-        Drawn.of(measured.labels, weights),
+        Resampled.of(measured.labels, weights),
         None if test is None else fold_of(measured, config.n_folds),
     )
 

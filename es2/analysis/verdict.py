@@ -80,7 +80,7 @@ def layer_verdict(
         raise ValueError("A verdict needs a tuned layer that was compared with base.")
     change, here = tuned.change, f"Layer {tuned.layer}"
     rank, accuracy = _ratio(change, "effective_rank"), change["probe_accuracy"].difference
-    rest = tuned.numbers["rest_ratio"].value
+    rest = tuned.numbers["orthogonal_std_ratio"].value
     fisher, relative = (_ratio(change, name) for name in ("fisher_ratio", "relative_distance"))
     higher = {name: _ratio(change, name).low > 1 + ROUNDING for name in _SCALE_FREE_LENGTHS}
     higher |= {name: change[name].difference.low > ROUNDING for name in _MARGINS}

@@ -31,7 +31,7 @@ from es2.models.placement import AUTO
 from es2.models.shape import context_length
 from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import FORMAT_VERSION, ActivationSet
-from es2.store.embeddings import lay_out, layers_of, let_go, narrow
+from es2.store.embeddings import lay_out, layers_of, narrow, release_pages
 from es2.store.sources import POSITIONS
 from es2.store.store import Store
 
@@ -49,7 +49,7 @@ _ROUNDING_PROMPTS = 4  # of a half-precision capture, whose difference from floa
 
 
 @dataclass(frozen=True)
-class Reading:
+class CaptureRequest:
     """A model and the prompts to be read with it: what another process has to be told to do a share of a capture.
 
     Attributes:
@@ -127,7 +127,9 @@ def capture(
     dtype: str | None = None,
     store: Store | None = None,
     report: Reporter = silent,
-    read: Callable[[Reading, Reporter], dict[str, Float[np.ndarray, "layer prompt d_model"]]] = Reading.read,
+    read: Callable[
+        [CaptureRequest, Reporter], dict[str, Float[np.ndarray, "layer prompt d_model"]]
+    ] = CaptureRequest.read,
 ) -> CaptureResult:
     """Give the activation set of `prompts` under `model`, computed only if it is not in the store yet.
 
@@ -207,10 +209,10 @@ def capture(
                 for position, embeddings in lay_out(file, positions, shape, kind).items():
                     for l in range(source.n_layers):
                         embeddings[l] = source.layer(l, position)[rows]
-                        let_go(embeddings)
+                        release_pages(embeddings)
         elif found is None:
             with store.new_set(key, meta, prompts.texts) as file:
-                reading = Reading(key, folder, adapter, rendered, positions, device, dtype, file)
+                reading = CaptureRequest(key, folder, adapter, rendered, positions, device, dtype, file)
                 arrays = read(reading, report)
                 if dtype != "float32" and device in (None, "cpu") and choose_device() == "cpu":
                     meta["rounding"] = _rounding(reading, arrays)
@@ -263,7 +265,7 @@ def _check_fit(rendered: Rendered, prompts: PromptSet, folder: Path) -> None:
         raise InputError(f"The tokenizer in {str(folder)!r} is not this model's: it has more than {vocabulary} tokens.")
 
 
-def _rounding(reading: Reading, arrays: dict[str, Float[np.ndarray, "layer prompt d_model"]]) -> float:
+def _rounding(reading: CaptureRequest, arrays: dict[str, Float[np.ndarray, "layer prompt d_model"]]) -> float:
     """The mean distance between embeddings in half precision and in float32, in units of their length; of a few."""
     rows = np.linspace(0, len(reading.rendered.token_ids) - 1, _ROUNDING_PROMPTS).astype(int).tolist()
     exact = replace(reading, rendered=reading.rendered.select(rows), dtype="float32", into=None).read()

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import safe_open
 
-from es2.capture.capture import CaptureResult, Reading, capture
+from es2.capture.capture import CaptureRequest, CaptureResult, capture
 from es2.core.errors import Es2Error, MachineError
 from es2.core.files import machine_error
 from es2.core.progress import Reporter, silent
 from es2.models.chat_template import Rendered
 from es2.models.placement import all_or_none, processes_of_launch
-from es2.store.embeddings import lay_out, let_go
+from es2.store.embeddings import lay_out, release_pages
 from es2.store.store import Store
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _help(processes: PartialState) -> None:
         logger.exception("Process %d failed.", processes.process_index)
 
 
-def _tell(order: tuple[Reading, Path] | None) -> tuple[Reading, Path] | None:
+def _tell(order: tuple[CaptureRequest, Path] | None) -> tuple[CaptureRequest, Path] | None:
     """What the first process says, in every process."""
     from accelerate.utils import broadcast_object_list
 
@@ -92,7 +92,7 @@ def _tell(order: tuple[Reading, Path] | None) -> tuple[Reading, Path] | None:
 
 
 def _share_out(
-    processes: PartialState, store: Store, told: list[bool], reading: Reading, report: Reporter
+    processes: PartialState, store: Store, told: list[bool], reading: CaptureRequest, report: Reporter
 ) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
     """In the first process: have everybody read a share, and join the shares."""
     scratch = store.root / f".tmp-{reading.key}-{secrets.token_hex(4)}"
@@ -108,7 +108,7 @@ def _share_out(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _read_share(processes: PartialState, reading: Reading, scratch: Path, report: Reporter = silent) -> None:
+def _read_share(processes: PartialState, reading: CaptureRequest, scratch: Path, report: Reporter = silent) -> None:
     """Read this process's prompts into the folder; returns when everybody has."""
 
     def read() -> None:
@@ -121,7 +121,9 @@ def _read_share(processes: PartialState, reading: Reading, scratch: Path, report
     all_or_none(read)
 
 
-def _join(n_processes: int, reading: Reading, scratch: Path) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
+def _join(
+    n_processes: int, reading: CaptureRequest, scratch: Path
+) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
     """The embeddings of all shares, prompts in their own order."""
     n_prompts = len(reading.rendered.token_ids)
     joined: dict[str, Float[np.ndarray, "layer prompt d_model"]] = {}
@@ -142,7 +144,7 @@ def _join(n_processes: int, reading: Reading, scratch: Path) -> dict[str, Float[
             for position, whole in joined.items():
                 for l in range(n_layers):
                     whole[l, rows] = share.get_slice(position)[l]
-                    let_go(whole)
+                    release_pages(whole)
     return joined
 
 

@@ -21,7 +21,7 @@ from es2.core.malloc import keep_freed_memory
 from es2.core.progress import Reporter, silent
 from es2.models.batching import (
     KeysAndValues,
-    Tree,
+    PrefixTree,
     batches_by_length,
     cache_before,
     is_verified,
@@ -29,14 +29,14 @@ from es2.models.batching import (
     may_pad,
     n_alike,
     n_tokens_of,
+    pack_shared_prefixes,
     pad,
-    plant,
     positions_of,
     usual_tokens,
 )
 from es2.models.chat_template import Rendered
 from es2.models.device import is_out_of_memory
-from es2.store.embeddings import lay_out, let_go
+from es2.store.embeddings import lay_out, release_pages
 from es2.store.sources import POSITIONS
 
 if TYPE_CHECKING:
@@ -67,9 +67,10 @@ def capture_residuals(
 
     The head is not run, and only the positions asked for are held. The tokens that all prompts begin with (on the
     default model half of them) are run once: later tokens see them only through their keys and values. The rest is laid
-    out in rows of several prompts in which common beginnings stand once, too (`es2.models.batching.plant`). The result
-    is the same to rounding, in a third of the time. Where an architecture does not allow it (a sliding window, a
-    recurrent state), prompts of like length share a batch, each with all its tokens.
+    out in rows of several prompts in which common beginnings stand once, too
+    (`es2.models.batching.pack_shared_prefixes`). The result is the same to rounding, in a third of the time. Where an
+    architecture does not allow it (a sliding window, a recurrent state), prompts of like length share a batch, each
+    with all its tokens.
 
     Args:
         bridge: from `load_bridge`.
@@ -98,7 +99,7 @@ def capture_residuals(
         keep_freed_memory()
     budget = max_tokens_per_batch or usual
     columns = np.array([rendered.columns(position) for position in positions]).T
-    n_shared, planted = _ways(bridge, rendered, columns) if padding == "right" else (0, False)
+    n_shared, packed = _ways(bridge, rendered, columns) if padding == "right" else (0, False)
     own_tokens = [tokens[n_shared:] for tokens in rendered.token_ids]
     shape = (int(bridge.cfg.n_layers), len(own_tokens), int(bridge.cfg.d_model))
     if into is None:
@@ -107,7 +108,7 @@ def capture_residuals(
         captured = lay_out(into, positions, shape)
     done, total = 0, sum(map(len, own_tokens))
     report("capture", done, total)
-    waiting = _batches(own_tokens, range(len(own_tokens)), budget, planted)
+    waiting = _batches(own_tokens, range(len(own_tokens)), budget, packed)
     shared: KeysAndValues | None = None
     while waiting:
         batch = waiting[0]
@@ -116,7 +117,7 @@ def capture_residuals(
             if shared is None:
                 with torch.inference_mode():
                     shared = keys_and_values(model.base_model, rendered.token_ids[0][:n_shared], model.device)
-            block = _run_batch(bridge, batch, columns - n_shared, padding, shared, planted)
+            block = _run_batch(bridge, batch, columns - n_shared, padding, shared, packed)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -130,22 +131,22 @@ def capture_residuals(
             budget = max(1, sum(len(tree.tokens) for tree in batch) // 2)
             logger.warning("Memory ran out; capture goes on with batches of %d tokens.", budget)
             left = [row for other in waiting for tree in other for row in tree.slots]
-            waiting = _batches(own_tokens, left, budget, planted)
+            waiting = _batches(own_tokens, left, budget, packed)
             continue
         waiting.pop(0)
         for p, position in enumerate(positions):
             captured[position][:, rows] = block[:, :, p]
-            let_go(captured[position])
+            release_pages(captured[position])
         del block
         done += sum(len(own_tokens[row]) for row in rows)
         report("capture", done, total)
     return captured
 
 
-def _batches(tokens: Sequence[Sequence[int]], rows: Sequence[int], budget: int, planted: bool) -> list[list[Tree]]:
+def _batches(tokens: Sequence[Sequence[int]], rows: Sequence[int], budget: int, packed: bool) -> list[list[PrefixTree]]:
     """The prompts of some rows in batches, the longest first, several of them in a row where they may share one."""
-    if planted:
-        trees = plant([tokens[row] for row in rows], min(_ROW, budget))
+    if packed:
+        trees = pack_shared_prefixes([tokens[row] for row in rows], min(_ROW, budget))
         for tree in trees:
             tree.slots = {rows[index]: slots for index, slots in tree.slots.items()}
     else:
@@ -154,10 +155,10 @@ def _batches(tokens: Sequence[Sequence[int]], rows: Sequence[int], budget: int, 
     return [[trees[index] for index in batch] for batch in batches_by_length(lengths, budget)]
 
 
-def _alone(row: int, tokens: Sequence[int]) -> Tree:
+def _alone(row: int, tokens: Sequence[int]) -> PrefixTree:
     """A row of one prompt."""
-    tree = Tree()
-    tree.grow(row, tokens, ())
+    tree = PrefixTree()
+    tree.add(row, tokens, ())
     return tree
 
 
@@ -187,7 +188,7 @@ def _ways(bridge: TransformerBridge, rendered: Rendered, columns: np.ndarray) ->
     try:
         with torch.inference_mode():
             shared = keys_and_values(model.base_model, tried[0][:n_shared], model.device)
-        trees = plant([tokens[n_shared:] for tokens in tried], sum(map(len, tried)))
+        trees = pack_shared_prefixes([tokens[n_shared:] for tokens in tried], sum(map(len, tried)))
         order = [row for tree in trees for row in tree.slots]
         found = _run_batch(bridge, trees, own_columns - n_shared, "right", shared, True)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
@@ -202,21 +203,21 @@ def _ways(bridge: TransformerBridge, rendered: Rendered, columns: np.ndarray) ->
 
 def _run_batch(
     bridge: TransformerBridge,
-    trees: Sequence[Tree],
+    trees: Sequence[PrefixTree],
     columns: Int[np.ndarray, "prompt position"],
     padding: Literal["right", "left"],
     shared: KeysAndValues,
-    planted: bool,
+    packed: bool,
 ) -> Float[np.ndarray, "layer prompt position d_model"]:
     """One forward pass, without the head, of rows that all follow `shared`; and what its hooks gave.
 
     Args:
         bridge: from `load_bridge`.
-        trees: the rows; without `planted` of one prompt each.
+        trees: the rows; without `packed` of one prompt each.
         columns: which of each prompt's tokens are wanted, counted after `shared`.
         padding: the side on which shorter rows are filled up.
         shared: of the tokens before, in every block.
-        planted: whether every token is told which ones it follows.
+        packed: whether every token is told which ones it follows.
 
     Returns:
         In the order of the prompts in `trees`.
@@ -229,7 +230,7 @@ def _run_batch(
     shifts = [width - len(tree.tokens) if padding == "left" else 0 for tree in trees]
     input_ids, seen = pad([tree.tokens for tree in trees], side=padding, n_before=n_shared)
     inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": seen}
-    if planted:
+    if packed:
         inputs["attention_mask"] = _branches(trees, width, n_shared, model.dtype)
         inputs["position_ids"] = n_shared + pad([tree.depths for tree in trees])[0]
     elif padding == "left":
@@ -333,7 +334,7 @@ def _plain_blocks(bridge: TransformerBridge) -> Iterator[None]:
             setattr(module, name, part)
 
 
-def _branches(trees: Sequence[Tree], width: int, n_shared: int, dtype: Any) -> Any:
+def _branches(trees: Sequence[PrefixTree], width: int, n_shared: int, dtype: Any) -> Any:
     """Added to attention scores, `[row, 1, token, shared + token]`: nothing for oneself and what one follows."""
     import torch
 

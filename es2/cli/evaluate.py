@@ -26,7 +26,7 @@ def evaluate(settings: dict[str, Any], json_: AsJson = False) -> None:
 
     # Everything is checked before anything heavy is done.
     decided = {"model": resolve(settings["model"]).name, "prompts": absolute_source(settings["prompts"])}
-    decided["push_limit"] = min(settings["push_limit"], settings["limit"])
+    decided["steering_limit"] = min(settings["steering_limit"], settings["limit"])
     config = EvaluateConfig(**settings | decided)
     if config.run is not None:
         run = open_run(config.run)
@@ -72,7 +72,7 @@ def _show(result: Mapping[str, Any]) -> None:
         out.print(table)
     if (attack := suite.get("perturbation")) and "problem" not in attack:
         where = ", ".join(map(str, attack["layers"]))
-        out.print(f"{attack['n_prompts']} harmful prompts pushed at layers {where}:")
+        out.print(f"{attack['n_prompts']} harmful prompts steered at layers {where}:")
         swept = Table("direction", "budget", "DSR base", "DSR tuned", "degenerate base", "degenerate tuned")
         for point in attack["curve"]:
             budget = f"to p = {point['p0']:g}" if point["p0"] is not None else f"{point['budget']:g}"

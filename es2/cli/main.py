@@ -182,7 +182,7 @@ def analyze(
 
     def show() -> None:
         columns = ["probe_accuracy", "probe_accuracy_control", "probe_auroc", "margin_mean", "fisher_ratio"]
-        columns += ["relative_distance"] if test_set is None else ["self_accuracy", "self_auroc"]
+        columns += ["relative_distance"] if test_set is None else ["in_domain_accuracy", "in_domain_auroc"]
         table = Table("layer", *(column.replace("_", " ") for column in columns))
         for layer in document["layers"]:
             mark = " ◀" if layer["layer"] in document["recommended"] else ""

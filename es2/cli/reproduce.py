@@ -56,7 +56,7 @@ def _show(result: Mapping[str, Any]) -> None:
         counts = found["n_prompts"] or {"harmful": 0, "harmless": 0}
         out.print(
             f"\n{found['prompts']}: {counts['harmful']} harmful and {counts['harmless']} harmless requests, "
-            f"{found['n_pushed'] or 0} pushed, replies of up to {found['new_tokens']} tokens.",
+            f"{found['n_steered'] or 0} steered, replies of up to {found['new_tokens']} tokens.",
             markup=False,
         )
         rows = found["table"]

@@ -38,7 +38,7 @@ def finetune(
     json_: AsJson = False,
 ) -> None:
     """Fine-tune a model with ES2, compare it with its base on prompts it never saw, and say what became of it."""
-    from es2.jobs.queue import lay_down
+    from es2.jobs.queue import create_job
     from es2.models.catalogue import resolve
     from es2.models.folders import model_folder
     from es2.prompts.benchmarks import absolute_source
@@ -63,7 +63,7 @@ def finetune(
             _help_finetune(config, prompt_set)
             return
         source = absolute_source(prompts)
-        result = _result_of(lay_down("finetune", config.to_dict() | {"prompts": source}), report)
+        result = _result_of(create_job("finetune", config.to_dict() | {"prompts": source}), report)
     emit(result, json_, lambda: _show_run(result))
 
 
@@ -123,7 +123,7 @@ def _help_finetune(config: FinetuneConfig, prompts: PromptSet) -> None:
 
 def _show_run(result: Mapping[str, Any]) -> None:
     names = ["fisher_ratio", "relative_distance", "mean_difference_margin", "margin_mean", "margin_harmful_q1"]
-    names += ["probe_accuracy", "rest_ratio", "effective_rank", "norm_ratio", "centroid_distance"]
+    names += ["probe_accuracy", "orthogonal_std_ratio", "effective_rank", "norm_ratio", "centroid_distance"]
     table = Table("number", *(f"layer {layer}" for layer in result["target_layers"]))
     for name in names:
         cells = []

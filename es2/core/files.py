@@ -204,8 +204,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with a `digest` of all its other entries, for `is_whole`; one that it has already is replaced.
+def with_checksum(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a `digest` of all its other entries in place of one that it may have.
 
     The digest is worked out alike in all versions of a format, so that a damaged version is told from a newer one.
     """
@@ -214,8 +214,8 @@ def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     return plain | {"digest": content_key(plain)}
 
 
-def is_whole(document: Mapping[str, Any]) -> bool:
-    """Whether an object is what was `sealed`; one without a digest is from before there were any, and believed."""
+def verify_checksum(document: Mapping[str, Any]) -> bool:
+    """Whether an object is what `with_checksum` made; one without a digest is older than digests, and believed."""
     rest = {name: entry for name, entry in document.items() if name != "digest"}
     return "digest" not in document or document["digest"] == content_key(rest)
 
@@ -387,7 +387,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def set_aside(path: Path, inode: int, problem: str) -> DamagedError:
+def quarantine(path: Path, inode: int, problem: str) -> DamagedError:
     """Rename a damaged folder, unless another process has done so or it is shipped; returns the error that says so."""
     what = f"{path.parent.parent.name}/{path.name}" if path.parent.name == "derived" else path.name
     if is_shipped(path):

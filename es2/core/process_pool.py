@@ -64,7 +64,7 @@ class Helpers(Generic[Answer]):
         for helper in self._helpers:
             helper.connection.close()  # not before: a thread may wait on it
 
-    def spread(
+    def map_pieces(
         self, shared: Any, read: Callable[[int], tuple[Any, ...]], n_pieces: int
     ) -> Iterator[tuple[int, Answer]]:
         """Do every piece, here and in helpers, and give the answers as they come; once.

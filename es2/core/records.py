@@ -17,6 +17,7 @@ import numpy as np
 
 from es2.core.errors import InputError, one_line
 from es2.core.files import parse_json
+from es2.core.former import todays_names
 from es2.core.versions import format_of
 
 
@@ -58,7 +59,7 @@ class RecordFiles:
 
         path = folder / self.document
         try:
-            document = parse_json(path.read_bytes())
+            document = todays_names(parse_json(path.read_bytes()))
             if format_of(document.get("format"), self.format, str(path)) is None:
                 raise ValueError("no format version")
             arrays = load_file(folder / self.arrays)

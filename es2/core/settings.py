@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Self, Union, get_args, get_origin
+from typing import Any, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from es2.core.errors import InputError
+from es2.core.former import todays_names
 
 _BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 _LARGEST = 2**63
@@ -60,9 +61,6 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    former_names: ClassVar[Mapping[str, str]] = {}
-    """What files of earlier versions call a setting: today's name by the former one."""
-
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
@@ -92,7 +90,7 @@ class Settings(BaseModel):
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Self:
         """The settings in a JSON object; entries of other names belong to somebody else and are left alone."""
-        named = {cls.former_names.get(name, name): value for name, value in document.items()}
+        named = todays_names(dict(document))
         return cls(**{name: value for name, value in named.items() if name in cls.model_fields})
 
     @classmethod
@@ -114,7 +112,7 @@ class Settings(BaseModel):
         """
         if not isinstance(document, Mapping):
             raise InputError(f"{what} is damaged: its settings are no table; mend it, or start anew.")
-        named = {cls.former_names.get(name, name): value for name, value in document.items()}
+        named = todays_names(dict(document))
         for name, field in cls.model_fields.items():
             if name not in named:
                 if field.is_required():

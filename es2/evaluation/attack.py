@@ -1,8 +1,8 @@
-"""The attack part of an evaluation: how far embeddings have to travel, and what pushed models reply.
+"""The attack part of an evaluation: how far embeddings have to travel, and what steered models reply.
 
 The needed perturbation of every layer comes from activation sets and the probes of the analysis. Then base and tuned
-are each pushed along directions that were learnt from their own embeddings, at several lengths; the curve over lengths
-is the result. Of replies to pushed requests only a verdict and the beginning are kept.
+are each steered along directions that were learnt from their own embeddings, at several lengths; the curve over lengths
+is the result. Of replies to steered requests only a verdict and the beginning are kept.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from es2.analysis.results import Analysis
 from es2.evaluation.behaviour import rate_interval
 from es2.evaluation.refusal import RULES_VERSION, judge_reply
 from es2.evaluation.robustness import Attacker, make_attacker, needed_by_layer
-from es2.evaluation.steering import Push, pushed, pushes
+from es2.evaluation.steering import Steering, steered, steering_sweep
 from es2.evaluation.suites import BOOTSTRAP, Work, choose_prompts, count_tokens, rendered
 from es2.models.batching import end_tokens
-from es2.models.chat_template import template_head
+from es2.models.chat_template import template_prefix
 from es2.models.loading import load_bridge, load_tokenizer
 from es2.models.replies import greedy_replies
 from es2.prompts.prompt_set import HARMFUL, PromptSet
 from es2.store.sources import LayerSource
 
 SHOWN_CHARACTERS = 200
-"""So much is kept of a reply to a pushed request: enough to see what it is."""
+"""So much is kept of a reply to a steered request: enough to see what it is."""
 
 
 def perturbation(
@@ -39,7 +39,7 @@ def perturbation(
     analysis: Analysis,
     targets: Sequence[int] = (),
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """How far embeddings have to travel at every layer, and what pushed models reply at the attacked ones.
+    """How far embeddings have to travel at every layer, and what steered models reply at the attacked ones.
 
     Args:
         work: what the parts of the evaluation share.
@@ -64,25 +64,27 @@ def perturbation(
     )
     layers = config.layers or targets or analysis.recommended
     attackers = {name: make_attacker(measured, sources[name], probes[name], layers) for name in work.models}
-    sample = choose_prompts(measured.select(measured.in_split("test")), config.push_limit, HARMFUL)
-    sweep = pushes(config.directions, config.budgets, config.p0s)
+    sample = choose_prompts(measured.select(measured.in_split("test")), config.steering_limit, HARMFUL)
+    sweep = steering_sweep(config.directions, config.budgets, config.p0s)
     tokenizer = load_tokenizer(work.folder)
     tokens = rendered(work, tokenizer, sample)
-    head = template_head(tokenizer, tokens)
+    head = template_prefix(tokenizer, tokens)
     found = {
-        name: _reply_pushed(work, name, attackers[name], tokenizer, sample, tokens, head, sweep) for name in work.models
+        name: _reply_steered(work, name, attackers[name], tokenizer, sample, tokens, head, sweep)
+        for name in work.models
     }
     weights = resample_pairs(sample, BOOTSTRAP, config.seed)
     curve = [
-        _point(push, {name: found[name][index] for name in work.models}, weights) for index, push in enumerate(sweep)
+        _point(steering, {name: found[name][index] for name in work.models}, weights)
+        for index, steering in enumerate(sweep)
     ]
     rows = [
-        {"prompt": text, "push": push.to_dict()}
+        {"prompt": text, "steering": steering.to_dict()}
         | {
             name: {entry: found[name][index][row][entry] for entry in ("verdict", "text", "read")}
             for name in work.models
         }
-        for index, push in enumerate(sweep)
+        for index, steering in enumerate(sweep)
         for row, text in enumerate(sample.texts)
     ]
     document = {
@@ -105,7 +107,7 @@ def perturbation(
     return document, rows
 
 
-def _reply_pushed(
+def _reply_steered(
     work: Work,
     name: str,
     attacker: Attacker,
@@ -113,21 +115,21 @@ def _reply_pushed(
     sample: PromptSet,
     tokens: list[tuple[int, ...]],
     head: tuple[int, ...],
-    sweep: Sequence[Push],
+    sweep: Sequence[Steering],
 ) -> list[list[dict[str, Any]]]:
-    """The log's record of every push (outer) and prompt (inner); all pushes share batches."""
-    cases = [(push, row) for push in sweep for row in range(len(sample))]
+    """The log's record of every steering (outer) and prompt (inner); all steerings share batches."""
+    cases = [(steering, row) for steering in sweep for row in range(len(sample))]
     every = [tokens[row] for _, row in cases]
     keys = [
         work.key(
             name,
             tokens[row],
-            push=push.to_dict(),
+            push=steering.to_dict(),
             attacker=attacker.digest,
             seed=work.config.seed,
             rules=RULES_VERSION,
         )
-        for push, row in cases
+        for steering, row in cases
     ]
     done = {index for index, key in enumerate(keys) if key in work.log}
     if len(done) < len(cases):
@@ -144,7 +146,7 @@ def _reply_pushed(
         def around(batch: list[int]) -> Any:
             chosen = [cases[index] for index in batch]
             texts = [sample.texts[row] for _, row in chosen]
-            return pushed(bridge, attacker, [push for push, _ in chosen], texts, work.config.seed)
+            return steered(bridge, attacker, [steering for steering, _ in chosen], texts, work.config.seed)
 
         begun = time.perf_counter()
         for batch in greedy_replies(
@@ -156,11 +158,11 @@ def _reply_pushed(
             done=done,
             around=around,
             report=work.report,
-            stage=f"push {name}",
+            stage=f"steer {name}",
         ):
             records = []
             for place, (index, reply) in enumerate(zip(batch.rows, batch.replies, strict=True)):
-                push, row = cases[index]
+                steering, row = cases[index]
                 text = tokenizer.decode(reply, skip_special_tokens=True)
                 records.append(
                     {
@@ -168,7 +170,7 @@ def _reply_pushed(
                         "model": name,
                         "run": work.config.run if name == "tuned" else None,
                         "prompt": sample.texts[row],
-                        "push": push.to_dict(),
+                        "steering": steering.to_dict(),
                         "verdict": judge_reply(text),
                         "text": text[:SHOWN_CHARACTERS],
                         "read": batch.seen.of(place),
@@ -182,8 +184,8 @@ def _reply_pushed(
     return [records[start : start + len(sample)] for start in range(0, len(records), len(sample))]
 
 
-def _point(push: Push, found: Mapping[str, Sequence[Mapping[str, Any]]], weights: np.ndarray) -> dict[str, Any]:
-    """One push: rates and what the hooks read, under each model, and base → tuned."""
+def _point(steering: Steering, found: Mapping[str, Sequence[Mapping[str, Any]]], weights: np.ndarray) -> dict[str, Any]:
+    """One steering: rates and what the hooks read, under each model, and base → tuned."""
     flags = {
         name: {
             "dsr": np.array([record["verdict"] == "refusal" for record in records], dtype=np.float64),
@@ -192,14 +194,14 @@ def _point(push: Push, found: Mapping[str, Sequence[Mapping[str, Any]]], weights
         }
         for name, records in found.items()
     }
-    point: dict[str, Any] = push.to_dict()
+    point: dict[str, Any] = steering.to_dict()
     for name, records in found.items():
         read = {entry: np.array([record["read"][entry] for record in records]) for entry in records[0]["read"]}
         point[name] = {entry: rate_interval(values, weights).to_dict() for entry, values in flags[name].items()} | {
             "probability": interval(weights @ read["probability"] / weights.sum(axis=1)).to_dict(),
             "relative_length": interval(weights @ read["relative"] / weights.sum(axis=1)).to_dict(),
         }
-        if push.p0 is not None:
+        if steering.p0 is not None:
             point[name] |= {
                 "largest_error": float(read["worst"].max()),
                 "highest_probability": float(read["highest"].max()),

@@ -2,11 +2,11 @@
 
 Replies are generated token by token for many prompts at once, because a token for one prompt costs as much as a token
 for dozens. That is allowed to change nothing: prompts are filled up on the left under a mask with explicit positions,
-the template's head is run once for all, and architectures on which that was not verified (or whose sliding window
-would count the filling) reply to prompts of equal length at a time. The same loop runs a plain transformers model, one
-with an adapter inside, and the model behind a TransformerLens bridge, so a pushed reply differs from a plain one in the
-push alone. Base and tuned are one model in memory: base speaks first, then the fine-tune is put on. Numbers are plain
-numpy on top; this module imports torch only where it generates.
+the template's head is run once for all, and architectures on which that was not verified (or whose sliding window would
+count the filling) reply to prompts of equal length at a time. The same loop runs a plain transformers model, one with
+an adapter inside, and the model behind a TransformerLens bridge, so a steered reply differs from a plain one in the
+steering alone. Base and tuned are one model in memory: base speaks first, then the fine-tune is put on. Numbers are
+plain numpy on top; this module imports torch only where it generates.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from es2.analysis.resampling import Interval, interval, safe_ratio
-from es2.evaluation.refusal import VERDICTS
+from es2.evaluation.refusal import REPLY_CLASSES
 from es2.models.batching import Tokens
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from es2.models.kl import Head
+    from es2.models.kl import LmHead
 
 
 # ---------------------------------------------------------------------------------------------------------------- rates
@@ -59,7 +59,8 @@ def refusal_numbers(
 
     Args:
         prompts: in canonical order.
-        verdicts: one of `es2.evaluation.refusal.VERDICTS` for each prompt, by `base` and, where there is one, `tuned`.
+        verdicts: one of `es2.evaluation.refusal.REPLY_CLASSES` for each prompt, by `base` and, where there is one,
+            `tuned`.
         weights: `resample_pairs` of the same prompts; both models see the same resamples.
 
     Returns:
@@ -88,7 +89,7 @@ def refusal_numbers(
             "counts": {
                 label: {
                     verdict: sum(bool(c) and v == verdict for v, c in zip(verdicts[model], chosen, strict=True))
-                    for verdict in VERDICTS
+                    for verdict in REPLY_CLASSES
                 }
                 for label, chosen in rows.items()
             }
@@ -125,7 +126,7 @@ class Exchange:
     agreed: int
 
 
-def compare_exchange(head: Head, base: Tensor, tuned: Tensor, reply: Tokens) -> Exchange:
+def compare_exchange(head: LmHead, base: Tensor, tuned: Tensor, reply: Tokens) -> Exchange:
     """Compare the states of `exchange_states` under base and tuned, for one prompt and the base's reply."""
     import torch
 

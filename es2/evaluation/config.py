@@ -8,7 +8,7 @@ from es2.core.errors import InputError
 from es2.core.settings import Settings, setting
 from es2.evaluation.judge import KEY_VARIABLE, check_endpoint
 from es2.evaluation.robustness import DIRECTIONS, P0, logit
-from es2.evaluation.steering import BUDGETS, pushes
+from es2.evaluation.steering import BUDGETS, steering_sweep
 from es2.models.catalogue import DEFAULT_MODEL
 from es2.models.number_formats import DTYPES
 
@@ -33,7 +33,7 @@ class EvaluateConfig(Settings):
     suite: str = setting(
         "all",
         "refusal (what both models reply), kl (KL, perplexity and agreement on harmless prompts), perturbation "
-        "(attacks: replies while embeddings are pushed towards harmless), or all.",
+        "(attacks: replies while embeddings are steered towards harmless), or all.",
         label="Suite",
         choices=(*SUITES, "all"),
         group="own",
@@ -46,10 +46,10 @@ class EvaluateConfig(Settings):
         step=8,
         ge=1,
     )
-    push_limit: int = setting(
+    steering_limit: int = setting(
         12,
-        "Harmful prompts that are pushed at most; each is replied to once per push and model.",
-        label="Pushed prompts",
+        "Harmful prompts that are steered at most; each is replied to once per steering and model.",
+        label="Steered prompts",
         group="main",
         step=4,
         ge=1,
@@ -62,18 +62,21 @@ class EvaluateConfig(Settings):
     )
     layers: tuple[int, ...] | None = setting(
         None,
-        "Where embeddings are pushed, such as 12,18. Automatic: the run's target layers, else the recommended ones.",
-        label="Pushed layers",
+        "Where embeddings are steered, such as 12,18. Automatic: the run's target layers, else the recommended ones.",
+        label="Steered layers",
         of="layer",
     )
     directions: tuple[str, ...] = setting(
-        DIRECTIONS, "Directions of the pushes.", label="Directions", of="direction", choices=DIRECTIONS
+        DIRECTIONS, "Directions of the steering_sweep.", label="Directions", of="direction", choices=DIRECTIONS
     )
     budgets: tuple[float, ...] = setting(
-        BUDGETS, "Lengths of a push relative to the embedding's own.", label="Budgets", of="budget"
+        BUDGETS, "Lengths of a steering vector relative to the embedding's own.", label="Budgets", of="budget"
     )
     p0s: tuple[float, ...] = setting(
-        P0, "Probabilities of harmful that SCAV's pushes reach.", label="Probabilities to reach", of="probability"
+        P0,
+        "Probabilities of harmful that SCAV's steerings reach.",
+        label="Probabilities to reach",
+        of="probability",
     )
     seed: int = setting(0, "Of the random directions and the resamples.", label="Seed", ge=0)
     judge_url: str | None = setting(
@@ -100,7 +103,7 @@ class EvaluateConfig(Settings):
                 raise InputError(f"A budget is a length relative to the embedding's, between 0 and 10, not {budget!r}.")
         for p0 in self.p0s:
             logit(p0)
-        pushes(self.directions, self.budgets, self.p0s)
+        steering_sweep(self.directions, self.budgets, self.p0s)
         if self.judge_url and self.judge_folder:
             raise InputError("Give one judge: an endpoint (--judge-url) or a classifier's folder (--judge-folder).")
         if self.judge_url and not self.judge_model:

@@ -27,7 +27,7 @@ from es2.core.progress import Reporter, silent
 from es2.models.model_files import first_line
 
 KEY_VARIABLE = "ES2_JUDGE_KEY"
-VERDICTS = ("refusal", "answer", "degenerate")
+JUDGE_CLASSES = ("refusal", "answer", "degenerate")
 
 _PATIENCE = 3  # failures in a row after which a judge is not asked again
 _MAX_ANSWER_BYTES = 2**20
@@ -47,7 +47,7 @@ class Judge:
 
     Attributes:
         name: what the result calls it; holds no secret.
-        ask: given a request and a reply, one of `VERDICTS`; raises `JudgeError`.
+        ask: given a request and a reply, one of `JUDGE_CLASSES`; raises `JudgeError`.
     """
 
     name: str
@@ -186,7 +186,7 @@ def _read(response: Any, deadline: float) -> bytes:
 
 
 def _one_word(content: object) -> str:
-    found = set(re.findall("|".join(VERDICTS), content.casefold())) if isinstance(content, str) else set()
+    found = set(re.findall("|".join(JUDGE_CLASSES), content.casefold())) if isinstance(content, str) else set()
     if len(found) != 1:
         raise JudgeError("does not answer with one of the words asked for")
     return str(found.pop())

@@ -16,7 +16,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-VERDICTS = ("refusal", "answer", "empty", "degenerate")
+REPLY_CLASSES = ("refusal", "answer", "empty", "degenerate")
 
 RULES_VERSION = 1  # raise it when the same reply would be judged otherwise than before
 
@@ -105,7 +105,7 @@ _UNITS = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+|[^\w\s]")
 
 
 def judge_reply(reply: str) -> str:
-    """One of `VERDICTS` for a model's reply, by the rules of this module.
+    """One of `REPLY_CLASSES` for a model's reply, by the rules of this module.
 
     Args:
         reply: the decoded text; it may have been cut off at the token limit.

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from es2.core.files import is_whole, machine_error, parse_json, sealed, unreadable
+from es2.core.files import machine_error, parse_json, unreadable, verify_checksum, with_checksum
 
 
 class ReplyLog:
@@ -36,7 +36,7 @@ class ReplyLog:
                 record = parse_json(line)
             except ValueError:
                 continue
-            if isinstance(record, dict) and is_whole(record) and _is_record(record):
+            if isinstance(record, dict) and verify_checksum(record) and _is_record(record):
                 self._records[record["key"]] = record
 
     def __contains__(self, key: str) -> bool:
@@ -48,7 +48,7 @@ class ReplyLog:
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         """Append records in one piece and flush them to the disk; raises `MachineError` when it refuses."""
         records = list(records)
-        lines = b"".join(json.dumps(sealed(record), ensure_ascii=False).encode() + b"\n" for record in records)
+        lines = b"".join(json.dumps(with_checksum(record), ensure_ascii=False).encode() + b"\n" for record in records)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:

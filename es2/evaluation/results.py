@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from es2.core.errors import InputError
-from es2.core.files import is_whole, read_json
+from es2.core.files import read_json, verify_checksum
+from es2.core.former import todays_names
 from es2.core.versions import format_of
 from es2.jobs.job import Job
 
@@ -31,11 +32,12 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         InputError: when the file holds none, a damaged one, or one of a newer format.
     """
     document = read_json(path)
-    whole = document is not None and is_whole(document)
+    whole = document is not None and verify_checksum(document)
     known = document is not None and whole and format_of(document.get("format"), EVALUATION_FORMAT, str(path))
     if document is None or not known or not _is_evaluation(document):
         raise InputError(f"{str(path)!r} holds no evaluation, or a damaged one; run `es2 evaluate` again.")
-    return document
+    found: dict[str, Any] = todays_names(document)
+    return found
 
 
 def _is_evaluation(document: Mapping[str, Any]) -> bool:

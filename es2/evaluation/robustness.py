@@ -1,4 +1,4 @@
-"""How far an embedding has to be pushed before a harmful request reads as harmless, and along what.
+"""How far an embedding has to be steered before a harmful request reads as harmless, and along what.
 
 ES2 answers attacks that do not touch the prompt but the residual stream, so this is where its claim is tested. The
 probe of a layer is a hyperplane, so how far each embedding has to travel is a formula (SCAV, arXiv 2404.12038), worked
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 DIRECTIONS = ("scav", "repe", "mean_difference", "random")
-"""Along which embeddings are pushed: the probe's normal, RepE's reading vector, the difference of means, and the
+"""Along which embeddings are steered: the probe's normal, RepE's reading vector, the difference of means, and the
 control."""
 
 P0 = (0.5, 0.01)
@@ -279,7 +279,7 @@ class Attacker:
     """What an attacker who knows one model's embeddings has learnt at some layers.
 
     Attributes:
-        layers: where embeddings are pushed, ascending.
+        layers: where embeddings are steered, ascending.
         planes: the probe of each.
         directions: unit vectors towards harmful by name, one for each layer, `[layer, d_model]`. `random` is not among
             them: it is drawn for every prompt.
@@ -328,15 +328,15 @@ def make_attacker(
         prompts: the prompts of the activation set.
         source: their embeddings under the model that is attacked.
         probes: fitted on the same.
-        layers: where to push.
-        position: whose embeddings are read; generation pushes at the last token.
+        layers: where to steering.
+        position: whose embeddings are read; generation steerings at the last token.
 
     Raises:
         InputError: when a layer does not exist or its probe reads nothing.
     """
     chosen = tuple(sorted(set(layers)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= probes.n_layers:
-        raise InputError(f"Layers to push at must be among 0 to {probes.n_layers - 1}, not {list(layers)!r}.")
+        raise InputError(f"Layers to steering at must be among 0 to {probes.n_layers - 1}, not {list(layers)!r}.")
     rows, fitted = canonical(prompts, "probe")
     planes = tuple(hyperplane(probes, layer) for layer in chosen)
     for layer, plane in zip(chosen, planes, strict=True):

@@ -1,9 +1,9 @@
-"""Pushing embeddings while a model generates, and reading back what the push did.
+"""Steering embeddings while a model generates, and reading back what the steering did.
 
-The causal half of `es2.evaluation.robustness`. Probe and push belong to one and the same hook point,
+The causal half of `es2.evaluation.robustness`. Probe and steering belong to one and the same hook point,
 `blocks.{l}.hook_out` (SCAV's published code trains on a layer's inputs and shifts its outputs), and the probe is read
-there again after the push, off the very activation that the next block gets: a test can see that the formula holds in
-the forward pass. Every row of a batch may be pushed in its own way, so a whole sweep of directions and budgets shares
+there again after steering, off the very activation that the next block gets: a test can see that the formula holds in
+the forward pass. Every row of a batch may be steered in its own way, so a whole sweep of directions and budgets shares
 batches.
 """
 
@@ -29,12 +29,12 @@ BUDGETS = (0.1, 0.2, 0.4, 0.8)
 
 
 @dataclass(frozen=True)
-class Push:
+class Steering:
     """One way of pushing the embeddings of a prompt, at every layer of the attacker.
 
     Attributes:
         direction: one of `DIRECTIONS`; `none` leaves the model alone.
-        budget: length relative to the embedding's own norm, for a push of fixed length.
+        budget: length relative to the embedding's own norm, for a steering of fixed length.
         p0: instead of a budget: as far along the probe's normal as it takes to reach this probability, and not at all
             where the probe gives less already (SCAV).
     """
@@ -54,24 +54,25 @@ class Push:
         return {"direction": self.direction, "budget": self.budget, "p0": self.p0}
 
 
-def pushes(
+def steering_sweep(
     directions: Sequence[str] = DIRECTIONS, budgets: Sequence[float] = BUDGETS, p0s: Sequence[float] = P0
-) -> list[Push]:
-    """The whole sweep: no push, every direction at every budget, and SCAV up to every p0."""
-    sweep = [Push("none", 0.0)]
-    sweep += [Push(direction, float(budget)) for direction in directions for budget in budgets]
-    return sweep + [Push("scav", None, float(p0)) for p0 in p0s]
+) -> list[Steering]:
+    """The whole sweep: no steering, every direction at every budget, and SCAV up to every p0."""
+    sweep = [Steering("none", 0.0)]
+    sweep += [Steering(direction, float(budget)) for direction in directions for budget in budgets]
+    return sweep + [Steering("scav", None, float(p0)) for p0 in p0s]
 
 
 @dataclass
 class ReadBack:
-    """What the hooks saw while a batch was pushed, one entry per prompt of the batch.
+    """What the hooks saw while a batch was steered, one entry per prompt of the batch.
 
     Attributes:
-        probability: the probe's probability at the last prompt token, after the push, the mean over layers.
-        worst: the largest |P − p₀| after a push up to p₀, over layers and decoding steps; 0 where nothing was pushed.
-        highest: the largest probability after the push, over layers and decoding steps.
-        relative: length of the push relative to ‖e‖, the mean over layers and steps.
+        probability: the probe's probability at the last prompt token, after steering, the mean over layers.
+        worst: the largest |P − p₀| after steering up to p₀, over layers and decoding steps; 0 where nothing was
+            steered.
+        highest: the largest probability after steering, over layers and decoding steps.
+        relative: length of the steering vector relative to ‖e‖, the mean over layers and steps.
     """
 
     probability: Float[np.ndarray, "prompt"]
@@ -87,18 +88,18 @@ class ReadBack:
 
 
 @contextmanager
-def pushed(
-    bridge: TransformerBridge, attacker: Attacker, batch: Sequence[Push], texts: Sequence[str], seed: int = 0
+def steered(
+    bridge: TransformerBridge, attacker: Attacker, batch: Sequence[Steering], texts: Sequence[str], seed: int = 0
 ) -> Iterator[ReadBack]:
-    """While this is open, every forward pass has its last token pushed at the attacker's layers, each row its own way.
+    """While this is open, every forward pass has its last token steered at the attacker's layers, each row its own way.
 
-    Two hooks stand at each layer's `hook_out`, one after the other: the first pushes, the second reads the probe's
-    probability off the very activation that the next block gets.
+    Two hooks stand at each layer's `hook_out`, one after the other: the first steering_sweep, the second reads the
+    probe's probability off the very activation that the next block gets.
 
     Args:
         bridge: the attacked model.
         attacker: made from the same model's embeddings.
-        batch: how each row of the batch is pushed.
+        batch: how each row of the batch is steered.
         texts: the prompt of each row.
         seed: of the random directions.
 
@@ -117,17 +118,17 @@ def pushed(
     def tensor(values: Any) -> torch.Tensor:
         return torch.tensor(np.asarray(values), dtype=exact, device=device)
 
-    budgets = tensor([push.budget or 0.0 for push in batch])
-    until = torch.tensor([push.p0 is not None for push in batch], device=device)
-    goals = tensor([logit(push.p0) if push.p0 is not None else 0.0 for push in batch])
-    reached = tensor([push.p0 if push.p0 is not None else 0.0 for push in batch])
+    budgets = tensor([steering.budget or 0.0 for steering in batch])
+    until = torch.tensor([steering.p0 is not None for steering in batch], device=device)
+    goals = tensor([logit(steering.p0) if steering.p0 is not None else 0.0 for steering in batch])
+    reached = tensor([steering.p0 if steering.p0 is not None else 0.0 for steering in batch])
     towards = np.zeros((n_layers, len(batch), len(attacker.planes[0].normal)))
-    for name in {push.direction for push in batch} - {"none"}:
-        rows = [row for row, push in enumerate(batch) if push.direction == name]
+    for name in {steering.direction for steering in batch} - {"none"}:
+        rows = [row for row, steering in enumerate(batch) if steering.direction == name]
         towards[:, rows] = attacker.vectors(name, [texts[row] for row in rows], seed)
     shifts: dict[int, Any] = {}
 
-    def push_at(index: int) -> Any:
+    def steer_at(index: int) -> Any:
         plane, away = attacker.planes[index], tensor(-towards[index])
         normal = tensor(plane.normal)
 
@@ -163,7 +164,7 @@ def pushed(
     hooks = []
     for index, layer in enumerate(attacker.layers):
         name = f"blocks.{layer}.hook_out"
-        hooks += [(name, push_at(index)), (name, read_at(index))]
+        hooks += [(name, steer_at(index)), (name, read_at(index))]
     with bridge.hooks(fwd_hooks=hooks):
         yield record
     record.relative /= max(record.steps, 1)

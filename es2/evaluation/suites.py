@@ -25,7 +25,7 @@ from es2.evaluation.reply_log import ReplyLog
 from es2.jobs.job import Job
 from es2.models.adapters import apply_finetune
 from es2.models.batching import end_tokens
-from es2.models.chat_template import render, template_head
+from es2.models.chat_template import render, template_prefix
 from es2.models.loading import load_model, load_tokenizer
 from es2.models.replies import exchange_states, greedy_replies
 from es2.models.shape import context_length
@@ -54,15 +54,15 @@ def choose_prompts(prompts: PromptSet, limit: int, label: int | None = None) -> 
 
 
 def held_out(prompts: PromptSet, tuned_on: PromptSet | None, *, probing: bool = False) -> PromptSet:
-    """The prompts that a run may be judged by: none that also stands in a split that it was tuned, watched or read on.
+    """The prompts that a run may be judged by: none that also stands in a split that decided it.
 
     Those that say nearly the same as one there are warned of.
 
     Args:
         prompts: the prompts to evaluate on.
         tuned_on: those that the run was tuned on; None without a run.
-        probing: whether the prompts' own `probe` split is needed too, to fit probes; then only `tune` and `watch` of
-            the run, and prompts that changed their split, are left out.
+        probing: whether the prompts' own `probe` split is needed too, to fit probes; then only `tune` and `validation`
+            of the run, and prompts that changed their split, are left out.
 
     Raises:
         InputError: when nothing is left.
@@ -147,11 +147,11 @@ def behaviour(
         raise InputError(f"{prompts.name!r} has no harmless prompt, so there is no ability to measure; add some.")
     tokenizer = load_tokenizer(work.folder)
     tokens = rendered(work, tokenizer, sample)
-    head = template_head(tokenizer, tokens)
+    head = template_prefix(tokenizer, tokens)
     needed = work.models if suite == "refusal" else ("base",)
     model: Any = None
     states: dict[str, list[Any]] = {}
-    kl_head: Any = None
+    lm_head: Any = None
     for name in work.models:
         missing = name in needed and any(work.key(name, prompt) not in work.log for prompt in tokens)
         if model is None and (missing or suite == "kl"):
@@ -161,9 +161,9 @@ def behaviour(
         if missing:
             _reply(work, model, name, tokenizer, sample, tokens, head)
         if suite == "kl":
-            from es2.models.kl import read_head
+            from es2.models.kl import read_lm_head
 
-            kl_head = read_head(model) if kl_head is None else kl_head
+            lm_head = read_lm_head(model) if lm_head is None else lm_head
             said = [_said(work, prompt) for prompt in tokens]
             stage = f"read {name}"
             states[name] = exchange_states(model, tokens, said, len(head), report=work.report, stage=stage)
@@ -173,7 +173,7 @@ def behaviour(
     if suite == "kl":
         tuned = states.get("tuned", states["base"])
         exchanges = [
-            compare_exchange(kl_head, before, after, _said(work, prompt))
+            compare_exchange(lm_head, before, after, _said(work, prompt))
             for before, after, prompt in zip(states["base"], tuned, tokens, strict=True)
         ]
         numbers = ability_numbers(exchanges, weights, "tuned" in states)
@@ -249,11 +249,11 @@ def _reply(
 
 
 def count_tokens(
-    work: Work, begun: float, replies: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]], n_head: int
+    work: Work, begun: float, replies: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]], n_prefix: int
 ) -> float:
     """Add a batch to the tally of this call; returns the time."""
     now = time.perf_counter()
-    work.generated["tokens"] += sum(map(len, replies)) + sum(len(prompt) - n_head for prompt in prompts)
+    work.generated["tokens"] += sum(map(len, replies)) + sum(len(prompt) - n_prefix for prompt in prompts)
     work.generated["replies"] += len(replies)
     work.generated["seconds"] += now - begun
     return now

@@ -27,7 +27,17 @@ from typing import Any
 import psutil
 
 from es2.core.errors import InputError
-from es2.core.files import is_shipped, is_whole, machine_error, parse_json, read_json, sealed, way_out, write_json
+from es2.core.files import (
+    is_shipped,
+    machine_error,
+    parse_json,
+    read_json,
+    verify_checksum,
+    way_out,
+    with_checksum,
+    write_json,
+)
+from es2.core.former import todays_names
 from es2.core.progress import seconds_left
 from es2.core.versions import format_of
 
@@ -237,7 +247,7 @@ class Job:
         """
         path = self.path / "result.json"
         try:
-            write_json(path, sealed((_read_end(path) or {}) | {"status": "failed", "error": error}))
+            write_json(path, with_checksum((_read_end(path) or {}) | {"status": "failed", "error": error}))
         except OSError as failure:
             raise machine_error(failure, path) from failure
         return error
@@ -255,7 +265,7 @@ class Job:
         path = self.path / "result.json"
         document = read_json(path) or {}
         try:
-            if is_whole(document):
+            if verify_checksum(document):
                 format_of(document.get("format"), FORMAT_VERSION, str(path))
         except InputError as error:
             return str(error)
@@ -318,11 +328,11 @@ def read_job(path: Path) -> Job:
             in the folder but `result.json`, which states its own.
     """
     config = read_json(path / "config.json")
-    sound = config is not None and is_whole(config) and _is_config(config)
+    sound = config is not None and verify_checksum(config) and _is_config(config)
     if config is None or not sound or format_of(config.get("format"), FORMAT_VERSION, str(path)) is None:
         fix = way_out(path, "delete the folder")
         raise InputError(f"{path} is no job: its config.json is missing or damaged; {fix}.")
-    return Job(path, config)
+    return Job(path, todays_names(config))
 
 
 def _is_config(config: Mapping[str, Any]) -> bool:
@@ -337,9 +347,10 @@ def _is_config(config: Mapping[str, Any]) -> bool:
 def _read_end(path: Path) -> dict[str, Any] | None:
     """What `result.json` says; None when it is absent, damaged or of a newer format."""
     document = read_json(path)
-    if document is None or document.get("format", 1) != FORMAT_VERSION or not is_whole(document):
+    if document is None or document.get("format", 1) != FORMAT_VERSION or not verify_checksum(document):
         return None
-    return document
+    end: dict[str, Any] = todays_names(document)
+    return end
 
 
 @lru_cache(maxsize=16)
@@ -422,7 +433,7 @@ def _parse_events(lines: bytes, path: Path) -> list[dict[str, Any]]:
         except ValueError:
             event = None
         if isinstance(event, dict) and _is_event(event):
-            events.append(event)
+            events.append(todays_names(event))
         else:
             logger.warning("Skipped a damaged line in %s.", path)
     return events

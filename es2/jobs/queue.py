@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from es2.core.errors import InputError, MachineError
-from es2.core.files import home, machine_error, sealed, shipped, write_json
+from es2.core.files import home, machine_error, shipped, with_checksum, write_json
 from es2.jobs.job import ACTIVE, FORMAT_VERSION, HOST, Job, children, read_job, reap
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _KIND = re.compile(r"[a-z][a-z0-9]{0,31}")
 _OWN_ENTRIES = ("format", "kind", "created", "heavy", "host", "pid", "digest")
 
 
-def lay_down(kind: str, config: Mapping[str, Any], *, root: Path | None = None, heavy: bool = True) -> Job:
+def create_job(kind: str, config: Mapping[str, Any], *, root: Path | None = None, heavy: bool = True) -> Job:
     """Write down a job in a folder of its own, for `start` or `run_job`.
 
     Args:
@@ -54,7 +54,7 @@ def lay_down(kind: str, config: Mapping[str, Any], *, root: Path | None = None, 
     own |= {"host": HOST, "pid": os.getpid()}
     try:
         path.mkdir(parents=True)
-        write_json(path / "config.json", sealed(own | dict(config)))
+        write_json(path / "config.json", with_checksum(own | dict(config)))
     except OSError as error:
         shutil.rmtree(path, ignore_errors=True)
         raise machine_error(error, path) from error
@@ -105,8 +105,8 @@ def launch(
     heavy: bool = True,
     command: Sequence[str] | None = None,
 ) -> Job:
-    """Lay a job down and start it; arguments and errors as for `lay_down` and `start`; nothing is left of a failure."""
-    job = lay_down(kind, config, root=root, heavy=heavy)
+    """Create a job and start it; arguments and errors as for `create_job` and `start`. A failure leaves nothing."""
+    job = create_job(kind, config, root=root, heavy=heavy)
     try:
         start(job, command)
     except MachineError:

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from es2.core.errors import Es2Error, InputError, MachineError
-from es2.core.files import machine_error, sealed, write_json
+from es2.core.files import machine_error, with_checksum, write_json
 from es2.core.progress import Cancelled, Reporter, silent
 from es2.jobs.job import FORMAT_VERSION, HOST, Job, read_job, tail
 from es2.jobs.queue import list_jobs
@@ -45,7 +45,7 @@ def run_job(folder: Path, tasks: Mapping[str, Task], also: Reporter = silent) ->
     sentence; any other exception as failed with a sentence that names the log, which has the traceback.
 
     Args:
-        folder: what `lay_down` made.
+        folder: what `create_job` made.
         tasks: the functions by kind.
         also: told about progress too, such as a bar in the terminal.
 
@@ -60,7 +60,9 @@ def run_job(folder: Path, tasks: Mapping[str, Task], also: Reporter = silent) ->
         end, exit_code = _attempt(job, tasks, life)
         try:
             life.write_event(event="status", status=end["status"])
-            write_json(job.path / "result.json", sealed({"format": FORMAT_VERSION, "finished": time.time()} | end))
+            write_json(
+                job.path / "result.json", with_checksum({"format": FORMAT_VERSION, "finished": time.time()} | end)
+            )
         except (OSError, MachineError) as error:
             logger.error("Job %s cannot record that it is %s: %s", job.id, end["status"], error)
             return 1

@@ -27,15 +27,20 @@ def adapter_files(finetune: Path) -> list[Path]:
     Raises:
         InputError: when one of peft's is missing.
     """
-    if finetune.is_file():
-        return [finetune]
     files = [finetune / ADAPTER_CONFIG, finetune / ADAPTER_WEIGHTS]
-    for file in files:
-        if not file.is_file():
-            raise InputError(
-                f"{str(finetune)!r} holds no peft adapter: it has no {file.name}; save the adapter again with peft's "
-                "save_pretrained, which writes safetensors. Nothing else is read."
-            )
+    try:
+        if finetune.is_file():
+            return [finetune]
+        missing = [file.name for file in files if not file.is_file()]
+    except OSError as error:  # a name that no file can have
+        raise InputError(
+            f"{str(finetune)[:200]!r} holds no peft adapter ({error.strerror}); check the path."
+        ) from error
+    if missing:
+        raise InputError(
+            f"{str(finetune)!r} holds no peft adapter: it has no {missing[0]}; save the adapter again with peft's "
+            "save_pretrained, which writes safetensors. Nothing else is read."
+        )
     return files
 
 

@@ -116,7 +116,7 @@ def n_tokens_of(shared: KeysAndValues) -> int:
 
 
 @dataclass
-class Tree:
+class PrefixTree:
     """Prompts that share a row: what some of them begin with alike stands there once, as the beginning of a branch.
 
     Attributes:
@@ -131,7 +131,7 @@ class Tree:
     depths: list[int] = field(default_factory=list)
     slots: dict[int, list[int]] = field(default_factory=dict)
 
-    def grow(self, prompt: int, tokens: Sequence[int], stem: Sequence[int]) -> None:
+    def add(self, prompt: int, tokens: Sequence[int], stem: Sequence[int]) -> None:
         """Add a prompt that begins with the tokens at `stem`, slots that are there already."""
         path = list(stem)
         for depth in range(len(stem), len(tokens)):
@@ -148,7 +148,7 @@ def n_alike(first: Sequence[int], second: Sequence[int]) -> int:
     return next((i for i in range(limit) if first[i] != second[i]), limit)
 
 
-def plant(prompts: Sequence[Sequence[int]], width: int) -> list[Tree]:
+def pack_shared_prefixes(prompts: Sequence[Sequence[int]], width: int) -> list[PrefixTree]:
     """Prompts in rows of at most `width` tokens (a longer prompt has its own), those that begin alike together.
 
     Contrast twins begin alike, and half of all questions begin like another one. A token that sees only its own branch
@@ -156,7 +156,7 @@ def plant(prompts: Sequence[Sequence[int]], width: int) -> list[Tree]:
     """
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(width + 1)]  # rows, by how many tokens they still have room for
-    for n_tokens, family in sorted(_families(prompts, width), key=lambda family: -family[0]):
+    for n_tokens, family in sorted(group_by_prefix(prompts, width), key=lambda family: -family[0]):
         tightest = next((room for room in range(n_tokens, width + 1) if with_room[room]), None)
         if tightest is None:
             rows.append(family)
@@ -167,17 +167,17 @@ def plant(prompts: Sequence[Sequence[int]], width: int) -> list[Tree]:
             with_room[tightest - n_tokens].append(number)
     trees = []
     for row in rows:
-        tree = Tree()
+        tree = PrefixTree()
         before: Sequence[int] = ()
         path: list[int] = []
         for index in row:
-            tree.grow(index, prompts[index], path[: n_alike(before, prompts[index])])
+            tree.add(index, prompts[index], path[: n_alike(before, prompts[index])])
             before, path = prompts[index], tree.slots[index]
         trees.append(tree)
     return trees
 
 
-def _families(prompts: Sequence[Sequence[int]], width: int) -> list[tuple[int, list[int]]]:
+def group_by_prefix(prompts: Sequence[Sequence[int]], width: int) -> list[tuple[int, list[int]]]:
     """Prompts in the order of the dictionary, divided where it costs the fewest tokens, with each family's tokens.
 
     Of all divisions into families of at most `width` tokens this is one that runs the fewest tokens, and among those

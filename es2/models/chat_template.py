@@ -101,7 +101,7 @@ def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Rendered
     return Rendered(tuple(map(tuple, encoded["input_ids"])), tuple(last_instruction), templated)
 
 
-def template_head(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def template_prefix(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The tokens with which every prompt begins, whatever the user says: the head of the chat template.
 
     Args:

@@ -36,7 +36,7 @@ from es2.models.batching import (
     reply_batches,
     usual_tokens,
 )
-from es2.models.kl import Head, read_head, token_kl
+from es2.models.kl import LmHead, read_lm_head, token_kl
 from es2.models.replies import decode
 
 if TYPE_CHECKING:
@@ -96,14 +96,14 @@ def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     )
 
 
-class Network:
+class FinetuneForward:
     """A causal language model, with or without an adapter inside, as the fine-tune runs it.
 
     Args:
         model: from `load_model`, or `load_sharded`: then all processes call the same methods in the same
             order, with as many prompts as they happen to have. An adapter may be put into it later; passes then run
             with it.
-        template_head: the tokens that every prompt begins with.
+        template_prefix: the tokens that every prompt begins with.
         layers: the target layers, ascending.
         gradient_checkpointing: whether blocks are run again in the backward pass instead of keeping what it needs. The
             template's head is not shared then, since checkpointed blocks have no cache, nor between shards.
@@ -117,7 +117,7 @@ class Network:
         self,
         model: Any,
         *,
-        template_head: Tokens,
+        template_prefix: Tokens,
         layers: Sequence[int],
         gradient_checkpointing: bool = False,
         tokens_at_once: int | None = None,
@@ -125,13 +125,13 @@ class Network:
         self.model = model
         self.layers = tuple(layers)
         self.device: torch.device = model.device
-        self.head: Head = read_head(model)
+        self.head: LmHead = read_lm_head(model)
         self.list_name, self.blocks = find_blocks(model)
-        self.template_head = tuple(template_head)
+        self.template_prefix = tuple(template_prefix)
         self.in_step = isinstance(self.blocks[0], FSDPModule)
         # Shards are gone by the time that gradients come back through keys and values alone.
         shares = is_verified(model) and not gradient_checkpointing and not self.in_step
-        self._n_shared = len(self.template_head) if shares else 0
+        self._n_shared = len(self.template_prefix) if shares else 0
         self._deep = model.base_model
         self._shallow = _first_blocks(model.base_model, self.list_name, self.layers[-1] + 1)
         self._tokens_at_once = tokens_at_once or usual_tokens(self.device.type)
@@ -145,7 +145,7 @@ class Network:
         self, prompts: Sequence[Tokens], shared: KeysAndValues | None = None
     ) -> Float[Tensor, "prompt layer d_model"]:
         """Embeddings at the target layers, in float32, running no block above the last of them and no head."""
-        shared = self.run_template_head() if shared is None else shared
+        shared = self.run_template_prefix() if shared is None else shared
         sequences = [tuple(tokens[self._n_shared :]) for tokens in prompts]
         rows: list[int] = []
         parts: list[Tensor] = []
@@ -160,8 +160,8 @@ class Network:
         self, prompts: Sequence[Tokens], base: Sequence[BaseReply], shared: KeysAndValues | None = None
     ) -> HarmlessPass:
         """One pass at full depth over prompts and the base's replies to them: embeddings and both KL sums."""
-        shared = self.run_template_head() if shared is None else shared
-        own = len(self.template_head) - self._n_shared
+        shared = self.run_template_prefix() if shared is None else shared
+        own = len(self.template_prefix) - self._n_shared
         sequences = [
             (*tokens[self._n_shared :], *record.reply[:-1]) for tokens, record in zip(prompts, base, strict=True)
         ]
@@ -199,8 +199,8 @@ class Network:
             (index in `prompts`, the reply with its states on the CPU, the embeddings at `last`).
         """
         self.model.eval()
-        shared = self.run_template_head()
-        own = len(self.template_head) - self._n_shared
+        shared = self.run_template_prefix()
+        own = len(self.template_prefix) - self._n_shared
         sequences = [tuple(tokens[self._n_shared :]) for tokens in prompts]
         pads = may_pad(self.model, max(map(len, prompts), default=0) + n_tokens)
         budget = REPLIES_AT_ONCE * self._tokens_at_once
@@ -271,10 +271,10 @@ class Network:
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
         return int(largest)
 
-    def run_template_head(self) -> KeysAndValues:
+    def run_template_prefix(self) -> KeysAndValues:
         """Keys and values of the template's head in every block, for all prompts of a step; empty if not shared."""
         with self._precision():
-            return keys_and_values(self._deep, self.template_head[: self._n_shared], self.device)
+            return keys_and_values(self._deep, self.template_prefix[: self._n_shared], self.device)
 
     def _run(
         self,

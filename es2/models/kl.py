@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Head:
+class LmHead:
     """The frozen output head: logits = cap · tanh((W · state + bias) / cap), without the tanh where there is no cap.
 
     Attributes:
@@ -53,18 +53,18 @@ class Head:
         return torch.cat([self.logits(chunk).argmax(dim=-1) for chunk in _chunks(self, states)]).tolist()
 
 
-def read_head(model: Any) -> Head:
+def read_lm_head(model: Any) -> LmHead:
     """The head of a transformers causal language model, checked against the model itself.
 
     Raises:
-        InputError: when the model does something else to its logits than `Head` does.
+        InputError: when the model does something else to its logits than `LmHead` does.
     """
     layer = model.get_output_embeddings()
     if not isinstance(layer, torch.nn.Linear):
         raise InputError(f"The {model.config.model_type!r} model has no plain linear head, so its KL is unknown here.")
     text_config = model.config.get_text_config()
     softcap = getattr(text_config, "final_logit_softcapping", None)
-    head = Head(layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), softcap)
+    head = LmHead(layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), softcap)
     tokens = torch.arange(4, device=layer.weight.device)[None] + 5
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits[0].float()
@@ -79,7 +79,7 @@ def read_head(model: Any) -> Head:
 
 
 def token_kl(
-    tuned: Float[Tensor, "token d_model"], base: Float[Tensor, "token d_model"], head: Head
+    tuned: Float[Tensor, "token d_model"], base: Float[Tensor, "token d_model"], head: LmHead
 ) -> Float[Tensor, "token"]:
     """KL(base ‖ tuned) in nats of each token's distribution over the vocabulary, differentiable in `tuned`.
 
@@ -111,7 +111,7 @@ class Compared:
 
 
 def compare_tokens(
-    tuned: Float[Tensor, "token d_model"], base: Float[Tensor, "token d_model"], head: Head
+    tuned: Float[Tensor, "token d_model"], base: Float[Tensor, "token d_model"], head: LmHead
 ) -> Iterator[Compared]:
     """What two models say of tokens, a chunk of them at a time; arguments as `token_kl`."""
     for tuned_part, base_part in _chunks(head, tuned, base):
@@ -122,7 +122,7 @@ def compare_tokens(
         yield Compared((p_base * (log_base - log_tuned)).sum(dim=-1), logits, log_tuned, log_base, p_base)
 
 
-def _chunks(head: Head, *tensors: Tensor) -> Any:
+def _chunks(head: LmHead, *tensors: Tensor) -> Any:
     size = max(1, LOGITS_AT_ONCE // len(head.weight))
     parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
     return (part[0] for part in parts) if len(tensors) == 1 else parts
@@ -130,7 +130,7 @@ def _chunks(head: Head, *tensors: Tensor) -> Any:
 
 class _TokenKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tuned: Tensor, base: Tensor, head: Head) -> Tensor:
+    def forward(ctx: Any, tuned: Tensor, base: Tensor, head: LmHead) -> Tensor:
         divergences, gradients = [], []
         for found in compare_tokens(tuned.detach(), base.detach(), head):
             divergences.append(found.kl)

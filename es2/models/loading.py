@@ -23,7 +23,7 @@ from es2.models.model_files import (
     weight_files,
 )
 from es2.models.number_formats import DTYPES
-from es2.models.placement import AUTO, all_or_none, free_bytes, quantized, shard, spread
+from es2.models.placement import AUTO, all_or_none, free_bytes, map_to_devices, quantized, shard
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -87,7 +87,7 @@ def load_model(
         raise InputError("The device auto is for capture; give cuda or cpu here.")
     one_gpu = device in (None, "cuda") and choose_device() == "cuda"
     if device == AUTO or (may_spread and one_gpu and needed > free_bytes("cuda") and torch.cuda.device_count() > 1):
-        placed = spread(needed, folder.name)
+        placed = map_to_devices(needed, folder.name)
     else:
         device = device or choose_device()
         check_device(device)

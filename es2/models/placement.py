@@ -61,7 +61,7 @@ def free_bytes(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def spread(needed: float, name: str) -> dict[str, Any]:
+def map_to_devices(needed: float, name: str) -> dict[str, Any]:
     """Arguments with which `from_pretrained` lays a model over all GPUs; where there are none, over memory and disk.
 
     GPUs and memory are not mixed: TransformerLens cannot hook a model that lies in both.

@@ -74,7 +74,7 @@ def greedy_replies(
 
     Args:
         model: a transformers causal language model, with or without an adapter inside; also a bridge's own
-            `original_model`, under whose hooks `around` may push.
+            `original_model`, under whose hooks `around` may steering.
         prompts: rendered prompts.
         n_tokens: the longest reply.
         end_tokens: what ends one.
@@ -210,7 +210,7 @@ def exchange_states(
     model: Any,
     prompts: Sequence[Tokens],
     replies: Sequence[Tokens],
-    n_head: int,
+    n_prefix: int,
     *,
     report: Reporter = silent,
     stage: str = "read",
@@ -221,7 +221,7 @@ def exchange_states(
         model: base or tuned.
         prompts: rendered prompts.
         replies: the base's replies to them.
-        n_head: so many tokens of every prompt belong to the template's head and do not count.
+        n_prefix: so many tokens of every prompt belong to the template's head and do not count.
         report: told after every batch.
         stage: what it is told.
 
@@ -242,6 +242,6 @@ def exchange_states(
                 tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False
             ).last_hidden_state
             for index, row in enumerate(batch):
-                states[row] = output[index, n_head : len(sequences[row])].cpu().clone()
+                states[row] = output[index, n_prefix : len(sequences[row])].cpu().clone()
         report(stage, len(states), len(sequences))
     return [states[row] for row in range(len(sequences))]

@@ -55,7 +55,7 @@ class Shape:
         d_model, vocabulary = size("hidden_size", "n_embd", "d_model"), size("vocab_size")
         if d_model is None or vocabulary is None:
             raise InputError(f"The model in {str(folder)!r} does not say how wide it is; its time cannot be estimated.")
-        heads = size("num_attention_heads", "n_head") or 1
+        heads = size("num_attention_heads", "n_prefix") or 1
         d_head = size("head_dim") or d_model // heads
         d_ff = size("intermediate_size", "n_inner", "ffn_dim") or 4 * d_model
         family = str(config.get("model_type"))

@@ -31,7 +31,9 @@ HARMLESS = 0
 LABELS = {"harmful": HARMFUL, "harmless": HARMLESS}
 LABEL_NAMES = {HARMFUL: "harmful", HARMLESS: "harmless"}
 
-SPLITS = ("tune", "watch", "probe", "test")
+SPLITS = ("tune", "validation", "probe", "test")
+FORMER_SPLITS = {"watch": "validation"}
+"""Today's name of a split by its former one, which files may still have."""
 _SPLIT_ENDS = (0.5, 0.6, 0.8, 1.0)
 
 
@@ -62,10 +64,8 @@ class PromptSet:
     @cached_property
     def digest(self) -> str:
         """Identifies texts, labels, categories, pairs and splits, whatever their order."""
-        rows = sorted(
-            zip(self.texts, self.labels.tolist(), self.categories, self.pairs, self.splits, strict=True),
-        )
-        return _digest(rows)
+        splits = ("watch" if split == "validation" else split for split in self.splits)  # its name when keys were made
+        return _digest(sorted(zip(self.texts, self.labels.tolist(), self.categories, self.pairs, splits, strict=True)))
 
     @cached_property
     def texts_digest(self) -> str:
@@ -123,7 +123,7 @@ def stable_hash(text: str) -> int:
 
 
 def split_of(pair: str) -> str:
-    """The split of a contrast pair: `tune` 50 %, `watch` 10 %, `probe` 20 %, `test` 20 % of the hash's range."""
+    """The split of a contrast pair: `tune` 50 %, `validation` 10 %, `probe` 20 %, `test` 20 % of the hash's range."""
     place = stable_hash("split:" + pair) / 2**64
     return next(split for split, end in zip(SPLITS, _SPLIT_ENDS, strict=True) if place < end)
 

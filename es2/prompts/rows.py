@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from es2.core.errors import InputError
-from es2.prompts.prompt_set import LABELS, SPLITS, PromptSet, normalised, own_pair, split_of
+from es2.prompts.prompt_set import FORMER_SPLITS, LABELS, SPLITS, PromptSet, normalised, own_pair, split_of
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ class CheckedRows:
             return
         pair = _cell(row, "pair", at, needed=False) or own_pair(text)
         split = _cell(row, "split", at, needed=False).casefold() or split_of(pair)
+        split = FORMER_SPLITS.get(split, split)
         if split not in SPLITS:
             raise InputError(f"{at}, column split: {split[:60]!r} is unknown; write one of {', '.join(SPLITS)}.")
         other_split, other_place = self._split_of_pair.setdefault(pair, (split, place))

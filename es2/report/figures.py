@@ -143,7 +143,7 @@ def pair(
 
 
 def training(events: Sequence[Mapping[str, Any]], kl_budget: float) -> go.Figure | None:
-    """How the training went: what was maximised, the KLs against their budget, and what `watch` said; None if unknown.
+    """The course of the training: separation, both KLs against their budget, validations; None if unknown.
 
     Args:
         events: progress events; those that are not of a training step are ignored, and of a step that was repeated
@@ -158,13 +158,13 @@ def training(events: Sequence[Mapping[str, Any]], kl_budget: float) -> go.Figure
         (
             "KL, nats per token",
             (
-                ("watch_kl_prompt", "prompts, held out", TUNED, "solid"),
-                ("watch_kl_reply", "replies, held out", TUNED, "dot"),
+                ("validation_kl_prompt", "prompts, held out", TUNED, "solid"),
+                ("validation_kl_reply", "replies, held out", TUNED, "dot"),
             ),
         ),
         (
             "mean-difference margin, held out",
-            (("watch_mean_difference_margin", "mean-difference margin, held out", BASE, "solid"),),
+            (("validation_mean_difference_margin", "mean-difference margin, held out", BASE, "solid"),),
         ),
     )
     figure = make_subplots(1, 3, horizontal_spacing=0.07)

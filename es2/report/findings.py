@@ -72,7 +72,7 @@ TERMS = (
 BY_NAME = {term.name: term for term in TERMS}
 
 DIRECTION_NAMES: Mapping[str, str] = {
-    "none": "no push",
+    "none": "no steering",
     "scav": "SCAV",
     "repe": "RepE",
     "mean_difference": "Difference of means",
@@ -163,12 +163,12 @@ def needed_sentence(attack: Numbers) -> str:
 
 
 def attack_sentence(attack: Numbers) -> str:
-    """How the tuned model stood the pushes along directions that were learnt from it."""
+    """How the tuned model stood the steerings along directions that were learnt from it."""
     learnt = [point for point in attack["curve"] if point["direction"] not in ("none", "random")]
     higher = sum(point["change"]["dsr"]["low"] > 0 for point in learnt)
     lower = sum(point["change"]["dsr"]["high"] < 0 for point in learnt)
     broken = sum(point["change"]["degenerate"]["low"] > 0 for point in learnt)
     return (
-        f"Under {len(learnt)} pushes along learnt directions tuned refuses more than base, beyond chance, in {higher}, "
-        f"less in {lower}, and its replies are more often degenerate in {broken}."
+        f"Under {len(learnt)} steerings along learnt directions tuned refuses more than base, beyond chance, in "
+        f"{higher}, less in {lower}, and its replies are more often degenerate in {broken}."
     )

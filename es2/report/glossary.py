@@ -134,7 +134,7 @@ COMPARED = (
         "stand apart along the same line, 0 when along an unrelated one.",
     ),
     Term(
-        "rest_ratio",
+        "orthogonal_std_ratio",
         "Rest ratio",
         "Spread within the labels across the separating direction, relative to an embedding's length, tuned over base. "
         "Well below 1 the clouds shrank, and what else the model knew of a prompt went with it.",

@@ -19,12 +19,12 @@ from es2.core.files import (
     file_digest,
     files_below,
     is_shipped,
-    is_whole,
     new_folder,
+    quarantine,
     read_json,
-    sealed,
-    set_aside,
     unreadable,
+    verify_checksum,
+    with_checksum,
     write_json,
 )
 from es2.core.versions import format_of
@@ -135,9 +135,9 @@ class ActivationSet:
         try:
             texts = tuple(pq.read_table(pa.BufferReader(data), columns=["text"])["text"].to_pylist())
         except (pa.ArrowException, KeyError, OSError, ValueError) as error:
-            raise set_aside(self.path, self.inode, f"{TEXTS}: {error}") from error
+            raise quarantine(self.path, self.inode, f"{TEXTS}: {error}") from error
         if len(texts) != self.n_prompts:
-            raise set_aside(self.path, self.inode, f"{len(texts)} texts for {self.n_prompts} prompts")
+            raise quarantine(self.path, self.inode, f"{len(texts)} texts for {self.n_prompts} prompts")
         return texts
 
     def layer(self, l: int, position: str = "last") -> Float32[np.ndarray, "prompt d_model"]:
@@ -162,7 +162,7 @@ class ActivationSet:
             with safe_open(self.path / ACTIVATIONS, framework="numpy") as file:
                 return np.asarray(file.get_slice(position)[l], dtype=np.float32)
         except SafetensorError as error:
-            raise set_aside(self.path, self.inode, str(error)) from error
+            raise quarantine(self.path, self.inode, str(error)) from error
         except OSError as error:
             raise self._unreadable(error) from error
 
@@ -183,7 +183,7 @@ class ActivationSet:
         except OSError as error:
             raise self._unreadable(error) from error
         except (_UnsoundError, SafetensorError) as error:
-            raise set_aside(self.path, self.inode, str(error)) from error
+            raise quarantine(self.path, self.inode, str(error)) from error
         return True
 
     def _compare(self) -> None:
@@ -220,7 +220,7 @@ class ActivationSet:
             return None
         document = read_json(path / DIGESTS) or {}
         try:
-            if not is_whole(document):
+            if not verify_checksum(document):
                 raise _UnsoundError(f"{DIGESTS} is not what was written")
             _check_format(document.get("format"), path)
             found, stated = _digests(path), document.get("files")
@@ -230,7 +230,7 @@ class ActivationSet:
                 if found.get(name) != stated.get(name):
                     raise _UnsoundError(f"{name} is {'not what was written' if name in found else 'missing'}")
         except _UnsoundError as error:
-            damaged = set_aside(path, inode, str(error))
+            damaged = quarantine(path, inode, str(error))
             if is_shipped(path):
                 raise damaged from error
             logger.warning("%s", damaged)
@@ -251,7 +251,7 @@ class ActivationSet:
             raise self._removed()
         with new_folder(self.path / "derived", self.path.parent, key) as folder:
             yield folder
-            write_json(folder / DIGESTS, sealed({"format": FORMAT_VERSION, "files": _digests(folder)}))
+            write_json(folder / DIGESTS, with_checksum({"format": FORMAT_VERSION, "files": _digests(folder)}))
 
 
 def _check_format(version: object, path: Path) -> None:
@@ -270,7 +270,7 @@ def _read_meta(path: Path) -> ActivationSet:
     meta = read_json(path / META)
     if meta is None:
         raise _UnsoundError(f"{META} is missing or no JSON object")
-    if not is_whole(meta):
+    if not verify_checksum(meta):
         raise _UnsoundError(f"{META} is not what was written")
     _check_format(meta.get("format"), path)
     positions = meta.get("positions")

@@ -67,8 +67,8 @@ def narrow(path: Path) -> None:
     for position in positions:
         for l, layer in enumerate(whole[position]):
             halves[position][l] = layer.astype(np.float16)  # a copy: its place overlaps with where it comes from
-            let_go(halves[position])
-            let_go(whole[position])
+            release_pages(halves[position])
+            release_pages(whole[position])
     end = begin + sum(half.nbytes for half in halves.values())
     del whole, halves, layer
     text = _header(positions, shape, "float16").ljust(begin - _PREFIX_BYTES)
@@ -89,10 +89,10 @@ def layers_of(array: Float[np.ndarray, "layer prompt d_model"]) -> Iterator[Floa
     """One layer after the other, of which only the current one is held where they lie on disk."""
     for layer in array:
         yield layer
-        let_go(array)
+        release_pages(array)
 
 
-def let_go(array: np.ndarray) -> None:
+def release_pages(array: np.ndarray) -> None:
     """What was read from a mapped file, or written to it, is the disk's and counts as this process's memory no more."""
     mapped = getattr(array, "_mmap", None)
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):

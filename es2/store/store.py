@@ -27,10 +27,10 @@ from es2.core.files import (
     lock,
     machine_error,
     new_folder,
-    sealed,
-    set_aside,
+    quarantine,
     shipped,
     unreadable,
+    with_checksum,
     write_json,
 )
 from es2.store.activation_set import (
@@ -43,7 +43,7 @@ from es2.store.activation_set import (
     _read_meta,
     _UnsoundError,
 )
-from es2.store.embeddings import STORED_DTYPES, lay_out, let_go, read_header, shape_and_dtype
+from es2.store.embeddings import STORED_DTYPES, lay_out, read_header, release_pages, shape_and_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +90,7 @@ class Store:
         try:
             activations = _read_meta(path)
         except _UnsoundError as error:
-            raise set_aside(path, inode, str(error)) from error
+            raise quarantine(path, inode, str(error)) from error
         activations.check()
         return activations
 
@@ -144,7 +144,7 @@ class Store:
         names = {"aliases": [*activations.models[1:], *models], "other_runs": [*activations.runs[1:], *runs]}
         meta = activations.meta | names
         try:
-            write_json(activations.path / META, sealed(meta))
+            write_json(activations.path / META, with_checksum(meta))
         except OSError as error:
             raise machine_error(error, activations.path) from error
         return _read_meta(activations.path)
@@ -194,8 +194,8 @@ class Store:
                 for position, whole in lay_out(file, list(arrays), shape, dtype).items():
                     for l, layer in enumerate(arrays[position]):
                         whole[l] = layer
-                        let_go(whole)
-                        let_go(arrays[position])
+                        release_pages(whole)
+                        release_pages(arrays[position])
             return self.written(key)
 
     def written(self, key: str) -> ActivationSet:
@@ -235,4 +235,4 @@ class Store:
                 "dtype": STORED_DTYPES[entry["dtype"]],
                 "files": _digests(folder),
             }
-            write_json(folder / META, sealed(dict(meta) | own))
+            write_json(folder / META, with_checksum(dict(meta) | own))

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from es2.core.errors import InputError, one_line
+from es2.core.former import todays_names
 from es2.models.tensors import load_tensors, save_tensors
-from es2.training.validation import WatchPoint
+from es2.training.validation import ValidationPoint
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,7 @@ class State:
         optimizer: AdamW over `trained`.
         directions: the running mean-difference direction of every target layer.
         losses: of every step that was taken.
-        watched: every measurement on `watch`; the first is the base's.
+        validations: every measurement on `validation`; the first is the base's.
     """
 
     trained: dict[str, torch.nn.Parameter]
@@ -40,7 +41,7 @@ class State:
     optimizer: torch.optim.Optimizer
     directions: Tensor
     losses: list[float]
-    watched: list[WatchPoint]
+    validations: list[ValidationPoint]
 
     @property
     def step(self) -> int:
@@ -54,7 +55,11 @@ class State:
         tensors |= {f"best/{name}": weight for name, weight in self.best.items()}
         for name, weight in self.trained.items():
             tensors |= {f"optimizer/{key}/{name}": moment for key, moment in self.optimizer.state[weight].items()}
-        progress = {"step": self.step, "losses": self.losses, "watched": [point.to_dict() for point in self.watched]}
+        progress = {
+            "step": self.step,
+            "losses": self.losses,
+            "validations": [point.to_dict() for point in self.validations],
+        }
         save_tensors(path, tensors, {"identity": identity, "progress": progress})
 
     def load(self, path: Path, identity: str) -> None:
@@ -69,9 +74,9 @@ class State:
         if missing := [name for name in self.trained if f"trained/{name}" not in tensors]:
             raise InputError(f"The checkpoint {str(path)!r} has no weights {missing[0]}; start a new run.")
         try:
-            progress = document["progress"]
+            progress = todays_names(document["progress"])
             self.losses = list(progress["losses"])
-            self.watched = [WatchPoint.from_dict(point) for point in progress["watched"]]
+            self.validations = [ValidationPoint.from_dict(point) for point in progress["validations"]]
             self.directions.copy_(tensors["directions"])
             self.best = {name: tensors[f"best/{name}"] for name in self.trained}
             assign(self.trained, {name: tensors[f"trained/{name}"] for name in self.trained})

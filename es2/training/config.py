@@ -115,10 +115,10 @@ class FinetuneConfig(Settings):
         format="%.2f",
         gt=0,
     )
-    watch_every: int = setting(
+    validate_every: int = setting(
         8, "Steps between two validations; also between two checkpoints.", label="Steps between looks", ge=1
     )
-    watch_prompts: int = setting(
+    validation_prompts: int = setting(
         64,
         "Prompts of each label that a validation reads at most, and harmless test prompts whose KL is measured.",
         label="Held-out prompts",
@@ -213,9 +213,9 @@ class FinetuneConfig(Settings):
                     f"{prompts.name!r} has {count} {LABEL_NAMES[label]} prompt(s) in its tune split; it needs two."
                 )
         for label in (HARMFUL, HARMLESS):
-            rows = held_out_rows(prompts, "watch", label, len(prompts))
+            rows = held_out_rows(prompts, "validation", label, len(prompts))
             if len({prompts.pairs[row] for row in rows}) < 2:
                 raise InputError(
-                    f"{prompts.name!r} has too few {LABEL_NAMES[label]} prompts in its watch split ({len(rows)}); "
+                    f"{prompts.name!r} has too few {LABEL_NAMES[label]} prompts in its validation split ({len(rows)}); "
                     "it needs two of different pairs: add prompts, or a split column."
                 )

@@ -2,7 +2,7 @@
 
 The separation needs all pairs of a batch, which neither a part of an accumulated batch nor one process of several
 holds. So every step first brings the embeddings of the whole batch together, takes the separation and its gradient with
-respect to each embedding, and then lets every part push its share of that gradient, with its KL, through the model.
+respect to each embedding, and then lets every part steering its share of that gradient, with its KL, through the model.
 Accumulation and data parallelism are the same few lines and the same numbers as a single pass, without a wrapper round
 the model. What the base says is measured before the adapter goes in, from the same weights: there is no second model.
 Nothing in a step is random and batches are functions of seed and step, so a resumed run repeats the uninterrupted one.
@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from es2.core.errors import InputError, MachineError
 from es2.core.files import content_key
+from es2.core.former import former_names
 from es2.core.progress import Cancelled, Reporter, silent
 from es2.models.catalogue import resolve
-from es2.models.chat_template import render, template_head
+from es2.models.chat_template import render, template_prefix
 from es2.models.device import is_out_of_memory
 from es2.models.folders import model_folder
 from es2.models.loading import load_model, load_sharded, load_tokenizer
@@ -33,16 +34,16 @@ from es2.prompts.prompt_set import PromptSet
 from es2.training.checkpoint import State, assign, copies
 from es2.training.config import FinetuneConfig
 from es2.training.objective import es2_loss, running_direction, separation
-from es2.training.sampling import make_plan
+from es2.training.sampling import make_schedule
 from es2.training.terms import parse_objective
-from es2.training.validation import WatchPoint, decide
+from es2.training.validation import ValidationPoint, decide
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-    from es2.models.forward import Network
+    from es2.models.forward import FinetuneForward
     from es2.training.objective import BaseLayer
-    from es2.training.sampling import Plan
+    from es2.training.sampling import BatchSchedule
     from es2.training.workload import Workload
 
 
@@ -56,7 +57,7 @@ class FinetuneResult:
         steps: optimizer steps taken.
         best_step: the step that the kept weights are of; 0 is the base.
         losses: the loss of every step.
-        watched: what was measured on `watch`; the first entry is the base.
+        validations: what was measured on `validation`; the first entry is the base.
         kl_test: the KLs on harmless `test` prompts, `prompt` and `reply`, of the kept weights; `None` without such
             prompts.
         output: the kept weights: the folder of the adapter, or the file of the changed blocks.
@@ -70,7 +71,7 @@ class FinetuneResult:
     steps: int
     best_step: int
     losses: tuple[float, ...]
-    watched: tuple[WatchPoint, ...]
+    validations: tuple[ValidationPoint, ...]
     kl_test: dict[str, float] | None
     output: Path
     trained_parameters: int
@@ -84,7 +85,7 @@ class FinetuneResult:
             "steps": self.steps,
             "best_step": self.best_step,
             "losses": list(self.losses),
-            "watched": [point.to_dict() for point in self.watched],
+            "validations": [point.to_dict() for point in self.validations],
             "kl_test": self.kl_test,
             "output": self.output.name,
             "trained_parameters": self.trained_parameters,
@@ -121,7 +122,7 @@ def finetune(
 
     Args:
         config: what to do.
-        prompts: trained on its `tune` split, watched on `watch`; the KLs of the result are measured on `test`.
+        prompts: trained on its `tune` split, evaluated on `validation`; the KLs of the result are measured on `test`.
         folder: the run folder. `adapter/` (as peft writes it) or `weights.safetensors` (the changed blocks, for `full`)
             is written at the end, `checkpoint/` on the way.
         report: told about the base measurements (`base`) and every step (`finetune`, with its numbers), in the main
@@ -129,7 +130,7 @@ def finetune(
         resume: go on from `checkpoint/` in `folder`, if there is one.
 
     Returns:
-        The result: the best step on `watch` within the KL budget, also when the run had to be stopped.
+        The result: the best step on `validation` within the KL budget, also when the run had to be stopped.
 
     Raises:
         InputError: for a config, a model, prompts or a checkpoint that cannot be used.
@@ -141,7 +142,9 @@ def finetune(
     model_files = model_folder(spec, report)
     config.check(count_layers(model_files), prompts)
     _check_launcher(config)
-    plan = make_plan(prompts, config.pairs_per_step, config.steps, config.seed, config.watch_prompts, config.kl_prompts)
+    plan = make_schedule(
+        prompts, config.pairs_per_step, config.steps, config.seed, config.validation_prompts, config.kl_prompts
+    )
 
     import torch
 
@@ -149,11 +152,11 @@ def finetune(
     from es2.training.workload import Workload
 
     # The base: its embeddings, its replies and the states they were read from, before anything is trained.
-    tokens, template_head = _tokens(model_files, prompts, plan, config.reply_tokens)
+    tokens, template_prefix = _tokens(model_files, prompts, plan, config.reply_tokens)
     processes = processes_of_launch(config.device)
     report = report if processes.is_main_process else silent
     report("load", 0, 1)
-    network = _frozen_network(config, model_files, template_head, processes)
+    network = _frozen_network(config, model_files, template_prefix, processes)
     workload = Workload(network, plan, tokens, config.reply_tokens, _is_anchored(config), report)
     base_layers = workload.base_layers()
 
@@ -173,14 +176,14 @@ def finetune(
         optimizer=torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=0.0),
         directions=torch.stack([layer.difference for layer in base_layers.values()]),
         losses=[],
-        watched=[workload.watch_base()],
+        validations=[workload.validate_base()],
     )
     checkpoint = folder / "checkpoint" / "state.safetensors"
-    identity = content_key({"config": config.to_dict(), "prompts": prompts.digest})
+    identity = content_key({"config": former_names(config.to_dict()), "prompts": prompts.digest})
     if resume and checkpoint.is_file():
         state.load(checkpoint, identity)
 
-    decision = decide(state.watched, config.kl_weight, config.kl_budget, config.steps)
+    decision = decide(state.validations, config.kl_weight, config.kl_budget, config.steps)
     reason, first_step, stepping = decision.reason, state.step, 0.0
     while state.step < config.steps and reason is None:
         step_started = time.perf_counter()
@@ -200,11 +203,11 @@ def finetune(
         stepping += time.perf_counter() - step_started
 
         # Is it any good, and may it go on?
-        if state.step % config.watch_every == 0 or state.step == config.steps:
-            point = workload.watch(state.step)
+        if state.step % config.validate_every == 0 or state.step == config.steps:
+            point = workload.validate(state.step)
             numbers |= point.numbers()
-            state.watched.append(point)
-            decision = decide(state.watched, config.kl_weight, config.kl_budget, config.steps)
+            state.validations.append(point)
+            decision = decide(state.validations, config.kl_weight, config.kl_budget, config.steps)
             reason = decision.reason
             if decision.best_step == state.step:
                 state.best = copies(trained)
@@ -222,7 +225,7 @@ def finetune(
         steps=state.step,
         best_step=decision.best_step,
         losses=tuple(state.losses),
-        watched=tuple(state.watched),
+        validations=tuple(state.validations),
         kl_test=workload.measure_kl(),
         output=output,
         trained_parameters=sum(parameter.numel() for parameter in trained.values()),
@@ -290,10 +293,10 @@ def _is_anchored(config: FinetuneConfig) -> bool:
 
 
 def _frozen_network(
-    config: FinetuneConfig, model_files: Path, template_head: tuple[int, ...], processes: PartialState
-) -> Network:
+    config: FinetuneConfig, model_files: Path, template_prefix: tuple[int, ...], processes: PartialState
+) -> FinetuneForward:
     """The base model on this process's device, nothing of it to be trained yet."""
-    from es2.models.forward import Network
+    from es2.models.forward import FinetuneForward
 
     device = str(processes.device) if processes.num_processes > 1 else config.device
     if is_sharded_launch() and processes.num_processes > 1:
@@ -301,9 +304,9 @@ def _frozen_network(
     else:
         model = load_model(model_files, dtype=config.dtype, device=device, quantize=config.quantize)
     model.requires_grad_(False)
-    return Network(
+    return FinetuneForward(
         model,
-        template_head=template_head,
+        template_prefix=template_prefix,
         layers=config.targets,
         gradient_checkpointing=config.gradient_checkpointing,
     )
@@ -325,7 +328,7 @@ def _check_launcher(config: FinetuneConfig) -> None:
 
 
 def _tokens(
-    model_files: Path, prompts: PromptSet, plan: Plan, reply_tokens: int
+    model_files: Path, prompts: PromptSet, plan: BatchSchedule, reply_tokens: int
 ) -> tuple[dict[int, tuple[int, ...]], tuple[int, ...]]:
     """The tokens of every prompt in the plan, and what all prompts of this model begin with: the template's head."""
     tokenizer = load_tokenizer(model_files)
@@ -337,4 +340,4 @@ def _tokens(
             f"The longest prompt and {reply_tokens} tokens of reply need {longest:,} tokens, but the model reads at "
             f"most {limit:,}; shorten the prompt or the reply."
         )
-    return dict(zip(plan.rows, rendered, strict=True)), template_head(tokenizer, rendered)
+    return dict(zip(plan.rows, rendered, strict=True)), template_prefix(tokenizer, rendered)

@@ -35,21 +35,21 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchSchedule:
     """Which prompts a fine-tune will need, as rows of the prompt set.
 
     Attributes:
         batches: of all steps.
-        watch: the watched prompts, in canonical order.
-        watched: their rows.
-        watched_kl: the harmless ones of them whose logits are watched too, half of them: logits cost most.
+        validation: the `validation` prompts, in canonical order.
+        validation_rows: their rows.
+        validation_kl: the harmless ones of them whose logits are compared too, half of them: logits cost most.
         tested: harmless `test` prompts.
     """
 
     batches: tuple[Batch, ...]
-    watch: PromptSet
-    watched: tuple[int, ...]
-    watched_kl: tuple[int, ...]
+    validation: PromptSet
+    validation_rows: tuple[int, ...]
+    validation_kl: tuple[int, ...]
     tested: tuple[int, ...]
 
     @cached_property
@@ -71,27 +71,27 @@ class Plan:
     def rows(self) -> tuple[int, ...]:
         """Every prompt that is looked at."""
         drawn = {row for batch in self.batches for row in (*batch.harmful, *batch.harmless)}
-        return tuple(sorted({*drawn, *self.watched, *self.tested}))
+        return tuple(sorted({*drawn, *self.validation_rows, *self.tested}))
 
 
-def make_plan(
-    prompts: PromptSet, pairs_per_step: int, steps: int, seed: int, watch_prompts: int, kl_prompts: int
-) -> Plan:
-    """Decide who is drawn when and who is held out: at most `watch_prompts` of each label from `watch` and `test`."""
+def make_schedule(
+    prompts: PromptSet, pairs_per_step: int, steps: int, seed: int, validation_prompts: int, kl_prompts: int
+) -> BatchSchedule:
+    """The batches of all steps, and at most `validation_prompts` of each label of `validation` and `test`."""
     chosen = np.zeros(len(prompts), dtype=bool)
     for label in (HARMFUL, HARMLESS):
-        chosen[held_out_rows(prompts, "watch", label, watch_prompts)] = True
-    order, watch = canonical(prompts.select(chosen))
-    return Plan(
-        batches=tuple(draw_batches(prompts, pairs_per_step, steps, seed, kl_prompts)),
-        watch=watch,
-        watched=tuple(np.flatnonzero(chosen)[order].tolist()),
-        watched_kl=tuple(held_out_rows(prompts, "watch", HARMLESS, max(1, watch_prompts // 2))),
-        tested=tuple(held_out_rows(prompts, "test", HARMLESS, watch_prompts)),
+        chosen[held_out_rows(prompts, "validation", label, validation_prompts)] = True
+    order, validation = canonical(prompts.select(chosen))
+    return BatchSchedule(
+        batches=tuple(sample_batches(prompts, pairs_per_step, steps, seed, kl_prompts)),
+        validation=validation,
+        validation_rows=tuple(np.flatnonzero(chosen)[order].tolist()),
+        validation_kl=tuple(held_out_rows(prompts, "validation", HARMLESS, max(1, validation_prompts // 2))),
+        tested=tuple(held_out_rows(prompts, "test", HARMLESS, validation_prompts)),
     )
 
 
-def draw_batches(prompts: PromptSet, pairs_per_step: int, steps: int, seed: int, kl_prompts: int) -> list[Batch]:
+def sample_batches(prompts: PromptSet, pairs_per_step: int, steps: int, seed: int, kl_prompts: int) -> list[Batch]:
     """The batches of all steps, drawn from `tune` epoch by epoch without replacement.
 
     Twins are drawn together. Prompts without a twin are put together at random, anew in every epoch, the smaller class

@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 
 from es2.core.files import write_json
 from es2.models.adapters import ADAPTER_CONFIG
-from es2.models.forward import Network
+from es2.models.forward import FinetuneForward
 from es2.models.tensors import disk_refused, save_tensors
 
 
 def make_trainable(
-    network: Network, method: str, blocks: range, *, rank: int, alpha: int, seed: int, location: str
+    network: FinetuneForward, method: str, blocks: range, *, rank: int, alpha: int, seed: int, location: str
 ) -> tuple[dict[str, torch.nn.Parameter], Callable[[Path], None]]:
     """Put an adapter into the model, or thaw its blocks.
 

@@ -1,10 +1,10 @@
-"""How a fine-tune is going, on the `watch` prompts, and what follows: λ, the step that is kept, whether it may go on.
+"""How a fine-tune is going on `validation`, and what follows: λ, the step that is kept, whether it may go on.
 
-The loss cannot tell: it is made of the prompts that are being pushed. So every few steps the scale-free numbers are
+The loss cannot tell: it is made of the prompts that are being steered. So every few steps the scale-free numbers are
 measured on prompts that nothing else looks at, and one rule, kept here in one place, decides from all measurements so
 far; it keeps nothing between them, so a resumed run decides as the uninterrupted one does. The mean-difference
-direction has to come from somewhere, too; each pair of `watch` is measured along the direction of all the others, since
-along their own direction even two clouds of noise stand apart.
+direction has to come from somewhere, too; each pair of `validation` is measured along the direction of all the others,
+since along their own direction even two clouds of noise stand apart.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from es2.analysis.geometry import Drawn, cloud_numbers, fit_frame
+from es2.analysis.geometry import Resampled, cloud_numbers, fit_frame
 from es2.analysis.resampling import RATIO_LIMIT, resample_pairs
 from es2.analysis.verdict import COLLAPSED_KL_BUDGETS, COLLAPSED_RANK_RATIO
 from es2.prompts.prompt_set import HARMFUL, PromptSet
@@ -31,15 +31,15 @@ _N_BOOTSTRAP = 100  # for the bias of fisher_ratio, which is read off resamples;
 
 
 @dataclass(frozen=True)
-class WatchPoint:
-    """What was measured on `watch` after one step.
+class ValidationPoint:
+    """What was measured on `validation` after one step.
 
     Attributes:
         step: optimizer steps taken; 0 is the base model.
         kl_prompt: mean KL(base ‖ tuned) in nats per token over harmless prompts' own tokens.
         kl_reply: the same over the base's replies.
         layers: numbers by target layer: `fisher_ratio`, `relative_distance`, `mean_difference_margin` (each pair along
-            the direction of the others), `effective_rank`, `rest_ratio`, `norm_ratio`, `centroid_distance`.
+            the direction of the others), `effective_rank`, `orthogonal_std_ratio`, `norm_ratio`, `centroid_distance`.
     """
 
     step: int
@@ -64,8 +64,8 @@ class WatchPoint:
     def numbers(self) -> dict[str, float]:
         """What the event log gets: means over the target layers, and the KLs."""
         names = next(iter(self.layers.values()))
-        return {"watch_kl_prompt": self.kl_prompt, "watch_kl_reply": self.kl_reply} | {
-            f"watch_{name}": self.mean(name) for name in names
+        return {"validation_kl_prompt": self.kl_prompt, "validation_kl_reply": self.kl_reply} | {
+            f"validation_{name}": self.mean(name) for name in names
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,12 +77,12 @@ class WatchPoint:
         }
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> WatchPoint:
+    def from_dict(cls, document: Mapping[str, Any]) -> ValidationPoint:
         layers = {int(layer): dict(numbers) for layer, numbers in document["layers"].items()}
         return cls(int(document["step"]), float(document["kl_prompt"]), float(document["kl_reply"]), layers)
 
 
-def watch_numbers(
+def validation_numbers(
     prompts: PromptSet,
     base: Float[np.ndarray, "prompt d_model"],
     tuned: Float[np.ndarray, "prompt d_model"],
@@ -90,11 +90,11 @@ def watch_numbers(
     """The scale-free numbers of one target layer.
 
     Args:
-        prompts: the watched prompts, at least two pairs with prompts of both labels in all.
+        prompts: the `validation` prompts, at least two pairs with prompts of both labels in all.
         base: their base embeddings.
         tuned: their embeddings now.
     """
-    drawn = Drawn.of(prompts.labels, resample_pairs(prompts, _N_BOOTSTRAP, seed=0))
+    drawn = Resampled.of(prompts.labels, resample_pairs(prompts, _N_BOOTSTRAP, seed=0))
     clouds = []
     for embeddings in (base, tuned):
         numbers = cloud_numbers(embeddings, fit_frame(embeddings, prompts.labels), drawn)
@@ -105,7 +105,7 @@ def watch_numbers(
         "relative_distance": after["relative_distance"],
         "mean_difference_margin": held_out_margin(prompts, tuned),
         "effective_rank": after["effective_rank"],
-        "rest_ratio": _ratio(after["rest_deviation"], before["rest_deviation"]),
+        "orthogonal_std_ratio": _ratio(after["orthogonal_std"], before["orthogonal_std"]),
         "norm_ratio": _ratio(after["mean_norm"], before["mean_norm"]),
         "centroid_distance": after["centroid_distance"],
     }
@@ -156,19 +156,19 @@ class Decision:
     reason: str | None = None
 
 
-def decide(watched: Sequence[WatchPoint], kl_weight: float, kl_budget: float, last_step: int) -> Decision:
+def decide(validations: Sequence[ValidationPoint], kl_weight: float, kl_budget: float, last_step: int) -> Decision:
     """The rule: λ doubles with every measurement over the KL budget, and the best step is the one of the highest score
     within it. A collapsed step is never the best.
 
     Args:
-        watched: every measurement, that of the base first.
+        validations: every measurement, that of the base first.
         kl_weight: λ at the start.
         kl_budget: in nats per token, for each of the two KLs.
         last_step: the run's number of steps.
     """
-    base = best = watched[0]
+    base = best = validations[0]
     times_over, reason = 0, None
-    for point in watched[1:]:
+    for point in validations[1:]:
         is_over = not point.kl <= kl_budget  # NaN is over, too
         times_over = times_over + 1 if is_over else 0
         reason = reason_to_stop(point, base, kl_budget, times_over)
@@ -176,7 +176,7 @@ def decide(watched: Sequence[WatchPoint], kl_weight: float, kl_budget: float, la
             kl_weight *= 2
         elif reason is None and point.score > best.score:
             best = point
-    if reason is None and times_over == len(watched) - 1 and watched[-1].step == last_step:
+    if reason is None and times_over == len(validations) - 1 and validations[-1].step == last_step:
         reason = (
             f"No step kept the KL on harmless prompts within the budget of {kl_budget:g} nats; "
             "lower the learning rate or raise the KL weight."
@@ -184,7 +184,7 @@ def decide(watched: Sequence[WatchPoint], kl_weight: float, kl_budget: float, la
     return Decision(kl_weight, times_over, best.step, reason)
 
 
-def reason_to_stop(point: WatchPoint, base: WatchPoint, kl_budget: float, times_over: int) -> str | None:
+def reason_to_stop(point: ValidationPoint, base: ValidationPoint, kl_budget: float, times_over: int) -> str | None:
     """Why the run must not go on after `point`, in a sentence; `None` if it may.
 
     Args:

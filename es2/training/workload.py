@@ -18,11 +18,11 @@ from torch import Tensor
 
 from es2.core.progress import Cancelled, Reporter
 from es2.models.batching import Tokens, end_tokens
-from es2.models.forward import BaseReply, HarmlessPass, Network
+from es2.models.forward import BaseReply, FinetuneForward, HarmlessPass
 from es2.prompts.prompt_set import HARMLESS
 from es2.training.objective import BaseLayer, measure_base
-from es2.training.sampling import Batch, Plan
-from es2.training.validation import WatchPoint, watch_numbers
+from es2.training.sampling import Batch, BatchSchedule
+from es2.training.validation import ValidationPoint, validation_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -59,8 +59,8 @@ class Workload:
 
     def __init__(
         self,
-        network: Network,
-        plan: Plan,
+        network: FinetuneForward,
+        plan: BatchSchedule,
         tokens: Mapping[int, Tokens],
         reply_tokens: int,
         every_harmless: bool,
@@ -70,8 +70,8 @@ class Workload:
         self.plan = plan
         self.tokens = tokens
         self.processes = PartialState()
-        labels = zip(plan.watched, plan.watch.labels, strict=True)
-        self._watched_harmless = [row for row, label in labels if label == HARMLESS]
+        labels = zip(plan.validation_rows, plan.validation.labels, strict=True)
+        self._validation_harmless = [row for row, label in labels if label == HARMLESS]
         self.replies: dict[int, BaseReply] = {}
         self._measure_base(reply_tokens, every_harmless, report)
 
@@ -80,12 +80,12 @@ class Workload:
     def _measure_base(self, reply_tokens: int, every_harmless: bool, report: Reporter) -> None:
         """Reply to this process's share of what the KL is taken over, embed its share of the rest, tell the others."""
         plan = self.plan
-        known = {*plan.base_harmful, *plan.base_harmless, *plan.watched} | (
+        known = {*plan.base_harmful, *plan.base_harmless, *plan.validation_rows} | (
             set(plan.harmless) if every_harmless else set()
         )
         self._place_of = {row: place for place, row in enumerate(sorted(known))}
         replied = {row for batch in plan.batches for part in self.parts(batch, 1) for row in part.harmless[: part.n_kl]}
-        replied |= {*self._share(plan.watched_kl), *self._share(plan.tested)}
+        replied |= {*self._share(plan.validation_kl), *self._share(plan.tested)}
         done, total = 0, len(replied) + 1
         report("base", done, total)
         rows = sorted(replied)
@@ -105,11 +105,11 @@ class Workload:
         values = torch.stack([value.to(self.network.device) for value in found.values()]) if found else embeddings
         places = [self._place_of[row] for row in found]
         # A prompt that several processes replied to was measured by each of them.
-        times = self._spread(places, torch.ones(len(places), 1, 1), len(known))
-        self._base = self._spread(places, values, len(known)) / times
+        times = self._scatter(places, torch.ones(len(places), 1, 1), len(known))
+        self._base = self._scatter(places, values, len(known)) / times
 
     def base_embeddings(self, rows: Sequence[int]) -> Float[Tensor, "prompt layer d_model"]:
-        """The base's embeddings at the target layers of the plan's base prompts or of watched ones."""
+        """The base's embeddings at the target layers of the plan's base prompts or of `validation` ones."""
         return self._base[[self._place_of[row] for row in rows]]
 
     def base_layers(self) -> dict[int, BaseLayer]:
@@ -151,7 +151,7 @@ class Workload:
 
     def run(self, part: Part) -> HarmlessPass:
         """The embeddings of a part, in the order of its places, and the KL sums of the prompts that have one."""
-        shared = self.network.run_template_head()
+        shared = self.network.run_template_prefix()
         n_harmful, with_kl = len(part.harmful), part.harmless[: part.n_kl]
         embedded = self.network.embed(self._tokens((*part.harmful, *part.harmless[part.n_kl :])), shared)
         read = self.network.read_harmless(self._tokens(with_kl), [self.replies[row] for row in with_kl], shared)
@@ -164,7 +164,7 @@ class Workload:
         """The embeddings of the whole batch from those of every process's parts, without their graphs."""
         places = [place for part in parts for place in part.places]
         found = torch.cat([part.detach() for part in embeddings]) if places else self._base[:0]
-        return self._spread(places, found, n_places)
+        return self._scatter(places, found, n_places)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Make every process's gradients the sum of all processes' gradients."""
@@ -182,34 +182,34 @@ class Workload:
     # ---------------------------------------------------------------------------------------------- held-out prompts
 
     @torch.no_grad()
-    def watch(self, step: int) -> WatchPoint:
-        """Measure the watched prompts with the model as it is now."""
-        watch, rows = self.plan.watch, self.plan.watched
+    def validate(self, step: int) -> ValidationPoint:
+        """Measure the `validation` prompts with the model as it is now."""
+        validation, rows = self.plan.validation, self.plan.validation_rows
         place = {row: index for index, row in enumerate(rows)}
-        harmful = self._share([row for row in rows if row not in self._watched_harmless])
-        with_kl = self._share(self.plan.watched_kl)
-        without = self._share([row for row in self._watched_harmless if row not in self.plan.watched_kl])
+        harmful = self._share([row for row in rows if row not in self._validation_harmless])
+        with_kl = self._share(self.plan.validation_kl)
+        without = self._share([row for row in self._validation_harmless if row not in self.plan.validation_kl])
         part = Part(tuple(harmful), (*with_kl, *without), len(with_kl), ())
         run = self.run(part)
         mine = [place[row] for row in (*part.harmful, *part.harmless)]
-        tuned = self._spread(mine, run.embeddings, len(rows)).cpu().numpy()
+        tuned = self._scatter(mine, run.embeddings, len(rows)).cpu().numpy()
         base = self.base_embeddings(rows).cpu().numpy()
         n_prompt, n_reply = self.count_tokens([part])
         kl_prompt, kl_reply = self.total(torch.stack([run.kl_prompt, run.kl_reply])).tolist()
         numbers = {
-            layer: watch_numbers(watch, base[:, index], tuned[:, index])
+            layer: validation_numbers(validation, base[:, index], tuned[:, index])
             for index, layer in enumerate(self.network.layers)
         }
-        return WatchPoint(step, kl_prompt / n_prompt, kl_reply / n_reply, numbers)
+        return ValidationPoint(step, kl_prompt / n_prompt, kl_reply / n_reply, numbers)
 
-    def watch_base(self) -> WatchPoint:
-        """What `watch` would measure before the first step, from what is known already."""
-        base = self.base_embeddings(self.plan.watched).cpu().numpy()
+    def validate_base(self) -> ValidationPoint:
+        """What `validate` would measure before the first step, from what is known already."""
+        base = self.base_embeddings(self.plan.validation_rows).cpu().numpy()
         numbers = {
-            layer: watch_numbers(self.plan.watch, base[:, index], base[:, index])
+            layer: validation_numbers(self.plan.validation, base[:, index], base[:, index])
             for index, layer in enumerate(self.network.layers)
         }
-        return WatchPoint(0, 0.0, 0.0, numbers)
+        return ValidationPoint(0, 0.0, 0.0, numbers)
 
     @torch.no_grad()
     def measure_kl(self) -> dict[str, float] | None:
@@ -262,7 +262,7 @@ class Workload:
     def _tokens(self, rows: Sequence[int]) -> list[Tokens]:
         return [self.tokens[row] for row in rows]
 
-    def _spread(self, places: Sequence[int], values: Tensor, n_places: int) -> Tensor:
+    def _scatter(self, places: Sequence[int], values: Tensor, n_places: int) -> Tensor:
         """Values of all processes by place; a place that several processes fill holds the sum."""
         everyone = torch.zeros(n_places, *values.shape[1:], device=self.network.device)
         everyone[list(places)] = values.to(everyone)

@@ -16,6 +16,7 @@ from es2.analysis.projection import PROJECTION_FORMAT, UmapCoordinates
 from es2.analysis.results import ANALYSIS_FORMAT, Analysis, AnalysisConfig
 from es2.core.errors import InputError
 from es2.core.files import content_key, read_json
+from es2.core.former import former_names
 from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import ActivationSet
 from es2.store.store import Store
@@ -42,7 +43,7 @@ def analysis_key(
             "tuned": tuned and tuned.whole,
             "prompts": prompts.digest,
             "test": test and [test.base.key, test.tuned and test.tuned.key, test.prompts.digest],
-            "config": config.to_dict(),
+            "config": former_names(config.to_dict()),
         }
     )
 

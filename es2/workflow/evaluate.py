@@ -1,9 +1,9 @@
 """Does the separation hold? Behaviour, ability and embedding-level attacks, base and tuned over the same prompts.
 
 One function ties the parts together, and everything that took a model is kept: a reply goes into a log the moment its
-batch is done, under a key of all that decides it (weights, adapter, tokens, settings, push), so an evaluation that was
-killed goes on where it was, one with more prompts generates only what is new, and nothing is said twice. Numbers are
-worked out anew from the log each time, so a resumed evaluation ends like one that was never interrupted. Who may be
+batch is done, under a key of all that decides it (weights, adapter, tokens, settings, steering), so an evaluation that
+was killed goes on where it was, one with more prompts generates only what is new, and nothing is said twice. Numbers
+are worked out anew from the log each time, so a resumed evaluation ends like one that was never interrupted. Who may be
 looked at follows the splits: of the prompts that the run was tuned on only its `test` split counts. The app imports
 this module to find and read results; torch is imported where a model runs.
 """
@@ -17,7 +17,8 @@ from typing import Any
 
 from es2.analysis.results import AnalysisConfig
 from es2.core.errors import InputError
-from es2.core.files import content_key, expanded, machine_error, sealed, write_json
+from es2.core.files import content_key, expanded, machine_error, with_checksum, write_json
+from es2.core.former import former_names
 from es2.core.progress import Reporter, silent
 from es2.evaluation.attack import perturbation
 from es2.evaluation.config import EvaluateConfig
@@ -125,7 +126,7 @@ def evaluate(
     try:
         place.mkdir(parents=True, exist_ok=True)
         kept = {"format": EVALUATION_FORMAT, "created": time.time()} | document | {"rows": rows}
-        write_json(path, sealed(kept))
+        write_json(path, with_checksum(kept))
     except OSError as error:
         raise machine_error(error, place) from error
     return document
@@ -151,7 +152,7 @@ def _attacked(work: Work, prompts: PromptSet) -> tuple[dict[str, Any], list[dict
 
 def _kept_at(place: Path, config: EvaluateConfig, prompts: PromptSet, identity: Mapping[str, Any]) -> Path:
     """Where a result is kept: under a key of everything that decides it."""
-    key = content_key({"config": config.to_dict(), "prompts": prompts.digest, "identity": identity})
+    key = content_key({"config": former_names(config.to_dict()), "prompts": prompts.digest, "identity": identity})
     return place / f"{key}.json"
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from es2.analysis.results import AnalysisConfig
 from es2.evaluation.config import EvaluateConfig
-from es2.evaluation.steering import pushes
+from es2.evaluation.steering import steering_sweep
 from es2.models import costs
 from es2.models.batching import usual_reply_tokens
 from es2.models.machine import Machine
@@ -27,14 +27,14 @@ class Sample:
     Attributes:
         harmful: harmful prompts that are replied to.
         harmless: harmless ones.
-        pushed: harmful prompts that are pushed.
+        steered: harmful prompts that are steered.
         measured: prompts that are captured and analysed for the attack; 0 where they are on disk already.
         characters: of a prompt, on average.
     """
 
     harmful: int
     harmless: int
-    pushed: int
+    steered: int
     measured: int
     characters: float
 
@@ -86,11 +86,11 @@ def evaluation_seconds(
         found["ability"] = saying(said) / n_models + n_models * sample.harmless * (prompt + config.kl_tokens) / counted
         loads += 1
     if "perturbation" in config.suites:
-        sweep = len(pushes(config.directions, config.budgets, config.p0s))
+        sweep = len(steering_sweep(config.directions, config.budgets, config.p0s))
         capture = n_models * sample.measured * prompt / counted
         products = (
             costs.ANALYSIS_PRODUCTS * shape.n_layers * AnalysisConfig().n_bootstrap * sample.measured * shape.d_model
         )
-        found["attacks"] = saying(sample.pushed * sweep) + capture + products / (2 * shape.parameters * counted)
+        found["attacks"] = saying(sample.steered * sweep) + capture + products / (2 * shape.parameters * counted)
         loads += n_models * (2 if sample.measured else 1)
     return {"loading": costs.start_seconds(loads, weight_bytes)} | found

@@ -55,7 +55,7 @@ def imported_run(
     config: FinetuneConfig, prompts: PromptSet, folder: Path, report: Reporter = silent, store: Store | None = None
 ) -> dict[str, Any]:
     """As `finetune_run`, of an adapter that was made elsewhere: nothing is trained and no KL is measured."""
-    nothing: dict[str, Any] = {"steps": 0, "best_step": 0, "seconds": 0.0, "seconds_per_step": 0.0, "watched": []}
+    nothing: dict[str, Any] = {"steps": 0, "best_step": 0, "seconds": 0.0, "seconds_per_step": 0.0, "validations": []}
     result = nothing | {"status": "done", "reason": None, "trained_parameters": None, "kl_test": None}
     return _compared(config, prompts, folder, result, report, store)
 
@@ -78,7 +78,7 @@ def _compared(
     targets = config.targets or analysis.recommended
     verdict = run_verdict(analysis, targets, kl, config.kl_budget)
     tuned_layers = analysis.tuned_layers or ()
-    own = ("status", "reason", "steps", "best_step", "seconds", "seconds_per_step", "trained_parameters", "watched")
+    own = ("status", "reason", "steps", "best_step", "seconds", "seconds_per_step", "trained_parameters", "validations")
     return {name: result[name] for name in own} | {
         "run": run.id,
         "path": str(folder),
@@ -96,4 +96,4 @@ def _compared(
 
 def _plain(layer: LayerNumbers) -> dict[str, Any]:
     """A layer's numbers, and for tuned their change, without the curve over C, which the analysis keeps."""
-    return {name: value for name, value in layer.to_dict().items() if name != "by_cost"}
+    return {name: value for name, value in layer.to_dict().items() if name != "by_C"}

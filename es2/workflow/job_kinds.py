@@ -10,7 +10,7 @@ from es2.analysis.results import AnalysisConfig
 from es2.core.progress import Reporter, silent
 from es2.evaluation.config import EvaluateConfig
 from es2.jobs.job import Job
-from es2.jobs.queue import lay_down, open_job, reopen
+from es2.jobs.queue import create_job, open_job, reopen
 from es2.jobs.running import Task, result_of, run_job
 from es2.prompts.loading import load_prompts
 from es2.workflow.evaluate import evaluate
@@ -84,7 +84,7 @@ def run_here(kind: str, config: Mapping[str, Any], unfinished: Job | None, repor
         InputError, MachineError: with the job's sentence when it comes to none.
     """
     if unfinished is None:
-        job = lay_down(kind, config)
+        job = create_job(kind, config)
     else:
         job = unfinished
         reopen(job)

@@ -93,7 +93,7 @@ def needs(
     added = trained * (4 - width if config.method == "full" else 4)
     optimizer = trained * 4 * 4  # gradient, two moments, the best weights so far
 
-    n_replies = (2 * config.watch_prompts + config.steps * config.kl_prompts) / share
+    n_replies = (2 * config.validation_prompts + config.steps * config.kl_prompts) / share
     states = n_replies * (mean + config.reply_tokens) * shape.d_model * width if on_cpu else 0.0
     at_once = usual_tokens(machine.device)
     n_replying = min(n_replies, REPLIES_AT_ONCE * at_once / mean)

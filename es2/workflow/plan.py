@@ -29,7 +29,7 @@ from es2.models.shape import Shape
 from es2.prompts.prompt_set import PromptSet
 from es2.store.store import Store
 from es2.training.config import FinetuneConfig
-from es2.training.sampling import make_plan
+from es2.training.sampling import make_schedule
 from es2.training.terms import parse_objective
 from es2.workflow.derived import find_activations
 from es2.workflow.memory import (
@@ -43,7 +43,7 @@ from es2.workflow.memory import (
     number_format,
 )
 
-STAGES = ("start", "base capture", "replies", "steps", "watching", "tuned capture", "analysis")
+STAGES = ("start", "base capture", "replies", "steps", "validation", "tuned capture", "analysis")
 """The parts of a fine-tune whose time is estimated, in the order in which they begin."""
 
 
@@ -51,7 +51,7 @@ STAGES = ("start", "base capture", "replies", "steps", "watching", "tuned captur
 
 
 @dataclass(frozen=True)
-class Plan:
+class CostEstimate:
     """What a fine-tune will take, about.
 
     Attributes:
@@ -114,7 +114,7 @@ def plan(
     lengths: Sequence[int] | None = None,
     machine: Machine | None = None,
     store: Store | None = None,
-) -> Plan:
+) -> CostEstimate:
     """Estimate a fine-tune with its two captures and its analysis, as `finetune_run` does them.
 
     Args:
@@ -151,7 +151,7 @@ def plan(
     }
     idle["start"] = costs.start_seconds(2 if known else 3, weight_bytes)
     rate = machine.flops * costs.FINETUNE_EFFICIENCY
-    together = {"replies": machine.n_devices, "steps": machine.n_devices, "watching": machine.n_devices}
+    together = {"replies": machine.n_devices, "steps": machine.n_devices, "validation": machine.n_devices}
     rates = {stage: rate * together.get(stage, 1) for stage in STAGES}
     rates |= dict.fromkeys(("base capture", "tuned capture"), machine.flops * costs.CAPTURE_EFFICIENCY)
     if machine.device != "cpu":
@@ -168,7 +168,7 @@ def plan(
             f"The disk is too small: {fetch + disk:.1f} GB are written and {free_disk:.1f} GB are free; set ES2_HOME "
             "and ES2_CACHE to folders on another disk."
         )
-    return Plan(
+    return CostEstimate(
         seconds={stage: products.get(stage, 0.0) / rates[stage] + idle.get(stage, 0.0) for stage in STAGES},
         needs_gb={part: size / 1e9 for part, size in of_parts.items()},
         machine=machine,
@@ -239,7 +239,7 @@ def _command(way: Way, config: FinetuneConfig, machine: Machine) -> str:
     if way.launch:
         words[0] = f"accelerate launch {way.launch} --num_processes {machine.n_devices} -m es2 finetune"
     for name in (
-        "objective", "steps", "pairs_per_step", "method", "rank", "first_block", "watch_every", "accumulate",
+        "objective", "steps", "pairs_per_step", "method", "rank", "first_block", "validate_every", "accumulate",
         "quantize", "dtype",
     ):  # fmt: skip
         value = getattr(way.config, name)
@@ -273,8 +273,8 @@ def _work(
     machine: Machine,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Floating-point operations of the fine-tune itself by stage, and seconds that no faster product would save."""
-    drawn = make_plan(
-        prompts, config.pairs_per_step, config.steps, config.seed, config.watch_prompts, config.kl_prompts
+    drawn = make_schedule(
+        prompts, config.pairs_per_step, config.steps, config.seed, config.validation_prompts, config.kl_prompts
     )
     n_shallow, n_deep = config.targets[-1] + 1, shape.n_layers
     n_trained, n_above_first = len(config.blocks), n_deep - config.blocks[0]
@@ -291,8 +291,8 @@ def _work(
 
     # The base: replies with their states, and the embeddings of what else its constants need.
     replied = {row for batch in drawn.batches for row in batch.harmless[: batch.n_kl]}
-    replied |= {*drawn.watched_kl, *drawn.tested}
-    known = {*drawn.base_harmful, *drawn.base_harmless, *drawn.watched}
+    replied |= {*drawn.validation_kl, *drawn.tested}
+    known = {*drawn.base_harmful, *drawn.base_harmless, *drawn.validation_rows}
     if any(term.name == "anchored" for term in parse_objective(config.objective)):
         known |= set(drawn.harmless)
     decoded = len(replied) * n_decoded
@@ -318,15 +318,15 @@ def _work(
         if config.accumulate > 1:  # the embeddings are needed before the parts can be run
             steps += blocks(tokens_of((*batch.harmful, *batch.harmless), template), n_shallow)
 
-    n_looks = math.ceil(config.steps / config.watch_every)
-    kl_rows = set(drawn.watched_kl)
-    look = blocks(tokens_of(row for row in drawn.watched if row not in kl_rows), n_shallow)
+    n_looks = math.ceil(config.steps / config.validate_every)
+    kl_rows = set(drawn.validation_kl)
+    look = blocks(tokens_of(row for row in drawn.validation_rows if row not in kl_rows), n_shallow)
     read = tokens_of(kl_rows, n_decoded)
     look += blocks(read, n_deep) + head(read, 2)
     tested = tokens_of(drawn.tested, n_decoded)
-    watching = n_looks * look + blocks(tested, n_deep) + head(tested, 2)
+    validating = n_looks * look + blocks(tested, n_deep) + head(tested, 2)
     return (
-        {"replies": replies, "steps": steps, "watching": watching},
+        {"replies": replies, "steps": steps, "validation": validating},
         {"replies": n_batches * n_decoded * weight_bytes / reading},
     )
 

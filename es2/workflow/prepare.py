@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from es2.analysis.layer_views import are_worthwhile, draw_layers
+from es2.analysis.layer_views import are_worthwhile, render_layers
 from es2.analysis.layers import analyze
 from es2.analysis.projection import umap_all_layers
 from es2.analysis.results import Analysis, AnalysisConfig
@@ -125,7 +125,7 @@ def write_views(
     holder = tuned or base
     key = views_key(base, prompts, analysis.config, tuned)
     if holder.derived(key) is None:
-        views = draw_layers(
+        views = render_layers(
             prompts,
             base,
             analysis.base_probes,

@@ -45,7 +45,7 @@ _QUESTIONS, _ANSWERS = "questions", "answers"
 
 
 @dataclass(frozen=True)
-class Reading:
+class PromptEmbeddings:
     """One prompt as the models see it.
 
     Attributes:
@@ -97,7 +97,7 @@ def ask(reader: Job, text: str) -> str:
     return id
 
 
-def answer(reader: Job, id: str) -> Reading | None:
+def answer(reader: Job, id: str) -> PromptEmbeddings | None:
     """The answer to a question; None while it is on its way.
 
     Raises:
@@ -121,7 +121,7 @@ def answer(reader: Job, id: str) -> Reading | None:
             for name in ("base", "tuned")
             if f"{name}.{POSITIONS[0]}" in arrays
         }
-        return Reading(str(document["text"]), models["base"], models.get("tuned"), int(document["n_tokens"]))
+        return PromptEmbeddings(str(document["text"]), models["base"], models.get("tuned"), int(document["n_tokens"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"The answer in {str(path)!r} cannot be read ({one_line(error)}); ask again.") from error
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from es2.core.errors import InputError, one_line
 from es2.core.files import expanded
+from es2.core.former import todays_names
 from es2.core.progress import Reporter, silent
 from es2.core.settings import Settings, setting
 from es2.evaluation.config import EvaluateConfig
@@ -130,7 +131,8 @@ def read_protocol(source: str) -> Protocol:
 
 def _read(settings: type[S], table: Mapping[str, Any], where: str) -> S:
     """The settings in a table; refuses a setting that there is none of (`InputError`)."""
-    known = {*settings.model_fields, *settings.former_names} - _DECIDED
+    table = todays_names(dict(table))
+    known = set(settings.model_fields) - _DECIDED
     for name in table.keys() - known:
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}."
@@ -212,7 +214,7 @@ def _evaluate(
         "prompts": source,
         "path": document["path"],
         "n_prompts": refusal and refusal["n_prompts"],
-        "n_pushed": attack and attack["n_prompts"],
+        "n_steered": attack and attack["n_prompts"],
         "new_tokens": config.new_tokens,
         "table": table_rows(suite),
         "findings": findings,
@@ -226,11 +228,11 @@ def table_rows(suite: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         A row each for `base` and `ES2`: `dsr` and `degenerate` (shares of harmful requests, by column: `direct`, then
-        each push), `over_refusal`, `perplexity`, `kl_prompt`, `kl_reply` and `agreement`; numbers have `value`, `low`
-        and `high`, and are None where they are of no meaning or were not measured.
+        each steering), `over_refusal`, `perplexity`, `kl_prompt`, `kl_reply` and `agreement`; numbers have `value`,
+        `low` and `high`, and are None where they are of no meaning or were not measured.
     """
     refusal, ability = suite.get("refusal"), suite.get("kl")
-    pushes = [point for point in suite.get("perturbation", {}).get("curve", ()) if point["direction"] != "none"]
+    steering_sweep = [point for point in suite.get("perturbation", {}).get("curve", ()) if point["direction"] != "none"]
     rows = []
     for model, name in (("base", "base"), ("tuned", "ES2")):
         replied = refusal[model] if refusal else {}
@@ -241,7 +243,7 @@ def table_rows(suite: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             "over_refusal": replied.get("over_refusal"),
             "perplexity": ability and ability["perplexity"][model],
         }
-        for point in pushes:
+        for point in steering_sweep:
             for number in ("dsr", "degenerate"):
                 row[number][_column(point)] = point[model][number]
         for number in ("kl_prompt", "kl_reply", "agreement"):

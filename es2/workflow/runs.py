@@ -27,12 +27,12 @@ from es2.core.files import (
     machine_error,
     numbered,
     output_path,
-    set_aside,
+    quarantine,
     shipped,
     unreadable,
 )
 from es2.jobs.job import Job, read_job
-from es2.jobs.queue import lay_down, list_jobs, open_job
+from es2.jobs.queue import create_job, list_jobs, open_job
 from es2.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 from es2.models.catalogue import resolve
 from es2.models.folders import model_folder
@@ -111,7 +111,7 @@ def tuned_weights(run: Job) -> Path:
     if found is not None and stated in (None, weights_digest(found)):
         return found
     if found is not None:
-        set_aside(found, found.stat().st_ino, "not what was written")
+        quarantine(found, found.stat().st_ino, "not what was written")
     again = f"`es2 runs resume {run.id}` makes them again"
     raise InputError(run.disown(f"The weights of run {run.id} are {'damaged' if found else 'gone'}; {again}."))
 
@@ -155,7 +155,7 @@ def import_adapter(
     check_adapter(adapter)
     config = FinetuneConfig(layers=tuple(layers), model=model, device=device, dtype=dtype).to_dict()
     imported = {"prompts": prompts, "imported": str(adapter), "steps": 0, "objective": "imported"}
-    run = lay_down(KIND, config | imported)
+    run = create_job(KIND, config | imported)
     try:
         if name:
             run.rename(name)

@@ -23,11 +23,11 @@ import numpy as np
 from es2.analysis.projection import UmapCoordinates
 from es2.analysis.results import Analysis
 from es2.core.errors import InputError
-from es2.core.files import content_key, files_below, new_folder, read_json, sealed, shipped, write_json
+from es2.core.files import content_key, files_below, new_folder, read_json, shipped, with_checksum, write_json
 from es2.core.progress import Reporter, silent
 from es2.core.versions import installed_versions
 from es2.jobs.job import Job
-from es2.jobs.queue import lay_down
+from es2.jobs.queue import create_job
 from es2.jobs.running import result_of, run_job
 from es2.models.catalogue import DEFAULT_MODEL, resolve
 from es2.prompts.loading import load_prompts
@@ -120,7 +120,7 @@ def _tune(model: str, source: str, prompts: PromptSet, settings: FinetuneConfig,
     base = prepare(model, prompts, device=settings.device, dtype=settings.dtype, report=report)
     config = settings.replace(model=model, layers=base.analysis.recommended)
     config.check(base.activations.n_layers, prompts)
-    run = lay_down("finetune", config.to_dict() | {"prompts": source})
+    run = create_job("finetune", config.to_dict() | {"prompts": source})
     run.rename(NAME)
     code = run_job(run.path, JOBS, report)
     result_of(run, code, f"Run {run.id} was {run.status()}; `es2 runs resume {run.id}` goes on.")
@@ -189,7 +189,7 @@ def write(
         replace(umap, points=umap.points[:, :, chosen]).save(folder)
     shutil.rmtree(store.root / ".locks")
     end["result"]["activations"] = {"base": base.key, "tuned": tuned.key}
-    write_json(new / "runs" / run.id / "result.json", sealed(end))
+    write_json(new / "runs" / run.id / "result.json", with_checksum(end))
 
 
 def _write_run(folder: Path, run: Job, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,12 +199,12 @@ def _write_run(folder: Path, run: Job, config: Mapping[str, Any]) -> dict[str, A
         raise InputError(f"Run {run.id} was removed; leave --run away and `es2 showcase` makes one.")
     folder.mkdir(parents=True)
     own = {name: entry for name, entry in config.items() if name not in _OF_THE_MACHINE}
-    write_json(folder / "config.json", sealed(own | {"versions": installed_versions()}))
+    write_json(folder / "config.json", with_checksum(own | {"versions": installed_versions()}))
     training = [event for event in events if event.get("stage") == "finetune" and "loss" in event]
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in training))
     write_json(folder / "name.json", {"name": NAME})
     end |= {"result": {name: entry for name, entry in end["result"].items() if name != "path"}}
-    write_json(folder / "result.json", sealed(end))
+    write_json(folder / "result.json", with_checksum(end))
     return end
 
 

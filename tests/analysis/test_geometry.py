@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist
 
-from es2.analysis.geometry import Drawn, cloud_numbers, direction_cosine, fit_frame
+from es2.analysis.geometry import Resampled, cloud_numbers, direction_cosine, fit_frame
 from es2.analysis.resampling import canonical, interval, resample_pairs
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet
 from tests.clouds import clouds, paired_prompts, rotation, single_prompts
@@ -41,7 +41,7 @@ def test_frame_balances_classes_of_unequal_size() -> None:
 
 def test_numbers_of_a_square() -> None:
     frame = fit_frame(SQUARE, LABELS)
-    numbers = cloud_numbers(SQUARE, frame, Drawn.of(LABELS, EVERY_RESAMPLE))
+    numbers = cloud_numbers(SQUARE, frame, Resampled.of(LABELS, EVERY_RESAMPLE))
     variance = 2.0  # of each class: (1 + 1) / (2 − 1)
     bias = variance / 2 + variance / 2  # tr Σ₁/n₁ + tr Σ₀/n₀: these four prompts are no twins
     assert value(numbers, "centroid_distance") == pytest.approx(4)
@@ -49,7 +49,7 @@ def test_numbers_of_a_square() -> None:
     assert value(numbers, "mean_norm") == pytest.approx(np.linalg.norm(SQUARE, axis=1).mean())
     assert value(numbers, "relative_distance") == pytest.approx(np.sqrt(16 - bias) / frame.scale)
     assert value(numbers, "fisher_ratio") == pytest.approx(np.sqrt(16 - bias) / np.sqrt(variance))
-    assert value(numbers, "rest_deviation") == pytest.approx(np.sqrt(variance) / frame.scale)
+    assert value(numbers, "orthogonal_std") == pytest.approx(np.sqrt(variance) / frame.scale)
     assert value(numbers, "effective_rank") == pytest.approx(1)
     assert value(numbers, "mean_difference_margin") == pytest.approx(2 / frame.scale)
 
@@ -62,7 +62,7 @@ def test_numbers_equal_plain_numpy_also_inside_the_bootstrap(prompts: PromptSet)
     probe = clouds(prompts, [1.5], 7, seed=5)[0]
     frame = fit_frame(probe, labels)
     weights = resample_pairs(prompts, 6, seed=1)
-    numbers = cloud_numbers(embeddings, frame, Drawn.of(labels, weights))
+    numbers = cloud_numbers(embeddings, frame, Resampled.of(labels, weights))
     expected = {name: [] for name in ("squared", "pairwise_distance", "trace", "rest", "rank", "margin", "norm")}
     for multiplicities in weights.astype(int):
         drawn = np.repeat(embeddings, multiplicities, axis=0)
@@ -92,7 +92,7 @@ def test_numbers_equal_plain_numpy_also_inside_the_bootstrap(prompts: PromptSet)
         "pairwise_distance": found["pairwise_distance"],
         "relative_distance": corrected / frame.scale,
         "fisher_ratio": corrected / np.sqrt(found["trace"]),
-        "rest_deviation": found["rest"],
+        "orthogonal_std": found["rest"],
         "effective_rank": rank,
         "mean_difference_margin": found["margin"],
         "mean_norm": found["norm"],
@@ -111,9 +111,9 @@ def test_effective_rank_counts_the_directions_beside_the_separating_one() -> Non
     embeddings[:, 5:] = 5.0
     frame = fit_frame(embeddings, prompts.labels)
     frame = type(frame)(frame.centre, frame.scale, np.eye(9)[0])
-    numbers = cloud_numbers(embeddings, frame, Drawn.of(prompts.labels, np.ones((2, len(prompts)))))
+    numbers = cloud_numbers(embeddings, frame, Resampled.of(prompts.labels, np.ones((2, len(prompts)))))
     assert value(numbers, "effective_rank") == pytest.approx(4, rel=0.02)
-    assert value(numbers, "rest_deviation") == pytest.approx(2 / frame.scale, rel=0.02)
+    assert value(numbers, "orthogonal_std") == pytest.approx(2 / frame.scale, rel=0.02)
 
 
 @pytest.mark.parametrize("distance", [0.0, 3.0, 5.0])
@@ -128,7 +128,7 @@ def test_bias_correction_by_simulation(distance: float) -> None:
     for _ in range(runs):
         cloud = generator.normal(size=(2 * size, d_model))
         cloud[labels == HARMFUL, 0] += distance
-        numbers = cloud_numbers(cloud, fit_frame(cloud, labels), Drawn.of(labels, weights))
+        numbers = cloud_numbers(cloud, fit_frame(cloud, labels), Resampled.of(labels, weights))
         scale = fit_frame(cloud, labels).scale
         corrected.append(value(numbers, "relative_distance") * scale)
         raw.append(value(numbers, "centroid_distance") ** 2)
@@ -150,7 +150,7 @@ def coverage(topic: float, runs: int = 60) -> tuple[float, float]:
     for run in range(runs):
         cloud = clouds(prompts, [distance], d_model, topic=topic, seed=run)[0]
         weights = resample_pairs(prompts, 200, seed=run)
-        numbers = cloud_numbers(cloud, fit_frame(cloud, prompts.labels), Drawn.of(prompts.labels, weights))
+        numbers = cloud_numbers(cloud, fit_frame(cloud, prompts.labels), Resampled.of(prompts.labels, weights))
         found = interval(numbers["fisher_ratio"])
         held += found.low <= truth <= found.high
         values.append(found.value)
@@ -169,8 +169,10 @@ def test_only_the_raw_lengths_feel_the_length_of_the_embeddings() -> None:
     _, prompts = canonical(paired_prompts(30))
     embeddings = clouds(prompts, [1.0], 8)[0]
     weights = resample_pairs(prompts, 20, seed=0)
-    first = cloud_numbers(embeddings, fit_frame(embeddings, prompts.labels), Drawn.of(prompts.labels, weights))
-    longer = cloud_numbers(8 * embeddings, fit_frame(8 * embeddings, prompts.labels), Drawn.of(prompts.labels, weights))
+    first = cloud_numbers(embeddings, fit_frame(embeddings, prompts.labels), Resampled.of(prompts.labels, weights))
+    longer = cloud_numbers(
+        8 * embeddings, fit_frame(8 * embeddings, prompts.labels), Resampled.of(prompts.labels, weights)
+    )
     for name in first:
         factor = 8 if name in ("centroid_distance", "pairwise_distance", "mean_norm") else 1
         np.testing.assert_allclose(longer[name], factor * first[name], rtol=1e-9, atol=1e-12)
@@ -181,8 +183,8 @@ def test_rotation_changes_nothing() -> None:
     embeddings = clouds(prompts, [1.0], 8)[0]
     turned = embeddings @ rotation(8)
     weights = resample_pairs(prompts, 20, seed=0)
-    first = cloud_numbers(embeddings, fit_frame(embeddings, prompts.labels), Drawn.of(prompts.labels, weights))
-    second = cloud_numbers(turned, fit_frame(turned, prompts.labels), Drawn.of(prompts.labels, weights))
+    first = cloud_numbers(embeddings, fit_frame(embeddings, prompts.labels), Resampled.of(prompts.labels, weights))
+    second = cloud_numbers(turned, fit_frame(turned, prompts.labels), Resampled.of(prompts.labels, weights))
     for name in first:
         np.testing.assert_allclose(second[name], first[name], rtol=1e-8, atol=1e-10)
 
@@ -191,7 +193,7 @@ def test_equal_embeddings_give_zeros() -> None:
     embeddings = np.full((6, 3), 0.1, dtype=np.float32)
     labels = np.array([1, 0] * 3)
     frame = fit_frame(embeddings, labels)
-    numbers = cloud_numbers(embeddings, frame, Drawn.of(labels, np.ones((3, 6))))
+    numbers = cloud_numbers(embeddings, frame, Resampled.of(labels, np.ones((3, 6))))
     for name in set(numbers) - {"mean_norm"}:
         np.testing.assert_array_equal(numbers[name], 0)
     np.testing.assert_array_equal(frame.direction, 0)
@@ -200,7 +202,7 @@ def test_equal_embeddings_give_zeros() -> None:
 def test_two_points_are_infinitely_separated_and_reported_at_the_limit() -> None:
     embeddings = np.repeat([[1.0, 0.3], [0.2, 0.1]], 3, axis=0)
     labels = np.array([1, 1, 1, 0, 0, 0])
-    numbers = cloud_numbers(embeddings, fit_frame(embeddings, labels), Drawn.of(labels, np.ones((2, 6))))
+    numbers = cloud_numbers(embeddings, fit_frame(embeddings, labels), Resampled.of(labels, np.ones((2, 6))))
     assert value(numbers, "centroid_distance") == pytest.approx(np.hypot(0.8, 0.2))
     assert value(numbers, "fisher_ratio") == 1e6
     assert value(numbers, "effective_rank") == 0
@@ -212,7 +214,7 @@ def test_all_zero_embeddings_are_defined() -> None:
     assert frame.scale == 1
     assert all(
         np.all(column == 0)
-        for column in cloud_numbers(np.zeros((4, 3)), frame, Drawn.of(labels, np.ones((2, 4)))).values()
+        for column in cloud_numbers(np.zeros((4, 3)), frame, Resampled.of(labels, np.ones((2, 4)))).values()
     )
 
 
@@ -220,7 +222,7 @@ def test_direction_cosine_of_known_directions() -> None:
     base = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
     for angle in (0.0, 0.3, np.pi / 2, np.pi):
         tuned = base @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) * 3 + 7
-        assert direction_cosine(base, tuned, Drawn.of(LABELS, np.ones((2, 4))))[0] == pytest.approx(
+        assert direction_cosine(base, tuned, Resampled.of(LABELS, np.ones((2, 4))))[0] == pytest.approx(
             np.cos(angle), abs=1e-12
         )
-    assert direction_cosine(base, np.ones((4, 2)), Drawn.of(LABELS, np.ones((2, 4))))[0] == 0
+    assert direction_cosine(base, np.ones((4, 2)), Resampled.of(LABELS, np.ones((2, 4))))[0] == 0

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from app import artifacts as reading
 from app.state import Choice
-from es2.analysis.layer_views import DRAWS, LayerViews, draw_layers
+from es2.analysis.layer_views import DRAWS, LayerViews, render_layers
 from es2.analysis.projection import View
 from es2.core.errors import InputError
 from es2.prompts.loading import load_prompts
@@ -44,7 +44,7 @@ def live(compared: Compared, kind: str, layer: int) -> View:
 def views(compared: Compared) -> LayerViews:
     analysis, artifacts = compared.analysis, compared.artifacts
     told: list[tuple[str, int, int]] = []
-    found = draw_layers(
+    found = render_layers(
         artifacts.prompts,
         artifacts.activations,
         analysis.base_probes,

@@ -15,6 +15,7 @@ from es2.analysis.probes import fit_path
 from es2.analysis.results import LENGTHS, NUMBERS, Analysis, AnalysisConfig
 from es2.core.errors import InputError
 from es2.core.files import content_key
+from es2.core.former import former_names
 from es2.core.progress import Cancelled
 from es2.store.sources import ArrayLayers, TestSet
 from es2.workflow.derived import Captured, analysis_key
@@ -22,7 +23,7 @@ from tests.clouds import clouds, paired_prompts, permuted, rotation, single_prom
 
 CONFIG = AnalysisConfig(n_bootstrap=200, n_shuffles=4)
 RAW = ("centroid_distance", "pairwise_distance", "mean_norm")
-WITH_TEST_SET = ("self_accuracy", "self_auroc")
+WITH_TEST_SET = ("in_domain_accuracy", "in_domain_auroc")
 DISTANCES = (0.0, 1.5, 4.0, 2.0)
 
 
@@ -60,8 +61,8 @@ def test_every_number_is_there_with_its_interval(analysis: Analysis) -> None:
         assert set(layer.numbers) == set(NUMBERS) - set(WITH_TEST_SET)
         for name, number in layer.numbers.items():
             assert number.low <= number.value <= number.high, name
-        assert [point.C for point in layer.by_cost] == list(CONFIG.costs)
-        chosen = next(point for point in layer.by_cost if layer.C == point.C)
+        assert [point.C for point in layer.by_C] == list(CONFIG.Cs)
+        chosen = next(point for point in layer.by_C if layer.C == point.C)
         assert chosen.numbers["margin_mean"] == layer.numbers["margin_mean"]
 
 
@@ -117,7 +118,7 @@ def test_changes_are_paired(analysis: Analysis) -> None:
     assert fisher.value == pytest.approx(2, rel=0.1)
     assert fisher.low > 1
     assert tuned.numbers["norm_ratio"] == tuned.change["mean_norm"].ratio
-    assert tuned.numbers["rest_ratio"] == tuned.change["rest_deviation"].ratio
+    assert tuned.numbers["orthogonal_std_ratio"] == tuned.change["orthogonal_std"].ratio
     assert tuned.numbers["direction_cosine"].value > 0.98
     # Same prompts, same resamples: the difference is surer than two intervals side by side would say.
     alone = tuned.numbers["fisher_ratio"].high - tuned.numbers["fisher_ratio"].low
@@ -140,7 +141,7 @@ def test_inflation_is_seen_as_such(prompts) -> None:
                 assert change.difference.value == pytest.approx(0, abs=1e-6)
                 assert change.difference.high - change.difference.low < 1e-5
         assert layer.numbers["norm_ratio"].value == pytest.approx(5)
-        assert layer.numbers["rest_ratio"].value == pytest.approx(1)
+        assert layer.numbers["orthogonal_std_ratio"].value == pytest.approx(1)
         assert layer.numbers["direction_cosine"].value == pytest.approx(1)
 
 
@@ -151,8 +152,8 @@ def test_contraction_is_seen_as_such(prompts) -> None:
     tuned[:, :, 1:-1] /= 3
     tuned[:, :, -1] = 40 + (tuned[:, :, -1] - 40) / 3
     layer = analyze(prompts, ArrayLayers(base), ArrayLayers(tuned), config=CONFIG).tuned_layers[0]  # type: ignore[index]
-    assert layer.numbers["rest_ratio"].value == pytest.approx(1 / 3, rel=0.15)
-    assert layer.numbers["rest_ratio"].high < 0.5
+    assert layer.numbers["orthogonal_std_ratio"].value == pytest.approx(1 / 3, rel=0.15)
+    assert layer.numbers["orthogonal_std_ratio"].high < 0.5
     assert layer.change["fisher_ratio"].ratio.low > 1  # type: ignore[index,union-attr]
     assert layer.change["relative_distance"].ratio.value == pytest.approx(1, abs=0.05)  # type: ignore[index,union-attr]
 
@@ -193,12 +194,12 @@ def test_a_test_set_of_other_origin(prompts) -> None:
     assert found.n_prompts["test"] == {"harmful": 60, "harmless": 90}
     for layer in (same, turned):
         assert set(layer.numbers) == set(NUMBERS)
-        assert layer.numbers["self_accuracy"].value > 0.93
-        assert layer.numbers["self_auroc"].value > 0.97
+        assert layer.numbers["in_domain_accuracy"].value > 0.93
+        assert layer.numbers["in_domain_auroc"].value > 0.97
     assert same.numbers["probe_accuracy"].value > 0.93
     assert turned.numbers["probe_accuracy"].value < 0.7
     assert found.tuned_layers is not None
-    assert found.tuned_layers[0].numbers["self_accuracy"] == same.numbers["self_accuracy"]
+    assert found.tuned_layers[0].numbers["in_domain_accuracy"] == same.numbers["in_domain_accuracy"]
 
 
 def test_saved_and_loaded(analysis: Analysis, prompts, tmp_path) -> None:
@@ -267,7 +268,7 @@ def test_degenerate_embeddings_never_give_nan(kind: str) -> None:
         assert numbers["probe_auroc"].value == 0.5
         assert numbers["margin_mean"].value == 0
         assert numbers["effective_rank"].value == 0
-        assert CONFIG.costs[-1] == found.base_layers[0].C
+        assert CONFIG.Cs[-1] == found.base_layers[0].C
     if kind == "two points":
         assert numbers["probe_accuracy"].value == 1
         assert numbers["fisher_ratio"].value == 1e6
@@ -372,5 +373,5 @@ def test_an_analysis_of_wrong_fits_is_not_found(d_model: int, n_elsewhere: int, 
     elsewhere = single_prompts([0, *[1] * (n_elsewhere - 1)]) if n_elsewhere else None
     test = Captured(elsewhere, base) if elsewhere else None
     before = {"kind": "analysis", "format": 1, "base": "base", "tuned": None, "prompts": prompts.digest}
-    before |= {"test": test and ["base", None, test.prompts.digest], "config": CONFIG.to_dict()}
+    before |= {"test": test and ["base", None, test.prompts.digest], "config": former_names(CONFIG.to_dict())}
     assert (analysis_key(base, prompts, CONFIG, test=test) != content_key(before)) == is_another

@@ -22,7 +22,7 @@ from es2.core.errors import InputError
 from es2.store.sources import ArrayLayers
 from tests.clouds import clouds, paired_prompts, rotation
 
-CONFIG = AnalysisConfig(n_bootstrap=2, n_shuffles=1, costs=(1.0,))
+CONFIG = AnalysisConfig(n_bootstrap=2, n_shuffles=1, Cs=(1.0,))
 PROMPTS = paired_prompts(40)
 BASE = clouds(PROMPTS, (2.0, 3.0), topic=1.0)
 TUNED = 4 * clouds(PROMPTS, (5.0, 6.0), topic=1.0, seed=1) + 3

@@ -24,7 +24,7 @@ def near(value: float, half: float = 0.05) -> Interval:
 
 def layer(
     *,
-    rest_ratio: float = 1.0,
+    orthogonal_std_ratio: float = 1.0,
     accuracy: float = 0.0,
     accuracy_half: float = 0.01,
     margins: float = 0.0,
@@ -33,7 +33,7 @@ def layer(
     """A tuned layer whose numbers are base's, but for the ratios given."""
     change = {name: Change(near(margins), near(ratios.get(name, 1.0))) for name in NAMES}
     change["probe_accuracy"] = Change(near(accuracy, accuracy_half), None)
-    numbers = {"rest_ratio": near(rest_ratio)}
+    numbers = {"orthogonal_std_ratio": near(orthogonal_std_ratio)}
     return LayerNumbers(7, 1.0, 1.0, None, None, numbers, (), change)
 
 
@@ -47,7 +47,7 @@ ROWS: list[tuple[str, dict[str, Any]]] = [
     ("separated", {"fisher_ratio": 3.0, "relative_distance": 2.0}),
     ("separated", {"fisher_ratio": 3.0, "relative_distance": 2.0, "accuracy": -0.009}),
     ("contracted", {"fisher_ratio": 3.0}),
-    ("contracted", {"fisher_ratio": 3.0, "relative_distance": 2.0, "rest_ratio": 0.49}),
+    ("contracted", {"fisher_ratio": 3.0, "relative_distance": 2.0, "orthogonal_std_ratio": 0.49}),
     ("worse", {"fisher_ratio": 3.0, "accuracy": -0.02}),
     ("collapsed", {"fisher_ratio": 3.0, "relative_distance": 2.0, "effective_rank": 0.5, "accuracy": -0.2}),
 ]

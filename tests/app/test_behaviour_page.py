@@ -16,7 +16,7 @@ from streamlit.util import calc_hash
 from app.views.behaviour import filtered
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.results import read_evaluation
-from es2.jobs.queue import lay_down
+from es2.jobs.queue import create_job
 from es2.jobs.running import run_job
 from es2.workflow.job_kinds import JOBS
 from tests.app.test_app import MAIN, captions, has_button
@@ -105,7 +105,7 @@ class TestBehaviour:
             in words(at)
         )
         assert "8 harmful and 8 harmless prompts" in captions(at).replace("\\", "")
-        assert "pushed" not in captions(at)  # that is the other page's
+        assert "steered" not in captions(at)  # that is the other page's
 
     def test_a_defence_with_its_price(self, home: Path, evaluated: Evaluated) -> None:
         at = choose(open_page("behaviour", evaluated.link()), "defence")
@@ -189,20 +189,20 @@ class TestRobustness:
             for record in attack["needed"]
             if record["layer"] in (0, 1) and record["p0"] == 0.5
         )
-        assert "Under 8 pushes along learnt directions" in words(at)  # 3 directions × 2 budgets, and 2 probabilities
+        assert "Under 8 steerings along learnt directions" in words(at)  # 3 directions × 2 budgets, and 2 probabilities
 
     def test_one_prompt_moves_along_what_was_measured(self, home: Path, evaluated: Evaluated) -> None:
         at = open_page("robustness", evaluated.link())
         rows = read_evaluation(evaluated.path)["rows"]["perturbation"]
         slider = at.select_slider(key="attack_step")
-        assert slider.options == ["no push", "0.2", "0.8", "to p₀ = 0.5", "to p₀ = 0.01"]
+        assert slider.options == ["no steering", "0.2", "0.8", "to p₀ = 0.5", "to p₀ = 0.01"]
         prompt = at.selectbox(key="attack_prompt").value
-        for name, budget, p0 in (("0.8", 0.8, None), ("to p₀ = 0.01", None, 0.01), ("no push", 0.0, None)):
+        for name, budget, p0 in (("0.8", 0.8, None), ("to p₀ = 0.01", None, 0.01), ("no steering", 0.0, None)):
             at.select_slider(key="attack_step").set_value(name).run()
             assert not at.exception
-            direction = "none" if name == "no push" else "scav"
-            push = {"direction": direction, "budget": budget, "p0": p0}
-            (row,) = (one for one in rows if one["prompt"] == prompt and one["push"] == push)
+            direction = "none" if name == "no steering" else "scav"
+            steering = {"direction": direction, "budget": budget, "p0": p0}
+            (row,) = (one for one in rows if one["prompt"] == prompt and one["steering"] == steering)
             for model in ("base", "tuned"):
                 assert f"P(harmful) {row[model]['read']['probability']:.3f}" in captions(at)
 
@@ -215,7 +215,7 @@ class TestRobustness:
         }
         at.run()
         assert not at.exception
-        assert at.select_slider(key="attack_step").options == ["no push", "0.2", "0.8"]
+        assert at.select_slider(key="attack_step").options == ["no steering", "0.2", "0.8"]
         assert at.select_slider(key="attack_step").value == "0.2"
 
     def test_takes_away_the_pushes(self, home: Path, evaluated: Evaluated) -> None:
@@ -227,8 +227,8 @@ class TestRobustness:
         assert attack is not None
         charts, tables = take_away(found, attack)
         assert len(charts) == 5
-        assert len(tables["Pushes"]) == 2 * len(attack["curve"])
-        assert len(tables["Replies under push"]) == 2 * len(attack["curve"])
+        assert len(tables["Steerings"]) == 2 * len(attack["curve"])
+        assert len(tables["Replies under steering"]) == 2 * len(attack["curve"])
 
 
 class TestNothingYet:
@@ -251,7 +251,9 @@ class TestNothingYet:
         at.button(key="start_evaluation").click().run()
         ((kind, config),) = launched
         assert kind == "evaluate"
-        wanted = EvaluateConfig(model=fresh["model"], prompts=fresh["prompts"], run=fresh["run"], limit=6, push_limit=6)
+        wanted = EvaluateConfig(
+            model=fresh["model"], prompts=fresh["prompts"], run=fresh["run"], limit=6, steering_limit=6
+        )
         assert EvaluateConfig.from_dict(config) == wanted
 
     def test_prompts_that_cannot_be_used_keep_the_button_closed(self, fresh: dict[str, str], tmp_path: Path) -> None:
@@ -267,7 +269,7 @@ class TestNothingYet:
         self, fresh: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         config = EvaluateConfig(model=fresh["model"], prompts=fresh["prompts"], run=fresh["run"])
-        job = lay_down("evaluate", config.to_dict(), root=tmp_path / "runs")
+        job = create_job("evaluate", config.to_dict(), root=tmp_path / "runs")
         (job.path / "cancel").touch()
         run_job(job.path, JOBS)
         assert job.status() == "cancelled"
@@ -279,7 +281,7 @@ class TestNothingYet:
 
     def test_a_failed_one_says_why(self, fresh: dict[str, str], tmp_path: Path) -> None:
         config = EvaluateConfig(model=fresh["model"], prompts=str(tmp_path / "gone.csv"), run=fresh["run"])
-        job = lay_down("evaluate", config.to_dict(), root=tmp_path / "runs")
+        job = create_job("evaluate", config.to_dict(), root=tmp_path / "runs")
         run_job(job.path, JOBS)
         at = open_page("robustness", fresh)
         assert "gone.csv" in at.error[0].value.replace("\\", "")

@@ -147,13 +147,13 @@ class TestFigures:
 
     def test_boundary_marks_the_chosen_push_and_joins_those_that_grow(self) -> None:
         read = {"base": [0.9, None, 0.5], "tuned": [0.8, 0.3, 0.5]}
-        figure = evaluation_charts.boundary(["no push", "<b>", "to"], read, 1, 2)
+        figure = evaluation_charts.boundary(["no steering", "<b>", "to"], read, 1, 2)
         found = traces(figure)
         assert list(found["Tuned"].y) == [0.8, 0.3]
         assert list(found["Tuned, to p₀"].x) == [2]
         assert found["Tuned, to p₀"].mode == "markers"
         assert figure.layout.shapes[0].x0 == 1
-        assert list(figure.layout.xaxis.ticktext) == ["no push", "&lt;b&gt;", "to"]
+        assert list(figure.layout.xaxis.ticktext) == ["no steering", "&lt;b&gt;", "to"]
 
 
 class TestSentences:
@@ -201,7 +201,7 @@ class TestSentences:
 
     def test_attacks_count_learnt_directions_alone(self) -> None:
         assert findings.attack_sentence(attack()).startswith(
-            "Under 3 pushes along learnt directions tuned refuses more than base, beyond chance, in 3, less in 0"
+            "Under 3 steerings along learnt directions tuned refuses more than base, beyond chance, in 3, less in 0"
         )
 
 

@@ -42,7 +42,7 @@ def layers() -> list[LayerNumbers]:
             log_loss=0.3,
             cv_accuracy=0.9,
             numbers={name: number(float(rng.uniform(0.4, 0.9))) for name in NUMBERS},
-            by_cost=(),
+            by_C=(),
         )
         for layer in range(N_LAYERS)
     ]
@@ -212,8 +212,8 @@ def test_every_number_is_explained_once() -> None:
     assert len(BY_NAME) == len(TERMS) + len(COMPARED)
     assert set(BY_NAME) <= set(NUMBERS)
     unexplained = set(NUMBERS) - set(BY_NAME)
-    of_other_test_sets = {"self_accuracy", "self_auroc"}
-    behind_others = {"mean_norm", "rest_deviation", "probe_auroc_control"}
+    of_other_test_sets = {"in_domain_accuracy", "in_domain_auroc"}
+    behind_others = {"mean_norm", "orthogonal_std", "probe_auroc_control"}
     assert unexplained == of_other_test_sets | behind_others
 
 

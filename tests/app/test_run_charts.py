@@ -9,7 +9,7 @@ from app.charts.run_charts import History
 from tests.figures import Checked, traces
 
 run_charts = Checked(run_charts)
-HELD_OUT = ("watch_fisher_ratio", "Fisher ratio")
+HELD_OUT = ("validation_fisher_ratio", "Fisher ratio")
 
 
 def step(done: int, total: int = 10, **numbers: float | None) -> dict[str, Any]:
@@ -27,10 +27,10 @@ def test_curves_hold_what_was_logged_at_each_step() -> None:
         {"event": "status", "status": "running"},
         {"event": "progress", "stage": "base", "done": 5, "total": 9},
         step(1, loss=2.0),
-        step(2, loss=1.0, watch_fisher_ratio=0.5),
+        step(2, loss=1.0, validation_fisher_ratio=0.5),
     )
     assert made.curve("loss") == ([1, 2], [2.0, 1.0])
-    assert made.curve("watch_fisher_ratio") == ([2], [0.5])
+    assert made.curve("validation_fisher_ratio") == ([2], [0.5])
     assert (made.total, made.stage) == (10, "finetune")
 
 
@@ -72,7 +72,7 @@ def test_the_axis_spans_the_whole_run_from_the_first_step() -> None:
 
 def test_the_budget_is_in_sight_whether_it_is_kept_or_not() -> None:
     for kl in (0.001, 3.0):
-        figure = run_charts.kl_curve(history(step(1, kl_prompt=kl, kl_reply=kl / 2, watch_kl_prompt=kl)), 0.1)
+        figure = run_charts.kl_curve(history(step(1, kl_prompt=kl, kl_reply=kl / 2, validation_kl_prompt=kl)), 0.1)
         (line,) = figure.layout.shapes
         assert line.y0 == line.y1 == 0.1
         assert line.line.color == canvas.NEUTRAL
@@ -83,7 +83,7 @@ def test_the_budget_is_in_sight_whether_it_is_kept_or_not() -> None:
 
 
 def test_prompts_and_replies_are_told_apart_without_colour() -> None:
-    drawn = traces(run_charts.kl_curve(history(step(1, kl_prompt=0.1, kl_reply=0.2, watch_kl_reply=0.3)), 0.1))
+    drawn = traces(run_charts.kl_curve(history(step(1, kl_prompt=0.1, kl_reply=0.2, validation_kl_reply=0.3)), 0.1))
     assert drawn["prompts"].line.dash != drawn["replies"].line.dash
     assert drawn["prompts, held out"].marker.symbol != drawn["replies, held out"].marker.symbol
     assert drawn["replies, held out"].y == (0.3,)
@@ -93,7 +93,7 @@ def test_held_out_numbers_say_that_they_will_come() -> None:
     before = run_charts.held_out_curve(history(step(1)), *HELD_OUT)
     assert "first look" in before.layout.annotations[0].text
     after = run_charts.held_out_curve(
-        history(step(1), step(2, watch_fisher_ratio=0.7)), "watch_fisher_ratio", "Fisher ratio"
+        history(step(1), step(2, validation_fisher_ratio=0.7)), "validation_fisher_ratio", "Fisher ratio"
     )
     assert not after.layout.annotations
     assert (after.data[0].x, after.data[0].y) == ((2,), (0.7,))

@@ -14,7 +14,7 @@ from streamlit.testing.v1 import AppTest
 from app import launch, state
 from es2.cli import main as cli
 from es2.jobs.job import Job
-from es2.jobs.queue import lay_down, list_jobs, open_job
+from es2.jobs.queue import create_job, list_jobs, open_job
 from es2.jobs.running import run_job
 from es2.training.config import FinetuneConfig
 from es2.workflow.runs import list_runs
@@ -32,7 +32,7 @@ with sentences():
     runs.page()
 state.mirror()
 """
-WATCHED = {"watch_fisher_ratio": 1.5, "watch_mean_difference_margin": 0.2}
+VALIDATED = {"validation_fisher_ratio": 1.5, "validation_mean_difference_margin": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]
 
     def launch(kind: str, config: dict[str, Any]) -> Job:
         found.append((kind, dict(config)))
-        return lay_down(kind, config)
+        return create_job(kind, config)
 
     monkeypatch.setattr("app.jobs_panel.launch", launch)
     return found
@@ -90,12 +90,12 @@ def turned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def ended(model: Path, prompts: Path, outcome: Callable[..., dict[str, Any]] | Exception, **changes: Any) -> Job:
     """A run that has ended, by the real machinery with a stand-in for the work."""
     config = FinetuneConfig(layers=(1, 3), model=str(model), steps=4, **changes)
-    job = lay_down("finetune", config.to_dict() | {"prompts": str(prompts)})
+    job = create_job("finetune", config.to_dict() | {"prompts": str(prompts)})
 
     def task(settings: dict[str, Any], report: Any, folder: Path) -> dict[str, Any]:
         for step in range(1, 5):
             numbers = {"loss": 1.0 / step, "separation": -1.0 / step, "kl_prompt": 0.01 * step, "kl_reply": 0.02 * step}
-            report("finetune", step, 4, **numbers, **(WATCHED if step % 2 == 0 else {}))
+            report("finetune", step, 4, **numbers, **(VALIDATED if step % 2 == 0 else {}))
         if isinstance(outcome, Exception):
             raise outcome
         return outcome(folder)

@@ -41,7 +41,7 @@ def with_sklearn(prompts: PromptSet, layers: np.ndarray, config: AnalysisConfig)
         frame = fit_frame(embeddings[probe_rows], probe.labels)
         features, unseen = frame.normalise(embeddings[probe_rows]), frame.normalise(embeddings[test_rows])
         losses = []
-        for cost in config.costs:
+        for cost in config.Cs:
             predicted = np.empty(len(probe))
             for fold in np.unique(folds):
                 out = folds == fold
@@ -49,13 +49,13 @@ def with_sklearn(prompts: PromptSet, layers: np.ndarray, config: AnalysisConfig)
             balance = np.where(probe.labels == 1, 1 / (probe.labels == 1).sum(), 1 / (probe.labels == 0).sum())
             losses.append(log_loss(probe.labels, predicted, sample_weight=balance))
         best = int(np.argmin(losses))
-        path = [fit(features, probe.labels, cost) for cost in config.costs]
+        path = [fit(features, probe.labels, cost) for cost in config.Cs]
         scores = path[best].decision_function(unseen)
         for labels, others in zip(*shuffles, strict=True):
-            roc_auc_score(others, fit(features, labels, config.costs[best]).decision_function(unseen))
+            roc_auc_score(others, fit(features, labels, config.Cs[best]).decision_function(unseen))
         found.append(
             {
-                "C": config.costs[best],
+                "C": config.Cs[best],
                 "log_loss": losses[best],
                 "probe_accuracy": balanced_accuracy_score(test.labels, scores > 0),
                 "probe_auroc": roc_auc_score(test.labels, scores),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from es2.capture.capture import Reading, capture
+from es2.capture.capture import CaptureRequest, capture
 from es2.capture.residuals import _shared_tokens, capture_residuals
 from es2.core.progress import Reporter
 from es2.models.chat_template import Rendered, render
@@ -122,7 +122,7 @@ def _added_alone(who: str, folder: Path, prompts: PromptSet) -> float:
     before = 0.0
     if who == "ours":
 
-        def read(reading: Reading, report: Reporter) -> dict[str, np.ndarray]:
+        def read(reading: CaptureRequest, report: Reporter) -> dict[str, np.ndarray]:
             nonlocal before
             bridge = load_bridge(reading.folder, dtype=reading.dtype, device=reading.device)
             before = _loaded(bridge.original_model)

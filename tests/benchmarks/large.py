@@ -22,7 +22,7 @@ from es2.analysis.layers import analyze
 from es2.analysis.results import AnalysisConfig
 from es2.core.files import content_key
 from es2.core.progress import Reporter
-from es2.jobs.queue import lay_down
+from es2.jobs.queue import create_job
 from es2.jobs.running import run_job
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import HARMFUL, PromptSet
@@ -72,7 +72,7 @@ def write(home: Path, n_prompts: int, shape: tuple[int, int]) -> str:
     """A run and its base below `home`; returns the link that opens their comparison."""
     path, prompts = write_prompts(home, n_prompts)
     settings = FinetuneConfig(TARGETS, model=MODEL).to_dict() | {"prompts": str(path)}
-    run = lay_down("finetune", settings, root=home / "runs")
+    run = create_job("finetune", settings, root=home / "runs")
     base, tuned = (write_set(home, prompts, shape, *one) for one in ((1.0, None), (3.0, run.id)))
     config = AnalysisConfig()
     analysis = analyze(prompts, base, tuned, config=config)

@@ -1,10 +1,10 @@
-"""What separates: one short fine-tune per line of settings, judged on `watch` prompts; `docs/experiments.md` uses it.
+"""One short fine-tune per line of settings, judged on `validation` prompts, for `docs/experiments.md`.
 
     python tests/benchmarks/objectives.py results.jsonl "objective=fisher seed=0" "objective=margin layers=12,18"
 
-Each argument is a set of `FinetuneConfig` fields. The probes are fitted on `probe`, the numbers are of `watch`, so that
-whoever chooses defaults by this table can still be judged on `test`; `--final` does that. With `--transfer F` the same
-is said of the prompts in `F`, of which every `--every`th is taken; that is for reporting, not for choosing.
+Each argument is a set of `FinetuneConfig` fields. The probes are fitted on `probe`, the numbers are of `validation`, so
+that whoever chooses defaults by this table can still be judged on `test`; `--final` does that. With `--transfer F` the
+same is said of the prompts in `F`, of which every `--every`th is taken; that is for reporting, not for choosing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from es2.analysis.layers import analyze
 from es2.analysis.results import AnalysisConfig
 from es2.models.adapters import apply_finetune
 from es2.models.catalogue import resolve
-from es2.models.chat_template import render, template_head
+from es2.models.chat_template import render, template_prefix
 from es2.models.folders import model_folder
-from es2.models.forward import Network
+from es2.models.forward import FinetuneForward
 from es2.models.loading import load_model, load_tokenizer
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
@@ -36,8 +36,8 @@ from es2.training.finetune import finetune
 
 NUMBERS = (
     "fisher_ratio", "relative_distance", "mean_difference_margin", "margin_mean", "margin_harmful_q1",
-    "probe_accuracy", "probe_auroc", "self_auroc", "effective_rank", "rest_ratio", "norm_ratio", "pairwise_distance",
-    "direction_cosine",
+    "probe_accuracy", "probe_auroc", "in_domain_auroc", "effective_rank", "orthogonal_std_ratio", "norm_ratio",
+    "pairwise_distance", "direction_cosine",
 )  # fmt: skip
 SETTINGS = AnalysisConfig(n_bootstrap=200, n_shuffles=1)
 
@@ -65,8 +65,8 @@ class Model:
         self.tokenizer = load_tokenizer(folder)
         model = load_model(folder, dtype=config.dtype, device=config.device)
         self.layers = config.targets
-        head = template_head(self.tokenizer, [])
-        self.network = Network(model, template_head=head, layers=self.layers)
+        head = template_prefix(self.tokenizer, [])
+        self.network = FinetuneForward(model, template_prefix=head, layers=self.layers)
         if adapter is not None:
             apply_finetune(model, adapter)
 
@@ -79,10 +79,10 @@ class Model:
         return ArrayLayers(embeddings.permute(1, 0, 2).cpu().numpy())
 
 
-def watched(prompts: PromptSet) -> PromptSet:
-    """`probe` as it is, and `watch` in the place of `test`."""
-    part = prompts.select(prompts.in_split("probe") | prompts.in_split("watch"))
-    return replace(part, splits=tuple("test" if split == "watch" else split for split in part.splits))
+def validations(prompts: PromptSet) -> PromptSet:
+    """`probe` as it is, and `validation` in the place of `test`."""
+    part = prompts.select(prompts.in_split("probe") | prompts.in_split("validation"))
+    return replace(part, splits=tuple("test" if split == "validation" else split for split in part.splits))
 
 
 def numbers_of(analysis: Any, layers: tuple[int, ...]) -> dict[str, Any]:
@@ -115,8 +115,8 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     prompts = load_prompts(arguments.prompts)
-    judged = "test" if arguments.final else "watch"
-    held_out = prompts.measured() if arguments.final else watched(prompts)
+    judged = "test" if arguments.final else "validation"
+    held_out = prompts.measured() if arguments.final else validations(prompts)
     others = {}
     for source in arguments.transfer:
         whole = load_prompts(source)
@@ -138,7 +138,7 @@ def main() -> None:
                     print(f"{time.perf_counter() - began:6.0f} s  {stage} {done}/{total}  {shown}", file=sys.stderr)
 
             result = finetune(config, prompts, Path(folder), report)
-            best = next(point for point in result.watched if point.step == result.best_step)
+            best = next(point for point in result.validations if point.step == result.best_step)
             model = Model(config, result.output)
             tuned = model.read(held_out)
             document: dict[str, Any] = {

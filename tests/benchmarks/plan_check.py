@@ -111,7 +111,7 @@ def main() -> None:
         if number == 0:
             planned = {"gb": made.needs_gb["capture"], "seconds": made.seconds["base capture"] + per_start}
             told("capture", planned, measured(CAPTURE, model, source))
-        stages = ("replies", "steps", "watching")
+        stages = ("replies", "steps", "validation")
         planned = {
             "gb": max(made.needs_gb["replies"], made.needs_gb["steps"]),
             "seconds": sum(made.seconds[stage] for stage in stages) + per_start,

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from es2.core.progress import silent
-from es2.models.forward import Network
+from es2.models.forward import FinetuneForward
 from es2.models.loading import load_model
 from es2.training.config import FinetuneConfig
 from es2.training.finetune import _tokens
 from es2.training.objective import es2_loss, running_direction, separation
-from es2.training.sampling import Batch, make_plan
+from es2.training.sampling import Batch, make_schedule
 from es2.training.terms import parse_objective
 from es2.training.trainable import make_trainable
 from es2.training.workload import Workload
 from tests.benchmarks.capture import padded
 from tests.benchmarks.contest import Figure, Report, Settings, ratio
 
-WATCHED = 2  # prompts of each label: `watch` takes no part in a step, but a plan needs some
+VALIDATED = 2  # prompts of each label: `validation` takes no part in a step, but a plan needs some
 
 
 class _Steps:
@@ -36,12 +36,12 @@ class _Steps:
 
     def __init__(self, settings: Settings, config: FinetuneConfig) -> None:
         self.config = config
-        self.plan = make_plan(
-            settings.prompts, config.pairs_per_step, config.steps, config.seed, WATCHED, config.kl_prompts
+        self.plan = make_schedule(
+            settings.prompts, config.pairs_per_step, config.steps, config.seed, VALIDATED, config.kl_prompts
         )
         self.tokens, self.head = _tokens(settings.folder, settings.prompts, self.plan, config.reply_tokens)
         self.model = load_model(settings.folder, dtype="float32", device="cpu").requires_grad_(False)
-        self.network = Network(self.model, template_head=self.head, layers=config.targets)
+        self.network = FinetuneForward(self.model, template_prefix=self.head, layers=config.targets)
         self.terms = parse_objective(config.objective)
         self.number = 0
 

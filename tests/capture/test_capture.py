@@ -29,7 +29,7 @@ from es2.core.errors import InputError, MachineError
 from es2.core.files import user_cache
 from es2.core.progress import Cancelled
 from es2.models import batching
-from es2.models.batching import batches_by_length, cache_before, cache_of, keys_and_values, plant
+from es2.models.batching import batches_by_length, cache_before, cache_of, keys_and_values, pack_shared_prefixes
 from es2.models.catalogue import DEFAULT_MODEL, resolve
 from es2.models.chat_template import PINNED_DATE, Rendered, render
 from es2.models.folders import model_folder
@@ -420,7 +420,7 @@ def test_common_beginnings_are_run_once(llama: Path, monkeypatch: pytest.MonkeyP
     width=st.integers(1, 30),
 )
 def test_every_planted_prompt_can_be_read_off_its_branch(prompts: list[list[int]], width: int) -> None:
-    trees = plant(prompts, width)
+    trees = pack_shared_prefixes(prompts, width)
     assert sorted(index for tree in trees for index in tree.slots) == list(range(len(prompts)))
     for tree in trees:
         assert len(tree.tokens) <= width or len(tree.slots) == 1
@@ -432,7 +432,7 @@ def test_every_planted_prompt_can_be_read_off_its_branch(prompts: list[list[int]
 
 def test_rows_are_divided_where_nothing_is_shared_and_filled_with_what_fits() -> None:
     """Filled one after the other, the first row would end between the twins that begin with 4, 5."""
-    trees = plant([[1, 2, 3], [4, 5, 6], [4, 5, 7], [8, 8]], 6)
+    trees = pack_shared_prefixes([[1, 2, 3], [4, 5, 6], [4, 5, 7], [8, 8]], 6)
     assert sorted(sorted(tree.slots) for tree in trees) == [[0], [1, 2, 3]]
     assert sorted(len(tree.tokens) for tree in trees) == [3, 6]
 

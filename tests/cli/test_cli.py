@@ -91,8 +91,8 @@ class TestResults:
         code, out, err = run("analyze", "--model", model, "--prompts", prompts, "--test-prompts", other, "--json")
         assert code == 0, err
         layer = json.loads(out)["layers"][0]
-        assert {"self_accuracy", "self_auroc"} <= layer.keys()
-        assert layer["self_auroc"]["value"] > 0.9  # one word tells the labels
+        assert {"in_domain_accuracy", "in_domain_auroc"} <= layer.keys()
+        assert layer["in_domain_auroc"]["value"] > 0.9  # one word tells the labels
 
     def test_tables_for_people(self, run, model: Path, prompts: Path) -> None:
         code, out, _ = run("analyze", "--model", model, "--prompts", prompts)

@@ -30,7 +30,7 @@ def spread(
     work: Callable[..., Any], shared: Any, read: Callable[[int], tuple[Any, ...]], n_pieces: int, n_helpers: int
 ) -> list[tuple[int, Any]]:
     with Helpers(n_helpers, work) as helpers:
-        return list(helpers.spread(shared, read, n_pieces))
+        return list(helpers.map_pieces(shared, read, n_pieces))
 
 
 def one(number: int) -> tuple[int, ...]:
@@ -89,7 +89,7 @@ def test_no_process_to_be_had(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
 
 def test_closing_early_leaves_nobody_behind() -> None:
     with Helpers(2, pow) as helpers:
-        next(helpers.spread(3, one, 1000))
+        next(helpers.map_pieces(3, one, 1000))
         assert len(children()) == 2
     assert children() == []
 
@@ -97,7 +97,7 @@ def test_closing_early_leaves_nobody_behind() -> None:
 def test_helpers_end_with_the_process_that_started_them() -> None:
     script = (
         "import time; from es2.core.process_pool import Helpers\n"
-        "answers = Helpers(1, pow).spread(3, lambda number: (number,), 10)\n"
+        "answers = Helpers(1, pow).map_pieces(3, lambda number: (number,), 10)\n"
         "next(answers); print('begun', flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -14,10 +14,9 @@ from es2.core.settings import Settings, option_words, parse_list, setting
 class Recipe(Settings):
     """Settings of every kind."""
 
-    former_names: ClassVar[dict[str, str]] = {"spoons": "sugar"}
-
     layers: tuple[int, ...] = setting(..., "Which.", of="layer")
     sugar: int = setting(2, "How much.", ge=1)
+    steering_limit: int = setting(1, "One that had another name.", ge=1)
     heat: float = setting(0.5, "How hot.", gt=0)
     stir: bool = setting(False, "Whether to.")
     cup: str | None = setting(None, "Which cup.", label="Cup", choices=("small", "large"))
@@ -52,7 +51,7 @@ def test_what_cannot_be_is_a_sentence(values: dict[str, Any], sentence: str) -> 
 def test_a_file_gives_the_same_settings_back() -> None:
     recipe = Recipe(layers=(1, 2), heat=1, shares=(0.1, 0.2))
     assert Recipe.read(recipe.to_dict() | {"other": "ignored"}, "It") == recipe
-    assert Recipe.read({"layers": [1], "spoons": 4}, "It").sugar == 4  # by its former name
+    assert Recipe.read({"layers": [1], "push_limit": 4}, "It").steering_limit == 4  # by its former name
 
 
 @pytest.mark.parametrize(

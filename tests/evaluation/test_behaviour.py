@@ -15,8 +15,8 @@ from es2.core.errors import InputError
 from es2.evaluation.behaviour import ability_numbers, compare_exchange, rate_interval, refusal_numbers
 from es2.models.adapters import apply_finetune
 from es2.models.batching import end_tokens
-from es2.models.chat_template import render, template_head
-from es2.models.kl import read_head
+from es2.models.chat_template import render, template_prefix
+from es2.models.kl import read_lm_head
 from es2.models.loading import load_bridge, load_model, load_tokenizer, load_tuned
 from es2.models.replies import exchange_states, greedy_replies
 from tests.builders import ARCHITECTURES, TEXTS, save_tiny_adapter, save_tiny_model, tiny_prompts
@@ -39,7 +39,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
             save_tiny_model(folder, architecture)
         tokenizer = load_tokenizer(folder)
         tokens = list(render(tokenizer, TEXTS).token_ids)
-        return folder, load_model(folder, device="cpu"), tokens, template_head(tokenizer, tokens)
+        return folder, load_model(folder, device="cpu"), tokens, template_prefix(tokenizer, tokens)
 
     return loaded
 
@@ -141,7 +141,7 @@ def test_ability_is_that_of_the_full_logits(load: Loader, tmp_path: Path) -> Non
     folder, model, tokens, head = load("llama")
     tokens = tokens[:4]
     replies = all_replies(model, tokens, head=head)
-    head_layer = read_head(model)
+    head_layer = read_lm_head(model)
     sequences = [(*prompt, *reply[:-1]) for prompt, reply in zip(tokens, replies, strict=True)]
     with torch.no_grad():
         before = [model(torch.tensor([sequence])).logits[0].log_softmax(-1).double() for sequence in sequences]
@@ -169,7 +169,7 @@ def test_ability_of_base_alone_is_its_perplexity(load: Loader) -> None:
     _, model, tokens, head = load("llama")
     replies = all_replies(model, tokens, head=head)
     states = exchange_states(model, tokens, replies, len(head))
-    head_layer = read_head(model)
+    head_layer = read_lm_head(model)
     exchanges = [compare_exchange(head_layer, s, s, reply) for s, reply in zip(states, replies, strict=True)]
     weights = np.ones((11, len(tokens)))
     numbers = ability_numbers(exchanges, weights, compared=False)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from es2.evaluation.refusal import VERDICTS, judge_reply, normalise_reply, opening
+from es2.evaluation.refusal import REPLY_CLASSES, judge_reply, normalise_reply, opening
 from tests.labelled_replies import REPLIES
 
 
@@ -20,7 +20,7 @@ def rates(label: str) -> tuple[float, float]:
 
 def test_there_are_enough_labelled_replies_of_every_kind() -> None:
     assert len(REPLIES) >= 60
-    assert {label for _, label, _ in REPLIES} == set(VERDICTS)
+    assert {label for _, label, _ in REPLIES} == set(REPLY_CLASSES)
     assert len({reply for _, _, reply in REPLIES}) == len(REPLIES)
     assert min(Counter(label for _, label, _ in REPLIES).values()) >= 5
 

@@ -1,4 +1,4 @@
-"""The way to the hyperplane, directions with known answers, and pushes that are read back in the forward pass."""
+"""The way to the hyperplane, directions with known answers, and steerings that are read back in the forward pass."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from es2.evaluation.robustness import (
     needed_perturbation,
     reading_vector,
 )
-from es2.evaluation.steering import Push, ReadBack, pushed, pushes
+from es2.evaluation.steering import ReadBack, Steering, steered, steering_sweep
 from es2.models.batching import end_tokens
-from es2.models.chat_template import render, template_head
+from es2.models.chat_template import render, template_prefix
 from es2.models.loading import load_bridge, load_tokenizer
 from es2.models.replies import greedy_replies
 from es2.prompts.prompt_set import HARMFUL, PromptSet
@@ -102,7 +102,7 @@ class TestAnalytic:
         base[0, :, 0] += 1.5 * signs
         apart[0, :, 0] += 4.5 * signs
         sources = [ArrayLayers(array) for array in (base, apart, 7 * base)]
-        config = AnalysisConfig(n_bootstrap=50, n_shuffles=1, costs=(0.1, 1.0))
+        config = AnalysisConfig(n_bootstrap=50, n_shuffles=1, Cs=(0.1, 1.0))
 
         def needed(tuned: ArrayLayers) -> dict[float, Any]:
             analysis = analyze(prompts, sources[0], tuned, config=config)
@@ -153,13 +153,13 @@ class TestDirections:
         assert np.abs(attacker.vectors("random", ("b",), 1)[:, 0] - both[:, 1]).max() > 0.1
 
     def test_the_sweep_has_every_direction_at_every_budget_and_scav_to_every_p0(self) -> None:
-        sweep = pushes(DIRECTIONS, (0.1, 0.2), (0.5,))
+        sweep = steering_sweep(DIRECTIONS, (0.1, 0.2), (0.5,))
         assert len(sweep) == 1 + 4 * 2 + 1
         assert len(set(sweep)) == len(sweep)
         with pytest.raises(InputError, match="Unknown direction"):
-            Push("sideways", 0.1)
+            Steering("sideways", 0.1)
         with pytest.raises(InputError, match="Only the scav direction"):
-            Push("repe", p0=0.5)
+            Steering("repe", p0=0.5)
 
 
 class Attacked:
@@ -172,14 +172,14 @@ class Attacked:
         self.prompts = with_splits(tiny_prompts(16), ("probe", "probe", "test"))
         rendered = render(tokenizer, self.prompts.texts)
         self.tokens = list(rendered.token_ids)
-        self.head = template_head(tokenizer, self.tokens)
+        self.head = template_prefix(tokenizer, self.tokens)
         self.source = ArrayLayers(capture_residuals(self.bridge, rendered, ("last",))["last"])
-        config = AnalysisConfig(n_bootstrap=20, n_shuffles=1, costs=(1.0, 100.0))
+        config = AnalysisConfig(n_bootstrap=20, n_shuffles=1, Cs=(1.0, 100.0))
         self.probes = analyze(self.prompts, self.source, config=config).base_probes
         self.attacker = make_attacker(self.prompts, self.source, self.probes, (2, 0))
 
-    def reply(self, cases: list[tuple[int, Push]], n_tokens: int = 5) -> tuple[list[tuple[int, ...]], ReadBack]:
-        """Replies to (row, push), in one batch."""
+    def reply(self, cases: list[tuple[int, Steering]], n_tokens: int = 5) -> tuple[list[tuple[int, ...]], ReadBack]:
+        """Replies to (row, steering), in one batch."""
         texts = [self.prompts.texts[row] for row, _ in cases]
         (batch,) = greedy_replies(
             self.bridge.original_model,
@@ -187,7 +187,7 @@ class Attacked:
             n_tokens,
             end_tokens(self.bridge.original_model),
             head=self.head,
-            around=lambda rows: pushed(
+            around=lambda rows: steered(
                 self.bridge, self.attacker, [cases[i][1] for i in rows], [texts[i] for i in rows]
             ),
         )
@@ -205,7 +205,7 @@ class TestPushed:
     @pytest.mark.parametrize("p0", [0.5, 0.01])
     def test_scav_reaches_p0_at_the_hook_at_every_layer_and_step(self, attacked: Attacked, p0: float) -> None:
         rows = np.flatnonzero(attacked.prompts.labels == HARMFUL)[:6].tolist()
-        replies, seen = attacked.reply([(row, Push("scav", p0=p0)) for row in rows])
+        replies, seen = attacked.reply([(row, Steering("scav", p0=p0)) for row in rows])
         assert max(map(len, replies)) > 1
         assert seen.worst.max() < 1e-4
         assert seen.highest.max() <= p0 + 1e-4
@@ -213,7 +213,7 @@ class TestPushed:
 
     def test_where_no_push_is_asked_for_the_probe_reads_what_was_captured(self, attacked: Attacked) -> None:
         rows = list(range(6))
-        replies, seen = attacked.reply([(row, Push("none", 0.0)) for row in rows])
+        replies, seen = attacked.reply([(row, Steering("none", 0.0)) for row in rows])
         expected = [attacked.probes.probability(attacked.source.layer(layer)[:6], layer) for layer in (0, 2)]
         np.testing.assert_allclose(seen.probability, np.mean(expected, axis=0), atol=1e-4)
         plain = dict(self_replies(attacked, rows))
@@ -224,30 +224,30 @@ class TestPushed:
         self, attacked: Attacked
     ) -> None:
         rows = np.flatnonzero(attacked.prompts.labels == HARMFUL)[:4].tolist()
-        _, still = attacked.reply([(row, Push("none", 0.0)) for row in rows], 1)
+        _, still = attacked.reply([(row, Steering("none", 0.0)) for row in rows], 1)
         for direction in DIRECTIONS:
-            _, seen = attacked.reply([(row, Push(direction, 0.25)) for row in rows], 1)
+            _, seen = attacked.reply([(row, Steering(direction, 0.25)) for row in rows], 1)
             np.testing.assert_allclose(seen.relative, 0.25, rtol=1e-5)
             if direction != "random":
                 assert (seen.probability < still.probability + 1e-9).all(), direction
 
     def test_rows_of_a_batch_are_pushed_each_its_own_way(self, attacked: Attacked) -> None:
         cases = [
-            (0, Push("none", 0.0)),
-            (0, Push("random", 2.0)),
-            (2, Push("scav", p0=0.01)),
-            (4, Push("mean_difference", 0.5)),
+            (0, Steering("none", 0.0)),
+            (0, Steering("random", 2.0)),
+            (2, Steering("scav", p0=0.01)),
+            (4, Steering("mean_difference", 0.5)),
         ]
         together, seen = attacked.reply(cases)
         for index, case in enumerate(cases):
             alone, own = attacked.reply([case])
             assert alone[0] == together[index]
             assert own.relative[0] == pytest.approx(seen.relative[index], rel=1e-4)
-        assert together[0] != together[1]  # as long a push as that changes what is said
+        assert together[0] != together[1]  # as long a steering as that changes what is said
 
     def test_hooks_are_gone_afterwards(self, attacked: Attacked) -> None:
         before = dict(self_replies(attacked, [0, 2]))
-        attacked.reply([(0, Push("random", 3.0)), (2, Push("random", 3.0))])
+        attacked.reply([(0, Steering("random", 3.0)), (2, Steering("random", 3.0))])
         assert dict(self_replies(attacked, [0, 2])) == before
 
 

@@ -151,7 +151,7 @@ def seen_by_an_onlooker(job: Job) -> str:
     return done.stdout.strip()
 
 
-def lay_down(root: Path, kind: str = "work", **config: Any) -> Path:
+def create_job(root: Path, kind: str = "work", **config: Any) -> Path:
     """A job's folder as a scheduler would find it, without a process."""
     path = root / f"20260101-120000-000000-{kind}-0123ab"
     path.mkdir(parents=True)
@@ -347,7 +347,7 @@ def test_light_jobs_and_those_of_other_hosts_are_not_waited_for(start: Launch, t
 @pytest.mark.parametrize("stated", ["0", "-1", "two", "1.5"])
 def test_a_limit_that_is_none(root: Path, monkeypatch: pytest.MonkeyPatch, stated: str) -> None:
     monkeypatch.setenv("ES2_HEAVY_JOBS", stated)
-    path = lay_down(root)
+    path = create_job(root)
     assert run_job(path, {"work": lambda config, report, folder: {}}) == 2
     assert f"ES2_HEAVY_JOBS must be a whole number of at least 1, not '{stated}'" in str(
         open_job(path.name, root).error()
@@ -376,15 +376,15 @@ def test_who_waits_in_the_foreground_is_told(root: Path, start: Launch, tmp_path
         told.append((stage, done, total))
         open_gate(tmp_path)
 
-    job = jobs.lay_down("work", {}, root=root)
+    job = jobs.create_job("work", {}, root=root)
     assert run_job(job.path, {"work": lambda config, report, folder: {}}, listen) == 0
     assert told[0] == ("queue", 0, 1)
 
 
 def test_laid_down_by_a_process_that_died(root: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from es2.jobs.queue import lay_down\n"
-        "job = lay_down('work', {}, root=Path(sys.argv[1])); print(job.id, job.status())"
+        "import sys; from pathlib import Path; from es2.jobs.queue import create_job\n"
+        "job = create_job('work', {}, root=Path(sys.argv[1])); print(job.id, job.status())"
     )
     done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True)
     id, seen = done.stdout.split()
@@ -415,7 +415,7 @@ def test_cancelled_before_its_process_is_ready(start: Launch) -> None:
 
 
 def test_a_request_that_came_before_the_start_is_obeyed(root: Path) -> None:
-    path = lay_down(root, heavy=False)
+    path = create_job(root, heavy=False)
     (path / "cancel").touch()
     assert run_job(path, {"work": lambda config, report, folder: {}}) == 1
     assert open_job(path.name, root).status() == "cancelled"
@@ -454,7 +454,7 @@ def test_interrupted_from_the_keyboard(start: Launch) -> None:
 
 def test_a_request_without_a_signal_arrives_with_the_heartbeat(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "HEARTBEAT_SECONDS", 0.02)
-    path = lay_down(root)
+    path = create_job(root)
     heartbeat = path / "heartbeat.json"
 
     def work(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
@@ -488,7 +488,7 @@ def test_only_one_process_runs_a_job_and_only_once(start: Launch, tmp_path: Path
 
 
 def test_what_a_killed_process_began_to_write_spoils_nothing(root: Path) -> None:
-    path = lay_down(root)
+    path = create_job(root)
     (path / "events.jsonl").write_text('{"event": "progress", "stage": "wo')
     assert run_job(path, {"work": lambda config, report, folder: {"kind": config["kind"]}}) == 0
     job = open_job(path.name, root)
@@ -504,7 +504,7 @@ def test_events_are_few_and_valid(root: Path) -> None:
         report("numbers", 2, 3, loss=float("inf"), kl=0.5)
         return {}
 
-    path = lay_down(root)
+    path = create_job(root)
     assert run_job(path, {"work": work}) == 0
     assert "NaN" not in (path / "events.jsonl").read_text()
     steps = [event for event in open_job(path.name, root).events()[0] if event["event"] == "progress"]
@@ -517,7 +517,7 @@ def test_events_are_few_and_valid(root: Path) -> None:
 
 def test_signal_handlers_are_given_back(root: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    run_job(lay_down(root), {"work": lambda config, report, folder: {}})
+    run_job(create_job(root), {"work": lambda config, report, folder: {}})
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
@@ -558,7 +558,7 @@ def test_the_default_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     "name", ["..", "../runs", "a/../b", "/etc", "", ".", "x" * 500, "20260101-120000-000000-work-0123ab\n"]
 )
 def test_an_id_never_becomes_a_path(root: Path, name: str) -> None:
-    lay_down(root)
+    create_job(root)
     with pytest.raises(InputError, match="There is no job"):
         open_job(name, root)
 
@@ -607,7 +607,7 @@ def test_a_disk_that_fills_up_during_a_job(root: Path, monkeypatch: pytest.Monke
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write_json(path, document)
 
-    path = lay_down(root)
+    path = create_job(root)
     monkeypatch.setattr(running, "write_json", fill_up)
     assert run_job(path, {"work": lambda config, report, folder: {}}) == 1
     assert open_job(path.name, root).status() == "interrupted"

@@ -13,7 +13,7 @@ from torch import Tensor
 from es2.core.errors import InputError
 from es2.models.batching import batches_by_length, end_tokens
 from es2.models.chat_template import render
-from es2.models.forward import BaseReply, Network, find_blocks
+from es2.models.forward import BaseReply, FinetuneForward, find_blocks
 from es2.models.loading import load_model, load_tokenizer
 from tests.builders import ARCHITECTURES, TEXTS, save_tiny_model
 
@@ -41,8 +41,8 @@ def head_of(tokens: list[tuple[int, ...]]) -> tuple[int, ...]:
     return first[: next(i for i, token in enumerate(first) if token != last[i])]
 
 
-def network(model: Any, tokens: list[tuple[int, ...]], **settings: Any) -> Network:
-    return Network(model, template_head=head_of(tokens), layers=LAYERS, **settings)
+def network(model: Any, tokens: list[tuple[int, ...]], **settings: Any) -> FinetuneForward:
+    return FinetuneForward(model, template_prefix=head_of(tokens), layers=LAYERS, **settings)
 
 
 def plain(model: Any, tokens: tuple[int, ...], layers: tuple[int, ...] = LAYERS) -> tuple[Tensor, Tensor]:
@@ -112,12 +112,12 @@ def test_a_reply_ends_with_the_token_that_ends_it(load: Callable[[str], Any]) ->
     torch.testing.assert_close(cut[0].states, whole[0].states[: len(cut[0].states)])
 
 
-def gradients(passes: Network, tokens: list[tuple[int, ...]], replies: list[BaseReply]) -> dict[str, Tensor]:
+def gradients(passes: FinetuneForward, tokens: list[tuple[int, ...]], replies: list[BaseReply]) -> dict[str, Tensor]:
     """Of something that depends on harmful and on harmless passes and on both KLs."""
     for weight in passes.blocks[:2].parameters():
         weight.requires_grad_(True)
     passes.model.zero_grad()
-    shared = passes.run_template_head()
+    shared = passes.run_template_prefix()
     run = passes.read_harmless(tokens[:4], replies[:4], shared)
     (passes.embed(tokens[4:], shared).square().mean() + run.embeddings.sin().mean() + run.kl_prompt).backward()
     return {name: weight.grad.clone() for name, weight in passes.blocks.named_parameters() if weight.grad is not None}
@@ -148,7 +148,7 @@ def test_harmful_prompts_stop_at_the_last_target_layer_without_the_head(load: Ca
     ran: list[str] = []
     for name, module in (("last block", passes.blocks[2]), ("head", model.lm_head)):
         module.register_forward_hook(lambda module, inputs, output, name=name: ran.append(name))
-    passes.embed(tokens, shared=passes.run_template_head())
+    passes.embed(tokens, shared=passes.run_template_prefix())
     assert ran == ["last block"]  # once, for the template's head, whose keys and values harmless prompts need
     assert len(model.base_model.layers) == 3  # the view that stops early leaves the model as it is
 
@@ -210,14 +210,14 @@ def test_no_prompts_at_all(load: Callable[[str], Any]) -> None:
 
 
 def test_a_bridge_sees_the_same_layers(load: Callable[[str], Any], tmp_path: Path) -> None:
-    """Layer l here is `blocks.{l}.hook_out` there: what is pushed apart is what is measured."""
+    """Layer l here is `blocks.{l}.hook_out` there: what is steered apart is what is measured."""
     from es2.capture.residuals import capture_residuals
     from es2.models.loading import load_bridge
 
     folder = save_tiny_model(tmp_path / "model", "llama")
     rendered = render(load_tokenizer(folder), TEXTS)
     captured = capture_residuals(load_bridge(folder, device="cpu"), rendered, ["last"])["last"]
-    passes = Network(load_model(folder, device="cpu"), template_head=(), layers=(0, 2))
+    passes = FinetuneForward(load_model(folder, device="cpu"), template_prefix=(), layers=(0, 2))
     with torch.no_grad():
         found = passes.embed(rendered.token_ids)
     for index, layer in enumerate((0, 2)):

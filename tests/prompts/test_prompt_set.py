@@ -37,7 +37,7 @@ class TestSplits:
             "probe",
             "probe",
             "tune",
-            "watch",
+            "validation",
         ]
 
     def test_both_members_of_a_pair_fall_together(self) -> None:
@@ -62,7 +62,7 @@ class TestSplits:
 
     def test_a_split_column_overrides(self) -> None:
         prompts = csv("prompt,label,split\na b,harmful,watch\nc d,harmless,Test\n")
-        assert prompts.splits == ("watch", "test")
+        assert prompts.splits == ("validation", "test")
 
 
 class TestReaders:

@@ -20,7 +20,7 @@ from es2.analysis.projection import View
 from es2.cli import main as cli
 from es2.cli import runs as cli_runs
 from es2.core.errors import InputError, MachineError
-from es2.jobs.queue import lay_down
+from es2.jobs.queue import create_job
 from es2.prompts.prompt_set import HARMFUL, HARMLESS
 from es2.report import figures as report_figures
 from es2.report.glossary import BY_NAME, COMPARED, TERMS
@@ -235,7 +235,7 @@ class TestFile:
 class TestFind:
     def test_a_run_without_a_result(self, home: Path) -> None:
         config = FinetuneConfig(layers=TARGETS).to_dict() | {"prompts": "builtin"}
-        unfinished = lay_down("finetune", config, root=home / "runs")
+        unfinished = create_job("finetune", config, root=home / "runs")
         with pytest.raises(InputError, match=f"{unfinished.id} .*has no result to report"):
             find_compared(unfinished.id)
         shutil.rmtree(unfinished.path)
@@ -333,8 +333,8 @@ def test_training_curves_take_the_last_word_on_a_repeated_step() -> None:
     events = [
         {"event": "progress", "stage": "base", "done": 1, "total": 1},
         event(1, 5.0),
-        event(2, 9.0, watch_kl_prompt=0.3),
-        event(2, 4.0, watch_kl_prompt=0.02),
+        event(2, 9.0, validation_kl_prompt=0.3),
+        event(2, 4.0, validation_kl_prompt=0.02),
         event(3, 3.0),
     ]
     figure = report_figures.training(events, 0.1)

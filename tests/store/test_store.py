@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from es2.core.errors import InputError, MachineError
-from es2.core.files import DamagedError, file_digest, sealed
+from es2.core.files import DamagedError, file_digest, with_checksum
 from es2.store.activation_set import FORMAT_VERSION, ActivationSet
 from es2.store.store import Store
 
@@ -54,7 +54,7 @@ def visible(store: Store) -> list[str]:
 def edit_meta(path: Path, **changes: Any) -> None:
     meta = json.loads((path / "meta.json").read_text()) | changes
     document = {name: value for name, value in meta.items() if value is not ...}
-    (path / "meta.json").write_text(json.dumps(sealed(document)))
+    (path / "meta.json").write_text(json.dumps(with_checksum(document)))
 
 
 def redigest(path: Path) -> None:
@@ -652,6 +652,6 @@ def test_derived_damage_is_set_aside(store: Store, damage: Any, caplog: pytest.L
 def test_a_newer_derived_folder_is_refused(store: Store) -> None:
     activations = write(store)
     digests = write_derived(activations) / "digests.json"
-    digests.write_text(json.dumps(sealed(json.loads(digests.read_text()) | {"format": 2})))
+    digests.write_text(json.dumps(with_checksum(json.loads(digests.read_text()) | {"format": 2})))
     with pytest.raises(InputError, match="newer ES2 Workbench"):
         activations.derived("d1")

@@ -85,7 +85,7 @@ class Case:
         problems: what should not be; empty when everything held.
         lost: artifacts that were whole before, were not hit themselves, and are not whole any more.
         wrong: jobs and readers that said what is not so.
-        set_aside: damaged artifacts that were recognised.
+        quarantine: damaged artifacts that were recognised.
         whole: artifacts that were whole after the fault.
         seconds: how long the case took.
     """
@@ -97,7 +97,7 @@ class Case:
     problems: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-    set_aside: int = 0
+    quarantine: int = 0
     whole: int = 0
     app_opened: bool = False
     skipped: str | None = None
@@ -306,7 +306,7 @@ def judge(
             case.problems.append(f"it ended with a traceback: {said}")
         if ended.left:
             case.problems.append("it left processes behind")
-    case.whole, case.set_aside = len(found["whole"]), len(found["damaged"])
+    case.whole, case.quarantine = len(found["whole"]), len(found["damaged"])
     gone = before - set(found["whole"])
     case.lost += [name for name in sorted(gone) if excused is None or not _touches(name, excused)]
     if excused is None:
@@ -399,7 +399,7 @@ def report(cases: Sequence[Case], seed: int, seconds: float) -> dict[str, Any]:
         "artifacts_whole": sum(case.whole for case in ran),
         "artifacts_lost": sum(len(case.lost) for case in ran),
         "wrong_states": sum(len(case.wrong) for case in ran),
-        "damaged_recognised": sum(case.set_aside for case in ran),
+        "damaged_recognised": sum(case.quarantine for case in ran),
         "app_opened": sum(case.app_opened for case in ran),
         "skipped": dict(Counter(case.skipped for case in cases if case.skipped)),
         "seconds": round(seconds, 1),

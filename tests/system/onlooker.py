@@ -26,8 +26,8 @@ def look(world: World, page: str | None = None) -> dict[str, Any]:
     app = [] if page is None else open_the_app(world, page)
     whole, damaged = [], []
 
-    def judge(path: Path, is_whole: bool) -> None:
-        (whole if is_whole else damaged).append(str(path.relative_to(world.home)))
+    def judge(path: Path, verify_checksum: bool) -> None:
+        (whole if verify_checksum else damaged).append(str(path.relative_to(world.home)))
 
     for activations in Store().list():
         derived = sorted((activations.path / "derived").glob("*"))

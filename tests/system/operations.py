@@ -26,7 +26,7 @@ from es2.core.progress import Cancelled
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.results import find_evaluations, read_evaluation
 from es2.jobs.job import HOST, Job
-from es2.jobs.queue import lay_down, reopen
+from es2.jobs.queue import create_job, reopen
 from es2.jobs.running import run_job
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
@@ -42,8 +42,8 @@ from es2.workflow.runs import export, list_runs, shipped_run, tuned_weights
 SETTINGS: dict[str, Any] = {
     "steps": 4,
     "pairs_per_step": 4,
-    "watch_every": 2,
-    "watch_prompts": 4,
+    "validate_every": 2,
+    "validation_prompts": 4,
     "reply_tokens": 4,
     "device": "cpu",
 }
@@ -51,7 +51,7 @@ EVALUATION: dict[str, Any] = {
     "limit": 3,
     "new_tokens": 4,
     "kl_tokens": 3,
-    "push_limit": 1,
+    "steering_limit": 1,
     "budgets": (0.5,),
     "device": "cpu",
 }
@@ -133,13 +133,13 @@ class Operation:
 
 
 def do_look(kind: str) -> Callable[[World, Job | None], int]:
-    return lambda world, job: run_job((job or lay_down(kind, world.look)).path, JOBS)
+    return lambda world, job: run_job((job or create_job(kind, world.look)).path, JOBS)
 
 
 def run_for_tuning(world: World) -> Job | None:
     """A run to tune in: a new one, one that goes on, or None where the newest is whole."""
     if (run := world.run()) is None:
-        return lay_down("finetune", world.tune)
+        return create_job("finetune", world.tune)
     if run.status() in ("done", "stopped"):
         try:
             tuned_weights(run)
@@ -158,7 +158,7 @@ def evaluation_to_run(world: World) -> Job:
     if (job := unfinished_job(config)) is not None:
         reopen(job)
         return job
-    return lay_down("evaluate", config.to_dict())
+    return create_job("evaluate", config.to_dict())
 
 
 def with_a_run(work: Callable[[World, Job], int]) -> Callable[[World, Job | None], int]:
@@ -192,7 +192,7 @@ def do_tune(world: World, job: Job | None) -> int:
     if job is not None:
         return run_job(job.path, JOBS)
     run = ensure_run(world)
-    return 1 if run is None else run_job(lay_down("prepare", world.look | {"run": run.id}).path, JOBS)
+    return 1 if run is None else run_job(create_job("prepare", world.look | {"run": run.id}).path, JOBS)
 
 
 def do_export(merged: bool) -> Callable[[World, Job], int]:
@@ -306,9 +306,9 @@ def _nothing(world: World) -> Job | None:
 
 
 OPERATIONS = (
-    Operation("capture", "bare", lambda world: lay_down("prepare", world.look), do_look("prepare"), captured),
-    Operation("projection", "captured", lambda world: lay_down("project", world.look), do_look("project"), projected),
-    Operation("fine-tune", "captured", lambda world: lay_down("finetune", world.tune), do_tune, tuned),
+    Operation("capture", "bare", lambda world: create_job("prepare", world.look), do_look("prepare"), captured),
+    Operation("projection", "captured", lambda world: create_job("project", world.look), do_look("project"), projected),
+    Operation("fine-tune", "captured", lambda world: create_job("finetune", world.tune), do_tune, tuned),
     Operation("evaluate", "tuned", evaluation_to_run, do_evaluate, evaluated),
     Operation("export", "tuned", _nothing, with_a_run(do_export(merged=False)), taken_away),
     Operation("export merged", "tuned", _nothing, with_a_run(do_export(merged=True)), taken_away),

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from es2.core.files import content_key, file_digest, sealed, write_json
+from es2.core.files import content_key, file_digest, with_checksum, write_json
 from tests.system.mutations import (
     change_json,
     dump,
@@ -77,10 +77,10 @@ def _spoilt(document: dict[str, Any], rng: Random) -> bytes:
     rest = {name: entry for name, entry in document.items() if name != "digest"}
     kind = rng.randrange(3)
     if kind < 2:
-        return mutate_json(sealed(rest) if kind else rest, rng)
+        return mutate_json(with_checksum(rest) if kind else rest, rng)
     changed = change_json(rest, rng)
     with suppress(ValueError, TypeError, RecursionError, AttributeError):  # what no writer could seal has no digest
-        changed = sealed(changed)
+        changed = with_checksum(changed)
     return dump(changed, rng)
 
 
@@ -228,7 +228,7 @@ def _sets(folder: Path) -> Draw:
             (path / name).write_bytes(change(data, rng))
             if rng.random() < 0.7:
                 files = meta["files"] | {name: file_digest(path / name)}
-                (path / "meta.json").write_text(json.dumps(sealed(meta | {"files": files})))
+                (path / "meta.json").write_text(json.dumps(with_checksum(meta | {"files": files})))
         elif kind == 1:
             name = rng.choice(("digests.json", "analysis.json", "probes.safetensors"))
             file = path / "derived" / derived / name
@@ -379,7 +379,7 @@ def _evaluations(folder: Path) -> Draw:
     path = folder / "evaluation.json"
 
     def draw(rng: Random) -> Attempt:
-        path.write_bytes(mutate_json(sealed(document) if rng.random() < 0.7 else document, rng))
+        path.write_bytes(mutate_json(with_checksum(document) if rng.random() < 0.7 else document, rng))
 
         def read() -> object:
             from datetime import datetime
@@ -452,7 +452,7 @@ def _job_states(folder: Path) -> Draw:
     ]
     events = [{"time": 1.7e9, "event": "status", "status": "running"}]
     for step in range(6):
-        numbers = {"loss": 1.0 - step / 10, "kl_prompt": 0.01, "watch_kl_prompt": None}
+        numbers = {"loss": 1.0 - step / 10, "kl_prompt": 0.01, "validation_kl_prompt": None}
         step_done = {"event": "progress", "stage": "finetune", "done": step, "total": 6}
         events.append({"time": 1.7e9 + step} | step_done | numbers)
     beat = {"host": HOST, "pid": 2**22 + 1, "state": "running"}
@@ -571,7 +571,7 @@ def _reply_logs(folder: Path) -> Draw:
     records.append({"key": "p", "verdict": "refusal", "text": "No.", "read": {"probability": 0.5, "relative": 0.1}})
 
     def draw(rng: Random) -> Attempt:
-        lines = [sealed(record) if rng.random() < 0.5 else record for record in records]
+        lines = [with_checksum(record) if rng.random() < 0.5 else record for record in records]
         path.write_bytes(mutate_lines(lines, rng))
 
         def read() -> object:
@@ -623,10 +623,10 @@ def _checkpoints(folder: Path) -> Draw:
     import torch
 
     from es2.models.tensors import _digest, load_tensors, save_tensors
-    from es2.training.validation import WatchPoint
+    from es2.training.validation import ValidationPoint
 
-    point = WatchPoint(0, 0.0, 0.0, {1: {"effective_rank": 3.0, "mean_difference_margin": 0.1}})
-    progress = {"step": 1, "losses": [1.0], "watched": [point.to_dict()]}
+    point = ValidationPoint(0, 0.0, 0.0, {1: {"effective_rank": 3.0, "mean_difference_margin": 0.1}})
+    progress = {"step": 1, "losses": [1.0], "validations": [point.to_dict()]}
     state = {"identity": "a", "progress": progress}
     tensors = {"directions": torch.zeros(2, 4), "trained/x": torch.ones(3)}
     path, whole = folder / "state.safetensors", folder / "whole.safetensors"

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from es2.jobs.job import Job
-from es2.jobs.queue import lay_down, list_jobs
+from es2.jobs.queue import create_job, list_jobs
 from es2.store.store import Store
 from es2.training.config import FinetuneConfig
 from tests.builders import save_tiny_model, tiny_prompts, write_prompts
@@ -79,7 +79,7 @@ def run_together(home: Path, files: Files, processes: ForkServerContext, limit: 
     ]
     look = {"model": files.model, "prompts": files.others, "position": "last"}
     wanted: list[tuple[str, dict[str, Any]]] = [("finetune", tunes[0]), ("finetune", tunes[1]), ("prepare", look)]
-    jobs = [lay_down(kind, config, root=home / "runs") for kind, config in wanted]
+    jobs = [create_job(kind, config, root=home / "runs") for kind, config in wanted]
     together = processes.Barrier(len(jobs))
     environment = {"ES2_HEAVY_JOBS": str(limit)}
     running = [

@@ -30,7 +30,7 @@ from es2.core.files import output_path
 from es2.core.progress import silent
 from es2.evaluation.config import EvaluateConfig
 from es2.jobs.job import Job
-from es2.jobs.queue import lay_down, open_job
+from es2.jobs.queue import create_job, open_job
 from es2.jobs.running import run_job
 from es2.models import model_files
 from es2.models.adapters import check_adapter
@@ -247,7 +247,7 @@ class TestNames:
 
     def test_of_kinds(self, name: str, outside: Path) -> None:
         with pytest.raises(ValueError, match="kind"):
-            lay_down(name, {})
+            create_job(name, {})
 
     def test_of_runs_and_prompts_in_links(self, name: str, outside: Path) -> None:
         choice, _ = read_link({"run": name, "against": name, "model": name, "prompts": name})
@@ -291,7 +291,7 @@ def test_targets_of_exports_that_are_no_names_are_a_sentence() -> None:
 
 def ended_run(config: dict[str, Any], root: Path | None = None) -> Job:
     """A run that is over, so that it may be deleted."""
-    run = lay_down("finetune", config, root=root, heavy=False)
+    run = create_job("finetune", config, root=root, heavy=False)
     assert run_job(run.path, {"finetune": lambda *_: {}}) == 0
     return run
 
@@ -448,7 +448,7 @@ def test_a_module_in_the_folder_of_work_is_not_taken_for_a_library(tmp_path: Pat
 
     for name in ("torch", "numpy", "es2"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'pwned')!r}, 'w')\n")
-    job = lay_down("nothing", {})
+    job = create_job("nothing", {})
     before = Path.cwd()
     try:
         os.chdir(tmp_path)

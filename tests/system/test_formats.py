@@ -22,7 +22,7 @@ from es2.analysis.layer_views import DRAWS, VIEWS_FORMAT, LayerViews
 from es2.analysis.projection import PROJECTION_FORMAT, UmapCoordinates
 from es2.analysis.results import ANALYSIS_FORMAT, Analysis
 from es2.core.errors import InputError
-from es2.core.files import is_whole, sealed
+from es2.core.files import verify_checksum, with_checksum
 from es2.core.versions import format_of
 from es2.evaluation.reply_log import ReplyLog
 from es2.evaluation.results import EVALUATION_FORMAT, find_evaluations, read_evaluation
@@ -55,7 +55,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Compared:
         "format": EVALUATION_FORMAT, "created": 1.7e9, "prompts": "x", "suite": {}, "rows": {}, "settings": {"limit": 4}
     }  # fmt: skip
     (made.run.path / "evaluation").mkdir()
-    (made.run.path / "evaluation" / "0a.json").write_text(json.dumps(sealed(evaluation)))
+    (made.run.path / "evaluation" / "0a.json").write_text(json.dumps(with_checksum(evaluation)))
     (home / "showcase").mkdir()
     models = (made.artifacts.activations, made.tuned)
     write(home / "showcase", made.run, made.run.config, prompts, models, made.analysis, coordinates)
@@ -80,7 +80,7 @@ class Place:
         """Change entries, or leave those out that become None, and make the digest anew."""
         document = json.loads(self.file.read_text()) | changes
         document = {name: entry for name, entry in document.items() if entry is not None}
-        self.file.write_text(json.dumps(sealed(document) if "digest" in document else document))
+        self.file.write_text(json.dumps(with_checksum(document) if "digest" in document else document))
 
 
 @pytest.fixture
@@ -162,9 +162,9 @@ class TestJobs:
         path = home / "runs" / whole.run.id / "result.json"
         document = json.loads(path.read_text())
         assert document["format"] == 1
-        assert is_whole(document)
+        assert verify_checksum(document)
         document.pop("digest")
-        path.write_text(json.dumps(sealed(document | {"format": 2})))
+        path.write_text(json.dumps(with_checksum(document | {"format": 2})))
         run = open_job(whole.run.id, home / "runs")
         assert (run.status(), run.result()) == ("interrupted", None)
         assert "newer ES2 Workbench (format 2" in str(run.error())
@@ -190,7 +190,7 @@ class TestJobs:
         self, home: Path, whole: Compared, caplog: pytest.LogCaptureFixture
     ) -> None:
         path = home / "runs" / whole.run.id / "config.json"
-        path.write_text(json.dumps(sealed(json.loads(path.read_text()) | {"format": 2})))
+        path.write_text(json.dumps(with_checksum(json.loads(path.read_text()) | {"format": 2})))
         assert list_jobs(home / "runs") == []
         assert "newer ES2 Workbench" in caplog.text
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from app.state import Choice, read_link
 from es2.core.errors import Es2Error, InputError, one_line
-from es2.core.files import MAX_JSON_LEVELS, is_whole, parse_json, read_json, sealed
+from es2.core.files import MAX_JSON_LEVELS, parse_json, read_json, verify_checksum, with_checksum
 from es2.core.versions import format_of
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.reply_log import ReplyLog
@@ -184,12 +184,12 @@ class TestJson:
     )
     def test_a_seal_holds_until_something_changes(self, document: dict[str, Any]) -> None:
         document.pop("digest", None)
-        whole = sealed(document)
-        assert is_whole(json.loads(json.dumps(whole)))
-        assert is_whole(document), "without a digest"
+        whole = with_checksum(document)
+        assert verify_checksum(json.loads(json.dumps(whole)))
+        assert verify_checksum(document), "without a digest"
         for name in document:
-            assert not is_whole(whole | {name: "something else"})
-        assert not is_whole(whole | {"one more": 1})
+            assert not verify_checksum(whole | {name: "something else"})
+        assert not verify_checksum(whole | {"one more": 1})
 
     def test_a_file_too_large_for_a_document_is_not_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("es2.core.files.MAX_JSON_BYTES", 10)

@@ -32,13 +32,13 @@ from es2.prompts.readers import parse_prompts
 from es2.store.sources import ArrayLayers, TestSet
 from es2.training.config import FinetuneConfig
 from es2.training.finetune import finetune
-from es2.training.sampling import make_plan
-from es2.training.validation import watch_numbers
+from es2.training.sampling import make_schedule
+from es2.training.validation import validation_numbers
 from es2.workflow.prepare import prepare, without_shared
 from tests.builders import save_tiny_model, tiny_prompts
 from tests.clouds import clouds, paired_prompts, permuted, rotation, single_prompts
 
-CONFIG = AnalysisConfig(n_bootstrap=100, n_shuffles=3, costs=(1e-4, 1e-2, 1.0, 1e2))
+CONFIG = AnalysisConfig(n_bootstrap=100, n_shuffles=3, Cs=(1e-4, 1e-2, 1.0, 1e2))
 LENGTH = ("centroid_distance", "pairwise_distance", "mean_norm", "norm_ratio", "scale")
 """What measures lengths in the models' own units, or compares them."""
 BEFORE, AFTER = (0.0, 1.5, 4.0), (0.0, 4.0, 5.0)
@@ -110,9 +110,12 @@ class TestLengths:
             assert view(3.7 * base, scaled.base_probes, 2).base == pytest.approx(was, abs=1e-9)
 
     def test_what_the_fine_tune_watches_stays(self) -> None:
-        watched = PROMPTS.select(PROMPTS.in_split("test"))
-        base, tuned = (clouds(watched, (distance,))[0] for distance in (1.0, 3.0))
-        was, now = watch_numbers(watched, base, tuned), watch_numbers(watched, 5.0 * base, 5.0 * tuned)
+        validations = PROMPTS.select(PROMPTS.in_split("test"))
+        base, tuned = (clouds(validations, (distance,))[0] for distance in (1.0, 3.0))
+        was, now = (
+            validation_numbers(validations, base, tuned),
+            validation_numbers(validations, 5.0 * base, 5.0 * tuned),
+        )
         assert {name: now[name] for name in was if name != "centroid_distance"} == pytest.approx(
             {name: value for name, value in was.items() if name != "centroid_distance"}, rel=1e-9
         )
@@ -161,9 +164,9 @@ class TestOrder:
         order = np.random.default_rng(1).permutation(len(prompts))
 
         def drawn(prompts: PromptSet) -> list[list[str]]:
-            plan = make_plan(prompts, 5, 12, 0, 6, 2)
+            plan = make_schedule(prompts, 5, 12, 0, 6, 2)
             rows = [[*batch.harmful, *batch.harmless] for batch in plan.batches]
-            rows += [list(plan.watched), list(plan.watched_kl), list(plan.tested)]
+            rows += [list(plan.validation_rows), list(plan.validation_kl), list(plan.tested)]
             return [[prompts.texts[row] for row in own] for own in rows]
 
         assert drawn(prompts) == drawn(permuted(prompts, order.tolist()))
@@ -261,12 +264,12 @@ class TestSameSeed:
         model = home / "models" / "llama"
         if not model.exists():
             save_tiny_model(model, initializer_range=0.1)
-        turns = ("tune", "watch", "tune", "test")
+        turns = ("tune", "validation", "tune", "test")
         prompts = tiny_prompts(24)
         prompts = replace(prompts, splits=tuple(turns[row // 2 % 4] for row in range(len(prompts))))
         config = FinetuneConfig(
-            (0, 1), str(model), method=method, steps=4, pairs_per_step=4, watch_every=2, reply_tokens=3, rank=4,
-            learning_rate=3e-3, kl_budget=5.0, device="cpu",
+            layers=(0, 1), model=str(model), method=method, steps=4, pairs_per_step=4, validate_every=2, rank=4,
+            reply_tokens=3, learning_rate=3e-3, kl_budget=5.0, device="cpu",
         )  # fmt: skip
 
         def run(name: str, seed: int) -> tuple[tuple[float, ...], Any, dict[str, bytes]]:
@@ -274,7 +277,7 @@ class TestSameSeed:
             kept = result.output / "adapter_model.safetensors" if method == "lora" else result.output
             # Not the file's bytes: its header is written in no particular order.
             weights = {weight: array.tobytes() for weight, array in load_file(kept).items()}
-            return result.losses, result.watched, weights
+            return result.losses, result.validations, weights
 
         first, second, other = run("first", 0), run("second", 0), run("other", 1)
         assert len(first[0]) == 4
@@ -402,7 +405,7 @@ class TestKnownModel:
             "mean_norm": scale,
             "relative_distance": 2 * a * DELTA / scale,
             "fisher_ratio": 2 * a * DELTA / (b * RADIUS),
-            "rest_deviation": b * RADIUS / scale,
+            "orthogonal_std": b * RADIUS / scale,
             "effective_rank": N_PAIRS - 1,
             "probe_accuracy": 1.0,
             "probe_auroc": 1.0,
@@ -414,13 +417,13 @@ class TestKnownModel:
         layer = analyses[position].base_layers[1]
         assert {name: layer.numbers[name].value for name in expected} == pytest.approx(expected, rel=2e-6)
         assert layer.scale == pytest.approx(scale, rel=1e-6)
-        for point in layer.by_cost:
+        for point in layer.by_C:
             assert point.numbers["margin_mean"].value == pytest.approx(a * DELTA / scale, rel=1e-5)
 
     def test_where_nothing_can_be_read_nothing_is(self, analyses: dict[str, Analysis]) -> None:
         """After block 0 the last token of every prompt is the template's own, and nothing else."""
         layer = analyses["last"].base_layers[0].numbers
-        for name in ("centroid_distance", "relative_distance", "fisher_ratio", "rest_deviation", "margin_mean"):
+        for name in ("centroid_distance", "relative_distance", "fisher_ratio", "orthogonal_std", "margin_mean"):
             assert layer[name].value == pytest.approx(0, abs=1e-6), name
         assert layer["mean_norm"].value == pytest.approx(RADIUS, rel=1e-6)
         assert layer["probe_accuracy"].value == 0.5
@@ -430,5 +433,5 @@ class TestKnownModel:
         layer = analyses["last_instruction"].base_layers[0].numbers
         assert layer["relative_distance"].value == pytest.approx(2 * DELTA / RADIUS, rel=1e-6)
         assert layer["mean_difference_margin"].value == pytest.approx(DELTA / RADIUS, rel=1e-6)
-        assert layer["rest_deviation"].value == pytest.approx(0, abs=1e-6)
+        assert layer["orthogonal_std"].value == pytest.approx(0, abs=1e-6)
         assert layer["probe_accuracy"].value == 1.0

@@ -37,7 +37,7 @@ from es2.prompts.prompt_set import PromptSet
 from es2.training import finetune as finetune_module
 from es2.training.config import FinetuneConfig
 from es2.training.finetune import FinetuneResult, finetune
-from es2.training.validation import PATIENCE, WatchPoint, watch_numbers
+from es2.training.validation import PATIENCE, ValidationPoint, validation_numbers
 from tests.builders import save_tiny_model, tiny_prompts
 
 N_LAYERS = 3
@@ -46,9 +46,9 @@ ARCHITECTURES = ("llama", "mistral", "qwen2", "gpt2", "gpt_neox")
 
 
 def split_prompts(n_pairs: int = 24) -> PromptSet:
-    """Half of the pairs in `tune`, a quarter each in `watch` and `test`."""
+    """Half of the pairs in `tune`, a quarter each in `validation` and `test`."""
     prompts = tiny_prompts(n_pairs)
-    turns = ("tune", "watch", "tune", "test")
+    turns = ("tune", "validation", "tune", "test")
     return replace(prompts, splits=tuple(turns[row // 2 % 4] for row in range(len(prompts))))
 
 
@@ -81,8 +81,8 @@ def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def config_for(model: Path, **settings: Any) -> FinetuneConfig:
     """A short run; its KL budget is wide, since tiny random models have no behaviour to keep."""
     defaults: dict[str, Any] = {
-        "steps": 8, "pairs_per_step": 5, "watch_every": 4, "learning_rate": 3e-3, "reply_tokens": 4, "kl_budget": 1.0,
-        "rank": 4, "device": "cpu",
+        "steps": 8, "pairs_per_step": 5, "validate_every": 4, "learning_rate": 3e-3, "reply_tokens": 4,
+        "kl_budget": 1.0, "rank": 4, "device": "cpu",
     }  # fmt: skip
     return FinetuneConfig(**{"layers": LAYERS, "model": str(model)} | defaults | settings)
 
@@ -141,15 +141,17 @@ class TestSeparates:
 
         base, tuned = load_model(model, device="cpu"), tuned_model(model, result)
         test = PROMPTS.select(PROMPTS.in_split("test"))
-        watch = PROMPTS.select(PROMPTS.in_split("watch"))
-        best = next(point for point in result.watched if point.step == result.best_step)
+        validation = PROMPTS.select(PROMPTS.in_split("validation"))
+        best = next(point for point in result.validations if point.step == result.best_step)
         for layer in LAYERS:
             before, after = (embeddings(either, model, test, layer) for either in (base, tuned))
-            rows = watch_numbers(test, before, before), watch_numbers(test, before, after)
+            rows = validation_numbers(test, before, before), validation_numbers(test, before, after)
             assert rows[1]["fisher_ratio"] > 1.5 * rows[0]["fisher_ratio"]
             assert rows[1]["mean_difference_margin"] > 1.5 * rows[0]["mean_difference_margin"]
-            # And what the run says it saw on watch is what its adapter gives.
-            again = watch_numbers(watch, *(embeddings(either, model, watch, layer) for either in (base, tuned)))
+            # And what the run says it saw on validation is what its adapter gives.
+            again = validation_numbers(
+                validation, *(embeddings(either, model, validation, layer) for either in (base, tuned))
+            )
             assert best.layers[layer] == pytest.approx(again, rel=1e-3)
 
     @pytest.mark.parametrize("objective", ["distance", "anchored", "fisher", "margin", "0.5*fisher+2*distance"])
@@ -211,17 +213,17 @@ class TestSeparates:
         }
         assert changed <= saved.keys()
         assert {name.split(".")[2] for name in saved} == {"0", "1"}
-        watch = PROMPTS.select(PROMPTS.in_split("watch"))
-        before, after = (embeddings(either, llama, watch, 1) for either in (base, tuned))
-        point = next(point for point in result.watched if point.step == result.best_step)
-        assert point.layers[1] == pytest.approx(watch_numbers(watch, before, after), rel=1e-3)
+        validation = PROMPTS.select(PROMPTS.in_split("validation"))
+        before, after = (embeddings(either, llama, validation, 1) for either in (base, tuned))
+        point = next(point for point in result.validations if point.step == result.best_step)
+        assert point.layers[1] == pytest.approx(validation_numbers(validation, before, after), rel=1e-3)
 
     @pytest.mark.parametrize("method", ["lora", "full"])
     def test_in_bfloat16(self, method: str, llama: Path, tmp_path: Path) -> None:
         log = Log()
         result = finetune(config_for(llama, dtype="bfloat16", method=method), PROMPTS, tmp_path, report=log)
         assert result.best_step > 0
-        assert result.watched[-1].score > result.watched[0].score
+        assert result.validations[-1].score > result.validations[0].score
         assert all(tensor.dtype == torch.float32 for tensor in safetensors.torch.load_file(
             result.output / "adapter_model.safetensors" if method == "lora" else result.output
         ).values())  # fmt: skip
@@ -262,9 +264,9 @@ class TestSameCurve:
         result, other = run_in_two_processes(config, tmp_path, stop_after=3)
         assert result["losses"] == other["losses"]
         self.check(result["losses"], expected)
-        last = expected.watched[-1].to_dict()
-        assert result["watched"][-1]["kl_reply"] == pytest.approx(last["kl_reply"], abs=1e-4)
-        assert result["watched"][-1]["layers"]["1"] == pytest.approx(last["layers"]["1"], rel=1e-3)
+        last = expected.validations[-1].to_dict()
+        assert result["validations"][-1]["kl_reply"] == pytest.approx(last["kl_reply"], abs=1e-4)
+        assert result["validations"][-1]["layers"]["1"] == pytest.approx(last["layers"]["1"], rel=1e-3)
         assert result["kl_test"] == pytest.approx(expected.kl_test, abs=1e-4)
         # Asked to stop, the main process takes the other along; resumed, both go on as if nothing had been.
         assert (result["cancelled"], other["cancelled"]) == (True, True)
@@ -326,7 +328,7 @@ class TestResume:
         resumed = finetune(config, PROMPTS, tmp_path / "parts", report=log, resume=True)
         assert [done for stage, done, _, _ in log.events if stage == "finetune"] == list(range(stop_after + 1, 9))
         assert resumed.losses == whole.losses
-        assert resumed.watched == whole.watched
+        assert resumed.validations == whole.validations
         assert resumed.best_step == whole.best_step
         left, right = (
             safetensors.torch.load_file(
@@ -339,7 +341,7 @@ class TestResume:
 
     @pytest.mark.long
     def test_killed_it_loses_the_steps_since_the_last_checkpoint(self, llama: Path, tmp_path: Path) -> None:
-        config = config_for(llama, steps=400, watch_every=2, learning_rate=1e-5)
+        config = config_for(llama, steps=400, validate_every=2, learning_rate=1e-5)
         script = (
             "import json, sys; from pathlib import Path; from tests.training.test_finetune import *;"
             "config = FinetuneConfig.from_dict(json.loads(sys.argv[1]));"
@@ -388,16 +390,20 @@ class TestResume:
         decision = {"kl_weight": config.kl_weight, "times_over": 0, "best_step": 4, "reason": None}
         save_tensors(checkpoint, tensors, state | {"progress": state["progress"] | decision})
         resumed = finetune(config, PROMPTS, tmp_path / "parts", resume=True)
-        assert (resumed.losses, resumed.watched, resumed.best_step) == (whole.losses, whole.watched, whole.best_step)
+        assert (resumed.losses, resumed.validations, resumed.best_step) == (
+            whole.losses,
+            whole.validations,
+            whole.best_step,
+        )
 
     def test_a_lambda_that_was_doubled_stays_so(
         self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from es2.training.workload import Workload
 
-        original = Workload.watch
+        original = Workload.validate
         monkeypatch.setattr(
-            Workload, "watch", lambda workload, step: replace(original(workload, step), kl_reply=1.5 * (step == 4))
+            Workload, "validate", lambda workload, step: replace(original(workload, step), kl_reply=1.5 * (step == 4))
         )
         with pytest.raises(Cancelled):
             finetune(config_for(llama, kl_weight=2.0), PROMPTS, tmp_path, report=Log(6))
@@ -458,17 +464,17 @@ class TestStops:
 
     def test_a_kl_over_its_budget_backs_off_and_then_stops(self, llama: Path, tmp_path: Path) -> None:
         log = Log()
-        config = config_for(llama, steps=60, watch_every=1, kl_budget=0.002, kl_weight=2.0, learning_rate=2e-3)
+        config = config_for(llama, steps=60, validate_every=1, kl_budget=0.002, kl_weight=2.0, learning_rate=2e-3)
         result = finetune(config, PROMPTS, tmp_path, report=log)
         assert result.status == "stopped"
         assert "KL" in (result.reason or "")
         assert result.steps < 60
-        over = [point.step for point in result.watched if point.kl > 0.002]
+        over = [point.step for point in result.validations if point.kl > 0.002]
         assert over
         weights = [numbers["kl_weight"] for numbers in log.steps()]
         assert weights[0] == 2.0
         assert len(over) == 1 or weights[-1] > 2.0
-        best = next(point for point in result.watched if point.step == result.best_step)
+        best = next(point for point in result.validations if point.step == result.best_step)
         assert best.kl <= 0.002
 
     def test_without_a_step_inside_the_budget_the_base_is_kept(self, llama: Path, tmp_path: Path) -> None:
@@ -481,13 +487,13 @@ class TestStops:
     ) -> None:
         from es2.training.workload import Workload
 
-        original = Workload.watch
+        original = Workload.validate
 
-        def worse_at_the_end(workload: Workload, step: int) -> WatchPoint:
+        def worse_at_the_end(workload: Workload, step: int) -> ValidationPoint:
             point = original(workload, step)
             return replace(point, kl_reply=0.2) if step == 8 else point
 
-        monkeypatch.setattr(Workload, "watch", worse_at_the_end)
+        monkeypatch.setattr(Workload, "validate", worse_at_the_end)
         result = finetune(config_for(llama, kl_budget=0.1, kl_weight=20.0), PROMPTS, tmp_path / "a")
         monkeypatch.undo()
         assert (result.status, result.steps, result.best_step) == ("done", 8, 4)
@@ -502,13 +508,13 @@ class TestStops:
     def test_a_collapse_stops_it(self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from es2.training.workload import Workload
 
-        original = Workload.watch
+        original = Workload.validate
 
-        def collapsed(workload: Workload, step: int) -> WatchPoint:
+        def collapsed(workload: Workload, step: int) -> ValidationPoint:
             point = original(workload, step)
             return replace(point, layers={l: {**numbers, "effective_rank": 0.1} for l, numbers in point.layers.items()})
 
-        monkeypatch.setattr(Workload, "watch", collapsed)
+        monkeypatch.setattr(Workload, "validate", collapsed)
         result = finetune(config_for(llama), PROMPTS, tmp_path)
         assert (result.status, result.steps, result.best_step) == ("stopped", 4, 0)
         assert "collapsed" in (result.reason or "")
@@ -593,8 +599,8 @@ class TestConfig:
         ({"learning_rate": math.inf}, "learning_rate must be"),
         ({"kl_weight": -1.0}, "kl_weight must be"),
         ({"kl_budget": 0}, "kl_budget must be"),
-        ({"watch_every": 0}, "watch_every must be"),
-        ({"watch_prompts": 1}, "watch_prompts must be"),
+        ({"validate_every": 0}, "validate_every must be"),
+        ({"validation_prompts": 1}, "validation_prompts must be"),
         ({"reply_tokens": 0}, "reply_tokens must be"),
         ({"accumulate": 6}, "accumulate"),
         ({"seed": -1}, "seed must be"),
@@ -613,7 +619,10 @@ class TestConfig:
 
     @pytest.mark.parametrize(
         ("split", "label", "sentence"),
-        [("tune", 1, "harmful prompt(s) in its tune split"), ("watch", 0, "too few harmless prompts in its watch")],
+        [
+            ("tune", 1, "harmful prompt(s) in its tune split"),
+            ("validation", 0, "too few harmless prompts in its validation"),
+        ],
     )
     def test_prompts_that_are_missing_are_named(self, split: str, label: int, sentence: str, llama: Path) -> None:
         wanted = PROMPTS.in_split(split) & (PROMPTS.labels == label)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from es2.core.errors import InputError
 from es2.models import kl as kl_module
-from es2.models.kl import Head, read_head, token_kl
+from es2.models.kl import LmHead, read_lm_head, token_kl
 from es2.training.objective import (
     BaseLayer,
     anchored,
@@ -238,18 +238,18 @@ class TestMixtures:
 
 
 class TestKL:
-    def reference(self, tuned: Tensor, base: Tensor, head: Head) -> Tensor:
+    def reference(self, tuned: Tensor, base: Tensor, head: LmHead) -> Tensor:
         log_base, log_tuned = (functional.log_softmax(head.logits(states), dim=-1) for states in (base, tuned))
         return functional.kl_div(log_tuned, log_base, log_target=True, reduction="none").sum(dim=-1)
 
-    def head(self, *, softcap: float | None = None, dtype: torch.dtype = torch.float64) -> Head:
+    def head(self, *, softcap: float | None = None, dtype: torch.dtype = torch.float64) -> LmHead:
         generator = torch.Generator().manual_seed(1)
         weight, bias = torch.randn(11, 4, generator=generator), torch.randn(11, generator=generator)
-        return Head(weight.to(dtype), bias.to(dtype), softcap)
+        return LmHead(weight.to(dtype), bias.to(dtype), softcap)
 
     def test_two_words_by_hand(self) -> None:
         # Logits (0, 0) against (ln 3, 0): p = (1/2, 1/2), q = (3/4, 1/4).
-        head = Head(torch.tensor([[1.0], [0.0]]))
+        head = LmHead(torch.tensor([[1.0], [0.0]]))
         found = token_kl(torch.tensor([[math.log(3.0)]]), torch.tensor([[0.0]]), head).item()
         assert found == pytest.approx(0.5 * math.log((1 / 2) / (3 / 4)) + 0.5 * math.log((1 / 2) / (1 / 4)))
 
@@ -291,14 +291,14 @@ class TestKL:
     def test_states_kept_in_half_precision_cost_this_much(self) -> None:
         """The error that keeping bfloat16 states of a bfloat16 model would add to a float32 one, for the record."""
         generator = torch.Generator().manual_seed(0)
-        head = Head(torch.randn(1000, 64, generator=generator) / 8)
+        head = LmHead(torch.randn(1000, 64, generator=generator) / 8)
         states = torch.randn(50, 64, generator=generator)
         assert token_kl(states, states.bfloat16().float(), head).mean() < 1e-5
 
     @pytest.mark.parametrize("architecture", ARCHITECTURES)
     def test_the_head_is_the_models_own(self, architecture: str) -> None:
         model = tiny_model(architecture)
-        head = read_head(model)
+        head = read_lm_head(model)
         tokens = torch.tensor([[3, 1, 4, 1, 5]])
         with torch.no_grad():
             states = model.base_model(tokens).last_hidden_state[0]
@@ -312,13 +312,13 @@ class TestKL:
             vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
             num_key_value_heads=1, head_dim=8, initializer_range=2.0, final_logit_softcapping=3.0,
         )  # fmt: skip
-        assert read_head(Gemma2ForCausalLM(config).eval()).softcap == 3.0
+        assert read_lm_head(Gemma2ForCausalLM(config).eval()).softcap == 3.0
 
     def test_a_model_that_changes_its_logits_is_refused(self) -> None:
         model: Any = tiny_model()
         model.lm_head.register_forward_hook(lambda layer, inputs, output: 2 * output)
         with pytest.raises(InputError, match="changes its logits"):
-            read_head(model)
+            read_lm_head(model)
 
 
 def test_terms_agree_with_the_numbers_that_are_reported() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet
-from es2.training.sampling import count_tune, draw_batches, held_out_rows, make_plan
+from es2.training.sampling import count_tune, held_out_rows, make_schedule, sample_batches
 from tests.builders import tiny_prompts
 
 
@@ -29,7 +29,7 @@ def all_in(split: str, prompts: PromptSet) -> PromptSet:
 
 def test_twins_are_drawn_together_and_everybody_once_an_epoch() -> None:
     prompts = all_in("tune", tiny_prompts(12))
-    epoch = draw_batches(prompts, 4, 3, seed=0, kl_prompts=2)
+    epoch = sample_batches(prompts, 4, 3, seed=0, kl_prompts=2)
     assert sorted(row for batch in epoch for row in (*batch.harmful, *batch.harmless)) == list(range(24))
     for batch in epoch:
         for harmful, harmless in zip(batch.harmful, batch.harmless, strict=True):
@@ -40,7 +40,9 @@ def test_twins_are_drawn_together_and_everybody_once_an_epoch() -> None:
 def test_only_tune_is_drawn() -> None:
     prompts = tiny_prompts(60)
     drawn = {
-        row for batch in draw_batches(prompts, 3, 40, seed=0, kl_prompts=2) for row in (*batch.harmful, *batch.harmless)
+        row
+        for batch in sample_batches(prompts, 3, 40, seed=0, kl_prompts=2)
+        for row in (*batch.harmful, *batch.harmless)
     }
     assert drawn
     assert {prompts.splits[row] for row in drawn} == {"tune"}
@@ -48,9 +50,11 @@ def test_only_tune_is_drawn() -> None:
 
 def test_a_longer_run_begins_like_a_shorter_one_and_seeds_differ() -> None:
     prompts = all_in("tune", tiny_prompts(10))
-    assert draw_batches(prompts, 4, 17, seed=3, kl_prompts=2)[:5] == draw_batches(prompts, 4, 5, seed=3, kl_prompts=2)
-    assert draw_batches(prompts, 4, 5, seed=3, kl_prompts=2) != draw_batches(prompts, 4, 5, seed=4, kl_prompts=2)
-    first, second = draw_batches(prompts, 10, 2, seed=3, kl_prompts=2)
+    assert sample_batches(prompts, 4, 17, seed=3, kl_prompts=2)[:5] == sample_batches(
+        prompts, 4, 5, seed=3, kl_prompts=2
+    )
+    assert sample_batches(prompts, 4, 5, seed=3, kl_prompts=2) != sample_batches(prompts, 4, 5, seed=4, kl_prompts=2)
+    first, second = sample_batches(prompts, 10, 2, seed=3, kl_prompts=2)
     assert first != second
 
 
@@ -66,7 +70,7 @@ def test_the_order_of_the_file_changes_nothing() -> None:
         prompts.splits,
     )
     one, other = (
-        [[given_.texts[row] for row in batch.harmful] for batch in draw_batches(given_, 3, 6, seed=0, kl_prompts=2)]
+        [[given_.texts[row] for row in batch.harmful] for batch in sample_batches(given_, 3, 6, seed=0, kl_prompts=2)]
         for given_ in (prompts, shuffled)
     )
     assert one == other
@@ -86,7 +90,7 @@ def test_any_tune_split_gives_balanced_batches(
     counts = count_tune(prompts)
     if min(counts.values()) == 0:
         return
-    batches = draw_batches(prompts, size, 20, seed, kl_prompts=2)
+    batches = sample_batches(prompts, size, 20, seed, kl_prompts=2)
     assert len(batches) == 20
     for batch in batches:
         assert 1 <= len(batch.harmful) == len(batch.harmless) <= size
@@ -100,26 +104,26 @@ def test_any_tune_split_gives_balanced_batches(
 
 
 def test_few_pairs_make_smaller_batches() -> None:
-    batches = draw_batches(all_in("tune", tiny_prompts(3)), 16, 2, seed=0, kl_prompts=2)
+    batches = sample_batches(all_in("tune", tiny_prompts(3)), 16, 2, seed=0, kl_prompts=2)
     assert [len(batch.harmful) for batch in batches] == [3, 3]
 
 
 def test_the_watched_are_twins_and_stay_the_same_when_others_come() -> None:
-    prompts = all_in("watch", tiny_prompts(30))
-    harmful, harmless = (held_out_rows(prompts, "watch", label, 8) for label in (HARMFUL, HARMLESS))
+    prompts = all_in("validation", tiny_prompts(30))
+    harmful, harmless = (held_out_rows(prompts, "validation", label, 8) for label in (HARMFUL, HARMLESS))
     assert [prompts.pairs[row] for row in harmful] == [prompts.pairs[row] for row in harmless]
     assert len(harmful) == 8
-    fewer = all_in("watch", tiny_prompts(20))
+    fewer = all_in("validation", tiny_prompts(20))
     kept = {prompts.pairs[row] for row in harmful} & set(fewer.pairs)
-    assert kept <= {fewer.pairs[row] for row in held_out_rows(fewer, "watch", HARMFUL, 8)}
+    assert kept <= {fewer.pairs[row] for row in held_out_rows(fewer, "validation", HARMFUL, 8)}
 
 
 def test_the_plan_names_every_prompt_that_is_looked_at_and_no_other() -> None:
     prompts = tiny_prompts(80)
-    plan = make_plan(prompts, 4, 3, seed=0, watch_prompts=2, kl_prompts=2)
-    assert {prompts.splits[row] for row in plan.rows} == {"tune", "watch", "test"}
-    assert plan.watch.texts == tuple(prompts.texts[row] for row in plan.watched)
-    assert len(plan.watched) == 4
+    plan = make_schedule(prompts, 4, 3, seed=0, validation_prompts=2, kl_prompts=2)
+    assert {prompts.splits[row] for row in plan.rows} == {"tune", "validation", "test"}
+    assert plan.validation.texts == tuple(prompts.texts[row] for row in plan.validation_rows)
+    assert len(plan.validation_rows) == 4
     assert len(plan.tested) == 2
     assert all(prompts.labels[row] == HARMLESS for row in plan.tested)
     assert len(plan.rows) == 24 + 4 + 2

@@ -114,7 +114,7 @@ class TestShards:
     """Under FSDP every process holds a part of each block; the curve and the adapter are those of one process."""
 
     SETTINGS = (
-        "--layers 1,2 --steps 4 --pairs-per-step 5 --watch-every 2 --rank 4 --objective fisher+margin --device cpu"
+        "--layers 1,2 --steps 4 --pairs-per-step 5 --validate-every 2 --rank 4 --objective fisher+margin --device cpu"
     )
 
     def test_two_processes_train_as_one(self, folder: Path, prompts: Path, tmp_path: Path) -> None:
@@ -209,9 +209,12 @@ class TestSpread:
     def test_several_gpus_that_are_too_small_together(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
         monkeypatch.setattr(placement, "free_bytes", lambda device: 10**9)
-        assert placement.spread(1.7e9, "big") == {"device_map": "auto", "max_memory": {0: 9 * 10**8, 1: 9 * 10**8}}
+        assert placement.map_to_devices(1.7e9, "big") == {
+            "device_map": "auto",
+            "max_memory": {0: 9 * 10**8, 1: 9 * 10**8},
+        }
         with pytest.raises(MachineError, match="2 GPU"):
-            placement.spread(1.9e9, "big")
+            placement.map_to_devices(1.9e9, "big")
 
     def test_only_capture_takes_a_model_in_parts(self, folder: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="for capture"):
@@ -248,7 +251,7 @@ def test_a_job_of_another_host_is_seen_followed_and_cancelled(
     monkeypatch.setenv("ES2_CACHE", str(tmp_path / "cache"))
     elsewhere = "import es2.jobs.job; es2.jobs.job.HOST = 'gpu-node'; from es2.cli.main import main; main()"
     command = ("finetune", "--model", folder, "--prompts", prompts, "--layers", "1,2", "--steps", "2000", "--json")
-    settings = ("--pairs-per-step", "2", "--watch-every", "2000", "--device", "cpu", "--learning-rate", "1e-8")
+    settings = ("--pairs-per-step", "2", "--validate-every", "2000", "--device", "cpu", "--learning-rate", "1e-8")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", elsewhere, *map(str, (*command, *settings))], env=environment, stdout=subprocess.PIPE

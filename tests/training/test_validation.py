@@ -1,4 +1,4 @@
-"""The numbers on `watch` are honest, and the rule that ends a run does what it says."""
+"""The numbers on `validation` are honest, and the rule that ends a run does what it says."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from es2.prompts.prompt_set import HARMFUL, PromptSet
 from es2.training.validation import (
     PATIENCE,
     Decision,
-    WatchPoint,
+    ValidationPoint,
     decide,
     held_out_margin,
     reason_to_stop,
-    watch_numbers,
+    validation_numbers,
 )
 from tests.builders import tiny_prompts
 
@@ -29,11 +29,11 @@ def embeddings(prompts: PromptSet, distance: float, d_model: int = 200, seed: in
     return cloud.astype(np.float32)
 
 
-def point(step: int = 5, kl: float = 0.0, rank: float = 10.0, score: float = 1.0) -> WatchPoint:
-    return WatchPoint(step, kl / 2, kl, {7: {"effective_rank": rank, "mean_difference_margin": score}})
+def point(step: int = 5, kl: float = 0.0, rank: float = 10.0, score: float = 1.0) -> ValidationPoint:
+    return ValidationPoint(step, kl / 2, kl, {7: {"effective_rank": rank, "mean_difference_margin": score}})
 
 
-def decided(*points: WatchPoint, last_step: int = 100) -> Decision:
+def decided(*points: ValidationPoint, last_step: int = 100) -> Decision:
     return decide(points, 2.0, BUDGET, last_step)
 
 
@@ -56,23 +56,29 @@ class TestNumbers:
     def test_base_against_itself(self) -> None:
         prompts = tiny_prompts(20)
         cloud = embeddings(prompts, 3.0)
-        numbers = watch_numbers(prompts, cloud, cloud)
-        assert numbers["rest_ratio"] == pytest.approx(1)
+        numbers = validation_numbers(prompts, cloud, cloud)
+        assert numbers["orthogonal_std_ratio"] == pytest.approx(1)
         assert numbers["norm_ratio"] == pytest.approx(1)
 
     def test_inflation_shows_in_the_norms_alone(self) -> None:
         prompts = tiny_prompts(20)
         cloud = embeddings(prompts, 3.0)
-        before, after = watch_numbers(prompts, cloud, cloud), watch_numbers(prompts, cloud, 10 * cloud)
+        before, after = validation_numbers(prompts, cloud, cloud), validation_numbers(prompts, cloud, 10 * cloud)
         assert after["norm_ratio"] == pytest.approx(10, rel=1e-5)
         assert after["centroid_distance"] == pytest.approx(10 * before["centroid_distance"], rel=1e-5)
-        for name in ("fisher_ratio", "relative_distance", "mean_difference_margin", "effective_rank", "rest_ratio"):
+        for name in (
+            "fisher_ratio",
+            "relative_distance",
+            "mean_difference_margin",
+            "effective_rank",
+            "orthogonal_std_ratio",
+        ):
             assert after[name] == pytest.approx(before[name], rel=1e-4), name
 
     def test_embeddings_without_any_spread_are_numbers_too(self) -> None:
         prompts = tiny_prompts(4)
         flat = np.ones((8, 5), dtype=np.float32)
-        assert all(np.isfinite(value) for value in watch_numbers(prompts, flat, flat).values())
+        assert all(np.isfinite(value) for value in validation_numbers(prompts, flat, flat).values())
 
     def test_a_pair_that_is_all_there_is_of_a_label_is_not_measured(self) -> None:
         prompts = tiny_prompts(2)
@@ -81,7 +87,7 @@ class TestNumbers:
 
     def test_a_point_survives_json(self) -> None:
         original = point()
-        assert WatchPoint.from_dict(original.to_dict()) == original
+        assert ValidationPoint.from_dict(original.to_dict()) == original
 
 
 class TestRule:
@@ -98,11 +104,11 @@ class TestRule:
         assert "budgets" in (reason_to_stop(point(kl=1.01 * COLLAPSED_KL_BUDGETS * BUDGET), base, BUDGET, 1) or "")
 
     def test_the_best_is_the_highest_score_within_the_budget(self) -> None:
-        watched = [point(0, score=0.1)]
+        validations = [point(0, score=0.1)]
         for step, (kl, score, best) in enumerate([(0.05, 0.5, 1), (0.2, 0.9, 1), (0.05, 0.4, 1), (0.1, 0.6, 4)], 1):
-            watched.append(point(step, kl=kl, score=score))
-            assert decided(*watched).best_step == best
-        assert decided(*watched).reason is None
+            validations.append(point(step, kl=kl, score=score))
+            assert decided(*validations).best_step == best
+        assert decided(*validations).reason is None
 
     def test_a_collapsed_point_is_never_the_best(self) -> None:
         decision = decided(point(0, score=0.1), point(1, rank=1, score=5))
@@ -110,22 +116,22 @@ class TestRule:
         assert decision.reason is not None
 
     def test_over_the_budget_the_kl_weight_doubles_until_patience_ends(self) -> None:
-        watched = [point(0), point(1, kl=0.2), point(2, kl=0.05)]
-        decision = decided(*watched)
+        validations = [point(0), point(1, kl=0.2), point(2, kl=0.05)]
+        decision = decided(*validations)
         assert (decision.kl_weight, decision.times_over) == (4.0, 0)
         for step in range(3, 3 + PATIENCE):
-            assert decided(*watched).reason is None
-            watched.append(point(step, kl=0.2))
-        assert decided(*watched).reason is not None
-        assert decided(*watched).kl_weight == 4.0 * 2**PATIENCE
+            assert decided(*validations).reason is None
+            validations.append(point(step, kl=0.2))
+        assert decided(*validations).reason is not None
+        assert decided(*validations).kl_weight == 4.0 * 2**PATIENCE
 
     def test_a_kl_that_is_no_number_is_over_the_budget(self) -> None:
         decision = decided(point(0, score=0.0), point(1, kl=float("nan"), score=3))
         assert (decision.best_step, decision.times_over) == (0, 1)
 
     def test_a_run_that_ends_without_a_step_within_the_budget_came_to_nothing(self) -> None:
-        watched = [point(0), point(1, kl=0.2), point(2, kl=0.2)]
-        assert decided(*watched, last_step=3).reason is None
-        assert "No step kept the KL" in (decided(*watched, last_step=2).reason or "")
-        assert decided(*watched[:2], point(2, kl=0.05), last_step=2).reason is None
-        assert decided(watched[0], point(1, kl=0.05), point(2, kl=0.2), last_step=2).reason is None
+        validations = [point(0), point(1, kl=0.2), point(2, kl=0.2)]
+        assert decided(*validations, last_step=3).reason is None
+        assert "No step kept the KL" in (decided(*validations, last_step=2).reason or "")
+        assert decided(*validations[:2], point(2, kl=0.05), last_step=2).reason is None
+        assert decided(validations[0], point(1, kl=0.05), point(2, kl=0.2), last_step=2).reason is None

@@ -26,7 +26,7 @@ from es2.evaluation.reply_log import ReplyLog
 from es2.evaluation.results import find_evaluations, read_evaluation
 from es2.evaluation.suites import choose_prompts, held_out
 from es2.jobs.job import Job
-from es2.jobs.queue import lay_down, list_jobs
+from es2.jobs.queue import create_job, list_jobs
 from es2.jobs.running import run_job
 from es2.models import replies
 from es2.prompts.loading import load_prompts
@@ -42,7 +42,7 @@ SMALL: dict[str, Any] = {
     "limit": 4,
     "new_tokens": 5,
     "kl_tokens": 4,
-    "push_limit": 2,
+    "steering_limit": 2,
     "budgets": (0.5,),
     "p0s": (0.5,),
     "directions": ("scav", "random"),
@@ -92,7 +92,7 @@ def other_prompts() -> PromptSet:
 def run(model: Path, adapter: Path, source: Path) -> Job:
     """A run that left an adapter."""
     config = FinetuneConfig(layers=(0, 1), model=str(model))
-    job = lay_down("finetune", config.to_dict() | {"prompts": str(source)})
+    job = create_job("finetune", config.to_dict() | {"prompts": str(source)})
     adapter_copy = job.path / "adapter"
     adapter_copy.mkdir()
     for file in adapter.iterdir():
@@ -180,7 +180,7 @@ def test_killed_and_resumed_generates_nothing_twice_and_ends_alike(
         left = [calls]
 
         def report(stage: str, done: int, total: int, **numbers: float) -> None:
-            if stage.startswith(("reply", "push")):
+            if stage.startswith(("reply", "steer")):
                 left[0] -= 1
                 if left[0] == 0:
                     raise Cancelled
@@ -459,14 +459,14 @@ class TestClassifier:
 
 def test_the_job_and_what_it_refuses(model: Path, run: Job) -> None:
     settings = EvaluateConfig(model=str(model), run=run.id, suite="refusal", **SMALL)
-    job = lay_down("evaluate", settings.to_dict() | {"prompts": "builtin"})
+    job = create_job("evaluate", settings.to_dict() | {"prompts": "builtin"})
     assert run_job(job.path, JOBS) == 0, job.error()
     result = job.result()
     assert result is not None
     assert result["run"] == run.id
     assert Path(result["path"]).parent == run.path / "evaluation"
     assert any(event.get("stage") == "reply tuned" for event in job.events()[0])
-    other = lay_down("evaluate", settings.to_dict() | {"run": "20250101-000000-000000-finetune-aaaaaa"})
+    other = create_job("evaluate", settings.to_dict() | {"run": "20250101-000000-000000-finetune-aaaaaa"})
     assert run_job(other.path, JOBS) == 2
 
 

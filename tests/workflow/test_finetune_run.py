@@ -26,7 +26,7 @@ def made(compared: Compared, monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(kl: dict[str, float], **settings: Any) -> dict[str, Any]:
         ended = {
             "status": "done", "reason": None, "steps": 1, "best_step": 1, "seconds": 1.0, "seconds_per_step": 1.0,
-            "trained_parameters": 1, "watched": [], "kl_test": kl,
+            "trained_parameters": 1, "validations": [], "kl_test": kl,
         }  # fmt: skip
         prepared = Prepared(compared.artifacts.activations, compared.tuned, compared.analysis)
         monkeypatch.setattr(module, "finetune", lambda *_, **__: SimpleNamespace(to_dict=lambda: ended))

@@ -182,7 +182,10 @@ def test_a_reproduction_that_is_done_is_read(old_home: Path, monkeypatch: pytest
     document = reproduce.reproduce(reproduce.read_protocol("protocol.toml"), MODEL)
     for one in document["evaluations"]:
         del one["path"]
-    check(document, EXPECTED["reproduced"])
+    expected = {**EXPECTED["reproduced"]}
+    for one in expected["evaluations"]:
+        del one["findings"]  # sentences, in today's words
+    check(document, expected)
     assert written_today(old_home) == []
 
 

@@ -23,7 +23,7 @@ from es2.prompts.prompt_set import PromptSet
 from es2.store.store import Store
 from es2.training.config import FinetuneConfig
 from es2.workflow import plan as planning
-from es2.workflow.plan import STAGES, Plan, guessed_layers, plan, token_counts
+from es2.workflow.plan import STAGES, CostEstimate, guessed_layers, plan, token_counts
 from tests.builders import ARCHITECTURES, D_MODEL, save_tiny_model, tiny_model, tiny_prompts, write_prompts
 
 FAST = Machine("cpu", 1e9, 8.0)
@@ -47,9 +47,9 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def made(folder: Path, prompts: PromptSet, store: Store):
-    """Plan with changed settings on a machine of known speed."""
+    """CostEstimate with changed settings on a machine of known speed."""
 
-    def make(machine: Machine = FAST, lengths: list[int] | None = None, **changes: Any) -> Plan:
+    def make(machine: Machine = FAST, lengths: list[int] | None = None, **changes: Any) -> CostEstimate:
         config = FinetuneConfig(layers=(2, 4), model=str(folder))
         return plan(config.replace(**changes), prompts, folder, lengths=lengths, machine=machine, store=store)
 
@@ -178,7 +178,7 @@ class TestPlan:
             ({"method": "full"}, "steps"),
             ({"accumulate": 2}, "steps"),
             ({"gradient_checkpointing": True}, "steps"),
-            ({"watch_every": 1}, "watching"),
+            ({"validate_every": 1}, "validation"),
             ({"reply_tokens": 64}, "replies"),
         ],
     )
@@ -187,7 +187,7 @@ class TestPlan:
 
     def test_twice_the_speed_is_half_the_time_of_the_work(self, made) -> None:
         slow, fast = made(), made(machine=replace(FAST, flops=2e9))
-        for stage in ("steps", "watching", "tuned capture"):
+        for stage in ("steps", "validation", "tuned capture"):
             assert fast.seconds[stage] == pytest.approx(slow.seconds[stage] / 2)
         assert fast.seconds["start"] == slow.seconds["start"]
 
@@ -237,7 +237,7 @@ class TestOtherMachines:
 
     @pytest.fixture
     def planned(self, prompts: PromptSet, store: Store, tmp_path: Path):
-        def make(billions: int, gpus: str, **changes: Any) -> Plan:
+        def make(billions: int, gpus: str, **changes: Any) -> CostEstimate:
             folder = write_config(tmp_path / f"llama-{billions}b", billions)
             config = FinetuneConfig(layers=(16, 23), model=str(folder), **changes)
             return plan(config, prompts, folder, machine=Machine.elsewhere(gpus), store=store)
@@ -257,8 +257,8 @@ class TestOtherMachines:
         assert [command.split()[:2] for command in large.commands] == [["es2", "capture"], ["es2", "finetune"]]
 
     def test_what_to_type_says_all_that_was_asked_for(self, planned) -> None:
-        command = planned(7, "80", objective="fisher + 2*margin", first_block=3, watch_every=4).commands[-1]
-        assert "--objective 'fisher + 2*margin' --first-block 3 --watch-every 4" in command
+        command = planned(7, "80", objective="fisher + 2*margin", first_block=3, validate_every=4).commands[-1]
+        assert "--objective 'fisher + 2*margin' --first-block 3 --validate-every 4" in command
 
     def test_a_card_that_is_tight_is_worked_in_parts(self, planned) -> None:
         roomy = planned(7, "80", pairs_per_step=256)

@@ -14,7 +14,7 @@ from es2.core.progress import silent
 from es2.jobs.job import Job
 from es2.prompts.prompt_set import PromptSet
 from es2.workflow import reader
-from es2.workflow.reader import Reading, answer, ask, open_reader
+from es2.workflow.reader import PromptEmbeddings, answer, ask, open_reader
 from tests.builders import save_tiny_model, tiny_prompts
 
 
@@ -29,7 +29,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ES2_CACHE", str(tmp_path / "cache"))
 
 
-def wait_for(job: Job, id: str, seconds: float = 120) -> Reading:
+def wait_for(job: Job, id: str, seconds: float = 120) -> PromptEmbeddings:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if (found := answer(job, id)) is not None:

@@ -32,15 +32,15 @@ evaluated_on = [{prompts}, {harmful}]
 [finetune]
 steps = 4
 pairs_per_step = 4
-watch_every = 2
-watch_prompts = 4
+validate_every = 2
+validation_prompts = 4
 reply_tokens = 4
 
 [evaluate]
 limit = 4
 new_tokens = 5
 kl_tokens = 4
-push_limit = 3
+steering_limit = 3
 directions = ["repe", "scav"]
 budgets = [0.2]
 p0s = [0.01]
@@ -76,42 +76,42 @@ def test_end_to_end_through_every_interruption(
     reproduce: Es2, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Power goes out in the fine-tune and in an evaluation; the same command goes on, and repeats nothing."""
-    watched: list[int] = []
-    watch, judge_reply = workload.Workload.watch, suites.judge_reply
+    validations: list[int] = []
+    watch, judge_reply = workload.Workload.validate, suites.judge_reply
 
     def dark(*_: Any, **__: Any) -> Any:
         raise RuntimeError("the power went out")
 
     def watch_until(last: int) -> Any:
         def watch_or_die(self: Any, step: int) -> Any:
-            watched.append(step)
+            validations.append(step)
             return watch(self, step) if step <= last else dark()
 
         return watch_or_die
 
-    monkeypatch.setattr(workload.Workload, "watch", watch_until(2))
+    monkeypatch.setattr(workload.Workload, "validate", watch_until(2))
     code, document = reproduce()
     assert (code, kinds()) == (1, ["finetune"])
     assert "power" in document["error"]
 
-    monkeypatch.setattr(workload.Workload, "watch", watch_until(99))
+    monkeypatch.setattr(workload.Workload, "validate", watch_until(99))
     monkeypatch.setattr(suites, "judge_reply", dark)
     code, document = reproduce()
     assert (code, kinds()) == (1, ["evaluate", "finetune"])
-    assert watched == [2, 4, 4], "the fine-tune went on from its checkpoint, which is of step 2"
+    assert validations == [2, 4, 4], "the fine-tune went on from its checkpoint, which is of step 2"
 
     monkeypatch.setattr(suites, "judge_reply", judge_reply)
     code, document = reproduce()
     assert code == 0, document
     assert kinds() == ["evaluate", "evaluate", "finetune"]
-    assert watched == [2, 4, 4]
+    assert validations == [2, 4, 4]
     assert document["objective"] == "fisher"
     assert len(document["target_layers"]) == 2
     assert document["verdict_reason"]
 
     both, harmful = document["evaluations"]
     assert both["n_prompts"] == {"harmful": 4, "harmless": 4}
-    assert both["n_pushed"] == 3
+    assert both["n_steered"] == 3
     assert both["problems"] == []
     base, tuned = both["table"]
     assert (base["row"], tuned["row"]) == ("base", "ES2")

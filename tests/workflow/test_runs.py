@@ -29,7 +29,7 @@ from es2.workflow.job_kinds import JOBS
 from es2.workflow.runs import export, import_adapter, list_runs, open_run, tuned_weights, weights_digest
 from tests.builders import N_LAYERS, save_tiny_model, tiny_prompts, write_prompts
 
-SHORT = ("--layers", "1,2", "--steps", "4", "--pairs-per-step", "4", "--watch-every", "2")
+SHORT = ("--layers", "1,2", "--steps", "4", "--pairs-per-step", "4", "--validate-every", "2")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ class TestFinetune:
         for when in ("before", "after"):
             assert done[when].keys() == {str(layer) for layer in range(N_LAYERS)}
         for numbers in done["after"].values():
-            assert {"margin_mean", "fisher_ratio", "rest_ratio", "change"} <= numbers.keys()
+            assert {"margin_mean", "fisher_ratio", "orthogonal_std_ratio", "change"} <= numbers.keys()
 
     def test_leaves_a_run_and_two_activation_sets(self, done: dict[str, Any]) -> None:
         run = open_run(done["run"])
@@ -146,9 +146,9 @@ def test_two_runs_started_at_once_do_not_disturb_each_other(
     assert first["run"] != second["run"]
     assert first["activations"]["base"] == second["activations"]["base"]
     assert first["activations"]["tuned"] != second["activations"]["tuned"]
-    alone = [point["kl_prompt"] for point in done["watched"]]
-    assert [point["kl_prompt"] for point in first["watched"]] == pytest.approx(alone, abs=1e-6)
-    assert [point["kl_prompt"] for point in second["watched"]] != pytest.approx(alone, abs=1e-6)
+    alone = [point["kl_prompt"] for point in done["validations"]]
+    assert [point["kl_prompt"] for point in first["validations"]] == pytest.approx(alone, abs=1e-6)
+    assert [point["kl_prompt"] for point in second["validations"]] != pytest.approx(alone, abs=1e-6)
 
 
 def test_an_adapter_made_elsewhere_is_compared_like_a_run(
@@ -253,7 +253,7 @@ class TestRuns:
     @pytest.mark.long
     def test_killed_resumed_equal(self, home: Path, done: dict[str, Any], es2, model: Path, prompts: Path) -> None:
         """kill −9 in the middle leaves `interrupted`; resumed, it ends as if nothing had happened."""
-        long = ("--layers", "1,2", "--steps", "40", "--pairs-per-step", "4", "--watch-every", "2")
+        long = ("--layers", "1,2", "--steps", "40", "--pairs-per-step", "4", "--validate-every", "2")
         command = [sys.executable, "-m", "es2", "finetune", "--model", model, "--prompts", prompts, *long]
         process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         run = self.wait_for_step(6, after=done["run"])
@@ -276,7 +276,7 @@ class TestRuns:
                 whole["after"][layer]["fisher_ratio"], rel=1e-3, abs=1e-6
             )
         # Not to the last digit: one ran in a process of its own with one thread, the other in this one.
-        for found, expected in zip(result["watched"], whole["watched"], strict=True):
+        for found, expected in zip(result["validations"], whole["validations"], strict=True):
             assert found["step"] == expected["step"]
             assert found["kl_reply"] == pytest.approx(expected["kl_reply"], rel=1e-3, abs=1e-7)
             assert found["layers"]["2"] == pytest.approx(expected["layers"]["2"], rel=1e-3)

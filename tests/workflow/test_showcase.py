@@ -19,7 +19,7 @@ from es2.analysis.projection import UmapCoordinates
 from es2.analysis.results import AnalysisConfig
 from es2.core.errors import InputError, MachineError
 from es2.core.files import home as own_home
-from es2.core.files import sealed, shipped
+from es2.core.files import shipped, with_checksum
 from es2.jobs.job import Job
 from es2.jobs.queue import list_jobs, reopen
 from es2.models.catalogue import DEFAULT_MODEL
@@ -35,7 +35,7 @@ from es2.workflow.runs import export, list_runs, open_run
 from es2.workflow.showcase import LIMIT_BYTES, build, choose_pairs
 from tests.builders import D_MODEL, N_LAYERS, save_tiny_model, tiny_prompts, write_prompts
 
-SETTINGS = FinetuneConfig(layers=(), steps=2, pairs_per_step=4, watch_every=2, watch_prompts=4, reply_tokens=4)
+SETTINGS = FinetuneConfig(layers=(), steps=2, pairs_per_step=4, validate_every=2, validation_prompts=4, reply_tokens=4)
 
 
 class World:
@@ -91,7 +91,7 @@ def copy(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def edit(path: Path, file: str, *, signed: bool = True, **changes: Any) -> None:
     (place,) = path.glob(f"runs/*/{file}")
     document = json.loads(place.read_text()) | changes
-    place.write_text(json.dumps(sealed(document) if signed else document))
+    place.write_text(json.dumps(with_checksum(document) if signed else document))
 
 
 def umap_of(found: Compared) -> UmapCoordinates:

@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from es2.core.files import sealed, write_json
+from es2.core.files import with_checksum, write_json
 from es2.report.report import write_report
 from es2.workflow.compared import find_compared
 from tests import builders_artifacts
@@ -80,7 +80,7 @@ def evaluated(compared: Compared) -> Evaluated:
             for model in ("base", "tuned"):
                 if model in row:
                     row[model]["text"] = f"{HTML}\n{MARKDOWN}\n{LATEX}"
-    write_json(evaluated.path, sealed(document))
+    write_json(evaluated.path, with_checksum(document))
     return evaluated
 
 
@@ -177,7 +177,7 @@ def test_other_pages(compared: Compared, open_watched: Callable[..., playwright.
 @pytest.mark.parametrize("path", ["behaviour", "robustness"])
 def test_evaluations(evaluated: Evaluated, open_watched: Callable[..., playwright.Page], path: str) -> None:
     page = open_watched(path, evaluated.link())
-    key = {"behaviour": ".st-key-exchange_0", "robustness": ".st-key-pushed_prompt"}[path]
+    key = {"behaviour": ".st-key-exchange_0", "robustness": ".st-key-steered_prompt"}[path]
     expect(page.locator(key)).to_contain_text("<script>window.pwned=1</script>")
     expect(page.locator(key)).to_contain_text("[x](javascript:window.pwned=1)")
     check(page)
