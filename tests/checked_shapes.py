@@ -11,8 +11,16 @@ import importlib
 import pkgutil
 import sys
 import typing
+from typing import Any
+
+from beartype import BeartypeConf, beartype
 
 PACKAGES = ("es2.analysis", "es2.models", "es2.training")
+
+
+def checked(function: Any) -> Any:
+    """The function or class as beartype checks it; an int is a float, as it is for mypy (PEP 484)."""
+    return beartype(function, conf=BeartypeConf(is_pep484_tower=True))
 
 
 def _import_all() -> None:
@@ -39,7 +47,7 @@ def pytest_configure() -> None:
     from jaxtyping import install_import_hook
 
     _import_others()
-    with install_import_hook(PACKAGES, "beartype.beartype"):
+    with install_import_hook(PACKAGES, "tests.checked_shapes.checked"):
         typing.TYPE_CHECKING = True
         try:
             _import_all()

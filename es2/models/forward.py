@@ -185,7 +185,6 @@ class FinetuneForward:
                 kl_reply = kl_reply + divergence[n_prompt - 1 :].sum()
         return HarmlessPass(self._in_order(parts, rows), kl_prompt, kl_reply)
 
-    @torch.no_grad()
     def reply(
         self, prompts: Sequence[Tokens], n_tokens: int, end_tokens: frozenset[int]
     ) -> Iterator[tuple[int, BaseReply, Float[Tensor, "layer d_model"]]]:
@@ -199,7 +198,8 @@ class FinetuneForward:
             (index in `prompts`, the reply with its states on the CPU, the embeddings at `last`).
         """
         self.model.eval()
-        shared = self.run_template_prefix()
+        with torch.no_grad():
+            shared = self.run_template_prefix()
         own = len(self.template_prefix) - self._n_shared
         sequences = [tuple(tokens[self._n_shared :]) for tokens in prompts]
         pads = may_pad(self.model, max(map(len, prompts), default=0) + n_tokens)
@@ -213,6 +213,7 @@ class FinetuneForward:
                     counted = torch.cat([counted, later[i, : len(replies[i]) - 1]])
                 yield row, BaseReply(replies[i], counted.clone()), embeddings[i]
 
+    @torch.no_grad()
     def _reply(
         self,
         sequences: Sequence[Tokens],
