@@ -8,9 +8,7 @@ from pathlib import Path
 from es2.core.errors import InputError
 from es2.models.catalogue import CATALOGUE, resolve
 from es2.models.folders import is_cached, model_folder
-from es2.models.model_files import (
-    read_config,
-)
+from es2.models.model_files import read_config
 
 _UNGATED = ("gpt2", "gpt_neox", "gptj", "gpt_neo", "opt", "phi", "bloom", "falcon", "gpt_bigcode", "starcoder2", "mpt")
 _TIED = ("gpt2", "gemma", "gemma2", "gemma3_text", "opt", "bloom")  # where the configuration leaves it out
@@ -21,13 +19,11 @@ class Shape:
     """The sizes of a model that decide how long it computes.
 
     Attributes:
-        n_layers: blocks.
-        d_model: width of the residual stream.
         d_ff: width inside a block's MLP.
-        block_parameters: weights of one block.
-        head_parameters: weights of the output head, vocabulary × d_model.
-        parameters: weights in all.
-        d_kv: numbers that a block keeps of a token as its key, and as many as its value.
+        block_parameters: number of weights of one block.
+        head_parameters: of the LM head, vocabulary × d_model.
+        parameters: of the whole model.
+        d_kv: width of a block's keys, and of its values.
     """
 
     n_layers: int
@@ -40,11 +36,7 @@ class Shape:
 
     @classmethod
     def of_folder(cls, folder: Path) -> Shape:
-        """From a model folder's configuration; biases and norms are left out.
-
-        Raises:
-            InputError: when the configuration lacks a size.
-        """
+        """From a model folder's configuration, without biases and norms; `InputError` when that lacks a size."""
         whole = read_config(folder / "config.json")
         config = whole.get("text_config") or whole
         n_layers = count_layers(folder)
@@ -55,7 +47,7 @@ class Shape:
         d_model, vocabulary = size("hidden_size", "n_embd", "d_model"), size("vocab_size")
         if d_model is None or vocabulary is None:
             raise InputError(f"The model in {str(folder)!r} does not say how wide it is; its time cannot be estimated.")
-        heads = size("num_attention_heads", "n_prefix") or 1
+        heads = size("num_attention_heads", "n_head") or 1
         d_head = size("head_dim") or d_model // heads
         d_ff = size("intermediate_size", "n_inner", "ffn_dim") or 4 * d_model
         family = str(config.get("model_type"))
@@ -68,11 +60,7 @@ class Shape:
 
     @classmethod
     def of_model(cls, model: str) -> Shape:
-        """From the model's folder where it is on this machine, else, roughly, from the catalogue.
-
-        Raises:
-            InputError: when the model is neither here nor in the catalogue.
-        """
+        """From the model's folder, else, roughly, from the catalogue; `InputError` when it is in neither."""
         if (folder := local_folder(model)) is not None:
             return cls.of_folder(folder)
         spec = resolve(model)
@@ -88,16 +76,9 @@ class Shape:
 
 
 def local_folder(model: str) -> Path | None:
-    """The folder of a model that is on this machine; None for one that would have to be fetched or converted.
-
-    Raises:
-        InputError: when `model` names nothing.
-    """
+    """The folder of a model on this machine; None for one yet to be fetched, `InputError` when it names none."""
     spec = resolve(model)
     return model_folder(spec) if is_cached(spec) else None
-
-
-# ----------------------------------------------------------------------------------------------------- what a folder is
 
 
 def context_length(folder: Path) -> int | None:
@@ -109,11 +90,7 @@ def context_length(folder: Path) -> int | None:
 
 
 def count_layers(folder: Path) -> int:
-    """The number of blocks of the model in a folder, from its configuration alone.
-
-    Raises:
-        InputError: when the configuration does not say.
-    """
+    """The number of blocks of the model in a folder; `InputError` when its configuration lacks it."""
     config = read_config(folder / "config.json")
     config = config.get("text_config") or config
     for name in ("num_hidden_layers", "n_layer", "num_layers"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,9 @@ def test_a_start_takes_as_long_in_both_plans(tmp_path: Path) -> None:
     per_load = costs.LOAD_SECONDS + 4 * shape.parameters / costs.LOAD_BYTES_PER_SECOND
     assert found.seconds["start"] == pytest.approx(costs.START_SECONDS + 3 * per_load)
     assert loads == pytest.approx(costs.START_SECONDS + 4 * per_load)
+
+
+def test_attention_heads_by_the_name_of_gpt2(tmp_path: Path) -> None:
+    sizes = {"model_type": "gpt_bigcode", "n_layer": 2, "n_embd": 64, "n_head": 4, "num_key_value_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"vocab_size": 100}), encoding="utf-8")
+    assert Shape.of_folder(tmp_path).d_kv == 64 // 4
