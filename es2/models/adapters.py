@@ -1,8 +1,6 @@
-"""What a fine-tune left, put into the model that it started from: a peft adapter from anywhere, or changed blocks.
+"""Fine-tunes applied to their base model: peft adapters of any origin, and blocks that a full fine-tune changed.
 
-peft believes the configuration: it makes matrices of the rank that is stated there, and copies of layers that are asked
-for, before it opens the file of weights. Adapters are handed round, so what they state is held against the header of
-the weights first, and whatever peft makes of the rest ends in a sentence.
+peft allocates what an adapter's configuration states before it opens the weights, so both are compared first.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from es2.models.tensors import load_tensors
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA")
-"""What peft merges into weights from these two files alone. Other kinds name models or tokenizers to be fetched."""
+"""What peft merges from these two files alone. Other kinds name models or tokenizers to be fetched."""
 
 
 def adapter_files(finetune: Path) -> list[Path]:
@@ -45,12 +43,7 @@ def adapter_files(finetune: Path) -> list[Path]:
 
 
 def check_adapter(folder: Path) -> None:
-    """Refuse a folder that holds no adapter, or one that states what its weights do not bear out.
-
-    Raises:
-        InputError: with what is wrong.
-        MachineError: when it cannot be read.
-    """
+    """Refuse a folder that holds no adapter, or whose weights contradict its configuration (`InputError`)."""
     from safetensors import SafetensorError, safe_open
 
     adapter_files(folder)
@@ -82,8 +75,7 @@ def apply_finetune(model: Any, finetune: Path, *, merge: bool = False) -> None:
     Args:
         model: from `es2.models.loading.load_model`.
         finetune: the folder of an adapter, or the file of the blocks that a full fine-tune changed.
-        merge: whether an adapter is merged into the model's weights, as hooks and exports need it; else it stays beside
-            them in layers of its own.
+        merge: whether an adapter is merged into the weights, as hooks and exports need it, or keeps layers of its own.
 
     Raises:
         InputError: when the fine-tune is none, is damaged, or does not fit the model.
@@ -114,7 +106,6 @@ def apply_finetune(model: Any, finetune: Path, *, merge: bool = False) -> None:
 
 
 def _copy_blocks(model: Any, weights: Path) -> None:
-    """Put the blocks that a full fine-tune left in `weights.safetensors` into the model."""
     import torch
 
     tensors, _ = load_tensors(weights)

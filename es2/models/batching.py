@@ -1,7 +1,6 @@
-"""How prompts share a forward pass: what capture, fine-tune and evaluation have in common.
+"""How prompts share a forward pass in capture, fine-tune and evaluation. Imports no torch by itself.
 
-What all prompts begin with is run once; its keys and values are then handed to every batch of prompts that follow it.
-Imports no torch by itself.
+The prefix that all prompts share is run once; every batch then attends to its keys and values.
 """
 
 from __future__ import annotations
@@ -25,9 +24,7 @@ KeysAndValues = list[tuple["torch.Tensor", "torch.Tensor"]]
 SHARING_VERIFIED = ("llama", "mistral", "qwen2", "gpt2", "gpt_neox", "gemma")
 """Architectures (`model_type`) for which running a shared prefix once was tested to change nothing."""
 
-
-REPLIES_AT_ONCE = 3
-"""Times as many prompts of a fine-tune reply together: token by token there is less to do for each."""
+REPLIES_AT_ONCE = 3  # times as many prompts of a fine-tune reply together: a token at a time costs less for each
 
 
 def is_verified(model: Any) -> bool:
@@ -36,9 +33,9 @@ def is_verified(model: Any) -> bool:
 
 
 def may_pad(model: Any, longest: int) -> bool:
-    """Whether a prompt of up to `longest` tokens may share a row or a filled-up batch with others.
+    """Whether a prompt of up to `longest` tokens may share a row or a padded batch with others.
 
-    Not so where a sliding window would count tokens that belong to no one or to another prompt.
+    Not so where a sliding window would count padding or tokens of another prompt.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     return is_verified(model) and (window is None or longest <= window)
@@ -55,11 +52,9 @@ def usual_reply_tokens(device: str) -> int:
 
 
 def batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices of prompts in batches of like length, the longest first, so that too little memory shows at once.
+    """Indices of prompts in batches of like length and at most `budget` padded tokens (at least one prompt).
 
-    Args:
-        lengths: tokens of each prompt.
-        budget: padded tokens of one batch, at least one prompt.
+    The longest come first, so that too little memory shows at once.
     """
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
@@ -85,12 +80,10 @@ def reply_batches(lengths: Sequence[int], budget: int, pads: bool) -> Iterator[l
 def pad(
     sequences: Sequence[Tokens], *, side: Literal["right", "left"] = "right", n_before: int = 0
 ) -> tuple[Int[Tensor, "row token"], Int[Tensor, "row before_and_token"]]:
-    """The tokens of every row, filled up with zeros to the longest, and the attention mask: 1 where a token is one.
+    """The tokens of every row, padded with zeros to the longest, and the attention mask.
 
-    Args:
-        sequences: of each row.
-        side: where rows are filled up. On the right every token keeps its own position, which is what models assume.
-        n_before: number of shared tokens that every row follows, which the mask counts too.
+    On the right every token keeps its own position, which models assume. The mask also covers the `n_before` shared
+    tokens that every row follows.
     """
     import torch
 
@@ -106,24 +99,24 @@ def pad(
 
 
 def positions_of(mask: Int[Tensor, "row token"]) -> Int[Tensor, "row token"]:
-    """The position of every token, filling not counted, from an attention mask."""
+    """The position of every token, padding not counted, from an attention mask."""
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
 def n_tokens_of(shared: KeysAndValues) -> int:
-    """Number of tokens that the keys and values are of."""
+    """Number of tokens whose keys and values these are."""
     return shared[0][0].shape[-2] if shared else 0
 
 
 @dataclass
 class PrefixTree:
-    """Prompts that share a row: what some of them begin with alike stands there once, as the beginning of a branch.
+    """Prompts that share a row; a beginning that several share is in it once.
 
     Attributes:
         tokens: of the row.
-        parents: for each token, where the one before it stands; −1 for a first one.
-        depths: for each token, how many come before it in its prompt.
-        slots: for each prompt, by its index, where its tokens stand.
+        parents: for each token, the slot of the one before it; −1 for a first one.
+        depths: for each token, number of tokens before it in its prompt.
+        slots: for each prompt, by its index, the slots of its tokens.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -143,7 +136,7 @@ class PrefixTree:
 
 
 def n_alike(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two prompts begin with alike."""
+    """Number of tokens in the common beginning of two prompts."""
     limit = min(len(first), len(second))
     return next((i for i in range(limit) if first[i] != second[i]), limit)
 
@@ -151,11 +144,10 @@ def n_alike(first: Sequence[int], second: Sequence[int]) -> int:
 def pack_shared_prefixes(prompts: Sequence[Sequence[int]], width: int) -> list[PrefixTree]:
     """Prompts in rows of at most `width` tokens (a longer prompt has its own), those that begin alike together.
 
-    Contrast twins begin alike, and half of all questions begin like another one. A token that sees only its own branch
-    is the same token in every prompt of that branch, so it is run once; and rows of several families fill up evenly.
+    Contrast twins begin alike, and half of all questions begin like another one; a common beginning is run once.
     """
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(width + 1)]  # rows, by how many tokens they still have room for
+    with_room: list[list[int]] = [[] for _ in range(width + 1)]  # rows, by the number of tokens that still fit
     for n_tokens, family in sorted(group_by_prefix(prompts, width), key=lambda family: -family[0]):
         tightest = next((room for room in range(n_tokens, width + 1) if with_room[room]), None)
         if tightest is None:
@@ -178,15 +170,14 @@ def pack_shared_prefixes(prompts: Sequence[Sequence[int]], width: int) -> list[P
 
 
 def group_by_prefix(prompts: Sequence[Sequence[int]], width: int) -> list[tuple[int, list[int]]]:
-    """Prompts in the order of the dictionary, divided where it costs the fewest tokens, with each family's tokens.
+    """(number of tokens, prompts) of families of at most `width` tokens, from the sorted prompts.
 
-    Of all divisions into families of at most `width` tokens this is one that runs the fewest tokens, and among those
-    one of small families, which are easier to fit into rows.
+    Of all divisions this one runs the fewest tokens; among those it has small families, which are easier to pack.
     """
     order = sorted(range(len(prompts)), key=lambda index: tuple(prompts[index]))
     own = [len(prompts[order[0]])]  # of each prompt, what the one before it does not begin with
     own += [len(prompts[b]) - n_alike(prompts[a], prompts[b]) for a, b in pairwise(order)]
-    divided = [(0, 0)]  # for the first so many prompts: how many tokens, and where the last family begins
+    divided = [(0, 0)]  # for the first i prompts: number of tokens, and where the last family begins
     for end in range(1, len(order) + 1):
         choices: list[tuple[int, int]] = []
         later = 0  # tokens that the family's other prompts add to its first one's
@@ -207,13 +198,7 @@ def group_by_prefix(prompts: Sequence[Sequence[int]], width: int) -> list[tuple[
 
 
 def keys_and_values(decoder: Any, tokens: Sequence[int], device: torch.device) -> KeysAndValues:
-    """Run what all prompts begin with once, so that what follows can attend to it; nothing for no tokens.
-
-    Args:
-        decoder: the blocks of a transformers model with what stands below them (`model.base_model`).
-        tokens: the shared ones.
-        device: the decoder's.
-    """
+    """Keys and values of shared tokens in every block of a decoder (`model.base_model`); empty for no tokens."""
     import torch
 
     if not tokens:
@@ -236,7 +221,7 @@ def cache_of(shared: KeysAndValues, n_prompts: int) -> Any:
 def cache_before(shared: KeysAndValues) -> Any:
     """A transformers cache for a single pass of any number of prompts that all follow `shared`.
 
-    It gives each of them `shared` and keeps nothing of what follows, which nobody reads after the block that made it.
+    It gives each of them `shared` and keeps nothing of what follows, which only the current block reads.
     """
     import torch
     from transformers.cache_utils import Cache, DynamicLayer

@@ -1,7 +1,4 @@
-"""The models that are known by name, and what a user's words for a model mean.
-
-A catalogue name, a Hub id, a folder or a `.gguf` file is resolved here without touching a network. Imports no torch.
-"""
+"""The models known by name; names, Hub ids, folders and `.gguf` files resolved without network or torch."""
 
 from __future__ import annotations
 
@@ -26,12 +23,8 @@ class CatalogueEntry:
 
     Attributes:
         name: what to type for `--model`.
-        hub_id: where its weights are. (The default model's come from the package index instead: the same
-            network, its weights rounded to four bits by the file they are kept in.)
+        hub_id: where its weights are. (The default model's come from the package index, rounded to four bits.)
         parameters: number of weights.
-        n_layers: number of blocks.
-        d_model: width of the residual stream.
-        licence: the licence of the weights.
         gated: whether the Hub asks to accept the licence and log in first.
         paper: whether the ES2 paper (arXiv 2603.20206) evaluates on it.
     """
@@ -99,8 +92,7 @@ class ModelSpec:
     """Which model is meant, and where it is to be had.
 
     Attributes:
-        name: what identifies it to a user: a catalogue name, a Hub id, or the absolute path of a folder or file (two
-            folders called `checkpoint` are two models).
+        name: a catalogue name, a Hub id, or an absolute path (two folders called `checkpoint` are two models).
         kind: what the user gave.
         location: the Hub id, or the absolute path of the folder or file.
     """
@@ -110,11 +102,8 @@ class ModelSpec:
     location: str
 
 
-# ---------------------------------------------------------------------------------------------------- which model
-
-
 def resolve(model: str) -> ModelSpec:
-    """Tell what `model` names: a catalogue entry, a folder, a `.gguf` file or a Hub id. Fetches nothing.
+    """What `model` names: a catalogue entry, a folder, a `.gguf` file or a Hub id. Fetches nothing.
 
     Raises:
         InputError: when it names nothing, with the nearest catalogue names.

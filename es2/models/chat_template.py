@@ -1,7 +1,7 @@
-"""What a model reads: prompts under its chat template, as tokens, and which of them are asked for.
+"""Prompts as a model reads them: under its chat template, as tokens, with the positions to embed.
 
-The same text must be the same tokens on every day, so the date that a template tells the model is pinned. A template
-that rewrites or swallows a text is refused, since what is measured would then be another prompt.
+The date that some templates insert is pinned, so that a text has the same tokens on every day. A template that rewrites
+or swallows a text is refused, since the model would then read another prompt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 PINNED_DATE = datetime(2024, 7, 26)
-"""What templates that tell the model today's date are told: the date that Llama's own template falls back to."""
+"""The date for templates that insert today's: the one that Llama's own template falls back to."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +66,22 @@ class Rendered:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Rendered:
-    """Turn texts into what the model reads: one user message under the chat template, with the generation prompt.
+    """Texts as the model reads them: one user message under the chat template, with the generation prompt.
 
-    Templates that ask for today's date are told `PINNED_DATE`. Without a chat template the plain text is tokenised as
-    the tokenizer does by default.
+    Templates that ask for today's date get `PINNED_DATE`. Without a chat template the plain text is tokenised.
 
     Raises:
-        InputError: when the template refuses or rewrites a text, or the tokenizer cannot tell which characters a
-            token covers.
+        InputError: when the template refuses or rewrites a text, or the tokenizer has no character spans of tokens.
     """
     if not tokenizer.is_fast:
         raise InputError("This model's tokenizer has no fast version (tokenizer.json); use a model that has one.")
     templated = tokenizer.chat_template is not None
-    head, tail = "", ""
+    prefix, tail = "", ""
     strings = list(texts)
     if templated:
         template = _pinned_template(tokenizer)
         mark = "(the user's text)"
-        head, found, tail = _apply(tokenizer, template, mark).partition(mark)
+        prefix, found, tail = _apply(tokenizer, template, mark).partition(mark)
         if not found or mark in tail:
             raise InputError(
                 "This model's chat template does not show the user's text exactly once; use another model."
@@ -92,33 +90,27 @@ def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Rendered
     encoded = tokenizer(strings, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False)
     last_instruction = []
     for text, string, spans in zip(texts, strings, encoded["offset_mapping"], strict=True):
-        own = string[len(head) : len(string) - len(tail)].rstrip()
-        last_character = len(head) + len(own) - 1
+        own = string[len(prefix) : len(string) - len(tail)].rstrip()
+        last_character = len(prefix) + len(own) - 1
         covering = [i for i, (start, end) in enumerate(spans) if start <= last_character < end]
-        if not (string.startswith(head) and string.endswith(tail) and own and covering):
+        if not (string.startswith(prefix) and string.endswith(tail) and own and covering):
             raise InputError(f"The model's chat template or tokenizer swallows the prompt {shown(text)}; remove it.")
         last_instruction.append(covering[-1])
     return Rendered(tuple(map(tuple, encoded["input_ids"])), tuple(last_instruction), templated)
 
 
 def template_prefix(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """The tokens with which every prompt begins, whatever the user says: the head of the chat template.
-
-    Args:
-        tokenizer: the model's.
-        prompts: the tokens of prompts, from `render`.
-    """
-    # Two texts without a common beginning show where the head ends, also when the prompts all begin with one word.
+    """The shared prefix: the tokens with which every prompt under the chat template begins, whatever its text."""
+    # Two texts without a common beginning show where the prefix ends, also when the prompts all begin with one word.
     every = [*map(tuple, prompts), *render(tokenizer, ("A", "1")).token_ids]
     first, last = min(every), max(every)  # what these two share, all between them share
     return first[: min(n_alike(first, last), min(map(len, every)) - 1)]
 
 
 def _pinned_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template, behind a macro that stands in for the clock that transformers gives to templates.
+    """The chat template behind a macro that hides transformers' clock of the same name.
 
-    A function cannot be handed to a template (transformers replaces everything but plain data), but a macro of the
-    same name hides the global one.
+    Templates cannot be given a function: transformers replaces everything but plain data.
     """
     directives = {f"%{letter}": PINNED_DATE.strftime(f"%{letter}") for letter in "aAbBdmyYjHIMSpfwUW"}
     replaced = "".join(f" | replace('{directive}', '{value}')" for directive, value in directives.items())

@@ -1,8 +1,7 @@
-"""What things take, in tokens, bytes and seconds: the constants of every estimate, and of checks that memory suffices.
+"""Tokens, bytes and seconds behind every estimate and every check that memory suffices; measured unless noted.
 
-Measured unless it says otherwise. "The default run" is one cold `es2 finetune` of SmolLM2-135M on two idle cores that
-each multiply at 93 · 10⁹ when alone: 312 s in all, of which captures 38 and 49 s, base 49 s, steps and looks 154 s,
-analyses about 7 s. Imports nothing.
+"The default run" is one cold `es2 finetune` of SmolLM2-135M on two idle cores that each multiply at 93 · 10⁹ when
+alone: 312 s, of which captures 38 and 49 s, base 49 s, steps and validations 154 s, analyses about 7 s.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ PASSING_PER_TOKEN = (6, 3)  # the same of a block that runs without autograd
 
 
 def runtime_bytes(device: str) -> float:
-    """What a process takes before any weight: interpreter, torch, TransformerLens; on a GPU context and libraries,
-    which were not measured."""
+    """Bytes of a process before any weight: interpreter, torch, TransformerLens; of a GPU (assumed) its context."""
     return 6.5e8 if device == "cpu" else 1e9
 
 
@@ -49,13 +47,10 @@ ANALYSIS_PRODUCTS = 40  # per prompt, dimension and resample, over all numbers o
 
 
 def weight_bytes_per_second(device: str) -> float:
-    """How fast weights are read: every decoded token reads them all, however few prompts reply together.
-
-    Of a GPU it is what cards of 24 GB state; not measured.
-    """
+    """Speed of reading weights, all of them for every decoded token; on a GPU that of 24 GB cards' data sheets."""
     return 1e10 if device == "cpu" else 1e12
 
 
 def start_seconds(loads: int, weight_bytes: float) -> float:
-    """A process's start, with this many loads of a model."""
+    """Seconds of a process's start, with this many loads of a model."""
     return START_SECONDS + loads * (LOAD_SECONDS + weight_bytes / LOAD_BYTES_PER_SECOND)

@@ -1,14 +1,10 @@
-"""Where a model runs and in which number format, whether it fits, and what torch says when it does not."""
+"""Where a model runs and in which number format, whether it fits, and how torch reports that it does not."""
 
 from __future__ import annotations
 
 from es2.core.errors import InputError, MachineError
-from es2.models.model_files import (
-    first_line,
-)
+from es2.models.model_files import first_line
 from es2.models.placement import free_bytes
-
-# ---------------------------------------------------------------------------------------------------------------- load
 
 
 def choose_device() -> str:

@@ -18,11 +18,7 @@ from es2.models.model_files import first_line, read_config, weight_files
 class Fingerprint:
     """What identifies a model: digests that change when its numbers or its prompts' tokens would.
 
-    Attributes:
-        weights: of the weight files and of the configuration that says how to run them (quantisation included).
-        adapter: of the adapter, `None` without one.
-        tokenizer: of the tokenizer's files.
-        chat_template: of the chat template, `None` for a model without one.
+    That of the weights covers the configuration (quantisation included); `None` means no adapter or no template.
     """
 
     weights: str
@@ -35,7 +31,7 @@ class Fingerprint:
 
 
 def fingerprint(folder: Path, adapter: Path | None = None) -> Fingerprint:
-    """Identify a model folder by content; a file is read once and then remembered by path, size and time.
+    """The digests of a model folder; a file is read once and then remembered by path, size and time.
 
     Raises:
         InputError: when the folder is no model, or `adapter` no adapter.

@@ -1,4 +1,4 @@
-"""From a model that was resolved to its local folder, fetched or converted when needed."""
+"""The local folder of a resolved model, fetched or converted when needed."""
 
 from __future__ import annotations
 

@@ -1,11 +1,7 @@
-"""The forward passes of a fine-tune, through the plain transformers model.
+"""The forward passes of a fine-tune, through the plain transformers model; hooks read what `blocks.{l}.hook_out` gives.
 
-Three things make them several times cheaper than calling the model on padded batches, and none changes a number.
-What every prompt begins with, the head of the chat template, is run once and its keys and values are handed to every
-prompt (with their gradients: tuned blocks change them too). Harmful prompts stop at the last target layer. Prompts of
-like length share a batch. Weights of blocks below the first trained one need no gradient and neither do their inputs,
-so autograd records nothing there by itself. Embeddings are read by hooks on the blocks: what `blocks.{l}.hook_out` of a
-TransformerLens bridge gives. The bridge itself is for capture only, since it rewires the model.
+Three savings change no number: the shared prefix is run once (with gradients, since tuned blocks change its keys and
+values), harmful prompts stop at the last target layer, and prompts of like length share a batch.
 """
 
 from __future__ import annotations
@@ -43,18 +39,17 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-_STAND_IN = (0,)
+_DUMMY = (0,)
 
 
 @dataclass(frozen=True)
 class BaseReply:
-    """What the base model makes of one harmless prompt: constants of the KL terms.
+    """The base model's reply to one harmless prompt: constants of the KL terms.
 
     Attributes:
-        reply: its greedy reply, up to and including the token that ends it.
-        states: its states before the head at every token that counts, in the dtype in which they were computed: the
-            prompt's own tokens (all after the template's head), then the reply's but the last. The states from `last`
-            on are those that the reply's tokens were read from.
+        reply: greedy, up to and including the token that ends it.
+        states: before the LM head, in the dtype of the pass: at the prompt's own tokens (all after the prefix), then at
+            the reply's but the last. The reply's tokens were read from the states from `last` on.
     """
 
     reply: tuple[int, ...]
@@ -62,7 +57,7 @@ class BaseReply:
 
     @property
     def n_prompt(self) -> int:
-        """How many of the states belong to the prompt, `last` included."""
+        """Number of states that belong to the prompt, `last` included."""
         return len(self.states) - len(self.reply) + 1
 
 
@@ -73,7 +68,7 @@ class HarmlessPass:
     Attributes:
         embeddings: at `last`, at the target layers.
         kl_prompt: KL(base ‖ tuned) in nats, summed over the prompts' own tokens, `last` included.
-        kl_reply: the same summed over the distributions that the reply's tokens were drawn from, `last` included.
+        kl_reply: the same over the distributions of the reply's tokens, `last` included.
     """
 
     embeddings: Float[Tensor, "prompt layer d_model"]
@@ -82,11 +77,7 @@ class HarmlessPass:
 
 
 def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
-    """The list of blocks of a transformers model and its name inside `model.base_model`.
-
-    Raises:
-        InputError: when the model has no such list.
-    """
+    """The name of the list of blocks in `model.base_model`, and the list; `InputError` when there is none."""
     n_layers = model.config.get_text_config().num_hidden_layers
     for name, child in model.base_model.named_children():
         if isinstance(child, nn.ModuleList) and len(child) == n_layers:
@@ -100,17 +91,16 @@ class FinetuneForward:
     """A causal language model, with or without an adapter inside, as the fine-tune runs it.
 
     Args:
-        model: from `load_model`, or `load_sharded`: then all processes call the same methods in the same
-            order, with as many prompts as they happen to have. An adapter may be put into it later; passes then run
-            with it.
+        model: from `load_model`, or `load_sharded`: then all processes call the same methods in the same order, each
+            with any number of prompts. Passes run with an adapter that is put into it later.
         template_prefix: the tokens that every prompt begins with.
         layers: the target layers, ascending.
-        gradient_checkpointing: whether blocks are run again in the backward pass instead of keeping what it needs. The
-            template's head is not shared then, since checkpointed blocks have no cache, nor between shards.
+        gradient_checkpointing: whether blocks are run again in the backward pass. The prefix is not shared then, since
+            checkpointed blocks have no cache, nor between shards.
         tokens_at_once: padded tokens per forward pass, at least one prompt; by default what suits the device.
 
     Raises:
-        InputError: when the architecture's blocks or its head are not what this class knows.
+        InputError: when the architecture's blocks or its LM head are not what this class knows.
     """
 
     def __init__(
@@ -188,11 +178,10 @@ class FinetuneForward:
     def reply(
         self, prompts: Sequence[Tokens], n_tokens: int, end_tokens: frozenset[int]
     ) -> Iterator[tuple[int, BaseReply, Float[Tensor, "layer d_model"]]]:
-        """Reply to prompts greedily, and keep the states on the way: base states cost no pass of their own.
+        """Greedy replies, with the states that they were read from, so that base states cost no pass of their own.
 
-        Prompts of like length share a batch, filled up on the right; a reply's tokens follow the filling, which nobody
-        attends to, at the positions that they would have without it. Architectures that were not seen to give the same
-        states that way, or whose sliding window would count the filling, reply to prompts of equal length at a time.
+        Prompts of like length share a batch, padded on the right, and a reply's tokens follow the padding at the
+        positions that they would have without it. Where `may_pad` forbids that, prompts of equal length share a batch.
 
         Yields:
             (index in `prompts`, the reply with its states on the CPU, the embeddings at `last`).
@@ -205,7 +194,7 @@ class FinetuneForward:
         pads = may_pad(self.model, max(map(len, prompts), default=0) + n_tokens)
         budget = REPLIES_AT_ONCE * self._tokens_at_once
         for batch in self._together(reply_batches([len(tokens) for tokens in sequences], budget, pads)):
-            chosen = [sequences[row] for row in batch] or [_STAND_IN]
+            chosen = [sequences[row] for row in batch] or [_DUMMY]
             replies, embeddings, states, later = self._reply(chosen, shared, n_tokens, end_tokens, pads)
             for i, row in enumerate(batch):
                 counted = states[i, own : len(chosen[i])]
@@ -222,7 +211,7 @@ class FinetuneForward:
         end_tokens: frozenset[int],
         pads: bool,
     ) -> tuple[list[tuple[int, ...]], Tensor, Tensor, Tensor | None]:
-        """One batch's replies, embeddings at `last`, and states of the prompts and of what was replied, on the CPU."""
+        """One batch's replies, embeddings at `last`, and states of the prompts and of the replies, on the CPU."""
         lengths = torch.tensor([len(tokens) for tokens in sequences])
         cache = cache_of(shared, len(sequences))
         embeddings = torch.empty(0)
@@ -256,10 +245,7 @@ class FinetuneForward:
         return replies, embeddings.cpu(), read[0].cpu(), later
 
     def _together(self, batches: Iterator[list[int]]) -> Iterator[list[int]]:
-        """The batches; where processes hold shards, empty ones after them until every process has as many.
-
-        Each pass brings the blocks together from all processes, so all have to run it, forward and back.
-        """
+        """The batches; where processes hold shards, then empty ones, since all processes have to run every pass."""
         own = list(batches)
         idle: list[list[int]] = [[]] * (self._most(len(own)) - len(own))
         yield from (*own, *idle)
@@ -273,7 +259,7 @@ class FinetuneForward:
         return int(largest)
 
     def run_template_prefix(self) -> KeysAndValues:
-        """Keys and values of the template's head in every block, for all prompts of a step; empty if not shared."""
+        """Keys and values of the template's prefix in every block, for all prompts of a step; empty if not shared."""
         with self._precision():
             return keys_and_values(self._deep, self.template_prefix[: self._n_shared], self.device)
 
@@ -287,12 +273,11 @@ class FinetuneForward:
     ) -> tuple[Float[Tensor, "prompt layer d_model"], Float[Tensor, "prompt token d_model"]]:
         """One forward pass of prompts that all follow `shared`: embeddings at `last`, and the final states.
 
-        What will be gone on from needs a `cache`, which holds `shared` already. For no prompts the blocks run all the
-        same, over a token that stands in.
+        Decoding needs a `cache`, which holds `shared` already. For no prompts the blocks run over a dummy token.
         """
         n_prompts = len(sequences)
         if not sequences:
-            sequences, last = [_STAND_IN], [0]
+            sequences, last = [_DUMMY], [0]
         tokens, mask = pad(sequences, n_before=n_tokens_of(shared))
         inputs: dict[str, Any] = {"attention_mask": mask.to(self.device)}
         if shared or cache is not None:
@@ -300,8 +285,8 @@ class FinetuneForward:
         rows = torch.arange(len(sequences), device=self.device)
         columns = torch.tensor(last, device=self.device)
         for block in self.blocks:
-            # What transformers asks before it checkpoints; of the block alone, so that dropout inside it stays off. And
-            # only where there is something to recompute: a checkpointed block has no cache, which replies need.
+            # transformers checkpoints a block in training mode; dropout inside it stays off. Only where gradients are
+            # needed: a checkpointed block has no cache, which replies need.
             block.training = self._checkpoints and torch.is_grad_enabled()
         with self._hooks() as kept, self._precision():
             states = decoder(tokens.to(self.device), use_cache="past_key_values" in inputs, **inputs).last_hidden_state
@@ -311,8 +296,7 @@ class FinetuneForward:
     def _in_order(self, parts: list[Tensor], rows: list[int]) -> Float[Tensor, "prompt layer d_model"]:
         """The embeddings of all batches in the order of the prompts."""
         if not parts:
-            d_model = self.head.weight.shape[1]
-            return torch.zeros(0, len(self.layers), d_model, device=self.device)
+            return torch.zeros(0, len(self.layers), self.head.weight.shape[1], device=self.device)
         order = torch.tensor(rows, device=self.device).argsort()
         return torch.cat(parts)[order]
 
@@ -340,7 +324,7 @@ class FinetuneForward:
 
 
 def _first_blocks(decoder: nn.Module, list_name: str, n: int) -> Any:
-    """A view of the decoder that ends after `n` blocks; it shares every weight and every hook with the whole one."""
+    """A view of the decoder that ends after `n` blocks; it shares every weight and every hook."""
     view = copy.copy(decoder)
     view._modules = dict(decoder._modules)
     view._modules[list_name] = nn.ModuleList(list(getattr(decoder, list_name))[:n])

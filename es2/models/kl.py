@@ -1,10 +1,7 @@
-"""KL(base ‖ tuned) over the full vocabulary from states before the head, without ever holding logits for all tokens.
+"""KL(base ‖ tuned) over the full vocabulary from states before the frozen LM head, a chunk of logits at a time.
 
-The head is frozen, so what the base says is known from one vector of `d_model` numbers per token, kept from before the
-tuning; no second model, no stored logits. Logits exist for a chunk of tokens at a time. Since the head is frozen and
-the divergence of a token depends on that token's state alone, its gradient (p_tuned − p_base) · W can be worked out
-while the chunk's logits are still there; the backward pass only scales it. That is exact, and needs one application of
-the head where checkpointing would need two.
+The gradient of a token's KL, (p_tuned − p_base) · W, is taken while the chunk's logits exist, and the backward pass
+only scales it: exact, with one application of the head where checkpointing needs two.
 """
 
 from __future__ import annotations
@@ -26,12 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LmHead:
-    """The frozen output head: logits = cap · tanh((W · state + bias) / cap), without the tanh where there is no cap.
+    """The frozen LM head: logits = cap · tanh((W · state + bias) / cap), without the tanh where there is no cap.
 
-    Attributes:
-        weight: `[vocab, d_model]`; often the embedding matrix itself.
-        bias: `[vocab]`, or `None`.
-        softcap: Gemma 2's `final_logit_softcapping`, or `None`.
+    `weight` is often the embedding matrix itself; `softcap` is Gemma 2's `final_logit_softcapping`.
     """
 
     weight: Float[Tensor, "vocab d_model"]
@@ -54,11 +48,7 @@ class LmHead:
 
 
 def read_lm_head(model: Any) -> LmHead:
-    """The head of a transformers causal language model, checked against the model itself.
-
-    Raises:
-        InputError: when the model does something else to its logits than `LmHead` does.
-    """
+    """The LM head of a transformers causal language model; `InputError` when `LmHead` gives other logits than it."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, torch.nn.Linear):
         raise InputError(f"The {model.config.model_type!r} model has no plain linear head, so its KL is unknown here.")
@@ -81,12 +71,12 @@ def read_lm_head(model: Any) -> LmHead:
 def token_kl(
     tuned: Float[Tensor, "token d_model"], base: Float[Tensor, "token d_model"], head: LmHead
 ) -> Float[Tensor, "token"]:
-    """KL(base ‖ tuned) in nats of each token's distribution over the vocabulary, differentiable in `tuned`.
+    """KL(base ‖ tuned) in nats of each token's distribution over the vocabulary, differentiable in `tuned` only.
 
     Args:
-        tuned: the tuned model's states before the head.
-        base: the base model's states of the same tokens; constants.
-        head: the head, the same for both; a constant.
+        tuned: the tuned model's states before the LM head.
+        base: the base model's states of the same tokens.
+        head: of both.
     """
     with torch.autocast(tuned.device.type, enabled=False):
         return _TokenKL.apply(tuned, base, head)
@@ -94,14 +84,7 @@ def token_kl(
 
 @dataclass(frozen=True)
 class Compared:
-    """What two models say of a chunk of tokens.
-
-    Attributes:
-        kl: KL(base ‖ tuned) in nats.
-        tuned_logits: of the tuned model.
-        log_tuned, log_base: log-probabilities.
-        p_base: the base's probabilities.
-    """
+    """Two models' distributions for a chunk of tokens: KL(base ‖ tuned) in nats, logits and (log-)probabilities."""
 
     kl: Float[Tensor, "token"]
     tuned_logits: Float[Tensor, "token vocab"]
@@ -113,7 +96,7 @@ class Compared:
 def compare_tokens(
     tuned: Float[Tensor, "token d_model"], base: Float[Tensor, "token d_model"], head: LmHead
 ) -> Iterator[Compared]:
-    """What two models say of tokens, a chunk of them at a time; arguments as `token_kl`."""
+    """Two models' distributions for tokens, a chunk at a time; arguments as `token_kl`."""
     for tuned_part, base_part in _chunks(head, tuned, base):
         logits = head.logits(tuned_part)
         log_base = head.logits(base_part).log_softmax(dim=-1)

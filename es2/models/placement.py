@@ -1,9 +1,7 @@
 """Where a model's weights lie when one device does not hold them: over several devices, or in shards over processes.
 
-Both are left to engines that exist. For capture accelerate lays the blocks over all GPUs (or, without any, over memory
-and disk) and its hooks move the states from block to block. For a fine-tune torch's FSDP2 splits the frozen blocks over
-the processes of `accelerate launch --use_fsdp` and brings a block together for as long as it runs. What is trained, the
-adapter, is small and whole in every process, so steps, checkpoints and the adapter's files know nothing of shards.
+For capture accelerate lays the blocks over all GPUs, or over memory and disk. For a fine-tune torch's FSDP2 shards the
+frozen blocks; the adapter is whole in every process, so steps and checkpoints know nothing of shards.
 """
 
 from __future__ import annotations
@@ -38,12 +36,7 @@ def is_sharded_launch() -> bool:
 
 
 def processes_of_launch(device: str | None, **settings: Any) -> PartialState:
-    """The processes of this launch, joined over gloo on CPUs and over NCCL on GPUs; one that was started alone is one.
-
-    Args:
-        device: what the user asked for.
-        settings: of `torch.distributed.init_process_group`.
-    """
+    """The processes of this launch, joined over gloo on CPUs and NCCL on GPUs; `settings` of `init_process_group`."""
     import torch
     from accelerate import PartialState
 
@@ -53,7 +46,7 @@ def processes_of_launch(device: str | None, **settings: Any) -> PartialState:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that is free on a torch device; of the machine for any that is no CUDA device."""
+    """Free memory of a CUDA device; for any other, of the machine."""
     if device.startswith("cuda"):
         import torch
 
@@ -64,11 +57,7 @@ def free_bytes(device: str) -> int:
 def map_to_devices(needed: float, name: str) -> dict[str, Any]:
     """Arguments with which `from_pretrained` lays a model over all GPUs; where there are none, over memory and disk.
 
-    GPUs and memory are not mixed: TransformerLens cannot hook a model that lies in both.
-
-    Args:
-        needed: bytes, with what loading takes.
-        name: of the model, for the message.
+    GPUs and memory are not mixed: TransformerLens cannot hook a model that lies in both. `needed` is in bytes.
 
     Raises:
         MachineError: when all GPUs together are too small, or the disk refuses.
@@ -95,11 +84,7 @@ def map_to_devices(needed: float, name: str) -> dict[str, Any]:
 
 
 def quantized(device: str, dtype: str) -> dict[str, Any]:
-    """Arguments with which `from_pretrained` loads a model in four bits (NF4) on one GPU.
-
-    Raises:
-        InputError: without CUDA, or without bitsandbytes.
-    """
+    """Arguments with which `from_pretrained` loads NF4 weights; `InputError` without CUDA or bitsandbytes."""
     from importlib.util import find_spec
 
     import torch
@@ -110,16 +95,13 @@ def quantized(device: str, dtype: str) -> dict[str, Any]:
         raise InputError("Weights of four bits need bitsandbytes; install it with `pip install 'es2[quantize]'`.")
     from transformers import BitsAndBytesConfig
 
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=getattr(torch, dtype),
-    )
+    compute_dtype = getattr(torch, dtype)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute_dtype)
     return {"device_map": {"": device}, "quantization_config": settings}
 
 
 def shard(model: Any, blocks: nn.ModuleList, device: torch.device) -> None:
-    """Split the blocks of a model over the processes, and give what stands beside them to each.
+    """Split the blocks of a model over the processes, and copy its other weights to each.
 
     Args:
         model: in the first process the whole model on the CPU; in the others its shape, without weights.
@@ -156,11 +138,7 @@ def shard(model: Any, blocks: nn.ModuleList, device: torch.device) -> None:
 
 
 def all_or_none(action: Callable[[], T]) -> T:
-    """Do something in every process of a launch; where it fails in one, all of them fail with that one's sentence.
-
-    Raises:
-        Es2Error: the process's own, or one that names the process that failed.
-    """
+    """The result of `action` in every process of a launch; where it fails in one, all raise that one's sentence."""
     from accelerate import PartialState
     from accelerate.utils import gather_object
 

@@ -1,8 +1,4 @@
-"""Greedy replies of a model, many prompts at once.
-
-What all prompts begin with is run once. The rest is batched by length, and a prompt whose reply has ended leaves its
-batch.
-"""
+"""Greedy replies of a model, in batches of like length after a prefix that is run once."""
 
 from __future__ import annotations
 
@@ -36,20 +32,13 @@ if TYPE_CHECKING:
 
 
 Around = Callable[[list[int]], AbstractContextManager[Any]]
-"""Given the rows of a batch, what to have open while it replies; what it yields is handed on with the batch."""
-
-
-# -------------------------------------------------------------------------------------------------------------- replies
+"""Given the rows of a batch, a context to reply in; the batch carries what it yields."""
 
 
 @dataclass(frozen=True)
 class ReplyBatch:
-    """Replies that were generated together.
-
-    Attributes:
-        rows: which prompts, by index.
-        replies: the reply of each, up to and including the token that ends it.
-        seen: what `around` yielded.
+    """Replies that were generated together: indices of the prompts, their replies (end token included), and what
+    `around` yielded.
     """
 
     rows: tuple[int, ...]
@@ -70,24 +59,20 @@ def greedy_replies(
     report: Reporter = silent,
     stage: str = "reply",
 ) -> Iterator[ReplyBatch]:
-    """Reply to prompts greedily, in batches of like length.
+    """Batches of greedy replies, each as soon as it is complete.
 
     Args:
         model: a transformers causal language model, with or without an adapter inside; also a bridge's own
-            `original_model`, under whose hooks `around` may steering.
+            `original_model`, under whose hooks `around` may steer.
         prompts: rendered prompts.
-        n_tokens: the longest reply.
-        end_tokens: what ends one.
+        n_tokens: of the longest reply.
+        end_tokens: each ends a reply.
         head: the tokens that every prompt begins with; run once where that was verified to change nothing.
         done: indices of prompts that need no reply any more. Which prompts share a batch does not depend on it.
-        around: opened for each batch, after the head was run.
-        tokens_at_once: tokens of prompts and replies in one batch, at least one prompt; by default what suits the
-            device.
-        report: told at every token; it may raise to stop.
-        stage: what it is told.
-
-    Yields:
-        Each batch as soon as it is complete.
+        around: opened for each batch, after the shared prefix was run.
+        tokens_at_once: of prompts and replies in one batch, at least one prompt; by default what suits the device.
+        report: called at every token with `stage`; it may raise to stop.
+        stage: of the progress.
 
     Raises:
         MachineError: when memory runs out even for a single prompt.
@@ -159,15 +144,15 @@ def decode(
     """The greedy replies to the prompts of one batch: the one loop over tokens that there is.
 
     Args:
-        next_tokens: runs the model on tokens `[prompt, token]`, all of the prompts' first and then the latest one of
-            each, with an attention mask and positions where rows were filled up; returns what follows each row.
+        next_tokens: runs the model on tokens `[prompt, token]` (whole prompts, then the latest token of each), with an
+            attention mask and positions if `pads`; returns the next token of each row.
         sequences: of each prompt, what follows the shared tokens.
-        n_tokens: the longest reply.
-        end_tokens: what ends one.
+        n_tokens: of the longest reply.
+        end_tokens: each ends a reply.
         pads: whether the prompts may differ in length.
-        device: where `next_tokens` wants what it is given.
-        side: where shorter prompts are filled up. What reads or steers the last column needs `left`; on the right, the
-            reply's tokens follow the filling, which nothing attends to, at the positions they would have without it.
+        device: of the inputs of `next_tokens`.
+        side: of the padding. Reading or steering the last column needs `left`; on the right, the reply's tokens follow
+            the padding, which no token attends to, at the positions that they would have without it.
         n_before: number of shared tokens.
         go_on: given whether any reply is unfinished, whether to run the model once more.
         step: called with the number of tokens done, before each pass; it may raise to stop.
@@ -203,9 +188,6 @@ def _next_tokens(model: Any, cache: Any) -> Callable[[Tensor, dict[str, Tensor]]
     return run
 
 
-# -------------------------------------------------------------------------------------------------------------- ability
-
-
 def exchange_states(
     model: Any,
     prompts: Sequence[Tokens],
@@ -215,19 +197,19 @@ def exchange_states(
     report: Reporter = silent,
     stage: str = "read",
 ) -> list[Tensor]:
-    """The model's states before its head while it reads prompts and the replies that were given to them.
+    """The states before the LM head of a model, base or tuned, that reads prompts and the base's replies to them.
 
     Args:
         model: base or tuned.
         prompts: rendered prompts.
         replies: the base's replies to them.
-        n_prefix: so many tokens of every prompt belong to the template's head and do not count.
-        report: told after every batch.
-        stage: what it is told.
+        n_prefix: number of tokens in the template's prefix, whose states are left out.
+        report: called after every batch with `stage`.
+        stage: of the progress.
 
     Returns:
-        For each prompt `[token, d_model]` on the CPU: its own tokens after the template's head, then the reply's but
-        the last. A reply's tokens were read off the states from the last prompt token on.
+        For each prompt `[token, d_model]` on the CPU: its own tokens after the prefix, then the reply's but the last.
+        A reply's tokens were read from the states from the last prompt token on.
     """
     import torch
 

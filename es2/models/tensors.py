@@ -1,7 +1,4 @@
-"""Torch tensors in checked safetensors files, whole or absent.
-
-A file carries a format version and a digest of its content, so that a damaged one is noticed before it is used.
-"""
+"""Torch tensors in safetensors files, whole or absent, each with a format version and a digest of its content."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, 
     """Write tensors and a JSON document as one safetensors file, atomically.
 
     Raises:
-        MachineError: when the disk refuses; what stood there before still stands.
+        MachineError: when the disk refuses; the former file is still there.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -62,7 +59,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     damaged = f"The file {str(path)!r} is damaged"
     try:
-        path.open("rb").close()  # safetensors tells a missing permission from damage by its text alone
+        path.open("rb").close()  # safetensors distinguishes a missing permission from damage by its text alone
     except OSError as error:
         raise unreadable(error, path) from error
     try:

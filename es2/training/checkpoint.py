@@ -1,9 +1,7 @@
-"""What a fine-tune has changed so far, and how it survives a kill: one file that is whole or absent.
+"""The state of a fine-tune, and its checkpoint: one safetensors file, replaced by one rename, so whole or absent.
 
-A checkpoint is a single safetensors file: tensors under their names, everything else as JSON in the file's own header.
-One file can be replaced by one rename, so a run that is killed while it writes keeps the checkpoint before; and nothing
-has to be unpickled to go on. The header carries a digest of all of it, since safetensors has none and a flipped bit in
-an optimizer's state would quietly train another model.
+The rest of the state is JSON in its header, with a digest: a flipped bit in an optimizer's state would quietly train
+another model.
 """
 
 from __future__ import annotations
@@ -29,11 +27,11 @@ class State:
 
     Attributes:
         trained: the trained weights by name.
-        best: what they were at the best step so far.
+        best: their values at the best step so far.
         optimizer: AdamW over `trained`.
         directions: the running mean-difference direction of every target layer.
         losses: of every step that was taken.
-        validations: every measurement on `validation`; the first is the base's.
+        validations: the first is the base's.
     """
 
     trained: dict[str, torch.nn.Parameter]
@@ -55,15 +53,12 @@ class State:
         tensors |= {f"best/{name}": weight for name, weight in self.best.items()}
         for name, weight in self.trained.items():
             tensors |= {f"optimizer/{key}/{name}": moment for key, moment in self.optimizer.state[weight].items()}
-        progress = {
-            "step": self.step,
-            "losses": self.losses,
-            "validations": [point.to_dict() for point in self.validations],
-        }
+        validations = [point.to_dict() for point in self.validations]
+        progress = {"step": self.step, "losses": self.losses, "validations": validations}
         save_tensors(path, tensors, {"identity": identity, "progress": progress})
 
     def load(self, path: Path, identity: str) -> None:
-        """Take over what `save` wrote.
+        """Restore what `save` wrote.
 
         Raises:
             InputError: when the file is damaged, or of a run with another config or other prompts.

@@ -1,4 +1,4 @@
-"""What decides a fine-tune, and what is refused before anything is loaded. Imports no torch."""
+"""The settings of a fine-tune, and what is refused before anything is loaded. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 from es2.training.sampling import count_tune, held_out_rows
 from es2.training.terms import MARGIN_TARGET, OBJECTIVES, parse_objective
 
-METHODS = ("lora", "full")
-MANY_LAYERS = 3
-"""From so many target layers on the paper saw the model collapse; they have to be asked for."""
-
+MANY_LAYERS = 3  # number of target layers from which on the paper saw models collapse
 _FIRST_BLOCK = 4  # blocks below read words; nothing there is about harm yet
 _LAST_LEARNING_RATE = 0.1  # part of the learning rate that the decay ends at
 
@@ -48,7 +45,7 @@ class FinetuneConfig(Settings):
         "lora trains a small adapter on the blocks up to the last target layer, full those blocks themselves, which "
         "takes more memory.",
         label="Method",
-        choices=METHODS,
+        choices=("lora", "full"),
         group="main",
     )
     steps: int = setting(
@@ -85,7 +82,7 @@ class FinetuneConfig(Settings):
     kl_prompts: int = setting(
         4,
         "Harmless prompts of a step whose logits are held to the base's; all have their embeddings moved. Logits cost "
-        "five times as much as embeddings, and a random part of them says the same.",
+        "five times as much as embeddings, and a random part of them estimates the same.",
         label="KL prompts per step",
         ge=1,
     )
@@ -116,7 +113,7 @@ class FinetuneConfig(Settings):
         gt=0,
     )
     validate_every: int = setting(
-        8, "Steps between two validations; also between two checkpoints.", label="Steps between looks", ge=1
+        8, "Steps between two validations; also between two checkpoints.", label="Steps between validations", ge=1
     )
     validation_prompts: int = setting(
         64,
@@ -173,14 +170,10 @@ class FinetuneConfig(Settings):
         return self.learning_rate * (_LAST_LEARNING_RATE + (1 - _LAST_LEARNING_RATE) * cosine)
 
     def check(self, n_layers: int, prompts: PromptSet) -> None:
-        """Refuse what cannot work, before anything is loaded. Imports no torch.
-
-        Args:
-            n_layers: the model's number of blocks (`count_layers`).
-            prompts: the prompt set to tune on.
+        """Refuse settings that cannot work with a model of `n_layers` blocks and these prompts.
 
         Raises:
-            InputError: for the first setting that is wrong, with what to change.
+            InputError: for the first setting that is wrong, with the remedy.
         """
         if not self.layers:
             raise InputError("No target layer is given; give two, such as 12,18.")

@@ -1,11 +1,7 @@
 """The ES2 fine-tune, from a prompt set to an adapter; reads top to bottom.
 
-The separation needs all pairs of a batch, which neither a part of an accumulated batch nor one process of several
-holds. So every step first brings the embeddings of the whole batch together, takes the separation and its gradient with
-respect to each embedding, and then lets every part steering its share of that gradient, with its KL, through the model.
-Accumulation and data parallelism are the same few lines and the same numbers as a single pass, without a wrapper round
-the model. What the base says is measured before the adapter goes in, from the same weights: there is no second model.
-Nothing in a step is random and batches are functions of seed and step, so a resumed run repeats the uninterrupted one.
+The separation needs all pairs of a batch, over accumulated parts and processes. So every step gathers the embeddings,
+takes the separation's gradient by each of them, and sends every part's share of it, with its KL, through the model.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,20 +45,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a fine-tune came to. The tuned weights lie in the run folder.
+    """The result of a fine-tune. The tuned weights lie in the run folder.
 
     Attributes:
         status: `done`, or `stopped` before its time or without a result within the KL budget.
         reason: why it stopped, in a sentence; `None` when done.
         steps: optimizer steps taken.
-        best_step: the step that the kept weights are of; 0 is the base.
-        losses: the loss of every step.
-        validations: what was measured on `validation`; the first entry is the base.
-        kl_test: the KLs on harmless `test` prompts, `prompt` and `reply`, of the kept weights; `None` without such
-            prompts.
-        output: the kept weights: the folder of the adapter, or the file of the changed blocks.
-        trained_parameters: how many weights were trained.
-        seconds: how long this call took.
+        best_step: of the kept weights; 0 is the base.
+        losses: of every step.
+        validations: the first is the base's.
+        kl_test: `prompt` and `reply` KL of the kept weights on harmless `test` prompts; `None` without such prompts.
+        output: the folder of the adapter, or the file of the changed blocks.
+        trained_parameters: number of trained weights.
+        seconds: of the whole call.
         seconds_per_step: of the optimizer steps alone.
     """
 
@@ -79,18 +74,10 @@ class FinetuneResult:
     seconds_per_step: float
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "status": self.status,
-            "reason": self.reason,
-            "steps": self.steps,
-            "best_step": self.best_step,
+        return asdict(self) | {
             "losses": list(self.losses),
             "validations": [point.to_dict() for point in self.validations],
-            "kl_test": self.kl_test,
             "output": self.output.name,
-            "trained_parameters": self.trained_parameters,
-            "seconds": self.seconds,
-            "seconds_per_step": self.seconds_per_step,
         }
 
 
@@ -106,7 +93,7 @@ def _out_of_memory_in_words() -> Iterator[None]:
             raise
         raise MachineError(
             "Memory ran out while tuning; work in several parts (accumulate), turn gradient checkpointing on, "
-            "use bfloat16, or draw fewer pairs per step."
+            "use bfloat16, or fewer pairs per step."
         ) from error
 
 
@@ -121,16 +108,16 @@ def finetune(
     """Move harmful and harmless embeddings apart at the target layers, and keep harmless behaviour.
 
     Args:
-        config: what to do.
+        config: the settings.
         prompts: trained on its `tune` split, evaluated on `validation`; the KLs of the result are measured on `test`.
         folder: the run folder. `adapter/` (as peft writes it) or `weights.safetensors` (the changed blocks, for `full`)
             is written at the end, `checkpoint/` on the way.
-        report: told about the base measurements (`base`) and every step (`finetune`, with its numbers), in the main
-            process of several only.
+        report: called for the base measurements (`base`) and every step (`finetune`, with its numbers), in the main
+            process only.
         resume: go on from `checkpoint/` in `folder`, if there is one.
 
     Returns:
-        The result: the best step on `validation` within the KL budget, also when the run had to be stopped.
+        The best step on `validation` within the KL budget, also when the run had to be stopped.
 
     Raises:
         InputError: for a config, a model, prompts or a checkpoint that cannot be used.
@@ -151,7 +138,7 @@ def finetune(
     from es2.training.trainable import make_trainable
     from es2.training.workload import Workload
 
-    # The base: its embeddings, its replies and the states they were read from, before anything is trained.
+    # The base is measured before the adapter goes in, from the same weights: there is no second model.
     tokens, template_prefix = _tokens(model_files, prompts, plan, config.reply_tokens)
     processes = processes_of_launch(config.device)
     report = report if processes.is_main_process else silent
@@ -161,15 +148,7 @@ def finetune(
     base_layers = workload.base_layers()
 
     # What is trained, an adapter or blocks, and everything that the steps will change.
-    trained, write_output = make_trainable(
-        network,
-        config.method,
-        config.blocks,
-        rank=config.rank,
-        alpha=config.alpha,
-        seed=config.seed,
-        location=spec.location,
-    )
+    trained, write_output = make_trainable(network, config, spec.location)
     state = State(
         trained=trained,
         best=copies(trained),
@@ -237,7 +216,7 @@ def finetune(
 def _backward(
     config: FinetuneConfig, state: State, workload: Workload, base: Mapping[int, BaseLayer], kl_weight: float
 ) -> dict[str, float]:
-    """Leave the gradient of the next batch's loss in the trained weights; the loss and what it is made of."""
+    """The next batch's loss and its parts; the trained weights hold its gradient afterwards."""
     import torch
 
     batch = workload.plan.batches[state.step]
@@ -245,8 +224,8 @@ def _backward(
     parts = workload.parts(batch, config.accumulate)
     n_prompt, n_reply = workload.count_tokens(parts)
 
-    # The embeddings of the whole batch, and the gradient of its separation by each of them. What is run in one part
-    # keeps its graph for below; several parts are run once more there, so that only one graph is ever held.
+    # The embeddings of the whole batch, and the gradient of its separation by each of them. A single part keeps its
+    # graph for below; several parts are run once more there, so that only one graph is ever held.
     held = workload.run(parts[0]) if len(parts) == 1 else None
     with torch.no_grad():
         found = [held.embeddings] if held else [workload.embed(part) for part in parts]
@@ -284,18 +263,15 @@ def _backward(
     }
 
 
-# -------------------------------------------------------------------------------------------------------- its parts
-
-
 def _is_anchored(config: FinetuneConfig) -> bool:
-    """Whether the separation looks at where the base had each harmless prompt."""
+    """Whether the separation needs the base embedding of each harmless prompt."""
     return any(term.name == "anchored" for term in parse_objective(config.objective))
 
 
 def _frozen_network(
     config: FinetuneConfig, model_files: Path, template_prefix: tuple[int, ...], processes: PartialState
 ) -> FinetuneForward:
-    """The base model on this process's device, nothing of it to be trained yet."""
+    """The frozen base model on this process's device."""
     from es2.models.forward import FinetuneForward
 
     device = str(processes.device) if processes.num_processes > 1 else config.device
@@ -313,7 +289,7 @@ def _frozen_network(
 
 
 def _check_launcher(config: FinetuneConfig) -> None:
-    """Refuse launchers that would take the model apart in ways that are not known here."""
+    """Refuse launchers that would split the model in other ways than FSDP."""
     for plugin in ("DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "false").lower() in ("1", "true"):
             raise InputError(
@@ -330,7 +306,7 @@ def _check_launcher(config: FinetuneConfig) -> None:
 def _tokens(
     model_files: Path, prompts: PromptSet, plan: BatchSchedule, reply_tokens: int
 ) -> tuple[dict[int, tuple[int, ...]], tuple[int, ...]]:
-    """The tokens of every prompt in the plan, and what all prompts of this model begin with: the template's head."""
+    """The tokens of every prompt in the plan, and the template's shared prefix."""
     tokenizer = load_tokenizer(model_files)
     rendered = render(tokenizer, [prompts.texts[row] for row in plan.rows]).token_ids
     limit = context_length(model_files)

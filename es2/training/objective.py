@@ -1,11 +1,8 @@
-"""The ES2 loss and its parts, as pure functions of embeddings.
+"""The ES2 loss and its terms, as pure functions of embeddings, in float32 at least.
 
-Pre-norm transformers barely feel the length of a residual vector, so the paper's distance can be won by inflating the
-residual stream, and a ratio of between to within by shrinking each cloud to a point (`docs/numbers.md`). Hence several
-forms of one wish, "further apart", which can be mixed. What decides whether a form can be cheated is which of its
-constants are constants, so each function says it: base values never move; scale and midpoint, where a form uses the
-tuned model's own, are differentiated through, so that no gradient points along a change that leaves the form's value
-as it was. Everything is float32 at least, whatever the model runs in: a variance of bfloat16 numbers is noise.
+Pre-norm transformers barely feel the length of a residual vector, so inflation raises a distance, and contraction a
+ratio of between to within (`docs/numbers.md`): hence several terms. Base values are constants; a term differentiates
+through its own scale and midpoint, so that no gradient points along a change that leaves its value as it was.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from es2.training.terms import MARGIN_TARGET, OBJECTIVES, Term
+from es2.training.terms import MARGIN_TARGET, Term
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -31,14 +28,14 @@ _MOMENTUM = 0.9  # of the running direction: it averages about ten batches
 
 @dataclass(frozen=True)
 class BaseLayer:
-    """What the terms know of the base model at one target layer: constants over the `tune` prompts.
+    """The base model's constants at one target layer, over the `tune` prompts.
 
     Attributes:
         pairwise_distance: mean ‖e_harmful − e_harmless‖ over all pairs, in the model's own units.
-        harmless_mean: the mean harmless embedding, `[d_model]`.
+        harmless_mean: the mean harmless embedding.
         distance_to_harmless_mean: mean ‖e_harmful − harmless_mean‖.
         scale: sqrt of the class-balanced mean of ‖e‖²; 1 if all embeddings are as good as zero.
-        difference: (harmful mean − harmless mean) / scale, `[d_model]`: where the running direction starts.
+        difference: (harmful mean − harmless mean) / scale: where the running direction starts.
     """
 
     pairwise_distance: float
@@ -98,10 +95,9 @@ def fisher(
     """log of between-class over within-class variance, of this batch: invariant under scaling and rotation.
 
     Between is ‖μ_harmful − μ_harmless‖² of the batch's means, within the mean over classes of tr Σ (n − 1 below; 0
-    for a class of one prompt). Means of n prompts stand tr Σ₁/n₁ + tr Σ₀/n₀ too far apart, so in expectation this is
-    about log(ratio + 2/n). The bias is left in: it is monotonic in the true ratio, and correcting it would take the
-    logarithm of numbers that are negative while the clouds still overlap. Both variances carry the same tiny floor,
-    so that identical embeddings give 0 and a zero gradient rather than NaN.
+    for a class of one prompt). In expectation this is about log(ratio + 2/n); the bias is left in, since a corrected
+    ratio is negative while the clouds overlap. Both variances carry the same tiny floor, so that identical embeddings
+    give 0 and a zero gradient rather than NaN.
     """
     harmful, harmless = _wide(harmful), _wide(harmless)
     between = (harmful.mean(dim=0) - harmless.mean(dim=0)).square().sum()
@@ -116,12 +112,11 @@ def margin(
     direction: Float[Tensor, "d_model"],
     target: float = MARGIN_TARGET,
 ) -> Float[Tensor, ""]:
-    """Minus the mean shortfall of every prompt's margin from `target`, softened: prompts that lag behind pull hardest.
+    """Minus the class-balanced mean of softplus(8 · shortfall) / 8, the shortfall of a prompt's margin from `target`.
 
     A prompt's margin is ±(e − midpoint) · u / scale, + on its own side of the midpoint of the batch's class means; u is
     `direction` at length 1 and a constant (`running_direction`). Midpoint and scale are the batch's own and are
-    differentiated through, so inflating both clouds changes nothing and has no gradient. The softening is
-    softplus(8 · shortfall) / 8; the mean is class-balanced.
+    differentiated through, so inflating both clouds changes nothing and has no gradient.
     """
     from torch.nn.functional import softplus
 
@@ -144,8 +139,8 @@ def running_direction(
 ) -> Float[Tensor, "d_model"]:
     """The next running mean difference in units of the scale, a constant without gradient.
 
-    The mean difference of one small batch is mostly noise, and a direction that every batch draws anew gives no prompt
-    a side to go to. `BaseLayer.difference` is the first `previous`; each batch then counts for a tenth.
+    The mean difference of one small batch is mostly noise. `BaseLayer.difference` is the first `previous`; each batch
+    then counts for a tenth.
     """
     harmful, harmless = _wide(harmful.detach()), _wide(harmless.detach())
     scale = _squared_scale(harmful, harmless).clamp_min(_NOTHING**2).sqrt()
@@ -174,8 +169,8 @@ def separation(
         harmless: of the harmless ones.
         harmless_base: the base's embeddings of the same harmless prompts; only `anchored` needs them.
         base: the base constants of each target layer, in the order of axis `layer`.
-        directions: from `running_direction`, for each target layer; used by `margin`.
-        margin_target: where `margin` stops pushing.
+        directions: from `running_direction`; used by `margin`.
+        margin_target: of `margin`.
     """
     import torch
 
@@ -183,18 +178,14 @@ def separation(
     for index, constants in enumerate(base.values()):
         here, there = harmful[:, index], harmless[:, index]
         for term in terms:
-            if term.name == "distance":
-                value = distance(here, there, constants)
-            elif term.name == "anchored":
+            if term.name == "anchored":
                 if harmless_base is None:
                     raise ValueError("The anchored term needs the base's embeddings of the harmless prompts.")
                 value = anchored(here, there, harmless_base[:, index], constants)
-            elif term.name == "fisher":
-                value = fisher(here, there, constants)
             elif term.name == "margin":
                 value = margin(here, there, directions[index], margin_target)
             else:
-                raise ValueError(f"Unknown term {term.name!r}; parse_objective knows {', '.join(OBJECTIVES)}.")
+                value = {"distance": distance, "fisher": fisher}[term.name](here, there, constants)
             values.append(term.weight * value)
     return torch.stack(values).sum() / len(base)
 
@@ -206,9 +197,6 @@ def es2_loss(separation: _Value, kl_prompt: _Value, kl_reply: _Value, kl_weight:
     the KLs, add up to the batch's.
     """
     return kl_weight * (kl_prompt + kl_reply) - separation
-
-
-# ---------------------------------------------------------------------------------------------------------- pieces
 
 
 def _wide(embeddings: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""Which prompts a fine-tune sees, and when.
+"""The prompts of a fine-tune's steps and validations, as pure functions of the prompt set, the seed and the step.
 
-Everything here is a pure function of the prompt set, the seed and the step: no generator is carried along, so a resumed
-run draws what the uninterrupted one would have drawn, every process of a parallel run knows the whole batch without
-asking the others, and the prompts that will never be drawn are known before anything is computed for them.
+So a resumed run samples the batches of the uninterrupted one, every process knows the whole batch without asking the
+others, and nothing is computed for prompts that no batch contains.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ class Batch:
 
     Attributes:
         harmful: rows of harmful prompts.
-        harmless: rows of harmless prompts; where the set has pairs, the twins of `harmful`, in the same order.
-        n_kl: so many of the harmless ones, from the first on, also have their logits held to the base's. Couples come
-            in random order, so these are a random part, whose KL is an unbiased estimate of everyone's.
+        harmless: of harmless prompts; where the set has pairs, the twins of `harmful`, in the same order.
+        n_kl: number of harmless prompts, from the first on, whose KL is taken too. Couples come in random order, so it
+            is an unbiased estimate of the KL of all.
     """
 
     harmful: tuple[int, ...]
@@ -36,13 +35,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchSchedule:
-    """Which prompts a fine-tune will need, as rows of the prompt set.
+    """The prompts that a fine-tune needs, as rows of the prompt set.
 
     Attributes:
         batches: of all steps.
         validation: the `validation` prompts, in canonical order.
         validation_rows: their rows.
-        validation_kl: the harmless ones of them whose logits are compared too, half of them: logits cost most.
+        validation_kl: the half of their harmless ones whose KL is taken too: logits cost most.
         tested: harmless `test` prompts.
     """
 
@@ -54,12 +53,12 @@ class BatchSchedule:
 
     @cached_property
     def harmless(self) -> tuple[int, ...]:
-        """Every harmless `tune` prompt that some step draws."""
+        """Every harmless `tune` prompt in any batch."""
         return tuple(sorted({row for batch in self.batches for row in batch.harmless}))
 
     @cached_property
     def base_harmful(self) -> tuple[int, ...]:
-        """The harmful `tune` prompts that the constants of the base are taken over: the first ones drawn."""
+        """The harmful `tune` prompts that the constants of the base are taken over: the first in the batches."""
         return tuple(dict.fromkeys(row for batch in self.batches for row in batch.harmful))[:_BASE_PAIRS]
 
     @cached_property
@@ -69,9 +68,9 @@ class BatchSchedule:
 
     @cached_property
     def rows(self) -> tuple[int, ...]:
-        """Every prompt that is looked at."""
-        drawn = {row for batch in self.batches for row in (*batch.harmful, *batch.harmless)}
-        return tuple(sorted({*drawn, *self.validation_rows, *self.tested}))
+        """Every prompt of a batch, a validation or the test."""
+        tuned = {row for batch in self.batches for row in (*batch.harmful, *batch.harmless)}
+        return tuple(sorted({*tuned, *self.validation_rows, *self.tested}))
 
 
 def make_schedule(
@@ -92,11 +91,11 @@ def make_schedule(
 
 
 def sample_batches(prompts: PromptSet, pairs_per_step: int, steps: int, seed: int, kl_prompts: int) -> list[Batch]:
-    """The batches of all steps, drawn from `tune` epoch by epoch without replacement.
+    """The batches of all steps, sampled from `tune` epoch by epoch without replacement.
 
-    Twins are drawn together. Prompts without a twin are put together at random, anew in every epoch, the smaller class
-    repeating itself. A set of fewer pairs than `pairs_per_step` gives smaller batches; no batch holds a prompt twice
-    unless a label has fewer prompts than the batch has pairs.
+    Twins stay together. Prompts without a twin are coupled at random, anew in every epoch, the smaller class repeating
+    itself. A set of fewer pairs than `pairs_per_step` gives smaller batches; no batch contains a prompt twice unless a
+    label has fewer prompts than the batch has pairs.
     """
     batches: list[Batch] = []
     epoch = 0
@@ -106,9 +105,8 @@ def sample_batches(prompts: PromptSet, pairs_per_step: int, steps: int, seed: in
         size = min(pairs_per_step, len(couples))
         order = generator.permutation(len(couples))
         for start in range(0, len(couples) - size + 1, size):
-            drawn = [couples[index] for index in order[start : start + size]]
-            harmful, harmless = zip(*drawn, strict=True)
-            batches.append(Batch(harmful, harmless, min(kl_prompts, len(drawn))))
+            harmful, harmless = zip(*(couples[index] for index in order[start : start + size]), strict=True)
+            batches.append(Batch(harmful, harmless, min(kl_prompts, size)))
         epoch += 1
     return batches[:steps]
 
@@ -127,7 +125,7 @@ def _couples(prompts: PromptSet, generator: np.random.Generator) -> list[tuple[i
         left.append(generator.permutation(alone).tolist() if alone else [])
     if not any(left):
         return couples
-    # Where one label has nobody left, its twinned prompts have to serve a second time.
+    # Where all prompts of one label have a twin, they serve a second time.
     pools = [
         alone or generator.permutation([couple[side] for couple in couples]).tolist() for side, alone in enumerate(left)
     ]
@@ -145,5 +143,5 @@ def held_out_rows(prompts: PromptSet, split: str, label: int, limit: int) -> lis
 
 
 def count_tune(prompts: PromptSet) -> dict[int, int]:
-    """How many `tune` prompts each label has."""
+    """Number of `tune` prompts of each label."""
     return {label: int((prompts.in_split("tune") & (prompts.labels == label)).sum()) for label in (HARMFUL, HARMLESS)}

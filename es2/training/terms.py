@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
 from es2.core.errors import InputError
 
-if TYPE_CHECKING:
-    pass
-
-
 OBJECTIVES = ("distance", "anchored", "fisher", "margin")
-"""The names of the separation terms."""
-
-MARGIN_TARGET = 0.6
-"""Where the `margin` term stops pushing, in units of the scale: clouds this far out are two orthogonal directions."""
+MARGIN_TARGET = 0.6  # in units of the scale: clouds this far out are two orthogonal directions
 
 
 @dataclass(frozen=True)
@@ -26,12 +18,9 @@ class Term:
     weight: float
     name: str
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def parse_objective(text: str) -> tuple[Term, ...]:
-    """Read a mixture: `fisher`, `fisher+margin`, `1.0*margin+0.5*fisher`. Needs no torch.
+    """The terms of a mixture: `fisher`, `fisher+margin`, `1.0*margin+0.5*fisher`.
 
     Raises:
         InputError: for an unknown or repeated term and for a weight that is not a positive number.

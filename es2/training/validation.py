@@ -1,16 +1,13 @@
-"""How a fine-tune is going on `validation`, and what follows: λ, the step that is kept, whether it may go on.
+"""The scale-free numbers of a fine-tune on `validation`, and the rule for λ, the best step and the end of the run.
 
-The loss cannot tell: it is made of the prompts that are being steered. So every few steps the scale-free numbers are
-measured on prompts that nothing else looks at, and one rule, kept here in one place, decides from all measurements so
-far; it keeps nothing between them, so a resumed run decides as the uninterrupted one does. The mean-difference
-direction has to come from somewhere, too; each pair of `validation` is measured along the direction of all the others,
-since along their own direction even two clouds of noise stand apart.
+The rule is a function of all measurements so far, so a resumed run decides as the uninterrupted one does. Each pair is
+measured along the direction of all others: along their own direction even two clouds of noise are apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,10 +21,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-PATIENCE = 3
-"""So many measurements in a row over the KL budget, the KL weight doubled after each, and the run stops."""
+PATIENCE = 3  # measurements in a row over the KL budget, λ doubled after each, that stop the run
 
-_N_BOOTSTRAP = 100  # for the bias of fisher_ratio, which is read off resamples; intervals are not needed here
+_N_BOOTSTRAP = 100  # for the bias of fisher_ratio, which resamples estimate
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class ValidationPoint:
     """What was measured on `validation` after one step.
 
     Attributes:
-        step: optimizer steps taken; 0 is the base model.
+        step: number of optimizer steps; 0 is the base model.
         kl_prompt: mean KL(base ‖ tuned) in nats per token over harmless prompts' own tokens.
         kl_reply: the same over the base's replies.
         layers: numbers by target layer: `fisher_ratio`, `relative_distance`, `mean_difference_margin` (each pair along
@@ -53,7 +49,7 @@ class ValidationPoint:
 
     @property
     def score(self) -> float:
-        """What the best step is best by: mean_difference_margin, which neither inflation nor contraction can raise."""
+        """The criterion of the best step: mean_difference_margin, which neither inflation nor contraction raises."""
         return self.mean("mean_difference_margin")
 
     @property
@@ -62,19 +58,14 @@ class ValidationPoint:
         return max(self.kl_prompt, self.kl_reply)
 
     def numbers(self) -> dict[str, float]:
-        """What the event log gets: means over the target layers, and the KLs."""
+        """The numbers for the event log: means over the target layers, and the KLs."""
         names = next(iter(self.layers.values()))
         return {"validation_kl_prompt": self.kl_prompt, "validation_kl_reply": self.kl_reply} | {
             f"validation_{name}": self.mean(name) for name in names
         }
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "kl_prompt": self.kl_prompt,
-            "kl_reply": self.kl_reply,
-            "layers": {str(layer): numbers for layer, numbers in self.layers.items()},
-        }
+        return asdict(self) | {"layers": {str(layer): numbers for layer, numbers in self.layers.items()}}
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> ValidationPoint:
@@ -87,17 +78,11 @@ def validation_numbers(
     base: Float[np.ndarray, "prompt d_model"],
     tuned: Float[np.ndarray, "prompt d_model"],
 ) -> dict[str, float]:
-    """The scale-free numbers of one target layer.
-
-    Args:
-        prompts: the `validation` prompts, at least two pairs with prompts of both labels in all.
-        base: their base embeddings.
-        tuned: their embeddings now.
-    """
-    drawn = Resampled.of(prompts.labels, resample_pairs(prompts, _N_BOOTSTRAP, seed=0))
+    """The scale-free numbers of one target layer, from prompts of at least two pairs, both labels among them."""
+    resampled = Resampled.of(prompts.labels, resample_pairs(prompts, _N_BOOTSTRAP, seed=0))
     clouds = []
     for embeddings in (base, tuned):
-        numbers = cloud_numbers(embeddings, fit_frame(embeddings, prompts.labels), drawn)
+        numbers = cloud_numbers(embeddings, fit_frame(embeddings, prompts.labels), resampled)
         clouds.append({name: float(replicates[0]) for name, replicates in numbers.items()})
     before, after = clouds
     return {
@@ -114,7 +99,7 @@ def validation_numbers(
 def held_out_margin(prompts: PromptSet, embeddings: Float[np.ndarray, "prompt d_model"]) -> float:
     """`mean_difference_margin`, every pair measured with the direction, the midpoint and the scale of all other pairs.
 
-    A pair without which a label has nobody left is not measured; 0 if none is.
+    A pair without which a label has no prompts is not measured; 0 if none is.
     """
     embeddings = np.asarray(embeddings, dtype=np.float64)
     pairs = np.array(prompts.pairs)
@@ -141,13 +126,13 @@ def _ratio(after: float, before: float) -> float:
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows from everything that was measured so far.
+    """The consequences of all measurements so far.
 
     Attributes:
         kl_weight: λ from here on.
-        times_over: measurements in a row, up to the latest, that were over the KL budget.
-        best_step: the step whose weights are kept; 0 is the base.
-        reason: why the run must not go on, or came to nothing, in a sentence; `None` if neither.
+        times_over: number of latest measurements in a row over the KL budget.
+        best_step: of the weights to keep; 0 is the base.
+        reason: why the run must stop, or has no result, in a sentence; `None` if neither.
     """
 
     kl_weight: float
@@ -157,14 +142,10 @@ class Decision:
 
 
 def decide(validations: Sequence[ValidationPoint], kl_weight: float, kl_budget: float, last_step: int) -> Decision:
-    """The rule: λ doubles with every measurement over the KL budget, and the best step is the one of the highest score
-    within it. A collapsed step is never the best.
+    """The rule: λ doubles with every measurement over the KL budget (nats per token, for each KL).
 
-    Args:
-        validations: every measurement, that of the base first.
-        kl_weight: λ at the start.
-        kl_budget: in nats per token, for each of the two KLs.
-        last_step: the run's number of steps.
+    The best step has the highest score within the budget; a collapsed one is never the best. `validations` begin with
+    the base's, `kl_weight` is λ at the start.
     """
     base = best = validations[0]
     times_over, reason = 0, None
@@ -185,13 +166,9 @@ def decide(validations: Sequence[ValidationPoint], kl_weight: float, kl_budget: 
 
 
 def reason_to_stop(point: ValidationPoint, base: ValidationPoint, kl_budget: float, times_over: int) -> str | None:
-    """Why the run must not go on after `point`, in a sentence; `None` if it may.
+    """Why the run must stop after `point`, in a sentence; `None` if it may go on.
 
-    Args:
-        point: the latest measurement.
-        base: that of step 0.
-        kl_budget: in nats per token, for each of the two KLs.
-        times_over: how many measurements in a row, this one included, were over the budget.
+    `times_over` counts the measurements in a row, this one included, over the budget (nats per token, for each KL).
     """
     for layer, numbers in point.layers.items():
         rank, rank_before = numbers["effective_rank"], base.layers[layer]["effective_rank"]

@@ -1,8 +1,7 @@
-"""The prompts of one fine-tune, what the base model made of them, and one process's share of the work on them.
+"""One process's share of the work on a fine-tune's prompts.
 
-Sums are the only thing processes tell each other: of embeddings laid out by their place in the batch (zeros where
-another process has the prompt), of KLs, of token counts, of gradients. One process alone runs the same lines with sums
-that change nothing, so there is no second code path that only shows its bugs on a cluster.
+Processes exchange sums only: of embeddings by place in the batch (zeros for other processes' prompts), KLs, token
+counts and gradients. A single process runs the same lines, so no code path runs on a cluster only.
 """
 
 from __future__ import annotations
@@ -33,10 +32,9 @@ class Part:
     """The prompts that one process works on at once.
 
     Attributes:
-        harmful: rows of the prompt set.
-        harmless: likewise.
-        n_kl: so many of the harmless ones, from the first on, also have their KL taken.
-        places: where they stand in the batch, harmful ones first.
+        harmful, harmless: rows of the prompt set.
+        n_kl: number of harmless prompts, from the first on, whose KL is taken.
+        places: of the prompts in the batch, harmful ones first.
     """
 
     harmful: tuple[int, ...]
@@ -46,15 +44,15 @@ class Part:
 
 
 class Workload:
-    """One process's view of a fine-tune's prompts; making it measures the base.
+    """One process's view of a fine-tune's prompts; creating it measures the base.
 
     Args:
         network: the model, nothing trained yet.
-        plan: which prompts are needed.
-        tokens: of every one of them.
-        reply_tokens: tokens of the base's greedy replies.
-        every_harmless: whether `base_embeddings` shall know every harmless prompt that is drawn.
-        report: told about the base measurements (`base`).
+        plan: the prompts that are needed.
+        tokens: of each of them.
+        reply_tokens: number of tokens of the base's greedy replies.
+        every_harmless: whether `base_embeddings` covers every harmless `tune` prompt.
+        report: of the base measurements (`base`).
     """
 
     def __init__(
@@ -78,7 +76,7 @@ class Workload:
     # ------------------------------------------------------------------------------------------------ the base
 
     def _measure_base(self, reply_tokens: int, every_harmless: bool, report: Reporter) -> None:
-        """Reply to this process's share of what the KL is taken over, embed its share of the rest, tell the others."""
+        """Reply to this process's share of the KL prompts, embed its share of the rest, and exchange embeddings."""
         plan = self.plan
         known = {*plan.base_harmful, *plan.base_harmless, *plan.validation_rows} | (
             set(plan.harmless) if every_harmless else set()
@@ -113,7 +111,7 @@ class Workload:
         return self._base[[self._place_of[row] for row in rows]]
 
     def base_layers(self) -> dict[int, BaseLayer]:
-        """The constants of the separation terms, by target layer, over the first `tune` prompts that are drawn."""
+        """The constants of the separation terms, by target layer, over the first `tune` prompts of the batches."""
         harmful, harmless = self.base_embeddings(self.plan.base_harmful), self.base_embeddings(self.plan.base_harmless)
         return {
             layer: measure_base(harmful[:, index], harmless[:, index])
@@ -139,7 +137,7 @@ class Workload:
         return parts
 
     def count_tokens(self, parts: Sequence[Part]) -> tuple[int, int]:
-        """How many tokens of harmless prompts, and of replies, the KLs of all processes' parts are taken over."""
+        """Numbers of tokens of harmless prompts, and of replies, under the KLs of all processes' parts."""
         mine = [self.replies[row] for part in parts for row in part.harmless[: part.n_kl]]
         counts = [sum(record.n_prompt for record in mine), sum(len(record.reply) for record in mine)]
         n_prompt, n_reply = self.total(torch.tensor(counts, device=self.network.device)).tolist()
@@ -184,7 +182,7 @@ class Workload:
     @torch.no_grad()
     def validate(self, step: int) -> ValidationPoint:
         """Measure the `validation` prompts with the model as it is now."""
-        validation, rows = self.plan.validation, self.plan.validation_rows
+        rows = self.plan.validation_rows
         place = {row: index for index, row in enumerate(rows)}
         harmful = self._share([row for row in rows if row not in self._validation_harmless])
         with_kl = self._share(self.plan.validation_kl)
@@ -192,24 +190,12 @@ class Workload:
         part = Part(tuple(harmful), (*with_kl, *without), len(with_kl), ())
         run = self.run(part)
         mine = [place[row] for row in (*part.harmful, *part.harmless)]
-        tuned = self._scatter(mine, run.embeddings, len(rows)).cpu().numpy()
-        base = self.base_embeddings(rows).cpu().numpy()
-        n_prompt, n_reply = self.count_tokens([part])
-        kl_prompt, kl_reply = self.total(torch.stack([run.kl_prompt, run.kl_reply])).tolist()
-        numbers = {
-            layer: validation_numbers(validation, base[:, index], tuned[:, index])
-            for index, layer in enumerate(self.network.layers)
-        }
-        return ValidationPoint(step, kl_prompt / n_prompt, kl_reply / n_reply, numbers)
+        tuned = self._scatter(mine, run.embeddings, len(rows))
+        return ValidationPoint(step, *self._mean_kls(part, run), self._numbers(tuned))
 
     def validate_base(self) -> ValidationPoint:
-        """What `validate` would measure before the first step, from what is known already."""
-        base = self.base_embeddings(self.plan.validation_rows).cpu().numpy()
-        numbers = {
-            layer: validation_numbers(self.plan.validation, base[:, index], base[:, index])
-            for index, layer in enumerate(self.network.layers)
-        }
-        return ValidationPoint(0, 0.0, 0.0, numbers)
+        """What `validate` would measure before the first step, from the base's embeddings."""
+        return ValidationPoint(0, 0.0, 0.0, self._numbers(self.base_embeddings(self.plan.validation_rows)))
 
     @torch.no_grad()
     def measure_kl(self) -> dict[str, float] | None:
@@ -218,10 +204,22 @@ class Workload:
             return None
         rows = tuple(self._share(self.plan.tested))
         part = Part((), rows, len(rows), ())
-        run = self.run(part)
+        kl_prompt, kl_reply = self._mean_kls(part, self.run(part))
+        return {"prompt": kl_prompt, "reply": kl_reply}
+
+    def _numbers(self, tuned: Float[Tensor, "prompt layer d_model"]) -> dict[int, dict[str, float]]:
+        """The scale-free numbers of the `validation` prompts, by target layer."""
+        base, now = self.base_embeddings(self.plan.validation_rows).cpu().numpy(), tuned.cpu().numpy()
+        return {
+            layer: validation_numbers(self.plan.validation, base[:, index], now[:, index])
+            for index, layer in enumerate(self.network.layers)
+        }
+
+    def _mean_kls(self, part: Part, run: HarmlessPass) -> tuple[float, float]:
+        """Both KLs in nats per token, over all processes' parts."""
         n_prompt, n_reply = self.count_tokens([part])
         kl_prompt, kl_reply = self.total(torch.stack([run.kl_prompt, run.kl_reply])).tolist()
-        return {"prompt": kl_prompt / n_prompt, "reply": kl_reply / n_reply}
+        return kl_prompt / n_prompt, kl_reply / n_reply
 
     # ------------------------------------------------------------------------------------------------ between processes
 
@@ -236,7 +234,7 @@ class Workload:
             action()
 
     def is_cancelled(self, report: Callable[[], None]) -> bool:
-        """Report from the main process; whether that asked everybody to stop."""
+        """Report from the main process; whether that cancelled the run."""
         cancelled = False
         if self.processes.is_main_process:
             try:
@@ -248,10 +246,7 @@ class Workload:
         return bool(self.total(torch.tensor(float(cancelled), device=self.network.device)))
 
     def _own_places(self, rows: Sequence[int], n_kl: int = 0) -> list[int]:
-        """Where the prompts that this process works on stand in `rows`: every n-th by length, for equal shares.
-
-        Those among the first `n_kl`, which cost more, are dealt out before the others.
-        """
+        """The places in `rows` of this process's prompts: every n-th by length, the costlier first `n_kl` before."""
         by_length = sorted(range(len(rows)), key=lambda place: (place >= n_kl, -len(self.tokens[rows[place]]), place))
         return by_length[self.processes.process_index :: self.processes.num_processes]
 

@@ -48,9 +48,7 @@ class _Steps:
     def prepare(self, base: Any) -> None:
         """Put the adapter in; `base` holds the constants of the separation terms."""
         config = self.config
-        self.trained, _ = make_trainable(
-            self.network, "lora", config.blocks, rank=config.rank, alpha=config.alpha, seed=config.seed, location=""
-        )
+        self.trained, _ = make_trainable(self.network, config, "")
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=config.learning_rate, weight_decay=0.0)
         self.base = base
         self.directions = torch.stack([layer.difference for layer in base.values()])
