@@ -154,7 +154,7 @@ def _reply_steered(
             every,
             work.config.new_tokens,
             end_tokens(model),
-            head=head,
+            prefix=head,
             done=done,
             around=around,
             report=work.report,

@@ -229,7 +229,7 @@ def _reply(
         tokens,
         work.config.new_tokens,
         end_tokens(model),
-        head=head,
+        prefix=head,
         done=done,
         report=work.report,
         stage=f"reply {name}",

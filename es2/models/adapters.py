@@ -20,11 +20,7 @@ KINDS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA")
 
 
 def adapter_files(finetune: Path) -> list[Path]:
-    """The files that decide a fine-tune: peft's two, or the one file of the blocks that a full fine-tune changed.
-
-    Raises:
-        InputError: when one of peft's is missing.
-    """
+    """The files of a fine-tune: peft's two (`InputError` if one is missing), or the one of the changed blocks."""
     files = [finetune / ADAPTER_CONFIG, finetune / ADAPTER_WEIGHTS]
     try:
         if finetune.is_file():

@@ -88,13 +88,13 @@ def pad(
     import torch
 
     width = max(map(len, sequences))
-    fillings = [width - len(sequence) for sequence in sequences]
+    paddings = [width - len(sequence) for sequence in sequences]
     if side == "right":
-        tokens = [(*sequence, *[0] * filling) for sequence, filling in zip(sequences, fillings, strict=True)]
-        mask = [[1] * (n_before + width - filling) + [0] * filling for filling in fillings]
+        tokens = [(*sequence, *[0] * padding) for sequence, padding in zip(sequences, paddings, strict=True)]
+        mask = [[1] * (n_before + width - padding) + [0] * padding for padding in paddings]
     else:
-        tokens = [(*[0] * filling, *sequence) for sequence, filling in zip(sequences, fillings, strict=True)]
-        mask = [[1] * n_before + [0] * filling + [1] * (width - filling) for filling in fillings]
+        tokens = [(*[0] * padding, *sequence) for sequence, padding in zip(sequences, paddings, strict=True)]
+        mask = [[1] * n_before + [0] * padding + [1] * (width - padding) for padding in paddings]
     return torch.tensor(tokens), torch.tensor(mask)
 
 

@@ -52,11 +52,8 @@ class Rendered:
 
     def select(self, rows: Sequence[int]) -> Rendered:
         """Some of the prompts."""
-        return Rendered(
-            tuple(self.token_ids[row] for row in rows),
-            tuple(self.last_instruction[row] for row in rows),
-            self.templated,
-        )
+        token_ids = tuple(self.token_ids[row] for row in rows)
+        return Rendered(token_ids, tuple(self.last_instruction[row] for row in rows), self.templated)
 
     def columns(self, position: str) -> list[int]:
         """For each prompt, the index of the token whose embedding `position` names."""

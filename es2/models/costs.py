@@ -9,7 +9,7 @@ from __future__ import annotations
 # ------------------------------------------------------------------------------------------------------------ tokens
 
 CHARACTERS_PER_TOKEN = 4  # of English, where no tokenizer is at hand; assumed
-TEMPLATE_HEAD = 24  # tokens before the user's text, which are run once for all prompts; assumed
+TEMPLATE_PREFIX = 24  # tokens before the user's text, which are run once for all prompts; assumed
 TEMPLATE_TAIL = 8  # tokens after it, of every prompt; assumed
 
 

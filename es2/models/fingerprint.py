@@ -31,11 +31,7 @@ class Fingerprint:
 
 
 def fingerprint(folder: Path, adapter: Path | None = None) -> Fingerprint:
-    """The digests of a model folder; a file is read once and then remembered by path, size and time.
-
-    Raises:
-        InputError: when the folder is no model, or `adapter` no adapter.
-    """
+    """The digests of a model folder, each file's remembered by path, size and time; `InputError` if it is none."""
     config = read_config(folder / "config.json")
     for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
         config.pop(volatile, None)  # who wrote the folder, and defaults that a load overrides: they decide no number

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,7 +126,6 @@ class FinetuneForward:
         self._deep = model.base_model
         self._shallow = _first_blocks(model.base_model, self.list_name, self.layers[-1] + 1)
         self._tokens_at_once = tokens_at_once or usual_tokens(self.device.type)
-        self._autocast = model.dtype != torch.float32
         self._dtype = model.dtype
         self._checkpoints = gradient_checkpointing
         if gradient_checkpointing:
@@ -305,13 +305,10 @@ class FinetuneForward:
         """Keep the outputs of the target blocks of the next pass."""
         kept: dict[int, Tensor] = {}
 
-        def keep(layer: int) -> Any:
-            def hook(block: nn.Module, inputs: Any, output: Any) -> None:
-                kept[layer] = output[0] if isinstance(output, tuple) else output
+        def keep(layer: int, block: nn.Module, inputs: Any, output: Any) -> None:
+            kept[layer] = output[0] if isinstance(output, tuple) else output
 
-            return hook
-
-        handles = [self.blocks[layer].register_forward_hook(keep(layer)) for layer in self.layers]
+        handles = [self.blocks[layer].register_forward_hook(partial(keep, layer)) for layer in self.layers]
         try:
             yield kept
         finally:
@@ -320,7 +317,7 @@ class FinetuneForward:
 
     def _precision(self) -> Any:
         """Trained weights are float32 also in a model of bfloat16; autocast lets the two meet."""
-        return torch.autocast(self.device.type, dtype=self._dtype) if self._autocast else nullcontext()
+        return nullcontext() if self._dtype == torch.float32 else torch.autocast(self.device.type, dtype=self._dtype)
 
 
 def _first_blocks(decoder: nn.Module, list_name: str, n: int) -> Any:

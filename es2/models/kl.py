@@ -44,7 +44,7 @@ class LmHead:
     @torch.no_grad()
     def next_tokens(self, states: Float[Tensor, "token d_model"]) -> list[int]:
         """The most likely next token after each state."""
-        return torch.cat([self.logits(chunk).argmax(dim=-1) for chunk in _chunks(self, states)]).tolist()
+        return torch.cat([self.logits(chunk).argmax(dim=-1) for (chunk,) in _chunks(self, states)]).tolist()
 
 
 def read_lm_head(model: Any) -> LmHead:
@@ -105,10 +105,9 @@ def compare_tokens(
         yield Compared((p_base * (log_base - log_tuned)).sum(dim=-1), logits, log_tuned, log_base, p_base)
 
 
-def _chunks(head: LmHead, *tensors: Tensor) -> Any:
+def _chunks(head: LmHead, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     size = max(1, LOGITS_AT_ONCE // len(head.weight))
-    parts = zip(*(tensor.split(size) for tensor in tensors), strict=True)
-    return (part[0] for part in parts) if len(tensors) == 1 else parts
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
 class _TokenKL(torch.autograd.Function):

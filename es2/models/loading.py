@@ -201,11 +201,7 @@ def load_tuned(
     device: str | None = None,
     may_spread: bool = False,
 ) -> PreTrainedModel:
-    """The model of a folder with a fine-tune merged into its weights: a peft adapter, or changed blocks.
-
-    Raises:
-        InputError, MachineError: as `load_model`; also when the adapter does not fit the model.
-    """
+    """The model of a folder with a peft adapter or changed blocks merged into its weights; raises as `load_bridge`."""
     model = load_model(folder, dtype=dtype, device=device, may_spread=may_spread)
     if adapter is not None:
         apply_finetune(model, adapter, merge=True)

@@ -148,7 +148,8 @@ def all_or_none(action: Callable[[], T]) -> T:
         result = action()
     except Exception as caught:
         error = caught
-    mine = None if error is None else (processes.process_index, _sentence(error), isinstance(error, InputError))
+    sentence = str(error) if isinstance(error, Es2Error) else f"{type(error).__name__} {error}".strip()
+    mine = None if error is None else (processes.process_index, sentence, isinstance(error, InputError))
     try:
         failures = [failure for failure in gather_object([mine]) if failure is not None]
     except RuntimeError as lost:
@@ -162,7 +163,3 @@ def all_or_none(action: Callable[[], T]) -> T:
         what = f"Process {index} of {processes.num_processes} failed: {sentence}"
         raise InputError(what) if of_input else MachineError(what)
     return result
-
-
-def _sentence(error: Exception) -> str:
-    return str(error) if isinstance(error, Es2Error) else f"{type(error).__name__} {error}".strip()

@@ -31,10 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-Around = Callable[[list[int]], AbstractContextManager[Any]]
-"""Given the rows of a batch, a context to reply in; the batch carries what it yields."""
-
-
 @dataclass(frozen=True)
 class ReplyBatch:
     """Replies that were generated together: indices of the prompts, their replies (end token included), and what
@@ -52,9 +48,9 @@ def greedy_replies(
     n_tokens: int,
     end_tokens: frozenset[int],
     *,
-    head: Tokens = (),
+    prefix: Tokens = (),
     done: Container[int] = (),
-    around: Around | None = None,
+    around: Callable[[list[int]], AbstractContextManager[Any]] | None = None,
     tokens_at_once: int | None = None,
     report: Reporter = silent,
     stage: str = "reply",
@@ -67,12 +63,11 @@ def greedy_replies(
         prompts: rendered prompts.
         n_tokens: of the longest reply.
         end_tokens: each ends a reply.
-        head: the tokens that every prompt begins with; run once where that was verified to change nothing.
+        prefix: the tokens that every prompt begins with; run once where that was verified to change nothing.
         done: indices of prompts that need no reply any more. Which prompts share a batch does not depend on it.
-        around: opened for each batch, after the shared prefix was run.
+        around: given the rows of a batch, a context to reply in; the batch carries what it yields.
         tokens_at_once: of prompts and replies in one batch, at least one prompt; by default what suits the device.
         report: called at every token with `stage`; it may raise to stop.
-        stage: of the progress.
 
     Raises:
         MachineError: when memory runs out even for a single prompt.
@@ -80,7 +75,7 @@ def greedy_replies(
     import torch
 
     pads = may_pad(model, max(map(len, prompts), default=0) + n_tokens)
-    n_shared = len(head) if is_verified(model) else 0
+    n_shared = len(prefix) if is_verified(model) else 0
     budget = tokens_at_once or usual_reply_tokens(model.device.type)
     waiting = [
         [row for row in batch if row not in done]
@@ -93,7 +88,7 @@ def greedy_replies(
     if not waiting:
         return
     with torch.inference_mode():
-        shared = keys_and_values(model.base_model, head[:n_shared], model.device)
+        shared = keys_and_values(model.base_model, prefix[:n_shared], model.device)
         while waiting:
             batch = waiting.pop(0)
             sequences = [tuple(prompts[row][n_shared:]) for row in batch]
@@ -199,17 +194,8 @@ def exchange_states(
 ) -> list[Tensor]:
     """The states before the LM head of a model, base or tuned, that reads prompts and the base's replies to them.
 
-    Args:
-        model: base or tuned.
-        prompts: rendered prompts.
-        replies: the base's replies to them.
-        n_prefix: number of tokens in the template's prefix, whose states are left out.
-        report: called after every batch with `stage`.
-        stage: of the progress.
-
-    Returns:
-        For each prompt `[token, d_model]` on the CPU: its own tokens after the prefix, then the reply's but the last.
-        A reply's tokens were read from the states from the last prompt token on.
+    For each prompt `[token, d_model]` on the CPU: its own tokens after the template's prefix of `n_prefix` tokens, then
+    the reply's but the last. A reply's tokens were read from the states from the last prompt token on.
     """
     import torch
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from es2.core.errors import InputError
 from es2.models.catalogue import CATALOGUE, resolve
@@ -39,11 +42,8 @@ class Shape:
         """From a model folder's configuration, without biases and norms; `InputError` when that lacks a size."""
         whole = read_config(folder / "config.json")
         config = whole.get("text_config") or whole
+        size = partial(_first_size, config)
         n_layers = count_layers(folder)
-
-        def size(*names: str) -> int | None:
-            return next((int(config[name]) for name in names if isinstance(config.get(name), int)), None)
-
         d_model, vocabulary = size("hidden_size", "n_embd", "d_model"), size("vocab_size")
         if d_model is None or vocabulary is None:
             raise InputError(f"The model in {str(folder)!r} does not say how wide it is; its time cannot be estimated.")
@@ -84,16 +84,18 @@ def local_folder(model: str) -> Path | None:
 def context_length(folder: Path) -> int | None:
     """The longest prompt in tokens that the model's configuration allows, `None` where it names no limit."""
     config = read_config(folder / "config.json")
-    config = config.get("text_config") or config
-    limits = [config.get(name) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    return next((limit for limit in limits if isinstance(limit, int)), None)
+    text_config = config.get("text_config") or config
+    return _first_size(text_config, "max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def count_layers(folder: Path) -> int:
     """The number of blocks of the model in a folder; `InputError` when its configuration lacks it."""
     config = read_config(folder / "config.json")
-    config = config.get("text_config") or config
-    for name in ("num_hidden_layers", "n_layer", "num_layers"):
-        if isinstance(config.get(name), int):
-            return int(config[name])
-    raise InputError(f"The model in {str(folder)!r} does not say how many layers it has; use another model.")
+    n_layers = _first_size(config.get("text_config") or config, "num_hidden_layers", "n_layer", "num_layers")
+    if n_layers is None:
+        raise InputError(f"The model in {str(folder)!r} does not say how many layers it has; use another model.")
+    return n_layers
+
+
+def _first_size(config: Mapping[str, Any], *names: str) -> int | None:
+    return next((int(config[name]) for name in names if isinstance(config.get(name), int)), None)

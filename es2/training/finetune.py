@@ -81,9 +81,6 @@ class FinetuneResult:
         }
 
 
-# ------------------------------------------------------------------------------------------------------- the fine-tune
-
-
 @contextmanager
 def _out_of_memory_in_words() -> Iterator[None]:
     try:

@@ -1,8 +1,7 @@
 """The ES2 loss and its terms, as pure functions of embeddings, in float32 at least.
 
 Pre-norm transformers barely feel the length of a residual vector, so inflation raises a distance, and contraction a
-ratio of between to within (`docs/numbers.md`): hence several terms. Base values are constants; a term differentiates
-through its own scale and midpoint, so that no gradient points along a change that leaves its value as it was.
+ratio of between to within (`docs/numbers.md`): hence several terms. Base values are constants, own scales are not.
 """
 
 from __future__ import annotations
@@ -165,12 +164,10 @@ def separation(
 
     Args:
         terms: from `parse_objective`.
-        harmful: embeddings of the harmful prompts of the global batch at the target layers.
-        harmless: of the harmless ones.
+        harmful, harmless: embeddings of the global batch at the target layers.
         harmless_base: the base's embeddings of the same harmless prompts; only `anchored` needs them.
         base: the base constants of each target layer, in the order of axis `layer`.
-        directions: from `running_direction`; used by `margin`.
-        margin_target: of `margin`.
+        directions, margin_target: of `margin`; the directions from `running_direction`.
     """
     import torch
 

@@ -48,10 +48,9 @@ class Workload:
 
     Args:
         network: the model, nothing trained yet.
-        plan: the prompts that are needed.
-        tokens: of each of them.
+        tokens: of each prompt in the plan.
         reply_tokens: number of tokens of the base's greedy replies.
-        every_harmless: whether `base_embeddings` covers every harmless `tune` prompt.
+        every_harmless: whether `base_embeddings` covers every harmless prompt of the batches.
         report: of the base measurements (`base`).
     """
 
@@ -259,6 +258,6 @@ class Workload:
 
     def _scatter(self, places: Sequence[int], values: Tensor, n_places: int) -> Tensor:
         """Values of all processes by place; a place that several processes fill holds the sum."""
-        everyone = torch.zeros(n_places, *values.shape[1:], device=self.network.device)
-        everyone[list(places)] = values.to(everyone)
-        return self.total(everyone)
+        scattered = torch.zeros(n_places, *values.shape[1:], device=self.network.device)
+        scattered[list(places)] = values.to(scattered)
+        return self.total(scattered)

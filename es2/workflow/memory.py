@@ -80,7 +80,7 @@ def needs(
     n_kl = min(config.kl_prompts, config.pairs_per_step)
     parts = share * config.accumulate
     shallow = (2 * config.pairs_per_step - n_kl) * mean / parts
-    deep = math.ceil(n_kl / parts) * (mean + config.reply_tokens) + costs.TEMPLATE_HEAD
+    deep = math.ceil(n_kl / parts) * (mean + config.reply_tokens) + costs.TEMPLATE_PREFIX
     n_trained, n_deep = len(config.blocks), shape.n_layers - config.blocks[0]
     if config.gradient_checkpointing:  # blocks keep their input alone, and the one that is recomputed everything
         kept = numbers(shallow + deep, costs.KEPT_PER_TOKEN)

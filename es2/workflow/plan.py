@@ -307,12 +307,12 @@ def _work(
     full = int(config.method == "full")
     again = int(config.gradient_checkpointing)
     steps = 0.0
-    template = costs.TEMPLATE_HEAD if config.gradient_checkpointing else 0  # not shared then
+    template = costs.TEMPLATE_PREFIX if config.gradient_checkpointing else 0  # not shared then
     for batch in drawn.batches:
         with_kl, without = batch.harmless[: batch.n_kl], (*batch.harmful, *batch.harmless[batch.n_kl :])
         shallow, deep = tokens_of(without, template), tokens_of(with_kl, template + n_decoded)
         if not template:
-            deep += costs.TEMPLATE_HEAD * config.accumulate
+            deep += costs.TEMPLATE_PREFIX * config.accumulate
         steps += blocks(shallow, n_shallow + (1 + full + again) * n_trained)
         steps += blocks(deep, n_deep + (1 + again) * n_above_first + full * n_trained) + head(deep, 3)
         if config.accumulate > 1:  # the embeddings are needed before the parts can be run

@@ -65,16 +65,16 @@ def test_batched_replies_are_the_single_ones(architecture: str, load: Loader) ->
     assert len(head) > 20
     expected = single_replies(model, tokens)
     assert len(set(expected)) > 3
-    assert all_replies(model, tokens, head=head) == expected
+    assert all_replies(model, tokens, prefix=head) == expected
     assert all_replies(model, tokens) == expected
-    assert all_replies(model, tokens, head=head, tokens_at_once=1) == expected
+    assert all_replies(model, tokens, prefix=head, tokens_at_once=1) == expected
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_bridges_model_replies_alike(architecture: str, load: Loader) -> None:
     folder, model, tokens, head = load(architecture)
     bridge = load_bridge(folder, device="cpu")
-    assert all_replies(bridge.original_model, tokens, head=head) == single_replies(model, tokens)
+    assert all_replies(bridge.original_model, tokens, prefix=head) == single_replies(model, tokens)
 
 
 def test_an_architecture_that_was_not_verified_replies_without_padding(
@@ -83,21 +83,21 @@ def test_an_architecture_that_was_not_verified_replies_without_padding(
     _, model, tokens, head = load("llama")
     expected = single_replies(model, tokens)
     monkeypatch.setattr("es2.models.batching.SHARING_VERIFIED", ())
-    assert all_replies(model, tokens, head=head) == expected
+    assert all_replies(model, tokens, prefix=head) == expected
 
 
 def test_a_reply_ends_with_the_token_that_ends_it(load: Loader) -> None:
     _, model, tokens, head = load("llama")
-    whole = all_replies(model, tokens, head=head)
+    whole = all_replies(model, tokens, prefix=head)
     end = whole[0][2]
     model.generation_config.eos_token_id = end
-    for cut, full in zip(all_replies(model, tokens, head=head), whole, strict=True):
+    for cut, full in zip(all_replies(model, tokens, prefix=head), whole, strict=True):
         assert cut == (full[: full.index(end) + 1] if end in full else full)
 
 
 def test_done_prompts_are_left_out_and_progress_can_stop(load: Loader) -> None:
     _, model, tokens, head = load("llama")
-    batches = list(greedy_replies(model, tokens, REPLY, frozenset(), head=head, done={0, 2}))
+    batches = list(greedy_replies(model, tokens, REPLY, frozenset(), prefix=head, done={0, 2}))
     assert sorted(row for batch in batches for row in batch.rows) == [1, 3, 4, 5, 6]
     told: list[tuple[int, int]] = []
 
@@ -107,13 +107,13 @@ def test_done_prompts_are_left_out_and_progress_can_stop(load: Loader) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        list(greedy_replies(model, tokens, REPLY, frozenset(), head=head, report=report))
+        list(greedy_replies(model, tokens, REPLY, frozenset(), prefix=head, report=report))
     assert told[0] == (0, REPLY * len(tokens))
 
 
 def test_memory_that_runs_out_halves_the_batch(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, tokens, head = load("llama")
-    expected = all_replies(model, tokens, head=head)
+    expected = all_replies(model, tokens, prefix=head)
     whole = type(model).forward
 
     def small(self: Any, input_ids: Any, **inputs: Any) -> Any:
@@ -122,15 +122,15 @@ def test_memory_that_runs_out_halves_the_batch(load: Loader, monkeypatch: pytest
         return whole(self, input_ids, **inputs)
 
     monkeypatch.setattr(type(model), "forward", small)
-    assert all_replies(model, tokens, head=head) == expected
+    assert all_replies(model, tokens, prefix=head) == expected
 
 
 def test_putting_the_adapter_on_makes_the_tuned_model(load: Loader, tmp_path: Path) -> None:
     folder, model, tokens, head = load("llama")
-    before = all_replies(model, tokens, head=head)
+    before = all_replies(model, tokens, prefix=head)
     adapter = save_tiny_adapter(tmp_path / "adapter", folder)
     apply_finetune(model, adapter)
-    after = all_replies(model, tokens, head=head)
+    after = all_replies(model, tokens, prefix=head)
     assert after != before
     assert after == single_replies(load_tuned(folder, adapter, device="cpu"), tokens)
     with pytest.raises(InputError, match="does not fit"):
@@ -140,7 +140,7 @@ def test_putting_the_adapter_on_makes_the_tuned_model(load: Loader, tmp_path: Pa
 def test_ability_is_that_of_the_full_logits(load: Loader, tmp_path: Path) -> None:
     folder, model, tokens, head = load("llama")
     tokens = tokens[:4]
-    replies = all_replies(model, tokens, head=head)
+    replies = all_replies(model, tokens, prefix=head)
     head_layer = read_lm_head(model)
     sequences = [(*prompt, *reply[:-1]) for prompt, reply in zip(tokens, replies, strict=True)]
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_ability_is_that_of_the_full_logits(load: Loader, tmp_path: Path) -> Non
 
 def test_ability_of_base_alone_is_its_perplexity(load: Loader) -> None:
     _, model, tokens, head = load("llama")
-    replies = all_replies(model, tokens, head=head)
+    replies = all_replies(model, tokens, prefix=head)
     states = exchange_states(model, tokens, replies, len(head))
     head_layer = read_lm_head(model)
     exchanges = [compare_exchange(head_layer, s, s, reply) for s, reply in zip(states, replies, strict=True)]

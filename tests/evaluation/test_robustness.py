@@ -186,7 +186,7 @@ class Attacked:
             [self.tokens[row] for row, _ in cases],
             n_tokens,
             end_tokens(self.bridge.original_model),
-            head=self.head,
+            prefix=self.head,
             around=lambda rows: steered(
                 self.bridge, self.attacker, [cases[i][1] for i in rows], [texts[i] for i in rows]
             ),
@@ -256,7 +256,7 @@ def self_replies(attacked: Attacked, rows: list[int]) -> list[tuple[int, tuple[i
     model = attacked.bridge.original_model
     tokens = [attacked.tokens[row] for row in rows]
     found = []
-    for batch in greedy_replies(model, tokens, 5, end_tokens(model), head=attacked.head):
+    for batch in greedy_replies(model, tokens, 5, end_tokens(model), prefix=attacked.head):
         found += [(rows[i], reply) for i, reply in zip(batch.rows, batch.replies, strict=True)]
     return found
 
