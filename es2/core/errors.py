@@ -1,8 +1,6 @@
-"""The two ways in which work can end without a result.
+"""The two ways in which work can end without a result, each with one sentence that names the thing and the fix.
 
-Everything a user can cause is an `InputError`, everything the machine refuses (disk, memory, network) is a
-`MachineError`. Both carry one sentence that names the thing and the fix; the command line turns them into exit
-codes 2 and 1, the app into a message, and neither ever shows a traceback.
+The command line turns them into exit codes, the app into a message, and neither shows a traceback.
 """
 
 from __future__ import annotations
@@ -15,15 +13,13 @@ class Es2Error(Exception):
 
 
 class InputError(Es2Error):
-    """Bad input: a wrong name, a damaged file, an impossible setting. The user can mend it."""
+    """Bad input that the user can mend: a wrong name, a damaged file, an impossible setting."""
 
     exit_code = 2
 
 
 class MachineError(Es2Error):
     """The machine or the network refused: no space, no memory, no permission, no connection."""
-
-    exit_code = 1
 
 
 def one_line(error: object) -> str:

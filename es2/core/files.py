@@ -1,9 +1,7 @@
 """Files and folders that are whole or absent: atomic writes, digests, locks, and moving damage aside.
 
-Everything that the workbench keeps goes through here, so that one page of code answers what happens when a process is
-killed, a disk is full or a byte has changed. A folder is written under a temporary name, flushed to the disk and
-renamed. Who writes holds the lock of the folder's key, and the lock is the kernel's, which ends with the process; that
-is how what a killed writer left behind is told from what a living one is still writing.
+A folder is written under a temporary name, flushed and renamed, while its writer holds the lock of its key. The lock is
+the kernel's and ends with the process, so a temporary folder without a held lock belongs to a killed writer.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ _CLOCK_GRAIN_NS = 2 * 10**9  # a file that changed this recently can change agai
 
 
 class DamagedError(InputError):
-    """An artifact was not what had been written there; it has been set aside under another name."""
+    """An artifact is not what was written; it has been set aside under another name."""
 
 
 def home() -> Path:
@@ -51,7 +49,7 @@ def home() -> Path:
 
 
 def shipped() -> Path:
-    """The second root, which is only read: beside `home()`, the folder of sets and runs that come with the program.
+    """The read-only folder of sets and runs that come with the program.
 
     `$ES2_SHOWCASE`, or in the checkout, or else below `home()`, where `es2 showcase` then writes it.
     """
@@ -63,60 +61,50 @@ def shipped() -> Path:
 
 
 def is_shipped(path: Path) -> bool:
-    """Whether a file or folder comes with the program, so that nothing may change it."""
+    """Whether a file or folder comes with the program and may not be changed."""
     return path.is_relative_to(shipped())
 
 
 def way_out(path: Path, usual: str) -> str:
-    """What to do about something that is damaged or outdated: of what is shipped, all is built anew."""
+    """The remedy for a damaged or outdated file: `usual`, or for a shipped one the command that rebuilds it."""
     return "`es2 showcase` rebuilds it" if is_shipped(path) else usual
 
 
 def user_cache() -> Path:
-    """The folder for what every project of one user shares (models, digests): `$ES2_CACHE`, or the system's choice."""
+    """The folder that all projects of a user share (models, digests): `$ES2_CACHE`, or the system's choice."""
     return Path(os.environ.get("ES2_CACHE") or platformdirs.user_cache_dir("es2")).absolute()
 
 
 def expanded(path: str | Path) -> str:
-    """A path as it was typed, with the home folder for `~`; as it is where that is nobody's."""
+    """A path with the home folder for `~`; unchanged where there is no such home."""
     try:
         return os.path.expanduser(path)
-    except ValueError:  # a NUL byte; whoever opens it says so
+    except ValueError:  # a NUL byte, which opening the file refuses
         return str(path)
 
 
 def machine_error(error: OSError, path: Path) -> MachineError:
-    """The sentence for a write that the machine refused at `path`, with the variable that moves it elsewhere."""
-    setting = "ES2_CACHE" if path.absolute().is_relative_to(user_cache()) else "ES2_HOME"
+    """The error for a write that the machine refused at `path`, with the variable that moves it elsewhere."""
+    move = f"or set {'ES2_CACHE' if path.absolute().is_relative_to(user_cache()) else 'ES2_HOME'} to"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return MachineError(
-            f"No space is left on the disk for {path}; free some, or set {setting} to a folder on another disk."
-        )
+        return MachineError(f"No space is left on the disk for {path}; free some, {move} a folder on another disk.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return MachineError(
-            f"No permission to write {path}; make its folder writable, or set {setting} to one that is."
-        )
-    return MachineError(
-        f"Cannot write {path} ({error.strerror or error}); check the folder, or set {setting} to another one."
-    )
+        return MachineError(f"No permission to write {path}; make its folder writable, {move} one that is.")
+    return MachineError(f"Cannot write {path} ({error.strerror or error}); check the folder, {move} another one.")
 
 
 def unreadable(error: OSError, path: Path) -> MachineError:
-    """The sentence for a read that the machine refused."""
+    """The error for a read that the machine refused."""
     return MachineError(f"Cannot read {path} ({error.strerror or error}); check the disk and the file's permissions.")
 
 
 def files_below(folder: Path) -> list[Path]:
-    """All files below a folder, sorted.
-
-    Raises:
-        OSError: when a folder cannot be listed, which `Path.rglob` passes over as if it were empty.
-    """
+    """All files below a folder, sorted. Raises `OSError` where `Path.rglob` passes over an unreadable folder."""
     return sorted(file for _, files in _folders_of(folder) for file in files)
 
 
 def _folders_of(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """A folder and those below it, the deepest first, each with the files in it. Raises as `files_below` does."""
+    """A folder and those below it, the deepest first, each with the files in it."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -126,11 +114,7 @@ def _folders_of(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def output_path(path: Path) -> Path:
-    """The absolute path of what somebody wants written.
-
-    Raises:
-        InputError: for what cannot be the name of a file or a folder.
-    """
+    """The absolute path of a file or folder to write. Raises `InputError` for an impossible name."""
     try:
         absolute = os.path.abspath(os.path.expanduser(path))
         length = len(os.fsencode(os.path.basename(absolute)))
@@ -142,7 +126,7 @@ def output_path(path: Path) -> Path:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a JSON file so that readers see the old content or the new, never a part.
+    """Write a JSON file by rename, so that readers see the old content or the new.
 
     Raises:
         OSError: as the machine gives it; nothing is left behind.
@@ -191,7 +175,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if the file is absent, larger than `MAX_JSON_BYTES`, or holds anything else.
 
     Raises:
-        MachineError: when the file is there and cannot be read: not the same as damaged.
+        MachineError: when the file exists and cannot be read.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
@@ -205,9 +189,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def with_checksum(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with a `digest` of all its other entries in place of one that it may have.
+    """A JSON object with a new `digest` of all its other entries.
 
-    The digest is worked out alike in all versions of a format, so that a damaged version is told from a newer one.
+    The digest is computed alike in all versions of a format, so that a damaged version differs from a newer one.
     """
     rest = {name: entry for name, entry in document.items() if name != "digest"}
     plain = json.loads(json.dumps(rest, allow_nan=False))  # keys as they will be read
@@ -215,7 +199,7 @@ def with_checksum(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verify_checksum(document: Mapping[str, Any]) -> bool:
-    """Whether an object is what `with_checksum` made; one without a digest is older than digests, and believed."""
+    """Whether an object is what `with_checksum` made; one without a digest is older than digests, and accepted."""
     rest = {name: entry for name, entry in document.items() if name != "digest"}
     return "digest" not in document or document["digest"] == content_key(rest)
 
@@ -227,14 +211,10 @@ def content_key(parts: Mapping[str, Any]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """The BLAKE2b digest (64 hexadecimal characters) of a file's bytes.
+    """The BLAKE2b digest (64 hexadecimal characters) of a file's bytes. Raises `OSError`.
 
     Digests of files above 1 MB are remembered in `user_cache()` by path, size and modification time, so that 14 GB of
-    weights are read once. A file that changed within the last two seconds is not remembered: within the grain of the
-    clock it could change again unnoticed.
-
-    Raises:
-        OSError: when the file cannot be read.
+    weights are read once; but not of files that changed within the last two seconds, the grain of the clock.
     """
     path = path.resolve()
     stat = path.stat()
@@ -299,8 +279,7 @@ def lock(root: Path, key: str, while_waiting: Callable[[], None] | None = None, 
 def new_folder(parent: Path, root: Path, key: str, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes `parent/key` when the block succeeds and vanishes when it does not.
 
-    Writers hold the lock of their key, which is how folders that a killed writer left behind are told from living
-    ones. If `parent/key` exists by then it stays, since equal keys mean equal content, unless it is to be replaced.
+    If `parent/key` exists by then it stays, since equal keys mean equal content, unless it is to be replaced.
     """
     final = parent / key
     with lock(root, key):
@@ -327,7 +306,7 @@ def new_folder(parent: Path, root: Path, key: str, *, replace: bool = False) -> 
 
 
 def _swap(final: Path, successor: Path) -> None:
-    """Put `successor` in the place of `final`; whatever goes wrong, one of them stands there or can be brought back."""
+    """Put `successor` in the place of `final`; if that fails, one of them is there or can be brought back."""
     former = final.with_name(f".former-{final.name}-{secrets.token_hex(4)}")
     final.rename(former)
     try:
@@ -339,11 +318,7 @@ def _swap(final: Path, successor: Path) -> None:
 
 
 def bring_back(final: Path, root: Path) -> None:
-    """Put a folder back in its place where the process that was replacing it was killed in between.
-
-    Raises:
-        MachineError: when the machine refuses.
-    """
+    """Put a folder back in its place when the process that was replacing it was killed. Raises `MachineError`."""
     formers = sorted(final.parent.glob(f".former-{final.name}-*"))
     if not formers:
         return
@@ -367,7 +342,7 @@ def numbered(error: Exception, folder: Path) -> OSError:
 
 
 def _sweep(parent: Path, root: Path) -> None:
-    """Remove temporary folders whose writer is gone: nobody holds the lock of their key."""
+    """Remove temporary folders of killed writers: those whose key is not locked."""
     for stale in parent.glob(".tmp-*"):
         key = stale.name.removeprefix(".tmp-").rpartition("-")[0]
         if not is_key(key):
@@ -388,12 +363,11 @@ def _flush(path: Path) -> None:
 
 
 def quarantine(path: Path, inode: int, problem: str) -> DamagedError:
-    """Rename a damaged folder, unless another process has done so or it is shipped; returns the error that says so."""
+    """The error for a damaged folder, which is renamed unless it is shipped or another process has done so."""
     what = f"{path.parent.parent.name}/{path.name}" if path.parent.name == "derived" else path.name
+    damage = f"is damaged ({one_line(problem)})"
     if is_shipped(path):
-        return DamagedError(
-            f"The artifact {what} in {shipped()} is damaged ({one_line(problem)}); {way_out(path, '')}."
-        )
+        return DamagedError(f"The artifact {what} in {shipped()} {damage}; {way_out(path, '')}.")
     where = "was set aside"
     try:
         if path.stat().st_ino == inode:
@@ -406,7 +380,7 @@ def quarantine(path: Path, inode: int, problem: str) -> DamagedError:
         pass  # another process set it aside
     except OSError as error:
         where = f"cannot be set aside ({error.strerror})"
-    return DamagedError(f"The artifact {what} is damaged ({one_line(problem)}) and {where}; compute it again.")
+    return DamagedError(f"The artifact {what} {damage} and {where}; compute it again.")
 
 
 def is_key(name: str) -> bool:
@@ -415,7 +389,7 @@ def is_key(name: str) -> bool:
 
 
 def checked_key(key: str) -> str:
-    """`key`, once it is sure that it is no path. Raises `InputError`."""
+    """`key` itself. Raises `InputError` where it could be a path."""
     if not is_key(key):
         raise InputError(f"{key[:80]!r} is no key of an artifact; keys are lower-case letters and digits.")
     return key

@@ -1,7 +1,7 @@
-"""Names in files of earlier versions, and what each is called today.
+"""Names in files of earlier versions, and today's names for them.
 
-Files are read under today's names, whoever wrote them. Keys of content that were made from former names go on being
-made from those, so that what is on disk is found.
+Files of every version are read under today's names. Keys of content go on being made from the former names, so that
+artifacts on disk are found.
 """
 
 from __future__ import annotations

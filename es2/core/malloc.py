@@ -1,6 +1,6 @@
-"""What the C library does with memory that was freed.
+"""A setting of the C library: freed memory stays with the process.
 
-By itself it hands large pieces and the upper end of the heap back to the kernel, and the next layer or batch, which
+By default glibc returns large pieces and the upper end of the heap to the kernel, and the next layer or batch, which
 needs as much again, gets every page anew, zeroed.
 """
 
@@ -14,7 +14,7 @@ _LARGEST = 2**25  # bytes; of a piece that comes from the heap, the most that gl
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, up to 256 MiB of it; does nothing where the C library is not glibc."""
+    """Keep up to 256 MiB of freed memory in this process; does nothing where the C library is not glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_TRIM_THRESHOLD, _KEPT)

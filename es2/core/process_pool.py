@@ -1,9 +1,7 @@
-"""Processes that help with work that falls into pieces, and are gone with it.
+"""Helper processes for work that falls into pieces; they end with the work.
 
-Threads hand Python's lock to each other at nearly every call of numpy, and two of them are hardly faster than one at
-what an analysis does, where two processes do about 1.7 times as much (docs/performance.md). A helper asks for a piece
-when it is ready, while the work has begun here, and is optional: the pieces of one that dies are done here. Both ends
-of its pipe are this program's, and the pipe has no name that others could open.
+Two threads contend for Python's lock and are hardly faster than one in an analysis, where two processes do about 1.7
+times as much (docs/performance.md). A helper is optional: the pieces of one that dies are done by this process.
 """
 
 from __future__ import annotations
@@ -35,11 +33,11 @@ _ENVIRONMENT = dict.fromkeys(("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NU
 
 
 class Helpers(Generic[Answer]):
-    """Helpers that start at once, so that they get ready while the work is prepared, and end with the `with` block.
+    """Helpers that start at once, while the work is being prepared, and end with the `with` block.
 
     Args:
-        number: how many processes to start.
-        work: called as `work(shared, *piece)`; a function of a module, that gives the same wherever it is called.
+        number: number of processes.
+        work: called as `work(shared, *piece)`; a pure function of a module.
     """
 
     def __init__(self, number: int, work: Callable[..., Answer]) -> None:
@@ -67,18 +65,15 @@ class Helpers(Generic[Answer]):
     def map_pieces(
         self, shared: Any, read: Callable[[int], tuple[Any, ...]], n_pieces: int
     ) -> Iterator[tuple[int, Answer]]:
-        """Do every piece, here and in helpers, and give the answers as they come; once.
+        """Yield (number of the piece, answer) in order of completion, from this process and the helpers; once.
 
         Args:
             shared: what all pieces need.
-            read: gives a piece by its number; called here, from several threads.
-            n_pieces: how many there are.
-
-        Yields:
-            (number of the piece, answer).
+            read: returns a piece by its number; called in this process, from several threads.
+            n_pieces: number of pieces.
 
         Raises:
-            Exception: what `read` or the work raises, wherever that happens.
+            Exception: what `read` or the work raises, in either kind of process.
         """
         waiting = deque(range(n_pieces))
         answers: SimpleQueue[tuple[int, Answer] | Exception | None] = SimpleQueue()
@@ -90,9 +85,9 @@ class Helpers(Generic[Answer]):
                 return None
 
         def feed(helper: _Helper) -> None:
-            """Give one helper pieces for as long as there are any; None in `answers` says that one has come back."""
+            """Give one helper pieces while there are any; None in `answers` means that a piece came back undone."""
             try:
-                helper.begin(shared)
+                helper.exchange(shared)  # returns when the helper is ready
                 while (number := take()) is not None:
                     try:
                         answers.put((number, helper.ask(read(number))))
@@ -145,18 +140,15 @@ class _Helper:
         with suppress(OSError):  # of one that has ended already; that is noticed when the work begins
             self.connection.send(work)
 
-    def begin(self, shared: Any) -> None:
-        """Say what all pieces need, and wait until the work can begin."""
-        self._exchange(shared)
-
     def ask(self, piece: tuple[Any, ...]) -> Any:
-        """The answer to one piece; what it raises there is raised here."""
-        answer, error = self._exchange(piece)
+        """The answer to one piece. Raises what the work raised in the helper."""
+        answer, error = self.exchange(piece)
         if error is not None:
             raise error
         return answer
 
-    def _exchange(self, message: Any) -> Any:
+    def exchange(self, message: Any) -> Any:
+        """The reply to one message. Raises `_GoneError`."""
         try:
             self.connection.send(message)
             return self.connection.recv()
@@ -164,14 +156,14 @@ class _Helper:
             raise _GoneError from error
 
     def dismiss(self) -> None:
-        """End it, whatever it is doing."""
+        """End the process, even in the middle of a piece."""
         self.dismissed = True
         self._process.kill()
         self._process.wait()
 
 
 def serve() -> None:
-    """What a helper does: answer pieces until the pipe is closed, which the end of the other process does, too."""
+    """Answer pieces until the pipe is closed, as it also is when the other process ends: a helper's whole life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other process, which then ends this one
     keep_freed_memory()
     with Connection(int(sys.argv[1])) as connection:

@@ -1,7 +1,7 @@
 """How far work has come, and the call to stop it.
 
-Long work takes a `Reporter` and calls it as it goes on. A caller that wants the work to end raises `Cancelled` from
-there, so that functions of the library know nothing of jobs, bars or signals.
+Long work calls a `Reporter` at each step; a reporter that wants the work to end raises `Cancelled`. So functions of the
+library know nothing of jobs, bars or signals.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ class Cancelled(Exception):  # noqa: N818 (a request that was followed, not an e
 
 @runtime_checkable
 class Reporter(Protocol):
-    """Told about progress; every library function that takes long takes one and calls it at each step."""
+    """Receives progress; every library function that takes long calls one at each step."""
 
     def __call__(self, stage: str, done: int, total: int, **numbers: float) -> None:
-        """Say that `done` of `total` steps of `stage` are behind us, with any `numbers` worth a curve.
+        """Take in that `done` of `total` steps of `stage` are complete, with `numbers` worth a curve.
 
         Raises:
             Cancelled: when the work should stop.
@@ -28,18 +28,17 @@ class Reporter(Protocol):
 
 
 def silent(stage: str, done: int, total: int, **numbers: float) -> None:
-    """A `Reporter` that tells nobody and never cancels."""
+    """A `Reporter` that shows nothing and never cancels."""
 
 
 def seconds_left(events: Sequence[Mapping[str, Any]], now: float | None = None) -> float | None:
-    """Estimate how long the current stage will still take, from its pace so far.
+    """Seconds (at least 0) that the current stage will still take, by its pace so far.
+
+    None before the stage has advanced twice, or when its total is unknown (0).
 
     Args:
         events: progress events, oldest first; those of earlier stages are ignored.
         now: seconds since 1970; the clock's if not given.
-
-    Returns:
-        Seconds, at least 0; None before the stage has advanced twice, or when its total is unknown (0).
     """
     if not events:
         return None

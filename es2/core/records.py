@@ -1,7 +1,7 @@
-"""Records on disk: a JSON document beside an archive of arrays, with the version of its form.
+"""Records on disk: a JSON document beside an archive of arrays, with a format version.
 
-What a job works out and the app reads is kept in this one way, inside folders whose digests the store checks. What is
-read is taken to pieces inside the `with` block of `load`, and whatever does not fit there ends in one sentence.
+All that a job computes for the app is kept in this way, inside folders whose digests the store checks. A caller makes a
+record inside the `with` block of `load`, so that every entry that does not fit ends in one sentence.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ class RecordFiles:
         document: name of the JSON file.
         arrays: name of the safetensors file; the arrays are of finite floating-point numbers.
         format: the version that is written, and the newest that is read.
-        missing: what the sentence says where nothing can be read, as in "is no readable analysis".
-        remedy: what to do then.
+        missing, remedy: parts of the sentence when nothing can be read: "is no readable analysis", and what to do.
     """
 
     document: str
@@ -52,7 +51,7 @@ class RecordFiles:
         """Yield the document and the arrays that `save` wrote, for the block to make a record of.
 
         Raises:
-            InputError: when they cannot be read, are of a newer format, or the block meets what it did not expect.
+            InputError: when they cannot be read, are of a newer format, or make the block fail.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import load_file

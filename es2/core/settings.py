@@ -1,7 +1,7 @@
 """Settings, each declared once: name, kind, default, bounds, a sentence of help, and the group it belongs to.
 
-The command line, the app's forms, `config.json` and the tables of the docs are made from these declarations, so that a
-setting which is in one of them is in all. What cannot be is refused here, in one sentence that names the setting.
+The command line, the app's forms, `config.json` and the tables of the docs are made from these declarations. Impossible
+values are refused here, in one sentence that names the setting.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pydantic.fields import FieldInfo
 from es2.core.errors import InputError
 from es2.core.former import todays_names
 
-_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 _LARGEST = 2**63
 _EXAMPLES = {int: "12,18", float: "0.1,0.2", str: "a,b"}
 
@@ -36,20 +35,18 @@ def setting(
     ge: float | None = None,
     gt: float | None = None,
 ) -> Any:
-    """Declare one setting of a `Settings` model.
+    """The declaration of one setting of a `Settings` model.
 
     Args:
         default: the shipped value; `...` where one has to be given.
-        help: what it does, in a sentence.
-        label: what a form calls it.
-        group: where a form puts it: `main`, `advanced`, or `own` for a setting that has a place of its own.
-        of: what one entry of a list is called.
+        help: its effect, in a sentence.
+        label: its name in a form.
+        group: its place in a form: `main`, `advanced`, or `own` for a setting that has a place of its own.
+        of: the word for one entry of a list.
         choices: the values that it, or an entry of it, may have; any if empty.
         suggestions: values that a form offers among others.
-        step: of a form's arrows.
-        format: of a number with decimals in a form.
-        ge: its least value.
-        gt: a value below all that it may have.
+        step, format: of a form's number field.
+        ge, gt: its least value, or a value below all that it may have.
     """
     extra: Any = {"label": label, "group": group, "of": of, "step": step, "format": format}
     extra |= {"choices": tuple(choices), "suggestions": tuple(suggestions)}
@@ -57,7 +54,7 @@ def setting(
 
 
 class Settings(BaseModel):
-    """Everything that decides one kind of work. Frozen; making one that cannot be raises `InputError`."""
+    """Everything that decides one kind of work. Frozen; impossible values raise `InputError`."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -89,26 +86,21 @@ class Settings(BaseModel):
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Self:
-        """The settings in a JSON object; entries of other names belong to somebody else and are left alone."""
+        """The settings in a JSON object; entries of other names are ignored."""
         named = todays_names(dict(document))
         return cls(**{name: value for name, value in named.items() if name in cls.model_fields})
 
     @classmethod
     def from_text(cls, values: Mapping[str, Any]) -> Self:
-        """The settings as a command line or a form gives them: a list may be text with commas."""
-        parsed = {name: parse_list(cls, name, value) for name, value in values.items()}
-        return cls(**parsed)
+        """The settings in the values of a command line or a form, where a list may be text with commas."""
+        return cls(**{name: parse_list(cls, name, value) for name, value in values.items()})
 
     @classmethod
     def read(cls, document: Mapping[str, Any], what: str) -> Self:
-        """As `from_dict`, of an object that was read from a file.
-
-        Args:
-            document: what was read.
-            what: the object, as a sentence should call it.
+        """As `from_dict`, of an object from a file, which the sentence calls `what`.
 
         Raises:
-            InputError: for an entry that is missing, of another kind, or a value that cannot be.
+            InputError: for an entry that is missing or of another kind, or an impossible value.
         """
         if not isinstance(document, Mapping):
             raise InputError(f"{what} is damaged: its settings are no table; mend it, or start anew.")
@@ -127,11 +119,7 @@ class Settings(BaseModel):
 
 
 def parse_list(settings: type[Settings], name: str, value: Any) -> Any:
-    """The entries of a list setting that was given as text with commas; anything else as it is.
-
-    Raises:
-        InputError: for text that is no such list.
-    """
+    """The entries of a list setting given as text with commas; other values as they are. Raises `InputError`."""
     field = settings.model_fields[name]
     kind = entry_kind(kind_of(field)[0])
     if kind is None or not isinstance(value, str):
@@ -144,7 +132,7 @@ def parse_list(settings: type[Settings], name: str, value: Any) -> Any:
 
 
 def option_words(values: Mapping[str, Any]) -> list[str]:
-    """The words of a command line that sets these settings; nothing for those that are off or left open."""
+    """The words of a command line that sets these settings; none for settings that are off or open."""
     words = []
     for name, value in values.items():
         if value is None or value is False:
@@ -156,17 +144,16 @@ def option_words(values: Mapping[str, Any]) -> list[str]:
 
 
 def extra(field: FieldInfo, name: str) -> Any:
-    """What `setting` was given besides default, help and bounds."""
+    """An argument of `setting` besides default, help and bounds."""
     found = field.json_schema_extra
     return found.get(name) if isinstance(found, dict) else None
 
 
 def kind_of(field: FieldInfo) -> tuple[Any, bool]:
-    """The kind of a setting's values (of its entries, for a list), and whether it may be left open (None)."""
-    arguments = (
-        get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
-    )
-    kinds = [kind for kind in arguments if kind is not NoneType]
+    """The kind of a setting's values, and whether it may be left open (None)."""
+    kind = field.annotation
+    arguments = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    kinds = [one for one in arguments if one is not NoneType]
     return kinds[0], len(kinds) < len(arguments)
 
 
@@ -176,7 +163,7 @@ def entry_kind(kind: Any) -> Any:
 
 
 def bounds_in_words(field: FieldInfo) -> str:
-    """What a setting may be, in words: `a whole number of at least 1`."""
+    """A setting's kind and bounds in words: `a whole number of at least 1`."""
     kind, _ = kind_of(field)
     if (entry := entry_kind(kind)) is not None:
         return f"a list of {'whole ' if entry is int else ''}numbers" if entry in (int, float) else "a list"
@@ -192,7 +179,7 @@ def bounds_in_words(field: FieldInfo) -> str:
 
 
 def _sentence(settings: type[Settings], error: ValidationError) -> str:
-    """The first thing that is wrong, with what it must be."""
+    """The first wrong value, with what it must be."""
     first = error.errors(include_url=False, include_context=False)[0]
     place = first["loc"]
     if not place or place[0] not in settings.model_fields:

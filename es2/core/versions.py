@@ -1,7 +1,7 @@
-"""Versions, for records that are read a year later: of what is installed, and of the forms in which things are kept.
+"""Versions of installed packages and of the formats of artifacts.
 
-Every kind of artifact states the version of its own form. One that a newer ES2 Workbench wrote is refused by a sentence
-that says so, since to read it as an old one would be to guess; one that states none is of version 1.
+Every kind of artifact states its own format version. One of a newer ES2 Workbench is refused, since reading it as an
+old one would be a guess; one that states none is of version 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _PACKAGES = ("es2", "torch", "transformers", "transformer-lens", "peft", "numpy"
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the numbers, by name; what is not installed is left out."""
+    """Versions of Python and of the installed packages that decide the numbers, by name."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -26,15 +26,10 @@ def installed_versions() -> dict[str, str]:
 
 
 def format_of(stated: object, newest: int, what: str) -> int | None:
-    """The version of an artifact's form: 1 where it states none, None where what it states is no version.
-
-    Args:
-        stated: what the artifact says.
-        newest: the newest version that is read here.
-        what: the artifact, with its path, as the sentence should call it.
+    """The format version of an artifact: 1 where it states none, None where the stated value is no version.
 
     Raises:
-        InputError: when it is of a newer version.
+        InputError: when it is newer than `newest`; the sentence calls the artifact `what`.
     """
     if stated is None:
         return 1

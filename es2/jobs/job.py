@@ -1,10 +1,7 @@
-"""A job as its folder shows it: how far it is, how it ended, and how to stop it.
+"""A job as its folder shows it: its progress, its end, and how to stop it.
 
-All that a job and its onlookers share is the folder, so every state is read from files, anew at each question. A job
-lives for as long as its process holds the kernel's lock on `lock`: a pid proves nothing (zombies, reuse), and a status
-that a process writes about itself is wrong as soon as it is killed. Only for a job of another host, whose locks cannot
-be seen, does the age of the heartbeat decide. The end is `result.json`, written by rename; a job with neither a result
-nor a live process was interrupted.
+A job lives while its process holds the kernel's lock on `lock`, since a pid proves nothing (zombies, reuse) and a
+status on disk survives a kill; for a job of another host the age of its heartbeat decides.
 """
 
 from __future__ import annotations
@@ -30,7 +27,6 @@ from es2.core.errors import InputError
 from es2.core.files import (
     is_shipped,
     machine_error,
-    parse_json,
     read_json,
     verify_checksum,
     way_out,
@@ -40,6 +36,7 @@ from es2.core.files import (
 from es2.core.former import todays_names
 from es2.core.progress import seconds_left
 from es2.core.versions import format_of
+from es2.jobs.events import parse_events, tail
 
 logger = logging.getLogger(__name__)
 
@@ -49,26 +46,23 @@ ACTIVE = ("queued", "running")
 
 MAX_NAME = 80
 
-STALE_SECONDS = 60.0
-"""A job of another host whose heartbeat is older than this is taken for dead."""
-KILL_AFTER_SECONDS = 10.0
-"""Asked again to cancel after this long, a job is killed."""
+STALE_SECONDS = 60.0  # a job of another host with an older heartbeat is dead
+KILL_AFTER_SECONDS = 10.0  # a second call of `cancel` after this time kills
 
 HOST = socket.gethostname()
-_TAIL_BYTES = 2**16
 
 children: dict[Path, subprocess.Popen[bytes]] = {}
-"""The processes that this process launched and that have not been seen to end."""
+"""The processes that this process launched and has not reaped."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job: a folder. Every method looks at the disk anew; a folder that was removed reads as `interrupted`.
+    """One job: a folder. Every method reads the disk anew; a folder that was removed counts as `interrupted`.
 
     Attributes:
         path: its folder, whose name is the job's id.
-        config: what `config.json` says: `kind`, `created`, `heavy`, `host` and `pid` of who laid it down, and what the
-            caller of `launch` gave.
+        config: `config.json`: `kind`, `created`, `heavy`, `host` and `pid` of the process that created it, and the
+            config given to `create_job`.
     """
 
     path: Path
@@ -81,7 +75,7 @@ class Job:
 
     @property
     def kind(self) -> str:
-        """Which task it runs."""
+        """The name of its task."""
         return str(self.config["kind"])
 
     @property
@@ -91,17 +85,17 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What a person called it; empty if nobody did."""
+        """The name given by `rename`; empty by default."""
         name = (read_json(self.path / "name.json") or {}).get("name", "")
         return name if isinstance(name, str) else ""
 
     @property
     def is_shipped(self) -> bool:
-        """Whether it comes with the program: it is only read, and has no weights."""
+        """Whether it comes with the program: read-only and without weights."""
         return is_shipped(self.path)
 
     def check_own(self) -> None:
-        """Refuse a shipped one (`InputError`), before it is changed or its weights are wanted."""
+        """Raise `InputError` for a shipped job, which has no weights and cannot be changed."""
         if self.is_shipped:
             raise InputError(
                 f"Run {self.id} comes with the program, to be looked at: it has no weights and cannot be changed; "
@@ -109,10 +103,10 @@ class Job:
             )
 
     def rename(self, name: str) -> None:
-        """Call it something, or nothing; the id and the folder stay as they are.
+        """Set its name, which may be empty.
 
         Raises:
-            InputError: for a name that is too long or not one line of text, or a shipped one.
+            InputError: for a name that is too long or not one line of text, or a shipped job.
             MachineError: when the folder cannot be written.
         """
         self.check_own()
@@ -127,12 +121,9 @@ class Job:
     def status(self) -> str:
         """One of `STATUSES`."""
         reap()
-        if (end := self.ending()) is not None:
-            return end
-        if (active := self._active()) is not None:
-            return active
-        if (end := self.ending()) is not None:  # it ended between the two looks
-            return end
+        # The end is read twice, since it may be written between the two reads.
+        if (status := self.ending() or self._active() or self.ending()) is not None:
+            return status
         return "cancelled" if (self.path / "cancel").exists() else "interrupted"
 
     def is_active(self) -> bool:
@@ -140,19 +131,19 @@ class Job:
         return self.status() in ACTIVE
 
     def result(self) -> dict[str, Any] | None:
-        """What the task returned; None before the end and after any end but `done`, `stopped` or one disowned.
+        """The task's result; None before the end and after any end but `done`, `stopped` or `disown`.
 
-        It is remembered for as long as the file stays the same, so nobody writes into it.
+        It is shared until the file changes, so callers must not change it.
         """
         path = self.path / "result.json"
         try:
             stat = path.stat()
         except OSError:
-            return _result.__wrapped__(path)  # absent, or why it cannot be read
+            return _result.__wrapped__(path)  # absent, or an error that reading raises
         return _result(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
     def error(self) -> str | None:
-        """One sentence: why it failed, stopped or was interrupted; None otherwise."""
+        """One sentence on why it failed, stopped or was interrupted; None otherwise."""
         status = self.status()
         if status == "interrupted":
             if not self.path.is_dir():
@@ -163,9 +154,9 @@ class Job:
         return self._end()[1]
 
     def events(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-        """The events from byte `offset` on, and the offset to ask from next time.
+        """The events from byte `offset` on, and the offset for the next call.
 
-        A last line that is still being written is left for the next call; a damaged line is skipped with a warning.
+        A partial last line is left for the next call; a damaged line is skipped with a warning.
         """
         path = self.path / "events.jsonl"
         try:
@@ -175,28 +166,28 @@ class Job:
         except FileNotFoundError:
             return [], offset
         end = data.rfind(b"\n") + 1
-        return _parse_events(data[:end], path), offset + end
+        return parse_events(data[:end], path), offset + end
 
     def progress(self) -> dict[str, Any] | None:
         """The last progress event (`stage`, `done`, `total`, its numbers) with `seconds_left` added; None if none."""
         path = self.path / "events.jsonl"
         data = tail(path)
-        events = _parse_events(data[: data.rfind(b"\n") + 1], path)
+        events = parse_events(data[: data.rfind(b"\n") + 1], path)
         steps = [event for event in events if event["event"] == "progress"]
         return {**steps[-1], "seconds_left": seconds_left(steps)} if steps else None
 
     def log_tail(self, n: int = 20) -> list[str]:
-        """The last `n` lines of what the process printed."""
+        """The last `n` lines of the process's output."""
         return tail(self.path / "log.txt").decode("utf-8", "replace").splitlines()[-n:]
 
     def cancel(self) -> None:
-        """Ask it to stop: a waiting job never starts, a running one stops at its next step.
+        """Request its end: a waiting job never starts, a running one stops at its next step.
 
-        Asked again after `KILL_AFTER_SECONDS`, its process is killed with what it started. A job of another host
-        sees the request at its next heartbeat. A job that has ended is left as it is.
+        A second call after `KILL_AFTER_SECONDS` kills its process and those that it started. A job of another host
+        sees the request at its next heartbeat. A job that has ended stays as it is.
 
         Raises:
-            InputError: for a shipped one.
+            InputError: for a shipped job.
             MachineError: when the request cannot be written.
         """
         self.check_own()
@@ -204,7 +195,7 @@ class Job:
             return
         marker = self.path / "cancel"
         try:
-            if not marker.exists():
+            if not marker.exists():  # its age decides about the kill
                 marker.touch()
         except OSError as error:
             raise machine_error(error, marker) from error
@@ -215,13 +206,13 @@ class Job:
         """Remove its folder.
 
         Raises:
-            InputError: while it is queued or running, or for a shipped one.
+            InputError: while it is queued or running, or for a shipped job.
             MachineError: when the folder cannot be removed.
         """
         self.check_own()
         if self.is_active():
             raise InputError(f"Job {self.id} is {self.status()}; cancel it before deleting it.")
-        aside = self.path.with_name(f".deleted-{self.id}")  # out of sight at once, however long removing takes
+        aside = self.path.with_name(f".deleted-{self.id}")  # out of lists at once, however long removing takes
         try:
             self.path.rename(aside)
             shutil.rmtree(aside)
@@ -233,17 +224,13 @@ class Job:
             raise machine_error(error, self.path) from error
 
     def ending(self) -> str | None:
-        """How it ended; None before."""
+        """The status that it ended with; None before."""
         return self._end()[0]
 
     def disown(self, error: str) -> str:
-        """Let a job that is done count as failed, since what it made is lost; its result can still be read.
+        """Mark a finished job as failed, since what it made is lost; its result can still be read.
 
-        Returns:
-            `error`, the sentence that says so, for the caller to raise.
-
-        Raises:
-            MachineError: when the folder cannot be written.
+        Returns `error`, for the caller to raise. Raises `MachineError`.
         """
         path = self.path / "result.json"
         try:
@@ -273,7 +260,7 @@ class Job:
         return f"The result of job {self.id} is damaged; {fix}."
 
     def _active(self) -> str | None:
-        """`queued` or `running` while a process lives, or is on its way to the lock; else None."""
+        """`queued` or `running` while a process lives or is starting; else None."""
         heartbeat = self.path / "heartbeat.json"
         if (beat := read_json(heartbeat)) is None:
             return "queued" if self._starting() else None
@@ -284,18 +271,18 @@ class Job:
         return "queued" if beat.get("state") == "queued" else "running"
 
     def _starting(self) -> bool:
-        """Whether its process was launched, has not taken the lock yet, and is not gone."""
+        """Whether its process was launched, is alive, and has not taken the lock yet."""
         record_path = self.path / "launched.json"
         if (record := read_json(record_path)) is None:
             pid = self.config.get("pid")
             known = self.config.get("host") == HOST and isinstance(pid, int) and 0 < pid < 2**31
-            gone = known and not psutil.pid_exists(pid)  # who laid it down and would have started it
+            gone = known and not psutil.pid_exists(pid)  # the process that created the job and would have started it
             return not gone and _age(self.path / "config.json") < STALE_SECONDS
         if record.get("host") != HOST:
             return _age(record_path) < STALE_SECONDS
         try:
             process = psutil.Process(int(record["pid"]))
-            # Another process was given the pid if it is younger, unless the clock was set: then its command line tells.
+            # A younger process has reused the pid, unless the clock was set: then its command line decides.
             younger = process.create_time() > float(record["time"]) + 2
             successor = younger and str(self.path) not in process.cmdline()
             return not successor and process.status() != psutil.STATUS_ZOMBIE
@@ -315,7 +302,7 @@ class Job:
         return pid if isinstance(pid, int) and pid > 1 else None  # 0 and -1 would be whole groups of processes
 
     def is_ahead_of(self, other: Job) -> bool:
-        """Whether it was launched before `other` on this host, and both have to take turns."""
+        """Whether it is a heavy job of this host that was launched before `other`."""
         record = read_json(self.path / "heartbeat.json") or read_json(self.path / "launched.json") or {}
         return self.id < other.id and self.config.get("heavy", True) and record.get("host") == HOST
 
@@ -324,8 +311,8 @@ def read_job(path: Path) -> Job:
     """The job in this folder.
 
     Raises:
-        InputError: when it holds none, or one of a newer format. The version in `config.json` is that of everything
-            in the folder but `result.json`, which states its own.
+        InputError: when the folder holds none, or one of a newer format: `config.json` states the version of all files
+            but `result.json`, which states its own.
     """
     config = read_json(path / "config.json")
     sound = config is not None and verify_checksum(config) and _is_config(config)
@@ -336,7 +323,7 @@ def read_job(path: Path) -> Job:
 
 
 def _is_config(config: Mapping[str, Any]) -> bool:
-    """Whether the entries that every onlooker reads are there and of their kind; the rest is for the task to check."""
+    """Whether the entries that every reader needs are there and of their kind; the task checks the others."""
     texts = all(isinstance(config.get(name, ""), str) for name in ("model", "prompts", "objective", "position"))
     ids = all(isinstance(config.get(name), str | None) for name in ("run", "against", "imported"))
     layers = config.get("layers") or []
@@ -345,12 +332,11 @@ def _is_config(config: Mapping[str, Any]) -> bool:
 
 
 def _read_end(path: Path) -> dict[str, Any] | None:
-    """What `result.json` says; None when it is absent, damaged or of a newer format."""
+    """The content of `result.json`; None when it is absent, damaged or of a newer format."""
     document = read_json(path)
     if document is None or document.get("format", 1) != FORMAT_VERSION or not verify_checksum(document):
         return None
-    end: dict[str, Any] = todays_names(document)
-    return end
+    return dict(todays_names(document))
 
 
 @lru_cache(maxsize=16)
@@ -369,16 +355,16 @@ def _ending(path: Path, *stamp: int) -> tuple[str | None, str | None]:
 
 
 def reap() -> None:
-    """Forget the children that have ended."""
+    """Drop the children that have ended."""
     for path, child in list(children.items()):
         if child.poll() is not None:
             children.pop(path, None)
 
 
 def _is_held(path: Path) -> bool | None:
-    """Whether a process holds the lock of this file; None where locks cannot be asked for.
+    """Whether a process holds the lock of this file; None where locks do not work.
 
-    Asked with a shared lock, so that two who ask at once do not take each other for the job.
+    The test takes a shared lock, so that two tests at once do not mistake each other for the job.
     """
     try:
         with path.open("rb") as file:
@@ -411,41 +397,3 @@ def _age(path: Path) -> float:
         return time.time() - path.stat().st_mtime
     except FileNotFoundError:
         return math.inf
-
-
-def tail(path: Path) -> bytes:
-    """The last 64 KB of a file, from the beginning of a line on; empty if it is absent."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL_BYTES))
-            data = file.read()
-    except FileNotFoundError:
-        return b""
-    return data if size <= _TAIL_BYTES else data.partition(b"\n")[2]
-
-
-def _parse_events(lines: bytes, path: Path) -> list[dict[str, Any]]:
-    events = []
-    for line in lines.splitlines():
-        try:
-            event = parse_json(line)
-        except ValueError:
-            event = None
-        if isinstance(event, dict) and _is_event(event):
-            events.append(todays_names(event))
-        else:
-            logger.warning("Skipped a damaged line in %s.", path)
-    return events
-
-
-def _is_event(event: Mapping[str, Any]) -> bool:
-    """Whether a line is an event; of one with a stage all but `event` and `stage` are numbers, or None."""
-    if not isinstance(event.get("event"), str):
-        return False
-    if event["event"] != "progress" and "stage" not in event:
-        return True
-    numbers = {name: entry for name, entry in event.items() if name not in ("event", "stage")}
-    needed = all(isinstance(event.get(name), (int, float)) for name in ("time", "done", "total"))
-    kinds = all(entry is None or isinstance(entry, (int, float)) for entry in numbers.values())
-    return needed and kinds and isinstance(event.get("stage"), str)

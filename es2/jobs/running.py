@@ -24,7 +24,8 @@ from filelock import FileLock, Timeout
 from es2.core.errors import Es2Error, InputError, MachineError
 from es2.core.files import machine_error, with_checksum, write_json
 from es2.core.progress import Cancelled, Reporter, silent
-from es2.jobs.job import FORMAT_VERSION, HOST, Job, read_job, tail
+from es2.jobs.events import tail
+from es2.jobs.job import FORMAT_VERSION, HOST, Job, read_job
 from es2.jobs.queue import list_jobs
 
 logger = logging.getLogger(__name__)

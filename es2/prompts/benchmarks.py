@@ -1,15 +1,13 @@
-"""The standard benchmarks by name, read from the files that their authors publish, as they are.
+"""The standard benchmarks by name, read from the files that their authors publish.
 
-Numbers are comparable between people when everybody reads the same rows in the same way, so what a loader has to know
-(columns, which rows are harmful, licence, whom to cite) is written down once per benchmark, as data. Nothing is
-shipped: the files come from a path that the user gives, or from the Hugging Face Hub. Published columns that are
-answers, targets or attack strings are not read.
+Columns, labels, licence and citation of each are data, so that all users read the same rows in the same way. No file is
+shipped, and columns of answers, targets or attack strings are not read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +20,21 @@ from es2.prompts.rows import Row, from_rows
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is known about one benchmark.
+    """One benchmark.
 
     Attributes:
-        name: what to type.
-        title: its proper name.
-        prompt: columns that may hold the prompt, the first one found counts. A list's first entry is taken.
-        category: likewise, for the category.
-        context: a column whose text goes before the prompt, where it is not empty.
-        pair: a column that tells which prompts belong together over its files.
+        prompt: columns that may hold the prompt; the first one found counts. A list's first entry is taken.
         label: `harmful` or `harmless` for all rows; or `file`, by words in the file's name or the Hub's folder; or
             `xstest`, by the column `label` and, where it is missing, by a type that begins with `contrast_`.
-        harmless_files: words in a file's name that make its rows harmless (label `file`).
-        harmful_files: words that make them harmful.
-        licence: of the prompts.
-        citation: whom to cite.
-        source: where the file is published, and its name.
+        source: address and name of the published file.
+        category: columns that may hold the category.
+        context: a column whose text goes before the prompt, where it is not empty.
+        pair: a column of ids of pairs whose members may be in two files.
+        harmless_files, harmful_files: words in a file's name that decide its rows' label (label `file`).
         hub: the data set on the Hugging Face Hub, or None.
-        hub_folders: the configurations or splits there that are read (`configuration/split`); empty for the split
+        hub_folders: the configurations or splits of it that are read (`configuration/split`); empty for the split
             `train` of every configuration.
-        gated: whether the Hub asks to log in and accept terms first.
+        gated: whether the Hub asks for a log-in and consent first.
     """
 
     name: str
@@ -59,10 +52,6 @@ class Benchmark:
     hub: str | None = None
     hub_folders: tuple[str, ...] = ()
     gated: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
 BENCHMARKS = (
@@ -173,7 +162,7 @@ BENCHMARKS = (
         hub="HuggingFaceH4/mt_bench_prompts",
     ),
 )
-"""What `load_benchmark` knows. Licences are as the publishers state them; the files decide."""
+"""Licences are as the publishers state them; the files decide."""
 
 _BY_NAME: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in BENCHMARKS}
 
@@ -184,7 +173,7 @@ def is_benchmark(source: str) -> bool:
 
 
 def absolute_source(source: str) -> str:
-    """A prompt source that means the same wherever a job runs: paths made absolute, names left as they are."""
+    """A prompt source with its path made absolute, so that it means the same wherever a job runs."""
     name, _, path = source.partition(":")
     if source == "builtin" or source.startswith("hf:"):
         return source
@@ -194,14 +183,11 @@ def absolute_source(source: str) -> str:
 
 
 def load_benchmark(source: str) -> PromptSet:
-    """Read a benchmark.
+    """The prompts of a benchmark, under its name.
 
     Args:
         source: `name:path` for a published file on this machine (CSV, JSON, JSONL or Parquet), or for a folder that
             holds several (JailbreakBench, OR-Bench); the name alone for its copy on the Hub.
-
-    Returns:
-        The prompts under the benchmark's name, texts that stand there twice merged, splits by the stable hash.
 
     Raises:
         InputError: for an unknown name, a file that is not the benchmark's, and as `load_prompts` does.
@@ -216,10 +202,11 @@ def load_benchmark(source: str) -> PromptSet:
         return from_rows(benchmark.name, rows, where=f"{benchmark.title} ({Path(path).name!r})")
     if benchmark.hub is None:
         raise InputError(f"{benchmark.title} is not on the Hub; get {benchmark.source} and give {name}:PATH.")
-    rows = []
-    for folder in benchmark.hub_folders or ("train",):
-        found = read_hub_rows(benchmark.hub, folder)
-        rows += [_row(benchmark, place, row, place) for place, row in found]
+    rows = [
+        _row(benchmark, place, row, place)
+        for folder in benchmark.hub_folders or ("train",)
+        for place, row in read_hub_rows(benchmark.hub, folder)
+    ]
     return from_rows(benchmark.name, rows, where=f"{benchmark.title} (hf:{benchmark.hub})")
 
 
@@ -273,19 +260,18 @@ def _label(benchmark: Benchmark, row: Mapping[str, Any], file: str) -> str:
             return "harmless" if stated == "safe" else "harmful"
         return "harmful" if str(row.get("type") or "").startswith("contrast_") else "harmless"
     if benchmark.label == "file":
-        stated_label = _stated_label(benchmark, file)
-        if stated_label is None:
-            words = ", ".join((*benchmark.harmful_files, *benchmark.harmless_files))
-            raise InputError(
-                f"The name of {file!r} does not say whether its rows are harmful; {benchmark.title} has them in files "
-                f"whose names hold one of {words}."
-            )
-        return stated_label
+        if (label := _stated_label(benchmark, file)) is not None:
+            return label
+        words = ", ".join((*benchmark.harmful_files, *benchmark.harmless_files))
+        raise InputError(
+            f"The name of {file!r} does not say whether its rows are harmful; {benchmark.title} has them in files "
+            f"whose names hold one of {words}."
+        )
     return benchmark.label
 
 
 def _stated_label(benchmark: Benchmark, file: str) -> str | None:
-    """The label that a file's name states; for benchmarks of one label, that label for every table."""
+    """The label in a file's name; for benchmarks of one label, `any` for every table."""
     if benchmark.label != "file":
         return "any" if Path(file).suffix.lower() in (".csv", ".json", ".jsonl", ".parquet") else None
     name = file.casefold()

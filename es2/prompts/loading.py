@@ -16,7 +16,7 @@ from es2.prompts.rows import from_rows
 
 
 def load_prompts(source: str) -> PromptSet:
-    """Read a prompt set.
+    """The prompt set of a source.
 
     Args:
         source: `builtin`; the path of a `.csv`, `.jsonl` or `.parquet` file with columns `prompt` and `label`
@@ -31,8 +31,8 @@ def load_prompts(source: str) -> PromptSet:
     if source == "builtin":
         return load_builtin()
     if source.startswith("hf:"):
-        return _load_hub(source)
-
+        name, _, split = source.removeprefix("hf:").partition(":")
+        return from_rows(source, read_hub_rows(name, split or "train"), where=f"the data set {name!r}")
     if is_benchmark(source):
         return load_benchmark(source)
     return load_file(Path(source))
@@ -40,7 +40,7 @@ def load_prompts(source: str) -> PromptSet:
 
 @cache
 def load_builtin() -> PromptSet:
-    """The contrast pairs written for this project (`es2/data/contrast_pairs.csv`; `docs/prompts.md` tells how)."""
+    """The contrast pairs written for this project (`es2/data/contrast_pairs.csv`, see `docs/prompts.md`)."""
     table = resources.files("es2") / "data" / "contrast_pairs.csv"
     rows = []
     for number, pair in enumerate(csv.DictReader(io.StringIO(table.read_text(encoding="utf-8"))), start=2):
@@ -51,7 +51,7 @@ def load_builtin() -> PromptSet:
 
 
 def load_file(path: Path) -> PromptSet:
-    """Read prompts from a CSV, JSONL or Parquet file; raises as `load_prompts` does."""
+    """The prompts of a CSV, JSONL or Parquet file. Raises `InputError`."""
     shown = repr(str(path)[:300])
     if "\0" in str(path):
         raise InputError("The prompt file's name holds a NUL byte; give the path of a .csv, .jsonl or .parquet file.")
@@ -64,12 +64,6 @@ def load_file(path: Path) -> PromptSet:
             raise InputError(f"{shown} is a folder; give the .csv, .jsonl or .parquet file inside it.")
         data = read_bounded(path)
     except OSError as error:
-        raise InputError(
-            f"{shown} cannot be read ({error.strerror or error}); check its name and permissions."
-        ) from error
+        reason = error.strerror or error
+        raise InputError(f"{shown} cannot be read ({reason}); check its name and permissions.") from error
     return parse_prompts(data, path.name)
-
-
-def _load_hub(source: str) -> PromptSet:
-    name, _, split = source.removeprefix("hf:").partition(":")
-    return from_rows(source, read_hub_rows(name, split or "train"), where=f"the data set {name!r}")

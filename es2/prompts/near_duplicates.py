@@ -1,9 +1,7 @@
-"""Prompts that say nearly the same and stand in different splits: what is fitted on one has seen the other.
+"""Near-duplicates in different splits, where a probe fitted on one prompt has seen the other.
 
-The hash of a pair keeps twins together, and a prompt without a pair falls where its normalised text falls; but a file
-may hold one request twice under two pair ids, or with another comma or one other word. Two prompts are nearly the same
-here when their words are, whatever their case and punctuation, or, from eight words on, all their words but one. Each
-prompt is looked up under its words and under its words less one, so that this takes no comparison of all with all.
+Two prompts are near-duplicates when their words are equal, whatever case and punctuation, or, from eight words on, all
+words but one. Each prompt is looked up by its words and by its words less one, in linear time.
 """
 
 from __future__ import annotations
@@ -22,15 +20,7 @@ _WORD = re.compile(r"\w+")
 
 
 def near_duplicates(texts: Sequence[str], groups: Sequence[str]) -> list[tuple[int, int]]:
-    """Each text that says nearly the same as one in another group, with the first such.
-
-    Args:
-        texts: prompts.
-        groups: the split, or the set, that each belongs to.
-
-    Returns:
-        Rows of the two, the later one first, ascending.
-    """
+    """Rows of near-duplicates in different groups (splits or sets): each later one with the first, ascending."""
     firsts: defaultdict[int, dict[str, int]] = defaultdict(dict)
     found = []
     for row, (text, group) in enumerate(zip(texts, groups, strict=True)):

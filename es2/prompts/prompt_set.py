@@ -1,9 +1,7 @@
 """Labelled prompts and their splits.
 
-Everything the workbench claims rests on who may look at which prompt, so the split is a property of the prompt itself:
-a stable hash of its contrast pair, computed nowhere else, the same on every machine, and unmoved when other prompts
-come or go. Readers are strict for the same reason. A row that cannot be understood stops the load with its number and
-column; silently dropping it would change a measurement.
+The split of a prompt is a stable hash of its contrast pair, computed nowhere else: the same on every machine, and
+unchanged when other prompts come or go.
 """
 
 from __future__ import annotations
@@ -39,15 +37,15 @@ _SPLIT_ENDS = (0.5, 0.6, 0.8, 1.0)
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts with everything known about them, column by column, in the order in which they were read.
+    """Prompts with their labels, categories, pairs and splits, by column, in the order of the source.
 
     Attributes:
         name: `builtin`, a file's stem, or `hf:…`; for display only.
         texts: the prompts, without white space at either end.
         labels: 1 harmful, 0 harmless.
         categories: the source's own category, or `unspecified`.
-        pairs: the contrast pair's id. A prompt without one has an id of its own, made from its text, so this is
-            always the unit of folds, bootstraps and shuffles.
+        pairs: ids of contrast pairs, the unit of folds, bootstraps and shuffles. A prompt without a pair has an id of
+            its own, made from its text.
         splits: one of `SPLITS` for each prompt.
     """
 
@@ -74,7 +72,7 @@ class PromptSet:
 
     @cached_property
     def leak(self) -> str | None:
-        """A warning, when prompts say nearly the same as others in another split; None when none do."""
+        """A warning of near-duplicates in different splits; None when there are none."""
         found = near_duplicates(self.texts, self.splits)
         if not found:
             return None
@@ -85,7 +83,7 @@ class PromptSet:
         )
 
     def in_split(self, split: str) -> Bool[np.ndarray, "prompt"]:
-        """Which prompts stand in `split`."""
+        """Which prompts are in `split`."""
         if split not in SPLITS:
             raise ValueError(f"Unknown split {split!r}; one of {', '.join(SPLITS)}.")
         return np.array([own == split for own in self.splits], dtype=bool)
@@ -102,14 +100,8 @@ class PromptSet:
         def pick(column: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(column[row] for row in rows)
 
-        return PromptSet(
-            self.name,
-            pick(self.texts),
-            self.labels[rows],
-            pick(self.categories),
-            pick(self.pairs),
-            pick(self.splits),
-        )
+        others = (pick(column) for column in (self.categories, self.pairs, self.splits))
+        return PromptSet(self.name, pick(self.texts), self.labels[rows], *others)
 
 
 def _digest(value: object) -> str:
@@ -129,7 +121,7 @@ def split_of(pair: str) -> str:
 
 
 def normalised(text: str) -> str:
-    """The text as duplicates are looked for: Unicode-composed, case-folded, white space collapsed."""
+    """The text by which duplicates are found: Unicode-composed, case-folded, white space collapsed."""
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
@@ -139,7 +131,7 @@ def own_pair(text: str) -> str:
 
 
 def warn_of_likeness(prompts: PromptSet, others: PromptSet) -> None:
-    """Log a warning when some of `prompts`, which are to judge by, say nearly the same as some of `others`."""
+    """Log a warning when some of `prompts`, on which numbers are computed, are near-duplicates of some of `others`."""
     groups = ["others"] * len(others) + ["prompts"] * len(prompts)
     texts = (*others.texts, *prompts.texts)
     found = [pair for pair in near_duplicates(texts, groups) if pair[0] >= len(others)]

@@ -1,7 +1,7 @@
 """Files of prompts, read into rows: CSV, JSON lines, Parquet, and data sets of the Hugging Face Hub.
 
-Readers are strict: a row that cannot be read stops the load with its number and column, since dropping it silently
-would change a measurement.
+Readers are strict: an unreadable row stops the load with its number and column, since dropping it would silently change
+a measurement.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _PARQUET_BATCH = 256
 
 
 def read_bounded(path: Path) -> bytes:
-    """The content of a file of prompts: a plain one (a device or a pipe need never end) that is not too large.
+    """The content of a file of prompts.
 
     Raises:
-        InputError: for any other.
+        InputError: for a file that is too large, or a device or pipe, which need never end.
         OSError: as the machine gives it.
     """
     shown = repr(str(path)[:300])
@@ -38,7 +38,7 @@ def read_bounded(path: Path) -> bytes:
 
 
 def parse_prompts(data: bytes, file_name: str) -> PromptSet:
-    """Read prompts from a file's content; the ending of `file_name` tells the format. Raises as `load_prompts` does."""
+    """The prompts in a file's content, whose format the suffix of `file_name` decides. Raises `InputError`."""
     suffix = Path(file_name).suffix.lower()
     if suffix not in _READERS:
         raise InputError(f"{file_name[:200]!r} is no prompt file: its name must end in {', '.join(_READERS)}.")
@@ -85,9 +85,13 @@ def _jsonl_rows(data: bytes, where: str) -> Iterator[Row]:
             row = parse_json(line)
         except ValueError as error:
             raise InputError(f"{where!r}, row {number}: not valid JSON ({one_line(error)}).") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{where!r}, row {number}: expected an object with the keys prompt and label.")
-        yield f"row {number}", {str(key).strip().lower(): cell for key, cell in row.items()}
+        yield _json_row(row, number, where)
+
+
+def _json_row(row: object, number: int, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise InputError(f"{where!r}, row {number}: expected an object with the keys prompt and label.")
+    return f"row {number}", {str(key).strip().lower(): cell for key, cell in row.items()}
 
 
 def _parquet_rows(data: bytes, where: str) -> Iterator[Row]:
@@ -100,7 +104,7 @@ def _parquet_rows(data: bytes, where: str) -> Iterator[Row]:
         sizes = (file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups))
         if sum(sizes) > MAX_FILE_BYTES or file.metadata.num_rows > MAX_ROWS:
             raise InputError(f"{where!r} is too large once unpacked; give a smaller file of short prompts.")
-        # In small batches: one long text that stands in a million rows takes little room in a file.
+        # In small batches: one long text in a million rows takes little room in a file.
         for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
             columns = [name.strip().lower() for name in batch.schema.names]
             for row in batch.rename_columns(columns).to_pylist():
@@ -114,11 +118,7 @@ _READERS = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
 
 
 def read_table(data: bytes, file_name: str) -> Iterator[Row]:
-    """The rows of a published table of any columns (lower-case here); CSV, JSONL, JSON array or Parquet.
-
-    Raises:
-        InputError: with the row, for a file that is none of these.
-    """
+    """The rows of a published CSV, JSONL, JSON array or Parquet table, columns in lower case. Raises `InputError`."""
     suffix = Path(file_name).suffix.lower()
     if suffix == ".csv":
         yield from _csv_rows(data, file_name, needed=())
@@ -127,10 +127,7 @@ def read_table(data: bytes, file_name: str) -> Iterator[Row]:
             rows = parse_json(_text(data, file_name))
         except ValueError as error:
             raise InputError(f"{file_name!r}: not valid JSON ({one_line(error)}).") from error
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row, dict):
-                raise InputError(f"{file_name!r}, row {number}: expected an object.")
-            yield f"row {number}", {str(key).strip().lower(): cell for key, cell in row.items()}
+        yield from (_json_row(row, number, file_name) for number, row in enumerate(rows, start=1))
     elif suffix in (".json", ".jsonl"):
         yield from _jsonl_rows(data, file_name)
     elif suffix == ".parquet":
@@ -140,7 +137,7 @@ def read_table(data: bytes, file_name: str) -> Iterator[Row]:
 
 
 def read_hub_rows(name: str, split: str) -> list[Row]:
-    """Rows of a Hub data set, from the Parquet copy that the Hub keeps of it, so that no data set's own code runs.
+    """Rows of a Hub data set, from the Hub's own Parquet copy of it, so that no data set's code runs.
 
     Args:
         name: `owner/name`.
@@ -178,7 +175,7 @@ def read_hub_rows(name: str, split: str) -> list[Row]:
 
 
 def find_problems(data: bytes, file_name: str, limit: int = 50) -> list[str]:
-    """Everything that is wrong with a prompt file, row by row, at most `limit` sentences; empty if it can be read."""
+    """At most `limit` sentences on the wrong rows of a prompt file; empty if it can be read."""
     try:
         parse_prompts(data, file_name)
     except InputError as error:
@@ -195,6 +192,6 @@ def find_problems(data: bytes, file_name: str, limit: int = 50) -> list[str]:
                 problems.append(str(error))
                 if len(problems) == limit:
                     break
-    except (InputError, KeyError) as error:  # the file itself: what comes after cannot be told
+    except (InputError, KeyError) as error:  # the file itself: later rows cannot be read
         problems += [str(error)] if isinstance(error, InputError) else []
     return problems or [first]

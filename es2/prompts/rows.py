@@ -17,27 +17,25 @@ logger = logging.getLogger(__name__)
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_ROWS = 1_000_000
 MAX_CELL_CHARACTERS = 1_000
-"""Of a pair's id or a category, which stand beside prompts in every table."""
+"""Of a pair's id or a category, which tables show beside prompts."""
 
 Row = tuple[str, Mapping[str, Any]]
-"""Where a row stands (`row 7`), and its cells by column."""
+"""The place of a row (`row 7`), and its cells by column."""
 
 
 def from_rows(name: str, rows: Iterable[Row], *, where: str) -> PromptSet:
-    """Check rows one by one and make a prompt set of them.
+    """A prompt set of checked rows: texts stripped, splits assigned, duplicates merged.
+
+    Exact duplicates, and near-duplicates in different splits, are warned of.
 
     Args:
         name: the set's name.
-        rows: where each row stands (`row 7`), and its cells by column.
-        where: the source as an error message should call it.
-
-    Returns:
-        The set: texts stripped, exact duplicates merged with a warning, splits assigned. Prompts that say nearly the
-        same in different splits are warned of, too.
+        rows: as read, in order.
+        where: the source in error messages.
 
     Raises:
-        InputError: for the first row that is wrong, with its place and column; when one text stands under both
-            labels; when a pair stands in two splits; when there is no row at all.
+        InputError: for the first wrong row, with its place and column; for one text under both labels, a pair in two
+            splits, or no row at all.
     """
     taken = CheckedRows(where)
     for place, row in rows:
@@ -55,7 +53,7 @@ def from_rows(name: str, rows: Iterable[Row], *, where: str) -> PromptSet:
 
 
 class CheckedRows:
-    """Rows that were checked one by one, by column."""
+    """The columns of rows that were checked one by one."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -70,7 +68,7 @@ class CheckedRows:
         self._split_of_pair: dict[str, tuple[str, str]] = {}
 
     def take(self, place: str, row: Mapping[str, Any]) -> None:
-        """Take in one more row, or raise `InputError` and leave it out."""
+        """Add one more row, or raise `InputError` and leave it out."""
         at = f"{self.where}, {place}"
         if len(self.texts) + self.merged >= MAX_ROWS:
             raise InputError(f"{at}: more than {MAX_ROWS:,} rows are not read; give fewer prompts.")

@@ -42,7 +42,7 @@ META, ACTIVATIONS, TEXTS, DIGESTS = "meta.json", "activations.safetensors", "tex
 
 
 class _UnsoundError(Exception):
-    """What is wrong with an artifact, before it is decided what becomes of it."""
+    """A problem with an artifact, before the decision whether to set it aside."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class ActivationSet:
     Attributes:
         key: the name of its folder, a hash of everything that decided its numbers.
         path: its folder.
-        meta: what `meta.json` says; unknown entries are kept.
-        inode: the folder's identity when it was read, so that a successor of the same name is not taken for it.
+        meta: the content of `meta.json`; unknown entries are kept.
+        inode: the folder's identity when it was read, which a successor of the same name does not share.
     """
 
     key: str
@@ -68,9 +68,8 @@ class ActivationSet:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Every name under which this model was captured, `model` first: equal weights may lie in two places."""
-        aliases = self.meta.get("aliases")
-        return (self.model, *(name for name in aliases or () if isinstance(name, str)))
+        """Every name under which this model was captured, `model` first: equal weights may be in two places."""
+        return (self.model, *(name for name in self.meta.get("aliases") or () if isinstance(name, str)))
 
     @property
     def run(self) -> str | None:
@@ -80,8 +79,7 @@ class ActivationSet:
     @property
     def runs(self) -> tuple[str | None, ...]:
         """Every run whose adapter is this one, `run` first: two equal fine-tunes leave equal weights."""
-        others = self.meta.get("other_runs")
-        return (self.run, *(id for id in others or () if isinstance(id, str)))
+        return (self.run, *(id for id in self.meta.get("other_runs") or () if isinstance(id, str)))
 
     @property
     def positions(self) -> tuple[str, ...]:
@@ -90,12 +88,12 @@ class ActivationSet:
 
     @property
     def n_layers(self) -> int:
-        """How many layers."""
+        """Number of layers."""
         return int(self.meta["n_layers"])
 
     @property
     def n_prompts(self) -> int:
-        """How many prompts, in the order of `texts`."""
+        """Number of prompts, in the order of `texts`."""
         return int(self.meta["n_prompts"])
 
     @property
@@ -110,10 +108,7 @@ class ActivationSet:
 
     @property
     def whole(self) -> str:
-        """The key of the set that this one is a part of; its own for any other.
-
-        A part is never computed on: beside it lies what was computed from the whole.
-        """
+        """The key of the set that this one is a part of, or its own key. All numbers are computed from the whole."""
         return str(self.meta.get("part_of", self.key))
 
     @property
@@ -141,11 +136,7 @@ class ActivationSet:
         return texts
 
     def layer(self, l: int, position: str = "last") -> Float32[np.ndarray, "prompt d_model"]:
-        """The embeddings of one layer, read in one contiguous piece.
-
-        Args:
-            l: the layer, `0 ≤ l < n_layers`.
-            position: one of `positions`.
+        """The float32 embeddings of layer `0 ≤ l < n_layers`, read in one contiguous piece.
 
         Raises:
             InputError: for a layer or position that is not there, and as `check` does.
@@ -167,7 +158,7 @@ class ActivationSet:
             raise self._unreadable(error) from error
 
     def check(self) -> None:
-        """Compare the files with their digests and the header with `meta.json`; once per object, remembered after.
+        """Compare the files with their digests and the header with `meta.json`, once per object.
 
         Raises:
             DamagedError: when they differ; the folder has then been set aside.
@@ -210,8 +201,7 @@ class ActivationSet:
         """The folder of what was computed from this set under `key`; None if absent, or damaged (then set aside).
 
         Raises:
-            InputError: for an impossible key, or a folder written by a newer version; for a damaged one that is
-                shipped (`DamagedError`), since nothing makes it anew.
+            InputError: for an impossible key, a folder of a newer version, or a damaged shipped one (`DamagedError`).
         """
         path = self.path / "derived" / checked_key(key)
         try:
@@ -241,7 +231,7 @@ class ActivationSet:
 
     @contextmanager
     def write_derived(self, key: str) -> Iterator[Path]:
-        """Yield a folder to write into; when the block succeeds it is what `derived(key)` finds, else it is removed.
+        """Yield a folder that `derived(key)` finds once the block succeeds, and that is removed otherwise.
 
         Raises:
             InputError: for an impossible key, or when this set was removed.
@@ -265,7 +255,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _read_meta(path: Path) -> ActivationSet:
-    """Read a set's `meta.json`. Raises `_UnsoundError` or, for a newer format, `InputError`."""
+    """The set that a folder's `meta.json` describes. Raises `_UnsoundError` or, for a newer format, `InputError`."""
     inode = path.stat().st_ino
     meta = read_json(path / META)
     if meta is None:
@@ -276,9 +266,8 @@ def _read_meta(path: Path) -> ActivationSet:
     positions = meta.get("positions")
     sound = (
         all(isinstance(meta.get(name), int) and meta[name] > 0 for name in ("n_layers", "n_prompts", "d_model"))
-        and all(isinstance(meta.get(name), str) for name in ("model", "texts_digest"))
         and isinstance(positions, list)
-        and all(isinstance(position, str) for position in positions)
+        and all(isinstance(text, str) for text in (meta.get("model"), meta.get("texts_digest"), *positions))
         and isinstance(meta.get("files"), dict)
         and all(isinstance(meta.get(name, []), list) for name in ("aliases", "other_runs"))
         and meta.get("key", path.name) == path.name

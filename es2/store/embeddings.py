@@ -1,7 +1,7 @@
-"""A safetensors file of embeddings that is laid out first and then written into, layer by layer, where it lies.
+"""A safetensors file of embeddings that is laid out first and then filled, layer by layer.
 
-The header says where each array begins, so what is computed can go to its place in the file at once and needs no room
-in memory, and no second file. No torch, and none of safetensors' own writers: they want all of it in memory.
+So arrays larger than memory go to their places in the file as they are computed; safetensors' own writers want all of
+them in memory.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _PREFIX_BYTES = 8  # of the header's length
 def lay_out(
     path: Path, positions: Sequence[str], shape: tuple[int, int, int], dtype: str = "float32"
 ) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
-    """Zeros on disk for the embeddings of every position, mapped for writing.
+    """Arrays of zeros in a new safetensors file, one for each position, mapped for writing.
 
     Args:
-        path: of a safetensors file to be made, whose bytes they are.
+        path: of the file.
         positions: names of the arrays.
         shape: `[layer, prompt, d_model]` of each.
         dtype: `float32` or `float16`.
@@ -56,7 +56,7 @@ def lay_out(
 
 
 def narrow(path: Path) -> None:
-    """Make the float32 arrays of a file that was laid out float16, where they lie."""
+    """Turn the float32 arrays of a laid-out file into float16, in place."""
     header = read_header(path)
     positions = list(header)
     shape = tuple(header[positions[0]]["shape"])
@@ -66,7 +66,7 @@ def narrow(path: Path) -> None:
     halves = _mapped(path, begin, positions, shape, "float16")
     for position in positions:
         for l, layer in enumerate(whole[position]):
-            halves[position][l] = layer.astype(np.float16)  # a copy: its place overlaps with where it comes from
+            halves[position][l] = layer.astype(np.float16)  # a copy, since source and destination overlap
             release_pages(halves[position])
             release_pages(whole[position])
     end = begin + sum(half.nbytes for half in halves.values())
@@ -79,28 +79,28 @@ def narrow(path: Path) -> None:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """What a file that was laid out says of its arrays, in their order."""
+    """The header of a laid-out file: an entry for each array, in order."""
     with path.open("rb") as file:
         header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(_PREFIX_BYTES), "little")))
     return header
 
 
 def layers_of(array: Float[np.ndarray, "layer prompt d_model"]) -> Iterator[Float[np.ndarray, "prompt d_model"]]:
-    """One layer after the other, of which only the current one is held where they lie on disk."""
+    """The layers, of which only the current one stays in memory when the array is mapped."""
     for layer in array:
         yield layer
         release_pages(array)
 
 
 def release_pages(array: np.ndarray) -> None:
-    """What was read from a mapped file, or written to it, is the disk's and counts as this process's memory no more."""
+    """Release the pages of a mapped file, so that they no longer count as this process's memory."""
     mapped = getattr(array, "_mmap", None)
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def shape_and_dtype(arrays: Mapping[str, np.ndarray]) -> tuple[tuple[int, int, int], str]:
-    """What all arrays of a set have in common; raises `ValueError` where they do not fit each other or a set."""
+    """The shape and dtype of all arrays of a set. Raises `ValueError` where they differ or do not fit a set."""
     kinds = {(array.shape, array.dtype.name) for array in arrays.values()}
     if len(kinds) != 1:
         raise ValueError(f"Arrays of one shape and dtype are needed, not {sorted(kinds)}.")

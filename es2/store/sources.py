@@ -1,8 +1,7 @@
-"""Where the embeddings of an analysis come from, and the checks they pass before any number is worked out of them.
+"""Sources of embeddings for an analysis, and the checks that embeddings pass before any number is computed.
 
-Analysis code asks for a layer and gets rows that are there, finite and of the right model, or one sentence that
-says what is wrong; it never handles files. A source is anything with `n_layers` and `layer`, so an activation set on
-disk and an array in a test are the same to it.
+A source is anything with `n_layers` and `layer`, so an analysis reads an activation set on disk and an array in a test
+alike. It gets rows that are finite and of the right model, or one sentence on what is wrong.
 """
 
 from __future__ import annotations
@@ -37,11 +36,7 @@ class LayerSource(Protocol):
 
 @dataclass(frozen=True)
 class ArrayLayers:
-    """A `LayerSource` of an array in memory, the same at every position.
-
-    Attributes:
-        array: embeddings, `[layer, prompt, d_model]`.
-    """
+    """A `LayerSource` of an array in memory, the same at every position."""
 
     array: Float[np.ndarray, "layer prompt d_model"]
 
@@ -57,12 +52,9 @@ class ArrayLayers:
 
 @dataclass(frozen=True)
 class TestSet:
-    """Prompts of another origin that give the numbers instead of `test`, all of them whatever their splits.
+    """Prompts of another origin, none of them in the analysed prompt set, that give the numbers instead of `test`.
 
-    Attributes:
-        prompts: the test prompts, none of which stands in the analysed prompt set.
-        base: their embeddings under the base model.
-        tuned: their embeddings under the tuned model, where one is analysed.
+    All of them count, whatever their splits. `base` and, where one is analysed, `tuned` are their embeddings.
     """
 
     __test__ = False  # the name is no test for pytest to collect
@@ -78,11 +70,11 @@ def read_rows(
     """One layer's embeddings at `rows`, as exact as they are stored.
 
     Args:
-        source: of `n_prompts` prompts.
-        layer: the layer's index.
-        position: `last` or `last_instruction`.
-        n_prompts: how many prompts the prompt set has.
-        rows: which of them to read.
+        source: embeddings of `n_prompts` prompts.
+        layer: index of the layer.
+        position: one of `POSITIONS`.
+        n_prompts: number of prompts in the prompt set.
+        rows: the rows to read.
         model: `base` or `tuned`, for the message.
 
     Raises:
@@ -106,16 +98,15 @@ def read_rows(
 
 @dataclass(frozen=True)
 class Readers:
-    """Reads the `probe` and the test prompts' embeddings of one layer, whichever thread asks, one thread at a time.
+    """Reads the `probe` and the test prompts' embeddings of one layer, one thread at a time.
 
     Attributes:
         models: embeddings of the prompt set, by `base` and `tuned`.
         tests: embeddings of the prompts that give the numbers, likewise.
-        n_prompts: how many prompts the prompt set has.
-        n_test_prompts: how many the set has from which the test prompts come.
-        probe_rows: the rows of `probe`.
-        test_rows: the rows of the test prompts.
-        position: whose embeddings are read.
+        n_prompts: number of prompts in the prompt set.
+        n_test_prompts: number of prompts in the set of the test prompts.
+        probe_rows, test_rows: rows of `probe`, and of the test prompts.
+        position: one of `POSITIONS`.
     """
 
     models: Mapping[str, LayerSource]

@@ -1,11 +1,7 @@
 """The store behind `cached_activations/`: folders that are whole or absent, found by what decided their content.
 
-Capturing costs minutes, hours on a large model, so its results are kept, and everything else (the analysis, the app,
-another machine) works from the files alone. Three habits make that safe without a database or a server. A folder is
-written under a temporary name, flushed, and renamed, so a crash or a full disk never leaves half of one. Its name is
-a hash of everything that decided the numbers, so asking again finds it and two different requests never meet. And it
-is checked against its own digests before its numbers are used; whatever fails is moved aside, not deleted and not
-believed. Locks keep two processes from computing the same thing; they are the kernel's, so they end with a process.
+A folder's name is a hash of everything that decided its numbers. It is checked against its own digests before they are
+used, and a damaged one is moved aside. Locks keep two processes from computing the same set.
 """
 
 from __future__ import annotations
@@ -53,15 +49,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FOLDER = "cached_activations"
-"""Where sets are kept, below `home()` and below the root that is only read."""
+"""Of sets, below `home()` and below the root of shipped sets."""
 
 
 class Store:
     """Activation sets under one folder, by key.
 
     Args:
-        root: the folder; if not given, `home()/cached_activations`, and what is looked up by its key and is not there
-            is looked for among the shipped sets, too. It is made when something is written.
+        root: the folder, made at the first write; if not given, `home()/cached_activations`, and keys that it lacks
+            are looked up among the shipped sets.
     """
 
     def __init__(self, root: Path | None = None) -> None:
@@ -76,8 +72,7 @@ class Store:
         """The checked activation set of this key.
 
         Raises:
-            InputError: when it is absent, damaged (`DamagedError`: it has been set aside), of a newer format, or
-                `key` is no key.
+            InputError: when it is absent, damaged (`DamagedError`), of a newer format, or `key` is no key.
             MachineError: when it cannot be read.
         """
         path = self._place(key)
@@ -95,7 +90,7 @@ class Store:
         return activations
 
     def get(self, key: str) -> ActivationSet | None:
-        """As `open`, but None when it is absent or damaged; a damaged one that is shipped, nothing makes anew."""
+        """As `open`, but None when it is absent or damaged; a damaged shipped one raises."""
         path = self._place(key)
         if not path.is_dir():
             return None
@@ -108,10 +103,7 @@ class Store:
             return None
 
     def list(self) -> list[ActivationSet]:
-        """Every readable set of `root`, newest first; what cannot be read is skipped with a warning.
-
-        Only `meta.json` is read.
-        """
+        """Every set of `root` with a readable `meta.json`, newest first; others are skipped with a warning."""
         found = []
         for path in self.root.iterdir() if self.root.is_dir() else ():
             if not (is_key(path.name) and path.is_dir()) or (path / FOLDER).is_dir():
@@ -132,19 +124,14 @@ class Store:
         return None
 
     def add_name(self, activations: ActivationSet, model: str, run: str | None = None) -> ActivationSet:
-        """Let `find` know a set under one more name of its model, or one more run; the same set when it knows them.
-
-        Raises:
-            MachineError: when the machine refuses.
-        """
+        """The set under one more name of its model, or one more run, for `find`. Raises `MachineError`."""
         models = [] if model in activations.models else [model]
         runs = [] if run is None or run in activations.runs else [run]
         if not models and not runs:
             return activations
         names = {"aliases": [*activations.models[1:], *models], "other_runs": [*activations.runs[1:], *runs]}
-        meta = activations.meta | names
         try:
-            write_json(activations.path / META, with_checksum(meta))
+            write_json(activations.path / META, with_checksum(activations.meta | names))
         except OSError as error:
             raise machine_error(error, activations.path) from error
         return _read_meta(activations.path)
@@ -171,7 +158,7 @@ class Store:
         texts: Sequence[str],
         arrays: Mapping[str, Float[np.ndarray, "layer prompt d_model"]],
     ) -> ActivationSet:
-        """Write an activation set, whole or not at all; one that is there already stays.
+        """Write an activation set and return it, or an existing one of this key.
 
         Args:
             key: see `content_key`.
@@ -199,22 +186,14 @@ class Store:
             return self.written(key)
 
     def written(self, key: str) -> ActivationSet:
-        """The set that was just written; its files are compared with their digests when they are used."""
+        """The set that was just written, unchecked until its files are used."""
         return _read_meta(self.root / checked_key(key))
 
     @contextmanager
     def new_set(self, key: str, meta: Mapping[str, Any], texts: Sequence[str]) -> Iterator[Path]:
-        """Yield the path of the file of embeddings, for `lay_out`; the set is there when the block succeeds.
+        """Yield the path of the file of embeddings, for `lay_out`; the set exists once the block succeeds.
 
-        Until then everything lies in a temporary folder of the store, which vanishes with a block that fails.
-
-        Args:
-            key: as in `write`.
-            meta: as in `write`; read when the block ends.
-            texts: as in `write`.
-
-        Raises:
-            InputError, MachineError: as `write`.
+        Arguments and errors as for `write`; `meta` is read when the block ends.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq

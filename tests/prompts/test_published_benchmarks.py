@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def test_every_benchmark_says_what_a_user_has_to_know() -> None:
     for benchmark in BENCHMARKS:
         assert all((benchmark.licence, benchmark.citation, benchmark.source, benchmark.hub))
         assert benchmark.label in ("harmful", "harmless", "file", "xstest")
-        assert json.dumps(benchmark.to_dict())
+        assert json.dumps(asdict(benchmark))
 
 
 def test_names_and_paths_for_jobs() -> None:
