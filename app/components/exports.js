@@ -1,4 +1,4 @@
-// Saves a figure as a picture; see exports.py. The picture is for paper and slides: dark on white, whatever the theme.
+// Saves a figure as a picture for paper and slides: dark on white in every theme; see exports.py.
 
 const TEXT = "#1d2127";
 const GRID = "#d9dde3";

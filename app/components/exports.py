@@ -1,8 +1,7 @@
-"""Taking things away from a page: charts as pictures and as HTML, tables as CSV, a comparison as a report.
+"""Downloads of a page: charts as pictures and as HTML, tables as CSV, a comparison as a report.
 
-Nothing is made before somebody asks: while the popover is closed there is nothing in it, and the bytes of a file are
-worked out when its button is pressed. Pictures are made in the browser, by the plotly.js that draws the charts as well,
-so there is neither a second renderer nor a network in between.
+A file is made when its button is pressed, and the popover is empty while it is closed. The browser makes the pictures,
+with the plotly.js of the charts, so no second renderer is needed.
 """
 
 from __future__ import annotations
@@ -33,9 +32,7 @@ if TYPE_CHECKING:
 _images = plotly_library.component("es2_images", Path(__file__), '<div class="images"></div>')
 
 _FORMULA = re.compile(r"'*(?:[\t\r\n]|\s*[=+\-@＝＋－＠])")
-"""What a spreadsheet takes for the beginning of a formula, in ASCII and in full width; and the same with the sign that
-keeps it from being one, so that each cell can be read back as it was.
-"""
+"""The beginning of a spreadsheet's formula, in ASCII and in full width, or of one behind apostrophes."""
 
 
 @st.fragment
@@ -43,12 +40,12 @@ def page_exports(
     contents: Callable[[], tuple[Mapping[str, Figure], Mapping[str, pd.DataFrame]]],
     comparison: Comparison | None = None,
 ) -> None:
-    """Draw the button behind which a page's charts and tables, and a comparison's report, can be downloaded.
+    """Show the button for the downloads of a page's charts and tables, and of a comparison's report.
 
     Args:
-        contents: gives the page's figures and tables by what people call them, in the order of the list; called when
-            somebody opens it. Text in tables is as it was written, not escaped.
-        comparison: what the page shows, if it is one.
+        contents: returns the page's figures and tables by title, in order, when the popover opens. Text in tables is
+            not escaped.
+        comparison: the page's comparison, if any.
     """
     with st.popover("Take away", icon=":material/download:", key="take_away", on_change="rerun") as popover:
         if not popover.open:
@@ -82,12 +79,10 @@ def chart(figure: Figure, name: str) -> bytes:
 
 
 def table(frame: pd.DataFrame) -> bytes:
-    """A table as a CSV file (UTF-8 with a mark, as Excel wants it), without its index.
+    """A table as a CSV file (UTF-8 with a mark, for Excel), without its index.
 
-    A spreadsheet takes text that begins with = + - or @ for a formula, and prompts come from anywhere. Such text, in a
-    cell or a column's name, gets an apostrophe in front, and so does one that has it already: whoever reads the file
-    takes one apostrophe away from what is such text behind it. Numbers stay as they are. All text is quoted, since
-    pandas by itself leaves a lone carriage return bare, which ends a row.
+    Text that a spreadsheet takes for a formula, in a cell or a column's name, gets an apostrophe in front, also where
+    it has one already; a reader removes one. All text is quoted, since pandas leaves a lone carriage return bare.
     """
     safe = frame.map(_no_formula)
     safe.columns = [_no_formula(column) for column in frame.columns]
@@ -95,7 +90,7 @@ def table(frame: pd.DataFrame) -> bytes:
 
 
 def numbers_frame(models: Iterable[tuple[str, Sequence[LayerNumbers]]]) -> pd.DataFrame:
-    """All numbers of all layers as a table, a row for each layer of each of `models`, which may be called alike."""
+    """All numbers of all layers as a table, a row for each layer of each of `models`, whose names may be equal."""
     import pandas as pd
 
     return pd.DataFrame(
@@ -112,12 +107,12 @@ def _no_formula(cell: object) -> object:
 
 
 def report(comparison: Comparison) -> bytes:
-    """The report on a comparison, an HTML file. Raises as reading embeddings does."""
+    """The report on a comparison, an HTML file; errors as of reading embeddings."""
     run = open_run(comparison.run)
     compared = Compared(**vars(comparison), title=run_title(run), events=run.events()[0])
     return report_html(compared).encode("utf-8", "replace")
 
 
 def file_name(name: str) -> str:
-    """A file's name, without its ending, that every system takes: lower-case letters, digits and hyphens."""
+    """A file name without suffix for every system: lower-case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:80] or "es2"

@@ -1,7 +1,6 @@
-// What the browser has of the other layers; see other_layers.py. plots.js reads `window.es2Layers`.
+// The browser's store of figures at other layers; see other_layers.py. plots.js reads `window.es2Layers`.
 
 const PAUSE_MILLISECONDS = 300; // the page's own figures, which come from other components, go first
-
 const TRIES = 5;
 const QUIET_MILLISECONDS = 1000;
 
@@ -20,9 +19,9 @@ export default function ({ data, parentElement, setTriggerValue }) {
   const stop = () => clearTimeout(parentElement.es2Asking);
   const wait = () => (parentElement.es2Asking = setTimeout(ask, PAUSE_MILLISECONDS));
   let tries = TRIES;
-  // Whoever asks while another page or address is on its way tells Streamlit the one from before, and it stays there.
-  // Streamlit says late that it runs, so nothing is asked just after a click either.
-  // An answer calls this function anew; a question may be lost when somebody clicks at the same moment.
+  // A request while another page or address is on its way would make Streamlit return to the former one. Streamlit
+  // shows late that it runs, so no request follows just after a click either. An answer calls this function anew; a
+  // request may be lost to a click at the same moment.
   const ask = () => {
     if (!isRunning() && performance.now() - window.es2Touched > QUIET_MILLISECONDS) {
       setTriggerValue("missing", missing);

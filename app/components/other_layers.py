@@ -1,9 +1,7 @@
-"""The prompts at the other layers, sent to the browser ahead, so that going to one of them waits for no server.
+"""The prompts at the other layers, sent to the browser ahead, so that a click on a layer waits for no server.
 
-A click on a layer runs the whole page again before its points are on their way. They depend on little that the click
-changes, so the browser asks for the other layers while nobody waits, the nearest first and a few at a time; on a click
-it draws what it has at once (`plots.js`), and the page's answer, which is the same figure, changes nothing any more.
-The browser asks rather than the server sends, so nothing runs once it has everything, and a click goes first.
+The browser asks for the other layers while it is idle, the nearest first and a few at a time, so that clicks go first.
+On a click it draws what it has at once (`plots.js`); the page's answer is the same figure and changes nothing.
 """
 
 from __future__ import annotations
@@ -21,25 +19,24 @@ from app.components.plots import as_text
 
 KEY = "other_layers"
 MOVING = ("x", "y", "text", "meta")
-"""What of a trace is another at another layer; everything else is as in the figure that is shown."""
+"""The entries of a trace that differ between layers."""
 
 _SECONDS = 0.15  # of the server at a time: a click waits for it
 _MAX_POINTS = 60_000  # of all layers together: some megabytes in the browser
-_FEWEST = 3  # with room for less than that, neighbours are made ready on the server instead
+_FEWEST = 3  # with room for fewer layers, the server prepares the neighbours instead
 
 _send = st.components.v2.component("es2_other_layers", js=Path(__file__).with_suffix(".js").read_text(encoding="utf-8"))
 
 
 def send_others(context: str, layer: int, n_layers: int, points: int, make: Callable[[int], Sequence[Figure]]) -> None:
-    """Send the figures of the other layers when the browser asks; of large ones, make the neighbours ready here.
+    """Send the figures of the other layers when the browser asks; prepare large ones of the neighbours on the server.
 
     Args:
-        context: names everything besides the layer and the selection that the figures depend on: the same as of the
-            `linked` figures that they take the place of.
-        layer: the one that is shown.
-        n_layers: how many there are.
-        points: how many a layer's figures have.
-        make: the figures of one layer, with nothing selected; called in threads of its own for large ones.
+        context: as of the `linked` figures that they replace.
+        layer: the current layer.
+        n_layers: number of layers.
+        points: number of points in a layer's figures.
+        make: returns the figures of one layer, with nothing selected; called in its own threads for large ones.
     """
     wanted = nearest(layer, n_layers, points)
     if wanted:
@@ -49,7 +46,7 @@ def send_others(context: str, layer: int, n_layers: int, points: int, make: Call
 
 
 def nearest(layer: int, n_layers: int, points: int) -> list[int]:
-    """The layers to send ahead, the nearest first; none where there is no room for a few of them."""
+    """The layers to send ahead, the nearest first; none where there is room for fewer than three."""
     others = sorted((one for one in range(n_layers) if one != layer), key=lambda one: (abs(one - layer), -one))
     room = _MAX_POINTS // max(points, 1)
     return others[:room] if room >= _FEWEST else []
@@ -57,11 +54,8 @@ def nearest(layer: int, n_layers: int, points: int) -> list[int]:
 
 @st.fragment
 def _answer(context: str, wanted: Sequence[int], make: Callable[[int], Sequence[Figure]]) -> None:
-    """Send what the browser asks for of `wanted`, as much as there is time for; it asks again for the rest.
-
-    Of a question and a click at the same moment Streamlit makes one message, and for both runs this alone.
-    """
-    if state.owes_the_page():
+    """Send the requested layers of `wanted` until the time is up; the browser asks again for the rest."""
+    if state.owes_the_page():  # Streamlit joins a request and a click at the same moment, and runs this fragment only
         st.rerun()
     made: dict[int, Any] = {}
     started = time.perf_counter()
@@ -74,6 +68,6 @@ def _answer(context: str, wanted: Sequence[int], make: Callable[[int], Sequence[
 
 
 def moving(figure: Figure) -> dict[str, str]:
-    """What of a figure is another at another layer: of its traces in their order, and its layout as `plots` has it."""
+    """The parts of a figure that differ between layers: of its traces in order, and its layout, as text."""
     traces = [{name: trace[name] for name in MOVING if name in trace} for trace in figure["data"]]
     return {"traces": as_text(traces), "layout": as_text(figure["layout"])}

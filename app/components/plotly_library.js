@@ -1,7 +1,7 @@
 const WAIT_MILLISECONDS = 1000;
 
-// Once a page, by whichever component comes first. To run it takes a second or two in which the browser shows nothing
-// new, so the words of the page go first, if they come soon.
+// Loads plotly once a page, for the first component that needs it. It blocks the browser for a second or two, so the
+// rest of the page goes first, if it comes soon.
 function library(path) {
   window.es2Plotly ??= restOfPage().then(() => run(address(path)));
   return window.es2Plotly;
@@ -27,7 +27,7 @@ function run(source) {
   });
 }
 
-// Bring it here without running it, which takes a second in which nothing else can be drawn.
+// Fetches plotly without running it, which would block the browser for a second.
 function fetchAhead(path) {
   if (window.es2Plotly) return;
   const link = document.createElement("link");

@@ -1,7 +1,4 @@
-"""The plotly.js that the plotly package ships, for components of our own.
-
-It is 4.8 MB: the server offers it under an address of its own and a page loads it once, whichever component asks first.
-"""
+"""The plotly.js that the plotly package ships, for components of our own: 4.8 MB that a page loads once."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ if TYPE_CHECKING:
 _PACKAGE = declare_component("plotly", path=Path(plotly.__file__).with_name("package_data"))
 
 ADDRESS = f"component/{_PACKAGE.name}/plotly.min.js"
-"""Where the server offers it; what `library` in the component's script takes."""
+"""Its address on the server, for `library` in a component's script."""
 
 _LOADER = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
 _early = st.components.v2.component(
@@ -32,10 +29,7 @@ _early = st.components.v2.component(
 
 
 def begin() -> None:
-    """Let the browser fetch it while the page's figures are still on their way, and give it the page's style.
-
-    The style comes with a component since the figures do, too: it is there when they are.
-    """
+    """Have the browser fetch plotly.js while the page's figures are still on their way, and load the page's style."""
     with st.container(key="plotly_library"):
         _early(key="plotly", data={"library": ADDRESS})
 
@@ -45,9 +39,9 @@ def component(name: str, file: Path, html: str, **settings: Any) -> ComponentRen
 
     Args:
         name: of the component.
-        file: its script and its style stand beside this one, as `.js` and `.css`.
-        html: what it begins as.
-        settings: more for Streamlit.
+        file: a path beside its script and style, which end in `.js` and `.css`.
+        html: its initial content.
+        settings: further arguments of Streamlit's `component`.
     """
     css = file.with_suffix(".css").read_text(encoding="utf-8")
     js = _LOADER + file.with_suffix(".js").read_text(encoding="utf-8")

@@ -1,9 +1,9 @@
 // The app's figures; see plots.py. Streamlit calls the default export whenever the data or the theme change, always with
-// the same parent element, which therefore keeps what has to last: plots, moment, last selection.
+// the same parent element, which therefore keeps the state: plots, moment, last selection.
 
 const PLAY_MILLISECONDS = 1800;
 const PAINT_MILLISECONDS = 50; // for the browser to paint the points, before plotly keeps it busy
-const CROWD = 2000; // points of a figure from which WebGL draws them: to plotly's SVG each is an element of its own
+const CROWD = 2000; // points of a figure above which WebGL draws them, since in SVG each is an element of its own
 const LAYER_PICKED = "es2-layer-picked";
 const PLAIN = { displayModeBar: false, scrollZoom: false, responsive: false, doubleClick: false };
 const LINKED = {
@@ -19,7 +19,7 @@ export default async function ({ data: [data], parentElement, setTriggerValue })
   const turn = ++state.turn;
   state.report = setTriggerValue;
   state.data = data;
-  // Prompts first: they are what a person looks at, and each figure takes a tenth of a second.
+  // Prompts first, since each figure takes a tenth of a second.
   if (data.name) await showPoints(state);
   else await new Promise((resolve) => setTimeout(resolve));
   const Plotly = await library(data.library);
@@ -43,7 +43,7 @@ function end(Plotly, state) {
   state.divs.forEach((div) => discard(Plotly, div));
 }
 
-// A browser keeps sixteen of WebGL's contexts, and those of figures that are gone until it tidies up by itself.
+// A browser keeps sixteen WebGL contexts, including those of removed figures until its next garbage collection.
 function discard(Plotly, div) {
   const canvases = div.querySelectorAll(".gl-canvas");
   Plotly.purge(div);
@@ -86,7 +86,7 @@ function makeRoom(state) {
   }
 }
 
-// Running plotly takes a second or two, in which the points are to be seen already.
+// Shows the points while plotly starts, which takes a second or two.
 async function showPoints(state) {
   if (window.Plotly) return;
   makeRoom(state);
@@ -118,7 +118,7 @@ function node(tag, attributes) {
   return made;
 }
 
-// Draws a figure, or only what is new in it.
+// Draws a figure, or only its changed parts.
 async function show(Plotly, state, index, figure, theme) {
   const div = state.divs[index];
   const layout = JSON.parse(figure.layout);
@@ -128,7 +128,7 @@ async function show(Plotly, state, index, figure, theme) {
   const shown = div.shown;
   div.shown = { layout: figure.layout, rest };
   if (shown?.rest === rest && !selecting(div)) {
-    // Lines alone take plotly a millisecond; anything besides them, a hundred.
+    // Plotly draws shapes in a millisecond, and everything else in a hundred.
     if (shown.layout !== figure.layout) await Plotly.relayout(div, { shapes });
     return;
   }
@@ -137,13 +137,13 @@ async function show(Plotly, state, index, figure, theme) {
   dress(layout, theme, state.turn);
   layout.width = div.clientWidth;
   const { name, figures } = state.data;
-  div.fn = `${name}${figures.length > 1 ? `-${index + 1}` : ""}`; // an image's; in the options it would make all anew
+  div.fn = `${name}${figures.length > 1 ? `-${index + 1}` : ""}`; // of images; as an option it would redraw everything
   await Plotly.react(div, traces, layout, name ? LINKED : PLAIN);
   div.querySelector(".plots-points")?.remove();
   if (!div.listening) listen(Plotly, state, div);
 }
 
-// Of a crowd all traces are WebGL's, since its canvas covers what SVG draws.
+// In a crowd WebGL draws all traces, since its canvas covers SVG.
 function kindOf(state, traces) {
   const points = traces.reduce((sum, trace) => sum + (trace.customdata?.length ?? 0), 0);
   const crowd = state.data.name && points > CROWD && hasWebGL();
@@ -160,7 +160,7 @@ function selecting(div) {
   return (div._fullLayout?.selections ?? []).length > 0;
 }
 
-// Streamlit's colours and font, which follow the system or the person's choice.
+// Streamlit's colours and font, which follow the system or the user's choice.
 function themeOf(state) {
   const style = getComputedStyle(state.root);
   const names = ["text-color", "font", "border-color", "border-color-light", "background-color"];
@@ -181,7 +181,7 @@ function dress(layout, [text, family, border, grid, background], turn) {
   const font = { family, color: text, size: 13 };
   layout.hoverlabel = { ...layout.hoverlabel, bgcolor: background, bordercolor: border, font };
   layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: border, activecolor: text };
-  layout.clickanywhere = true; // pointed() knows whether there is something
+  layout.clickanywhere = true; // pointed() finds the point, if any
   layout.selections = [];
   layout.selectionrevision = turn;
 }
@@ -217,14 +217,14 @@ function listen(Plotly, state, div) {
   });
   div.on("plotly_relayout", (change) => follow(Plotly, state, div, change));
   div.on("plotly_webglcontextlost", () => {
-    window.es2WebGL = false; // as when the graphics driver starts anew: what it drew is gone
+    window.es2WebGL = false; // such as after a restart of the graphics driver
     state.divs.forEach((one) => (one.shown = undefined));
     draw(Plotly, state, state.data.figures);
   });
 }
 
-// The `customdata` of what is under the mouse, by plotly's own rule: it tells a click the point of its last look, which
-// is up to 50 ms old, so that who is quick would pick the point from before, or none.
+// The `customdata` of the point under the mouse, by plotly's own rule. Plotly's click event has the point of its last
+// hover, up to 50 ms old, so that a quick click would pick the former point, or none.
 function pointed(div, event) {
   const { xaxis, yaxis, hovermode, hoverdistance } = div._fullLayout;
   const box = div.getBoundingClientRect();
@@ -239,7 +239,7 @@ function pointed(div, event) {
   return found;
 }
 
-// Calls `visit` with the `customdata` of every point, its place in the plot and its size, in pixels. From the traces:
+// Calls `visit` with every point's `customdata`, place in the plot and size, in pixels. It reads the traces, since
 // plotly's list of points is empty where WebGL draws them.
 function eachPoint(div, visit) {
   const { xaxis, yaxis } = div._fullLayout;
@@ -256,8 +256,8 @@ function pick(state, found) {
   if (found[0] === "layer") document.dispatchEvent(new CustomEvent(LAYER_PICKED, { detail: found[1] }));
 }
 
-// Prompts go to a picked layer at once where the browser has it already (other_layers.js); the page's answer comes later
-// and draws anew only what is another then.
+// Draws a picked layer at once where the browser has its figures (other_layers.js); the page's answer redraws only
+// differences.
 function listenForLayers(Plotly, state) {
   const goTo = async ({ detail: layer }) => {
     const kept = window.es2Layers;
@@ -268,7 +268,7 @@ function listenForLayers(Plotly, state) {
   return goTo;
 }
 
-// The figure that is shown, at another layer. What is selected is ringed there, too; lines to twins come with the page.
+// The current figure at another layer, with rings around selected points; lines to twins come with the page.
 function at(state, index, moving) {
   const places = new Map();
   const traces = JSON.parse(state.data.figures[index].data);
@@ -288,7 +288,7 @@ function choose(state, rows, add) {
   state.report("selected", state.selected);
 }
 
-// A ring around every point of the row, in every plot: plain elements, since plotly would redraw all points.
+// Rings every point of these rows in every plot, by plain elements, since plotly would redraw all points.
 function hover(state, rows) {
   unhover(state);
   for (const div of state.divs) {
@@ -309,7 +309,7 @@ function unhover(state) {
   state.halos.splice(0).forEach((halo) => halo.remove());
 }
 
-// One frame for all: whoever zooms or pans takes the others along.
+// Gives all plots the range of the one that was zoomed or panned.
 function follow(Plotly, state, div, change) {
   unhover(state);
   const moved = Object.keys(change).some((name) => /^[xy]axis\.(range|autorange)/.test(name));

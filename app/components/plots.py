@@ -1,8 +1,7 @@
-"""Every figure of the app: drawn by plotly.js in a small component of our own (`plots.js`).
+"""Every figure of the app, drawn by plotly.js in a component of our own (`plots.js`).
 
-Streamlit's own chart brings a second plotly.js of 4.7 MB, draws a figure anew whenever anything in it changes, and
-reports clicks but not the mouse. This one uses the copy that the plotly package ships, redraws what has changed and no
-more (a step to another layer moves one line of a strip), and lets figures know of each other.
+Streamlit's own chart brings a second plotly.js of 4.7 MB, draws a figure anew whenever anything in it changes, and does
+not report the mouse. This one redraws only what has changed, and links figures.
 """
 
 from __future__ import annotations
@@ -19,35 +18,23 @@ import streamlit as st
 from app.charts.canvas import Figure
 from app.components import plotly_library
 
-FIRST_PAUSE = 0.4
-"""Seconds."""
-_LET_DRAWN = "plots_let_drawn"
+FIRST_PAUSE = 0.4  # seconds
+_PAUSED = "plots_paused"
 
-_plots = plotly_library.component(
-    "es2_plots",
-    Path(__file__),
-    '<div class="plots"></div>',
-    isolate_styles=False,
-)
+_plots = plotly_library.component("es2_plots", Path(__file__), '<div class="plots"></div>', isolate_styles=False)
 
 
 def plot(figure: Figure, *, key: str, alt: str, on_pick: Callable[[], None] | None = None) -> None:
-    """Draw one figure.
+    """Draw one figure, whose layout has a height.
 
     Args:
-        figure: it has a height.
+        figure: the figure.
         key: of the widget. In `on_pick` its `picked` in the session's state is the `customdata` of the clicked point.
-        alt: what is to be seen, for those who cannot.
+        alt: a description for screen readers.
         on_pick: called when a point that has `customdata` is clicked.
     """
-    data = {
-        "library": plotly_library.ADDRESS,
-        "figures": [_as_json(figure)],
-        "height": figure["layout"]["height"],
-        "picks": on_pick is not None,
-        "alt": alt,
-    }
-    _draw(key, data, on_picked_change=on_pick or _nothing)
+    data = {"height": figure["layout"]["height"], "picks": on_pick is not None, "alt": alt}
+    _draw(key, [figure], data, on_picked_change=on_pick or _nothing)
 
 
 def linked(
@@ -61,57 +48,45 @@ def linked(
     alt: str,
     context: str,
 ) -> None:
-    """Draw figures of prompts beside each other: what is hovered, selected or zoomed in one is so in all.
+    """Draw figures of prompts beside each other, with hovering, selection and zoom in common.
 
     Args:
         figures: their points carry `[model, row]` as `customdata`; points of one row belong together. Traces with `to`
-            in their `meta` (`{"x": […], "y": […]}`) move there as the person plays or drags the scrubber.
+            in their `meta` (`{"x": […], "y": […]}`) move there as the scrubber plays or is dragged.
         key: of the widget. In `on_select` its `selected` in the session's state lists the rows.
-        height: of the whole, in pixels, whatever is drawn.
-        selected: the rows that are selected; a click with shift adds to them.
-        on_select: called when points of any figure were clicked or drawn around.
-        name: of the file when a figure is saved, without its ending.
-        alt: what is to be seen, for those who cannot.
-        context: names everything besides the layer and the selection that the figures depend on: with other figures of
-            the same name at hand (`other_layers`), the browser draws a picked layer at once.
+        height: of the whole component, in pixels.
+        selected: the selected rows; a click with shift adds to them.
+        on_select: called when points of any figure were clicked or lassoed.
+        name: of the file when a figure is saved, without suffix.
+        alt: a description for screen readers.
+        context: identifies all that the figures depend on besides layer and selection: where `other_layers` sent
+            figures of the same context, the browser draws a picked layer at once.
     """
-    data = {
-        "library": plotly_library.ADDRESS,
-        "context": context,
-        "figures": [_as_json(figure) for figure in figures],
-        "height": height,
-        "selected": list(selected),
-        "name": name,
-        "alt": alt,
-    }
-    _draw(key, data, on_selected_change=on_select)
+    data = {"context": context, "height": height, "selected": list(selected), "name": name, "alt": alt}
+    _draw(key, figures, data, on_selected_change=on_select)
 
 
 def let_draw() -> None:
-    """Give the browser a moment, once a session, before more of the page reaches it.
+    """Pause once a session, so that the browser draws the prompts before more of the page reaches it.
 
-    It puts everything on the page that has come before it runs a component's script, so that the prompts, which are
-    sent first, would be drawn last: a second later.
+    The browser runs a component's script only after it has placed all that has arrived.
     """
-    if _LET_DRAWN not in st.session_state:
-        st.session_state[_LET_DRAWN] = True
+    if _PAUSED not in st.session_state:
+        st.session_state[_PAUSED] = True
         time.sleep(FIRST_PAUSE)
 
 
-def _draw(key: str, data: dict[str, Any], **callbacks: Any) -> None:
-    # In a list, since Streamlit looks for tables in a dict, and to know one imports pandas: half a second, once.
-    _plots(key=key, data=[data], **callbacks)
-
-
-def _as_json(figure: Figure) -> dict[str, str]:
-    """Traces and layout as texts of their own: what has not changed is known by comparing them."""
-    return {"data": as_text(figure["data"]), "layout": as_text(figure["layout"])}
+def _draw(key: str, figures: Sequence[Figure], data: dict[str, Any], **callbacks: Any) -> None:
+    # Traces and layout are texts of their own, which the browser compares to find what has changed.
+    texts = [{"data": as_text(figure["data"]), "layout": as_text(figure["layout"])} for figure in figures]
+    # In a list, since Streamlit looks for tables in a dict and imports pandas for it: half a second, once.
+    _plots(key=key, data=[data | {"library": plotly_library.ADDRESS, "figures": texts}], **callbacks)
 
 
 def as_text(part: Any) -> str:
-    """Traces or a layout, numpy's arrays included, as JSON in which what is not finite is null.
+    """Traces or a layout, numpy's arrays included, as JSON with null for numbers that are not finite.
 
-    Plotly's own encoder asks after pandas, which another session may be about to import and is half there then.
+    Plotly's own encoder looks for pandas, which another session may have imported in part.
     """
     text = json.dumps(part, default=_listed)
     if "NaN" in text or "Infinity" in text:
@@ -126,4 +101,4 @@ def _listed(value: Any) -> Any:
 
 
 def _nothing() -> None:
-    """Streamlit asks for a callback where the component may report."""
+    """The callback that Streamlit needs where a component may report."""

@@ -1,7 +1,7 @@
-"""Activation sets: the embeddings of a prompt set under a model, computed only if they are not there yet.
+"""Activation sets: the embeddings of a prompt set under a model, computed only if the store lacks them.
 
-A capture is found again by its request alone: the tokens that a tokenizer made of the texts last time are remembered by
-digest, so that asking a second time imports neither torch nor transformers.
+The key of an earlier capture is remembered by its request, so that a second request imports neither torch nor
+transformers.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ logger = logging.getLogger(__name__)
 
 _RENDERING = 1  # raise it when the same texts would be rendered into other tokens than before
 _ATTENTION = "eager"  # what the numbers are those of; fused attention gives the same to rounding
-_HALF_LIMIT = 3e4  # float16 ends at 65504; embeddings below this are stored in it without a second thought
+_HALF_LIMIT = 3e4  # embeddings below this are stored as float16, which ends at 65504
 _ROUNDING_PROMPTS = 4  # of a half-precision capture, whose difference from float32 is measured
 
 
 @dataclass(frozen=True)
 class CaptureRequest:
-    """A model and the prompts to be read with it: what another process has to be told to do a share of a capture.
+    """A model and the prompts to be read with it: all that another process needs for a share of a capture.
 
     Attributes:
-        key: of the activation set that it will be.
+        key: of the activation set to be written.
         folder: of the model.
-        adapter: of the adapter to merge, or None.
+        adapter: folder of the adapter to merge, or None.
         rendered: the prompts.
         positions: some of `POSITIONS`.
         device: a torch device, or `auto` for all GPUs.
         dtype: one of `es2.models.number_formats.DTYPES`.
-        into: the file of embeddings that is made of them; `None` keeps them in memory.
+        into: the file of the embeddings; None keeps them in memory.
     """
 
     key: str
@@ -73,7 +73,7 @@ class CaptureRequest:
     into: Path | None = None
 
     def read(self, report: Reporter = silent) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
-        """Load the model and capture, as `load_bridge` and `capture_residuals` do."""
+        """The embeddings by position, from a newly loaded model; errors as of `load_bridge` and `capture_residuals`."""
         report("load", 0, 1)
         bridge = load_bridge(self.folder, adapter=self.adapter, dtype=self.dtype, device=self.device, may_spread=True)
         report("load", 1, 1)
@@ -82,13 +82,13 @@ class CaptureRequest:
 
 @dataclass(frozen=True)
 class CaptureResult:
-    """What a capture gave.
+    """The result of a capture.
 
     Attributes:
         activations: the set, on disk.
-        computed: `False` when it was there already.
-        seconds: how long this call took.
-        tokens: how many tokens the prompts have.
+        computed: False when the store had it already.
+        seconds: duration of the call.
+        tokens: number of tokens of all prompts.
     """
 
     activations: ActivationSet
@@ -98,22 +98,14 @@ class CaptureResult:
 
     @property
     def rounding(self) -> float | None:
-        """How far half precision moved an embedding on average, in units of its length; `None` where unknown."""
+        """Mean distance by which half precision moved an embedding, in units of its length; None where unknown."""
         known = self.activations.meta.get("rounding")
         return float(known) if isinstance(known, (int, float)) else None
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "key": self.activations.key,
-            "path": str(self.activations.path),
-            "n_prompts": self.activations.n_prompts,
-            "n_layers": self.activations.n_layers,
-            "d_model": self.activations.d_model,
-            "computed": self.computed,
-            "seconds": self.seconds,
-            "tokens": self.tokens,
-            "rounding": self.rounding,
-        }
+        sizes = {name: getattr(self.activations, name) for name in ("n_prompts", "n_layers", "d_model")}
+        own = {"computed": self.computed, "seconds": self.seconds, "tokens": self.tokens, "rounding": self.rounding}
+        return {"key": self.activations.key, "path": str(self.activations.path)} | sizes | own
 
 
 def capture(
@@ -131,19 +123,19 @@ def capture(
         [CaptureRequest, Reporter], dict[str, Float[np.ndarray, "layer prompt d_model"]]
     ] = CaptureRequest.read,
 ) -> CaptureResult:
-    """Give the activation set of `prompts` under `model`, computed only if it is not in the store yet.
+    """The activation set of `prompts` under `model`, computed only if the store lacks it.
 
     Args:
-        model: what `resolve` understands.
-        prompts: the prompts; their labels do not matter here.
+        model: a name for `resolve`.
+        prompts: the prompts; their labels do not matter.
         positions: some of `POSITIONS`.
         adapter: folder of a peft adapter to merge into the model.
-        run: id of the fine-tuning run that the adapter is of.
+        run: id of the adapter's fine-tuning run.
         device: a torch device; by default the best there is.
         dtype: `float32`, `bfloat16` or `float16`; by default what suits the device.
-        store: where to keep the set; by default the one of the current home.
-        report: told about download, conversion and capture.
-        read: what does the reading, if there is any to do; by default this process.
+        store: by default that of the current home.
+        report: receives the progress of download, conversion and capture.
+        read: reads the embeddings; by default in this process.
 
     Raises:
         InputError: for a model, a position or a prompt that cannot be used; the sentence names it.
@@ -202,7 +194,8 @@ def capture(
         computed = found is None
         source = _superset(store, decides, prompts, tokenizer) if found is None else None
         if source is not None:
-            rows = _rows_in(source.texts, prompts.texts)
+            row_of = {text: row for row, text in enumerate(source.texts)}
+            rows = [row_of[text] for text in prompts.texts]
             with store.new_set(key, meta | {"from": source.key}, prompts.texts) as file:
                 shape = (source.n_layers, len(rows), source.d_model)
                 kind = "float16" if source.meta["dtype"] == "float16" else "float32"
@@ -230,7 +223,7 @@ def capture(
 def _superset(
     store: Store, decides: dict[str, Any], prompts: PromptSet, tokenizer: PreTrainedTokenizerBase
 ) -> ActivationSet | None:
-    """A set that was captured in the same way from these and other prompts, so that a part of it is what is wanted."""
+    """A set that was captured in the same way from these and other prompts."""
     own = ("texts", "tokens")
     wanted = {name: value for name, value in decides.items() if name not in own}
     for found in store.list():
@@ -245,13 +238,8 @@ def _superset(
     return None
 
 
-def _rows_in(texts: Sequence[str], wanted: Sequence[str]) -> list[int]:
-    row_of = {text: row for row, text in enumerate(texts)}
-    return [row_of[text] for text in wanted]
-
-
 def _check_fit(rendered: Rendered, prompts: PromptSet, folder: Path) -> None:
-    """Refuse prompts that are longer than the model reads, and a tokenizer that is another model's."""
+    """Raise `InputError` for prompts that are longer than the model's context, or the tokenizer of another model."""
     limit = context_length(folder)
     for number, (text, tokens) in enumerate(zip(prompts.texts, rendered.token_ids, strict=True), start=1):
         if limit is not None and len(tokens) > limit:
@@ -266,7 +254,7 @@ def _check_fit(rendered: Rendered, prompts: PromptSet, folder: Path) -> None:
 
 
 def _rounding(reading: CaptureRequest, arrays: dict[str, Float[np.ndarray, "layer prompt d_model"]]) -> float:
-    """The mean distance between embeddings in half precision and in float32, in units of their length; of a few."""
+    """The mean distance, for a few prompts, between embeddings in half precision and in float32, over their length."""
     rows = np.linspace(0, len(reading.rendered.token_ids) - 1, _ROUNDING_PROMPTS).astype(int).tolist()
     exact = replace(reading, rendered=reading.rendered.select(rows), dtype="float32", into=None).read()
     errors = [
@@ -277,7 +265,7 @@ def _rounding(reading: CaptureRequest, arrays: dict[str, Float[np.ndarray, "laye
 
 
 def _fits_half(arrays: dict[str, Float[np.ndarray, "layer prompt d_model"]], dtype: str) -> bool:
-    """Whether what a half-precision run gave fits into float16: it does unless the model has outlier dimensions."""
+    """Whether half-precision embeddings fit into float16: they do unless the model has outlier dimensions."""
     largest = float(np.max([np.abs(layer).max() for array in arrays.values() for layer in layers_of(array)]))
     if not np.isfinite(largest):
         raise InputError(f"Some embeddings are not finite in {dtype}; capture with bfloat16 or float32.")

@@ -1,9 +1,7 @@
 """A capture by all processes of one `accelerate launch`: the prompts are shared out and the embeddings joined again.
 
-The first process does what a capture does, alone: it looks in the store, renders, decides the key and holds its lock.
-Only when there is something to read does it tell the others, which load the model and read their share into a file
-in a folder that the store sweeps away should a process die. So the set, its key and its numbers are those of one
-process, and nothing is in the store before every share is there.
+The first process captures as usual, but sends the request to the others, which read their shares into a temporary
+folder. So key and numbers are those of one process, and the store gets nothing before every share is complete.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from safetensors import safe_open
 
 from es2.capture.capture import CaptureRequest, CaptureResult, capture
 from es2.core.errors import Es2Error, MachineError
-from es2.core.files import machine_error
+from es2.core.files import writing
 from es2.core.progress import Reporter, silent
 from es2.models.chat_template import Rendered
 from es2.models.placement import all_or_none, processes_of_launch
@@ -45,11 +43,10 @@ def capture_together(
 ) -> CaptureResult | None:
     """As `capture`, with the reading shared out over the processes of the launch, all of which call it.
 
-    Returns:
-        The result in the first process; None in the others, also when something failed: the first one tells.
+    Returns the result in the first process, None in the others.
 
     Raises:
-        InputError, MachineError: as `capture`, and of a share that failed; in the first process.
+        InputError, MachineError: as `capture`, and of a share that failed; in the first process only.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return capture(*arguments, device=device, store=store, **settings)
@@ -59,57 +56,56 @@ def capture_together(
         if not processes.is_main_process:
             _help(processes)
             return None
-        told: list[bool] = []
+        sent: list[bool] = []
         try:
             store = store or Store()
-            read = partial(_share_out, processes, store, told)
+            read = partial(_share_out, processes, store, sent)
             return capture(*arguments, device=device, store=store, read=read, **settings)
         finally:
-            if not told:
-                _tell(None)  # nothing to read: it was there, or it was refused
+            if not sent:
+                _broadcast(None)  # nothing to read: the store has the set, or the request was refused
     finally:
         processes.destroy_process_group()
 
 
 def _help(processes: PartialState) -> None:
-    """In any process but the first: read a share if the first one says so."""
+    """In any process but the first: read a share on request."""
     try:
-        if (order := _tell(None)) is not None:
+        if (order := _broadcast(None)) is not None:
             _read_share(processes, *order)
     except Es2Error as error:
         logger.error("%s", error)
     except Exception:
-        # The first process has heard of it, or is gone. To end as failed now would have it killed before it can tell.
+        # The first process knows, or is gone. A failed exit would have the launcher kill it before it can report.
         logger.exception("Process %d failed.", processes.process_index)
 
 
-def _tell(order: tuple[CaptureRequest, Path] | None) -> tuple[CaptureRequest, Path] | None:
-    """What the first process says, in every process."""
+def _broadcast(order: tuple[CaptureRequest, Path] | None) -> tuple[CaptureRequest, Path] | None:
+    """The first process's `order`, in every process."""
     from accelerate.utils import broadcast_object_list
 
-    (heard,) = broadcast_object_list([order])
-    return heard
+    (received,) = broadcast_object_list([order])
+    return received
 
 
 def _share_out(
-    processes: PartialState, store: Store, told: list[bool], reading: CaptureRequest, report: Reporter
+    processes: PartialState, store: Store, sent: list[bool], reading: CaptureRequest, report: Reporter
 ) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
-    """In the first process: have everybody read a share, and join the shares."""
+    """In the first process: have every process read a share, and join the shares."""
     scratch = store.root / f".tmp-{reading.key}-{secrets.token_hex(4)}"
     try:
-        scratch.mkdir(parents=True)
-        told.append(True)
-        _tell((reading, scratch))
-        _read_share(processes, reading, scratch, report)
-        return _join(processes.num_processes, reading, scratch)
-    except OSError as error:
-        raise machine_error(error, scratch) from error
+        with writing(scratch):
+            scratch.mkdir(parents=True)
+            sent.append(True)
+            _broadcast((reading, scratch))
+            _read_share(processes, reading, scratch, report)
+            return _join(processes.num_processes, reading, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _read_share(processes: PartialState, reading: CaptureRequest, scratch: Path, report: Reporter = silent) -> None:
-    """Read this process's prompts into the folder; returns when everybody has."""
+    """Read this process's prompts into the folder; returns when all processes have."""
 
     def read() -> None:
         rows = _rows(reading.rendered, processes.process_index, processes.num_processes)
@@ -134,7 +130,7 @@ def _join(
         path = scratch / _name(index)
         if not path.is_file():
             raise MachineError(
-                f"What process {index} read is not in {scratch}; on several hosts ES2_HOME has to be a folder that "
+                f"The share of process {index} is not in {scratch}; on several hosts ES2_HOME has to be a folder that "
                 "all of them share."
             )
         with safe_open(path, framework="numpy") as share:

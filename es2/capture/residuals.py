@@ -1,9 +1,7 @@
 """Embeddings of rendered prompts, read with TransformerLens hooks in as little time and memory as is exact.
 
-One prompt's embedding must not depend on its neighbours in a batch or on the side of the padding: this is what
-everything downstream silently assumes. So prompts are padded under a mask, what several of them begin with is run once
-only where that changes nothing, and only the wanted positions of every block's output are kept, the moment the hook
-fires; keeping whole residual streams would cost a hundred times the memory.
+A prompt's embedding must not depend on its neighbours in a batch or the side of the padding. Shared beginnings run once
+only where that changes nothing; hooks keep the wanted positions only, a hundredth of the residual streams.
 """
 
 from __future__ import annotations
@@ -63,14 +61,12 @@ def capture_residuals(
     into: Path | None = None,
     report: Reporter = silent,
 ) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
-    """Read the residual stream after every block (`blocks.{l}.hook_out`) at the given positions.
+    """The residual stream after every block (`blocks.{l}.hook_out`): by position, float32 `[layer, prompt, d_model]`.
 
-    The head is not run, and only the positions asked for are held. The tokens that all prompts begin with (on the
-    default model half of them) are run once: later tokens see them only through their keys and values. The rest is laid
-    out in rows of several prompts in which common beginnings stand once, too
+    The shared prefix of all prompts (on the default model half of the tokens) runs once: later tokens see it through
+    its keys and values. The rest is packed into rows of several prompts that share prefixes, too
     (`es2.models.batching.pack_shared_prefixes`). The result is the same to rounding, in a third of the time. Where an
-    architecture does not allow it (a sliding window, a recurrent state), prompts of like length share a batch, each
-    with all its tokens.
+    architecture does not allow it (a sliding window, a recurrent state), whole prompts of like length share a batch.
 
     Args:
         bridge: from `load_bridge`.
@@ -79,12 +75,9 @@ def capture_residuals(
         max_tokens_per_batch: padded tokens run at once, at least one prompt; by default what suits the device. Halved
             whenever memory runs out.
         padding: the side on which the shorter prompts of a batch are filled up; both give the same embeddings.
-        into: a path at which a safetensors file of the embeddings is made; the arrays are then mapped there, and memory
-            does not grow with the prompts.
-        report: told after every batch how many tokens are done, shared ones not counted.
-
-    Returns:
-        For each position a float32 array `[layer, prompt, d_model]`.
+        into: path of a safetensors file to be made, to which the arrays are mapped, so that memory does not grow with
+            the prompts.
+        report: receives the number of tokens done after every batch, shared ones not counted.
 
     Raises:
         InputError: when the hooks of some layer did not fire.
@@ -126,7 +119,7 @@ def capture_residuals(
                     f"Memory ran out on a single prompt of {len(rendered.token_ids[rows[0]])} tokens; "
                     "use bfloat16, a smaller model, or shorter prompts."
                 ) from error
-            block = None  # what the error's frames still hold is free once this block is left
+            block = None  # the error's frames hold memory until this block is left
         if block is None:
             budget = max(1, sum(len(tree.tokens) for tree in batch) // 2)
             logger.warning("Memory ran out; capture goes on with batches of %d tokens.", budget)
@@ -144,7 +137,7 @@ def capture_residuals(
 
 
 def _batches(tokens: Sequence[Sequence[int]], rows: Sequence[int], budget: int, packed: bool) -> list[list[PrefixTree]]:
-    """The prompts of some rows in batches, the longest first, several of them in a row where they may share one."""
+    """The prompts of `rows` in batches, the longest first; if `packed`, in rows of several prompts."""
     if packed:
         trees = pack_shared_prefixes([tokens[row] for row in rows], min(_ROW, budget))
         for tree in trees:
@@ -163,15 +156,15 @@ def _alone(row: int, tokens: Sequence[int]) -> PrefixTree:
 
 
 def _shared_tokens(rendered: Rendered, columns: np.ndarray) -> int:
-    """How many tokens every prompt begins with, before the first one that is wanted: most of a chat template's head."""
-    first, last = min(rendered.token_ids), max(rendered.token_ids)  # what these two share, all between them share
+    """Length of the prefix that all prompts share before the first wanted token: most of a template's beginning."""
+    first, last = min(rendered.token_ids), max(rendered.token_ids)  # all prompts between them share their prefix
     return min(n_alike(first, last), int(columns.min()))
 
 
 def _ways(bridge: TransformerBridge, rendered: Rendered, columns: np.ndarray) -> tuple[int, bool]:
-    """How many tokens are run once for all, and whether prompts share rows: what is exact on this architecture.
+    """The length of the prefix that runs once, and whether prompts share rows, as far as both are exact here.
 
-    An architecture that no test has looked at is tried out on its longest prompt and on one more.
+    An architecture without tests is tried out on the longest prompt and on one more.
     """
     import torch
 
@@ -209,18 +202,13 @@ def _run_batch(
     shared: KeysAndValues,
     packed: bool,
 ) -> Float[np.ndarray, "layer prompt position d_model"]:
-    """One forward pass, without the head, of rows that all follow `shared`; and what its hooks gave.
+    """The embeddings of one forward pass, without the LM head, of rows that follow `shared`, in the order of `trees`.
 
     Args:
-        bridge: from `load_bridge`.
         trees: the rows; without `packed` of one prompt each.
-        columns: which of each prompt's tokens are wanted, counted after `shared`.
-        padding: the side on which shorter rows are filled up.
-        shared: of the tokens before, in every block.
-        packed: whether every token is told which ones it follows.
-
-    Returns:
-        In the order of the prompts in `trees`.
+        columns: the wanted tokens of each prompt, counted after `shared`.
+        shared: keys and values of the tokens before, in every block.
+        packed: whether a mask and positions describe the trees, rather than padding alone.
     """
     import torch
 
@@ -246,20 +234,19 @@ def _run_batch(
     rows = torch.tensor([row for row, _ in wanted], device=model.device)[:, None]
     places = torch.tensor([place for _, place in wanted], device=model.device)
     names = [f"blocks.{layer}.hook_out" for layer in range(int(bridge.cfg.n_layers))]
-    # In one piece that is there before: small ones, kept between the large ones that each layer makes and lets go of,
-    # would leave room that no other large one fits into.
+    # In one piece, allocated first: small tensors between the large temporary ones of each layer fragment memory.
     shape = (len(names), *places.shape, int(bridge.cfg.d_model))
     kept = torch.empty(shape, dtype=torch.float32, device=model.device)
     fired: set[str] = set()
 
     def keep(activation: torch.Tensor, hook: Any) -> None:
-        # Blocks may lie on several devices.
+        # Blocks may be on several devices.
         kept[names.index(hook.name)] = activation[rows.to(activation.device), places.to(activation.device)]
         fired.add(hook.name)
 
     hooks: list[tuple[str, Any]] = [(name, keep) for name in names]
     lean = is_verified(model) and not any(
-        _is_heard(part) for block in bridge.blocks for part in block.submodules.values()
+        _has_hooks(part) for block in bridge.blocks for part in block.submodules.values()
     )
     if lean:
         hooks = _last_mlp_hooks(len(names) - 1, (len(trees), width), rows, places) + hooks
@@ -273,23 +260,18 @@ def _run_batch(
     return kept.cpu().numpy()
 
 
-def _is_heard(part: Any) -> bool:
-    """Whether somebody listens to, or changes, what happens in a part of a bridge."""
+def _has_hooks(part: Any) -> bool:
+    """Whether a part of a bridge has hooks."""
     from transformer_lens.hook_points import HookPoint
 
     return any(isinstance(point, HookPoint) and point.has_hooks() for point in part.modules())
 
 
 def _last_mlp_hooks(layer: int, shape: tuple[int, int], rows: Any, places: Any) -> list[tuple[str, Any]]:
-    """Hooks that let the last block's MLP see the wanted tokens only, since nothing follows that would need the others.
+    """Hooks that restrict the last block's MLP to the wanted tokens, since no later block needs the others.
 
-    An MLP looks at each token by itself. What it does not compute is zero, and nobody reads it.
-
-    Args:
-        layer: of the last block.
-        shape: rows and tokens of the batch.
-        rows: of the wanted tokens, `[prompt, 1]`.
-        places: of the wanted tokens in their rows, `[prompt, position]`.
+    Outputs of other tokens are zero, and nothing reads them. `shape` is `[row, token]` of the batch; `rows`
+    `[prompt, 1]` and `places` `[prompt, position]` are the wanted tokens.
     """
 
     def narrow(activation: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -305,10 +287,10 @@ def _last_mlp_hooks(layer: int, shape: tuple[int, int], rows: Any, places: Any) 
 
 @contextmanager
 def _plain_blocks(bridge: TransformerBridge) -> Iterator[None]:
-    """Run what is inside the blocks as transformers does, with fused attention, except for parts that have hooks.
+    """Run the parts of blocks that have no hooks as transformers does, with fused attention: a sixth of the time.
 
-    For hooks inside a block, a bridge computes every norm twice and holds all attention scores. Where there are none,
-    this is a sixth of the time. The blocks themselves stay bridged, so their hooks fire.
+    A bridge computes every norm twice and holds all attention scores, for hooks inside a block. The blocks themselves
+    stay bridged, so their hooks fire.
     """
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
@@ -316,7 +298,7 @@ def _plain_blocks(bridge: TransformerBridge) -> Iterator[None]:
         for name, part in module.named_children():
             if not isinstance(part, GeneralizedComponent):
                 yield from swaps(part)
-            elif not _is_heard(part):
+            elif not _has_hooks(part):
                 yield module, name, part
                 yield from swaps(part.original_component)
 
@@ -335,7 +317,7 @@ def _plain_blocks(bridge: TransformerBridge) -> Iterator[None]:
 
 
 def _branches(trees: Sequence[PrefixTree], width: int, n_shared: int, dtype: Any) -> Any:
-    """Added to attention scores, `[row, 1, token, shared + token]`: nothing for oneself and what one follows."""
+    """The additive attention mask `[row, 1, token, shared + token]`: zero for a token itself and those it follows."""
     import torch
 
     follows = np.zeros((len(trees), width, n_shared + width), dtype=bool)
@@ -345,7 +327,7 @@ def _branches(trees: Sequence[PrefixTree], width: int, n_shared: int, dtype: Any
             if parent >= 0:
                 follows[row, place] = follows[row, parent]
             follows[row, place, n_shared + place] = True
-        for place in range(len(tree.tokens), width):  # filling, which nobody looks at, sees itself
+        for place in range(len(tree.tokens), width):  # padding, which no token attends to, sees itself
             follows[row, place, n_shared + place] = True
     mask = torch.full(follows.shape, torch.finfo(dtype).min, dtype=dtype)
     mask[torch.from_numpy(follows)] = 0

@@ -76,10 +76,10 @@ def user_cache() -> Path:
 
 
 def expanded(path: str | Path) -> str:
-    """A path with the home folder for `~`; unchanged where there is no such home."""
+    """A path with the home folder for `~`; unchanged where there is no such home, or a NUL byte in it."""
     try:
         return os.path.expanduser(path)
-    except ValueError:  # a NUL byte, which opening the file refuses
+    except ValueError:
         return str(path)
 
 
@@ -91,6 +91,15 @@ def machine_error(error: OSError, path: Path) -> MachineError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return MachineError(f"No permission to write {path}; make its folder writable, {move} one that is.")
     return MachineError(f"Cannot write {path} ({error.strerror or error}); check the folder, {move} another one.")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an `OSError` of the block, which writes at `path`, into its `MachineError`."""
+    try:
+        yield
+    except OSError as error:
+        raise machine_error(error, path) from error
 
 
 def unreadable(error: OSError, path: Path) -> MachineError:
@@ -148,8 +157,7 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 def parse_json(data: bytes | str) -> Any:
     """The JSON value in `data`.
 
-    Raises:
-        ValueError: for what is no JSON, numbers that are not finite, and more than `MAX_JSON_LEVELS` levels of nesting.
+    Raises `ValueError` for invalid JSON, numbers that are not finite, and nesting deeper than `MAX_JSON_LEVELS`.
     """
     try:
         value = json.loads(data, parse_float=_finite, parse_constant=_finite)
@@ -174,8 +182,7 @@ def _finite(text: str) -> float:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if the file is absent, larger than `MAX_JSON_BYTES`, or holds anything else.
 
-    Raises:
-        MachineError: when the file exists and cannot be read.
+    Raises `MachineError` when the file exists and cannot be read.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
@@ -189,10 +196,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def with_checksum(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object with a new `digest` of all its other entries.
-
-    The digest is computed alike in all versions of a format, so that a damaged version differs from a newer one.
-    """
+    """A JSON object with a new `digest` of its other entries, which is computed alike in all versions of a format."""
     rest = {name: entry for name, entry in document.items() if name != "digest"}
     plain = json.loads(json.dumps(rest, allow_nan=False))  # keys as they will be read
     return plain | {"digest": content_key(plain)}
@@ -324,13 +328,11 @@ def bring_back(final: Path, root: Path) -> None:
         return
     with lock(root, final.name):
         for former in formers:
-            try:
+            with writing(final):
                 if final.exists():
                     shutil.rmtree(former, ignore_errors=True)
                 else:
                     former.rename(final)
-            except OSError as error:
-                raise machine_error(error, final) from error
 
 
 def numbered(error: Exception, folder: Path) -> OSError:

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -24,15 +25,7 @@ from typing import Any
 import psutil
 
 from es2.core.errors import InputError
-from es2.core.files import (
-    is_shipped,
-    machine_error,
-    read_json,
-    verify_checksum,
-    way_out,
-    with_checksum,
-    write_json,
-)
+from es2.core.files import is_shipped, read_json, verify_checksum, way_out, with_checksum, write_json, writing
 from es2.core.former import todays_names
 from es2.core.progress import seconds_left
 from es2.core.versions import format_of
@@ -113,10 +106,8 @@ class Job:
         name = " ".join(name.split())
         if len(name) > MAX_NAME or not name.isprintable():
             raise InputError(f"A name is one line of at most {MAX_NAME} characters, not {name[:40]!r}; shorten it.")
-        try:
+        with writing(self.path):
             write_json(self.path / "name.json", {"name": name})
-        except OSError as error:
-            raise machine_error(error, self.path) from error
 
     def status(self) -> str:
         """One of `STATUSES`."""
@@ -194,11 +185,9 @@ class Job:
         if not self.is_active():
             return
         marker = self.path / "cancel"
-        try:
+        with writing(marker):
             if not marker.exists():  # its age decides about the kill
                 marker.touch()
-        except OSError as error:
-            raise machine_error(error, marker) from error
         if (pid := self._pid()) is not None:
             _signal(pid, signal.SIGKILL if _age(marker) > KILL_AFTER_SECONDS else signal.SIGTERM)
 
@@ -213,15 +202,11 @@ class Job:
         if self.is_active():
             raise InputError(f"Job {self.id} is {self.status()}; cancel it before deleting it.")
         aside = self.path.with_name(f".deleted-{self.id}")  # out of lists at once, however long removing takes
-        try:
+        with writing(self.path), suppress(FileNotFoundError):
             self.path.rename(aside)
             shutil.rmtree(aside)
             for stale in aside.parent.glob(".deleted-*"):
                 shutil.rmtree(stale, ignore_errors=True)  # of a process that was killed here
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise machine_error(error, self.path) from error
 
     def ending(self) -> str | None:
         """The status that it ended with; None before."""
@@ -233,10 +218,8 @@ class Job:
         Returns `error`, for the caller to raise. Raises `MachineError`.
         """
         path = self.path / "result.json"
-        try:
+        with writing(path):
             write_json(path, with_checksum((_read_end(path) or {}) | {"status": "failed", "error": error}))
-        except OSError as failure:
-            raise machine_error(failure, path) from failure
         return error
 
     def _end(self) -> tuple[str | None, str | None]:

@@ -1,10 +1,7 @@
-"""Work in processes of its own: starting it, finding it, and what the process itself does.
+"""Jobs, work in processes of its own: creating, starting and finding them.
 
-Whatever needs torch runs apart from the app, so that a crash cannot take the app down, closing the browser stops
-nothing, and a job started by a scheduler on another machine looks the same as one started by a click. What the two
-sides share is a folder under `runs/` (`es2.jobs.job`). Heavy jobs take turns, first come first served, one at a time
-on each host or as many as `$ES2_HEAVY_JOBS` says; the waiting is done by the jobs themselves, before they import
-anything large, so there is no scheduler that could die.
+Work that needs torch runs apart from the app, so that a crash cannot take the app down and closing the browser stops
+nothing. Both sides share a folder under `runs/` (`es2.jobs.job`). Jobs wait for their turn without a scheduler.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from es2.core.errors import InputError, MachineError
-from es2.core.files import home, machine_error, shipped, with_checksum, write_json
+from es2.core.files import home, machine_error, shipped, with_checksum, write_json, writing
 from es2.jobs.job import ACTIVE, FORMAT_VERSION, HOST, Job, children, read_job, reap
 
 logger = logging.getLogger(__name__)
@@ -35,11 +32,11 @@ _OWN_ENTRIES = ("format", "kind", "created", "heavy", "host", "pid", "digest")
 
 
 def create_job(kind: str, config: Mapping[str, Any], *, root: Path | None = None, heavy: bool = True) -> Job:
-    """Write down a job in a folder of its own, for `start` or `run_job`.
+    """A new job in a folder of its own, for `start` or `run_job`.
 
     Args:
-        kind: which task to run.
-        config: what the task is given; JSON values.
+        kind: name of the task.
+        config: the task's settings, as JSON values.
         root: the folder of all jobs; `home()/runs` if not given.
         heavy: whether it takes turns with the other heavy jobs of this host.
 
@@ -62,14 +59,9 @@ def create_job(kind: str, config: Mapping[str, Any], *, root: Path | None = None
 
 
 def start(job: Job, command: Sequence[str] | None = None) -> None:
-    """Start a process for a job that was laid down.
+    """Start a process for a job that has no process and no end. Raises `MachineError`.
 
-    Args:
-        job: one that has no process and no end.
-        command: what to start, followed by the folder; `python -m es2 job` if not given.
-
-    Raises:
-        MachineError: when the process cannot be started.
+    `command` gets the folder as its last argument; `python -m es2 job` if not given.
     """
     reap()
     child = None
@@ -93,7 +85,7 @@ def start(job: Job, command: Sequence[str] | None = None) -> None:
 
 
 def _collect(child: subprocess.Popen[bytes]) -> None:
-    """Wait for a child in the background, so that its end leaves no zombie although nobody may look any more."""
+    """Wait for a child in the background, so that it leaves no zombie."""
     threading.Thread(target=child.wait, daemon=True).start()
 
 
@@ -105,7 +97,7 @@ def launch(
     heavy: bool = True,
     command: Sequence[str] | None = None,
 ) -> Job:
-    """Create a job and start it; arguments and errors as for `create_job` and `start`. A failure leaves nothing."""
+    """A new job that was started; arguments and errors as for `create_job` and `start`. A failure leaves nothing."""
     job = create_job(kind, config, root=root, heavy=heavy)
     try:
         start(job, command)
@@ -116,31 +108,29 @@ def launch(
 
 
 def reopen(job: Job) -> None:
-    """Take back a job's end, so that it can be started again and goes on from what it kept.
+    """Remove a job's end, so that it can be started again and continues.
 
     Raises:
-        InputError: when it is queued, running or done, or a shipped one.
+        InputError: when it is queued, running, done or shipped.
         MachineError: when the folder cannot be written.
     """
     job.check_own()
     status = job.status()
     if status in (*ACTIVE, "done"):
         raise InputError(f"Job {job.id} is {status}; only one that ended before its time can be resumed.")
-    try:
+    with writing(job.path):
         # The end goes last: until then the job counts as ended.
         for name in ("heartbeat.json", "launched.json", "cancel", "result.json"):
             (job.path / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise machine_error(error, job.path) from error
 
 
 def list_jobs(root: Path | None = None, kind: str | None = None) -> list[Job]:
-    """Every readable job, newest first, or those of one kind; what cannot be read is skipped with a warning."""
+    """The readable jobs (of one kind), newest first; others are skipped with a warning."""
     folder = _root(root)
     jobs = []
     for path in sorted(folder.iterdir() if folder.is_dir() else (), reverse=True):
         if not _ID.fullmatch(path.name) or not (path / "config.json").exists():
-            continue  # no job, or one that is being laid down
+            continue  # no job, or one that is being created
         try:
             job = read_job(path)
         except InputError as error:
@@ -152,16 +142,12 @@ def list_jobs(root: Path | None = None, kind: str | None = None) -> list[Job]:
 
 
 def find_jobs(kind: str, config: Mapping[str, Any], root: Path | None = None) -> list[Job]:
-    """The jobs of this kind whose config says all that `config` says, newest first."""
+    """The jobs of this kind whose config includes `config`, newest first."""
     return [job for job in list_jobs(root, kind) if {name: job.config.get(name) for name in config} == dict(config)]
 
 
 def open_job(id: str, root: Path | None = None) -> Job:
-    """The job of this id: of `root`, or else a shipped one, which lists leave out.
-
-    Raises:
-        InputError: when there is none, or it was written by a newer version.
-    """
+    """The job of this id, in `root` or shipped. Raises `InputError` when there is none, or it is of a newer format."""
     for folder in (_root(root), shipped() / "runs"):
         if _ID.fullmatch(id) and (folder / id).is_dir():
             return read_job(folder / id)

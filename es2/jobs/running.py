@@ -1,7 +1,7 @@
 """A job's own process: it waits for its turn, holds the lock, shows a heartbeat, logs events and writes its end.
 
-The lock on the job's folder, held for as long as the process lives, is what other processes read as liveness. A call
-to stop arrives as a signal, or from another host as a file, and ends the work at its next report of progress.
+Other processes take the lock on the job's folder as a sign of life. A request to stop arrives as a signal, or from
+another host as a file, and ends the work at its next report of progress.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from es2.core.errors import Es2Error, InputError, MachineError
-from es2.core.files import machine_error, with_checksum, write_json
+from es2.core.errors import Es2Error, InputError, MachineError, one_line
+from es2.core.files import machine_error, with_checksum, write_json, writing
 from es2.core.progress import Cancelled, Reporter, silent
 from es2.jobs.events import tail
 from es2.jobs.job import FORMAT_VERSION, HOST, Job, read_job
@@ -35,23 +35,22 @@ HEARTBEAT_SECONDS = 2.0
 
 
 Task = Callable[[dict[str, Any], Reporter, Path], dict[str, Any]]
-"""What a job runs: given its config, a reporter and its folder, it returns a result of JSON values."""
+"""The work of a job: from its config, a reporter and its folder to a result of JSON values.
+
+A task that ends itself early returns `{"status": "stopped", "reason": sentence, …}`.
+"""
 
 
 def run_job(folder: Path, tasks: Mapping[str, Task], also: Reporter = silent) -> int:
-    """Run the job that was laid down in `folder`, in this process, and write how it ended.
+    """Run the job in `folder` in this process, write its end, and return the exit code.
 
-    A task is given the config, a reporter and the folder, and returns a result of JSON values. One that ends itself
-    early returns `{"status": "stopped", "reason": sentence, …}`. An `Es2Error` ends the job as failed with its
-    sentence; any other exception as failed with a sentence that names the log, which has the traceback.
+    The exit code is 0 for done or stopped, 2 for bad input, 1 for anything else. An `Es2Error` ends the job as failed
+    with its sentence; any other exception with a sentence that names the log, which has the traceback.
 
     Args:
-        folder: what `create_job` made.
+        folder: of a job from `create_job`.
         tasks: the functions by kind.
-        also: told about progress too, such as a bar in the terminal.
-
-    Returns:
-        The process's exit code: 0 done or stopped, 2 bad input, 1 anything else.
+        also: receives progress too, such as a bar in the terminal.
 
     Raises:
         InputError: when the folder holds no job, the job has ended, or another process runs it.
@@ -59,11 +58,10 @@ def run_job(folder: Path, tasks: Mapping[str, Task], also: Reporter = silent) ->
     job = read_job(folder.absolute())
     with _Life(job, also) as life:
         end, exit_code = _attempt(job, tasks, life)
+        document = {"format": FORMAT_VERSION, "finished": time.time()} | end
         try:
             life.write_event(event="status", status=end["status"])
-            write_json(
-                job.path / "result.json", with_checksum({"format": FORMAT_VERSION, "finished": time.time()} | end)
-            )
+            write_json(job.path / "result.json", with_checksum(document))
         except (OSError, MachineError) as error:
             logger.error("Job %s cannot record that it is %s: %s", job.id, end["status"], error)
             return 1
@@ -71,15 +69,11 @@ def run_job(folder: Path, tasks: Mapping[str, Task], also: Reporter = silent) ->
 
 
 def result_of(job: Job, exit_code: int, otherwise: str) -> dict[str, Any]:
-    """What a job that `run_job` ran in the foreground returned.
-
-    Args:
-        job: the job.
-        exit_code: what `run_job` returned.
-        otherwise: the sentence for one that has neither a result nor an error, such as a cancelled one.
+    """The result of a job that `run_job` ran in the foreground.
 
     Raises:
-        InputError, MachineError: with the job's sentence when it has no result; which of them, the exit code says.
+        InputError, MachineError: by the exit code of `run_job`, with the job's sentence, when it has no result; with
+            `otherwise` when it has no sentence either, such as a cancelled one.
     """
     result = job.result()
     if result is None:
@@ -89,7 +83,7 @@ def result_of(job: Job, exit_code: int, otherwise: str) -> dict[str, Any]:
 
 
 def _attempt(job: Job, tasks: Mapping[str, Task], life: _Life) -> tuple[dict[str, Any], int]:
-    """Run the task; return what `result.json` says, and the exit code."""
+    """Run the task; return the entries of `result.json`, and the exit code."""
     try:
         if job.kind not in tasks:
             raise InputError(f"Unknown kind of job {job.kind!r}; one of {', '.join(tasks)}.")
@@ -104,24 +98,20 @@ def _attempt(job: Job, tasks: Mapping[str, Task], life: _Life) -> tuple[dict[str
             return {"status": "stopped", "result": result, "error": result.get("reason")}, 0
         return {"status": "done", "result": result, "error": None}, 0
     except Exception as error:
-        if life.stop:  # a process that is asked to stop may fail in any way: its children were asked too
+        if life.stop:  # a process that has to stop may fail in any way, since its children got the signal too
             logger.info("Cancelled.", exc_info=not isinstance(error, Cancelled))
             return {"status": "cancelled", "result": None, "error": None}, 1
         if isinstance(error, Es2Error):
             logger.error("%s", error)
             return {"status": "failed", "result": None, "error": str(error)}, error.exit_code
         logger.exception("Job %s failed unexpectedly.", job.id)
-        what = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
+        what = one_line(f"{type(error).__name__}: {error}")
         sentence = f"The {job.kind} job failed unexpectedly ({what}); {job.path / 'log.txt'} has the details."
         return {"status": "failed", "result": None, "error": sentence}, 1
 
 
 def heavy_limit() -> int:
-    """How many heavy jobs of one host may run at once: `$ES2_HEAVY_JOBS`, or 1.
-
-    Raises:
-        InputError: when the variable holds anything but a whole number of at least 1.
-    """
+    """Number of heavy jobs of one host that may run at once: `$ES2_HEAVY_JOBS`, or 1. Raises `InputError`."""
     stated = os.environ.get("ES2_HEAVY_JOBS") or "1"
     if not (stated.isascii() and stated.isdigit() and int(stated[:9]) >= 1):
         raise InputError(f"ES2_HEAVY_JOBS must be a whole number of at least 1, not {stated[:40]!r}.")
@@ -129,7 +119,7 @@ def heavy_limit() -> int:
 
 
 def jobs_ahead(job: Job) -> list[Job]:
-    """The heavy jobs of this host that were launched before a heavy one and have not ended; none for a light one."""
+    """The unended heavy jobs of this host that were launched before a heavy job; none for a light one."""
     if not job.config.get("heavy", True):
         return []
     unended = (other for other in list_jobs(job.path.parent) if not (other.path / "result.json").exists())
@@ -138,7 +128,7 @@ def jobs_ahead(job: Job) -> list[Job]:
 
 @contextmanager
 def _turn(job: Job, life: _Life) -> Iterator[None]:
-    """Wait until there is room: fewer earlier heavy jobs of this host are left than may run, and so few run."""
+    """Hold one of the host's turns, once fewer earlier heavy jobs are left than may run at once."""
     names = [f".turn-{HOST}.lock", *(f".turn-{HOST}-{number}.lock" for number in range(2, heavy_limit() + 1))]
     turns = [FileLock(job.path.parent / name) for name in names]
     ahead = jobs_ahead(job)
@@ -146,7 +136,7 @@ def _turn(job: Job, life: _Life) -> Iterator[None]:
     while True:
         life.check()
         ahead = [other for other in ahead if other.is_active()]
-        # A turn may be taken by a later job, of before this one was resumed.
+        # A later job may hold a turn, from before this one was resumed.
         if len(ahead) < len(turns) and (turn := next(filter(_try, turns), None)) is not None:
             break
         life.also("queue", n_at_first - len(ahead), n_at_first)
@@ -159,17 +149,16 @@ def _turn(job: Job, life: _Life) -> Iterator[None]:
 
 def _try(lock: FileLock) -> bool:
     """Take a lock, unless another process holds it. Raises `MachineError`."""
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    except OSError as error:
-        raise machine_error(error, Path(lock.lock_file)) from error
+    with writing(Path(lock.lock_file)):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
     return True
 
 
 class _Life:
-    """What a job's process does beside its work: hold the lock, show a heartbeat, log events, hear a call to stop."""
+    """The duties of a job's process beside its work: lock, heartbeat, events, and requests to stop."""
 
     def __init__(self, job: Job, also: Reporter) -> None:
         self.job = job
@@ -185,7 +174,7 @@ class _Life:
         with ExitStack() as stack:
             lock = FileLock(path / "lock")
             try:
-                lock.acquire(timeout=2)  # not 0: whoever asks for the status looks at the lock, too
+                lock.acquire(timeout=2)  # not 0: `Job.status` takes the lock for a moment, too
                 stack.callback(lock.release)
                 self._events = stack.enter_context((path / "events.jsonl").open("ab", buffering=0))
             except Timeout:
@@ -195,9 +184,9 @@ class _Life:
             if (end := self.job.ending()) is not None:
                 raise InputError(f"Job {self.job.id} has ended already ({end}).")
             if (written := tail(path / "events.jsonl")) and not written.endswith(b"\n"):
-                self._events.write(b"\n")  # what a killed process began must not spoil the next line
+                self._events.write(b"\n")  # a partial line of a killed process must not spoil the next one
             for number in (signal.SIGTERM, signal.SIGINT):
-                stack.callback(signal.signal, number, signal.signal(number, self._hear))
+                stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
             self.enter("queued")
             self._beat.start()
             stack.callback(self._beat.join)
@@ -210,15 +199,12 @@ class _Life:
 
     def enter(self, state: str) -> None:
         """Show that the job is now `queued` or `running`."""
-        try:
-            record = {"host": HOST, "pid": os.getpid(), "state": state}
-            write_json(self.job.path / "heartbeat.json", record)
-        except OSError as error:
-            raise machine_error(error, self.job.path) from error
+        with writing(self.job.path):
+            write_json(self.job.path / "heartbeat.json", {"host": HOST, "pid": os.getpid(), "state": state})
         self.write_event(event="status", status=state)
 
     def check(self) -> None:
-        """Raise `Cancelled` when somebody asked for it."""
+        """Raise `Cancelled` when a request to stop has arrived."""
         self.stop = self.stop or (self.job.path / "cancel").exists()
         if self.stop:
             raise Cancelled
@@ -238,21 +224,19 @@ class _Life:
     def write_event(self, **entries: Any) -> None:
         """Append one line to `events.jsonl`. Raises `MachineError` when the disk refuses."""
         line = json.dumps({"time": time.time(), **entries}, ensure_ascii=False)
-        try:
+        with writing(self.job.path / "events.jsonl"):
             self._events.write(line.encode() + b"\n")
-        except OSError as error:
-            raise machine_error(error, self.job.path / "events.jsonl") from error
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop = True
 
     def _show_heartbeat(self) -> None:
         while not self._over.wait(HEARTBEAT_SECONDS):
             if not self.job.path.is_dir():
-                self.stop = True  # whoever removed the folder underfoot wants no result
+                self.stop = True  # the folder was removed, so that no result is wanted
                 break
             if (self.job.path / "cancel").exists():
-                self.stop = True  # how a request from another host arrives
+                self.stop = True  # the request of another host
             try:
                 os.utime(self.job.path / "heartbeat.json")
             except OSError as error:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from es2.core.files import machine_error
+from es2.core.files import writing
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -42,7 +42,7 @@ def lay_out(
     text = _header(positions, shape, dtype)
     begin = _PREFIX_BYTES + len(text)
     size = np.dtype(dtype).itemsize * math.prod(shape)
-    try:
+    with writing(path):
         with path.open("xb") as file:
             file.write(len(text).to_bytes(_PREFIX_BYTES, "little") + text)
             file.flush()
@@ -51,8 +51,6 @@ def lay_out(
             else:
                 file.truncate(begin + size * len(positions))
         return _mapped(path, begin, positions, shape, dtype)
-    except OSError as error:
-        raise machine_error(error, path) from error
 
 
 def narrow(path: Path) -> None:

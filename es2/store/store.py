@@ -21,13 +21,13 @@ from es2.core.files import (
     is_key,
     is_shipped,
     lock,
-    machine_error,
     new_folder,
     quarantine,
     shipped,
     unreadable,
     with_checksum,
     write_json,
+    writing,
 )
 from es2.store.activation_set import (
     ACTIVATIONS,
@@ -130,10 +130,8 @@ class Store:
         if not models and not runs:
             return activations
         names = {"aliases": [*activations.models[1:], *models], "other_runs": [*activations.runs[1:], *runs]}
-        try:
+        with writing(activations.path):
             write_json(activations.path / META, with_checksum(activations.meta | names))
-        except OSError as error:
-            raise machine_error(error, activations.path) from error
         return _read_meta(activations.path)
 
     @contextmanager
