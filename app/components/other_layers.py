@@ -18,8 +18,7 @@ from app.charts.canvas import Figure
 from app.components.plots import as_text
 
 KEY = "other_layers"
-MOVING = ("x", "y", "text", "meta")
-"""The entries of a trace that differ between layers."""
+MOVING = ("x", "y", "text", "meta")  # the entries of a trace that differ between layers
 
 _SECONDS = 0.15  # of the server at a time: a click waits for it
 _MAX_POINTS = 60_000  # of all layers together: some megabytes in the browser
@@ -34,7 +33,6 @@ def send_others(context: str, layer: int, n_layers: int, points: int, make: Call
     Args:
         context: as of the `linked` figures that they replace.
         layer: the current layer.
-        n_layers: number of layers.
         points: number of points in a layer's figures.
         make: returns the figures of one layer, with nothing selected; called in its own threads for large ones.
     """

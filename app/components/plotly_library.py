@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 # Never mounted: declaring it makes the server offer the files of its folder.
 _PACKAGE = declare_component("plotly", path=Path(plotly.__file__).with_name("package_data"))
 
-ADDRESS = f"component/{_PACKAGE.name}/plotly.min.js"
-"""Its address on the server, for `library` in a component's script."""
+ADDRESS = f"component/{_PACKAGE.name}/plotly.min.js"  # on the server, for `library` in a component's script
 
 _LOADER = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
 _early = st.components.v2.component(
@@ -38,10 +37,8 @@ def component(name: str, file: Path, html: str, **settings: Any) -> ComponentRen
     """A component whose script may call `library(address)`, which resolves to plotly.
 
     Args:
-        name: of the component.
         file: a path beside its script and style, which end in `.js` and `.css`.
         html: its initial content.
-        settings: further arguments of Streamlit's `component`.
     """
     css = file.with_suffix(".css").read_text(encoding="utf-8")
     js = _LOADER + file.with_suffix(".js").read_text(encoding="utf-8")

@@ -127,7 +127,8 @@ async function show(Plotly, state, index, figure, theme) {
   const rest = JSON.stringify([others, theme, traces]);
   const shown = div.shown;
   div.shown = { layout: figure.layout, rest };
-  if (shown?.rest === rest && !selecting(div)) {
+  const selecting = div._fullLayout?.selections?.length > 0; // an outline stays until the figure is drawn anew
+  if (shown?.rest === rest && !selecting) {
     // Plotly draws shapes in a millisecond, and everything else in a hundred.
     if (shown.layout !== figure.layout) await Plotly.relayout(div, { shapes });
     return;
@@ -153,11 +154,6 @@ function kindOf(state, traces) {
 function hasWebGL() {
   window.es2WebGL ??= Boolean(document.createElement("canvas").getContext("webgl")?.getExtension("OES_element_index_uint"));
   return window.es2WebGL;
-}
-
-// The outline of a lasso or a box stays until the figure is drawn anew.
-function selecting(div) {
-  return (div._fullLayout?.selections ?? []).length > 0;
 }
 
 // Streamlit's colours and font, which follow the system or the user's choice.

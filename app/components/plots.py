@@ -28,7 +28,6 @@ def plot(figure: Figure, *, key: str, alt: str, on_pick: Callable[[], None] | No
     """Draw one figure, whose layout has a height.
 
     Args:
-        figure: the figure.
         key: of the widget. In `on_pick` its `picked` in the session's state is the `customdata` of the clicked point.
         alt: a description for screen readers.
         on_pick: called when a point that has `customdata` is clicked.

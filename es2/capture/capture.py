@@ -54,10 +54,7 @@ class CaptureRequest:
 
     Attributes:
         key: of the activation set to be written.
-        folder: of the model.
-        adapter: folder of the adapter to merge, or None.
-        rendered: the prompts.
-        positions: some of `POSITIONS`.
+        folder, adapter: of the model, and of the adapter to merge, if any.
         device: a torch device, or `auto` for all GPUs.
         dtype: one of `es2.models.number_formats.DTYPES`.
         into: the file of the embeddings; None keeps them in memory.

@@ -108,9 +108,8 @@ def _read_share(processes: PartialState, reading: CaptureRequest, scratch: Path,
     """Read this process's prompts into the folder; returns when all processes have."""
 
     def read() -> None:
-        rows = _rows(reading.rendered, processes.process_index, processes.num_processes)
+        rows, into = _share(reading.rendered, processes.process_index, processes.num_processes, scratch)
         if rows:
-            into = scratch / _name(processes.process_index)
             selected = reading.rendered.select(rows)
             replace(reading, rendered=selected, device=str(processes.device), into=into).read(report)
 
@@ -124,10 +123,9 @@ def _join(
     n_prompts = len(reading.rendered.token_ids)
     joined: dict[str, Float[np.ndarray, "layer prompt d_model"]] = {}
     for index in range(n_processes):
-        rows = _rows(reading.rendered, index, n_processes)
+        rows, path = _share(reading.rendered, index, n_processes, scratch)
         if not rows:
             continue
-        path = scratch / _name(index)
         if not path.is_file():
             raise MachineError(
                 f"The share of process {index} is not in {scratch}; on several hosts ES2_HOME has to be a folder that "
@@ -144,11 +142,8 @@ def _join(
     return joined
 
 
-def _rows(rendered: Rendered, index: int, n_processes: int) -> list[int]:
-    """The prompts of one process: every n-th by length, for equal shares."""
+def _share(rendered: Rendered, index: int, n_processes: int, scratch: Path) -> tuple[list[int], Path]:
+    """The prompts of one process, every n-th by length for equal shares, and the file of their embeddings."""
     lengths = [len(tokens) for tokens in rendered.token_ids]
-    return sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))[index::n_processes]
-
-
-def _name(index: int) -> str:
-    return f"share-{index}.safetensors"
+    rows = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))[index::n_processes]
+    return rows, scratch / f"share-{index}.safetensors"

@@ -36,7 +36,6 @@ class Helpers(Generic[Answer]):
     """Helpers that start at once, while the work is being prepared, and end with the `with` block.
 
     Args:
-        number: number of processes.
         work: called as `work(shared, *piece)`; a pure function of a module.
     """
 
@@ -70,7 +69,6 @@ class Helpers(Generic[Answer]):
         Args:
             shared: what all pieces need.
             read: returns a piece by its number; called in this process, from several threads.
-            n_pieces: number of pieces.
 
         Raises:
             Exception: what `read` or the work raises, in either kind of process.

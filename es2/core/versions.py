@@ -7,6 +7,7 @@ old one would be a guess; one that states none is of version 1.
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 from es2.core.errors import InputError
@@ -18,10 +19,8 @@ def installed_versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that decide the numbers, by name."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 

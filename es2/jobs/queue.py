@@ -35,7 +35,6 @@ def create_job(kind: str, config: Mapping[str, Any], *, root: Path | None = None
     """A new job in a folder of its own, for `start` or `run_job`.
 
     Args:
-        kind: name of the task.
         config: the task's settings, as JSON values.
         root: the folder of all jobs; `home()/runs` if not given.
         heavy: whether it takes turns with the other heavy jobs of this host.

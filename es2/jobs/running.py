@@ -48,8 +48,6 @@ def run_job(folder: Path, tasks: Mapping[str, Task], also: Reporter = silent) ->
     with its sentence; any other exception with a sentence that names the log, which has the traceback.
 
     Args:
-        folder: of a job from `create_job`.
-        tasks: the functions by kind.
         also: receives progress too, such as a bar in the terminal.
 
     Raises:

@@ -11,10 +11,8 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-FEWEST_WORDS = 8
-"""Shorter prompts differ in what they ask for when they differ in a word."""
-MOST_WORDS = 100
-"""Longer prompts are only compared as wholes."""
+FEWEST_WORDS = 8  # shorter prompts that differ in a word are different requests
+MOST_WORDS = 100  # longer prompts are only compared as wholes
 
 _WORD = re.compile(r"\w+")
 

@@ -30,8 +30,7 @@ LABELS = {"harmful": HARMFUL, "harmless": HARMLESS}
 LABEL_NAMES = {HARMFUL: "harmful", HARMLESS: "harmless"}
 
 SPLITS = ("tune", "validation", "probe", "test")
-FORMER_SPLITS = {"watch": "validation"}
-"""Today's name of a split by its former one, which files may still have."""
+FORMER_SPLITS = {"watch": "validation"}  # today's name by the one in older files
 _SPLIT_ENDS = (0.5, 0.6, 0.8, 1.0)
 
 

@@ -16,8 +16,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_ROWS = 1_000_000
-MAX_CELL_CHARACTERS = 1_000
-"""Of a pair's id or a category, which tables show beside prompts."""
+MAX_CELL_CHARACTERS = 1_000  # of a pair's id or a category, which tables show beside prompts
 
 Row = tuple[str, Mapping[str, Any]]
 """The place of a row (`row 7`), and its cells by column."""
@@ -28,10 +27,7 @@ def from_rows(name: str, rows: Iterable[Row], *, where: str) -> PromptSet:
 
     Exact duplicates, and near-duplicates in different splits, are warned of.
 
-    Args:
-        name: the set's name.
-        rows: as read, in order.
-        where: the source in error messages.
+    Error messages call the source `where`.
 
     Raises:
         InputError: for the first wrong row, with its place and column; for one text under both labels, a pair in two
@@ -40,37 +36,31 @@ def from_rows(name: str, rows: Iterable[Row], *, where: str) -> PromptSet:
     taken = CheckedRows(where)
     for place, row in rows:
         taken.take(place, row)
-    if not taken.texts:
+    if not taken.rows:
         raise InputError(f"{where} holds no prompt; it needs at least one row under the columns prompt and label.")
     if taken.merged:
         logger.warning("%s: %d exact duplicate(s) merged.", where, taken.merged)
-    labels = np.array(taken.labels, dtype=np.int8)
-    columns = (tuple(column) for column in (taken.categories, taken.pairs, taken.splits))
-    prompts = PromptSet(name, tuple(taken.texts), labels, *columns)
+    labels, categories, pairs, splits = zip(*taken.rows.values(), strict=True)
+    prompts = PromptSet(name, tuple(taken.rows), np.array(labels, dtype=np.int8), categories, pairs, splits)
     if prompts.leak:
         logger.warning("%s", prompts.leak)
     return prompts
 
 
 class CheckedRows:
-    """The columns of rows that were checked one by one."""
+    """Rows that were checked one by one: label, category, pair and split by text."""
 
     def __init__(self, where: str) -> None:
         self.where = where
-        self.texts: list[str] = []
-        self.labels: list[int] = []
-        self.categories: list[str] = []
-        self.pairs: list[str] = []
-        self.splits: list[str] = []
+        self.rows: dict[str, tuple[int, str, str, str]] = {}
         self.merged = 0
         self._seen: dict[str, tuple[int, str]] = {}
-        self._exact: set[str] = set()
         self._split_of_pair: dict[str, tuple[str, str]] = {}
 
     def take(self, place: str, row: Mapping[str, Any]) -> None:
         """Add one more row, or raise `InputError` and leave it out."""
         at = f"{self.where}, {place}"
-        if len(self.texts) + self.merged >= MAX_ROWS:
+        if len(self.rows) + self.merged >= MAX_ROWS:
             raise InputError(f"{at}: more than {MAX_ROWS:,} rows are not read; give fewer prompts.")
         text = _cell(row, "prompt", at)
         if len(text) > MAX_PROMPT_CHARACTERS:
@@ -87,7 +77,7 @@ class CheckedRows:
             raise InputError(
                 f"{at}: this text stands under both labels (the other at {other_place}); keep one: {text[:80]!r}."
             )
-        if text in self._exact:
+        if text in self.rows:
             self.merged += 1
             return
         pair = _cell(row, "pair", at, needed=False) or own_pair(text)
@@ -105,12 +95,7 @@ class CheckedRows:
         for column, cell in (("pair", pair), ("category", category)):
             if len(cell) > MAX_CELL_CHARACTERS:
                 raise InputError(f"{at}, column {column}: at most {MAX_CELL_CHARACTERS:,} characters; shorten it.")
-        self._exact.add(text)
-        self.texts.append(text)
-        self.labels.append(label)
-        self.categories.append(category)
-        self.pairs.append(pair)
-        self.splits.append(split)
+        self.rows[text] = (label, category, pair, split)
 
 
 def _cell(row: Mapping[str, Any], column: str, at: str, *, needed: bool = True) -> str:

@@ -54,17 +54,24 @@ class ActivationSet:
         path: its folder.
         meta: the content of `meta.json`; unknown entries are kept.
         inode: the folder's identity when it was read, which a successor of the same name does not share.
+        model: the model's display name.
+        positions: the captured token positions.
+        n_layers, n_prompts, d_model: sizes; prompts are in the order of `texts`.
+        texts_digest: `PromptSet.texts_digest` of the prompts.
+        created: when it was written, in ISO 8601 and UTC; empty if not recorded.
     """
 
     key: str
     path: Path
     meta: dict[str, Any] = field(compare=False, repr=False)
     inode: int = field(compare=False, repr=False)
-
-    @property
-    def model(self) -> str:
-        """The model's display name."""
-        return str(self.meta["model"])
+    model: str = field(compare=False)
+    positions: tuple[str, ...] = field(compare=False)
+    n_layers: int = field(compare=False)
+    n_prompts: int = field(compare=False)
+    d_model: int = field(compare=False)
+    texts_digest: str = field(compare=False)
+    created: str = field(compare=False)
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -82,39 +89,9 @@ class ActivationSet:
         return (self.run, *(id for id in self.meta.get("other_runs") or () if isinstance(id, str)))
 
     @property
-    def positions(self) -> tuple[str, ...]:
-        """The token positions that were kept."""
-        return tuple(self.meta["positions"])
-
-    @property
-    def n_layers(self) -> int:
-        """Number of layers."""
-        return int(self.meta["n_layers"])
-
-    @property
-    def n_prompts(self) -> int:
-        """Number of prompts, in the order of `texts`."""
-        return int(self.meta["n_prompts"])
-
-    @property
-    def d_model(self) -> int:
-        """Dimensions of one embedding."""
-        return int(self.meta["d_model"])
-
-    @property
-    def texts_digest(self) -> str:
-        """`PromptSet.texts_digest` of the prompts."""
-        return str(self.meta["texts_digest"])
-
-    @property
     def whole(self) -> str:
         """The key of the set that this one is a part of, or its own key. All numbers are computed from the whole."""
         return str(self.meta.get("part_of", self.key))
-
-    @property
-    def created(self) -> str:
-        """When it was written: ISO 8601, UTC; empty if not recorded."""
-        return str(self.meta.get("created", ""))
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
@@ -274,4 +251,6 @@ def _read_meta(path: Path) -> ActivationSet:
     )
     if not sound:
         raise _UnsoundError(f"{META} lacks an entry, or describes something else")
-    return ActivationSet(path.name, path, meta, inode)
+    known = {name: meta[name] for name in ("model", "n_layers", "n_prompts", "d_model", "texts_digest")}
+    created = str(meta.get("created", ""))
+    return ActivationSet(path.name, path, meta, inode, positions=tuple(meta["positions"]), created=created, **known)

@@ -30,14 +30,7 @@ def lay_out(
 ) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
     """Arrays of zeros in a new safetensors file, one for each position, mapped for writing.
 
-    Args:
-        path: of the file.
-        positions: names of the arrays.
-        shape: `[layer, prompt, d_model]` of each.
-        dtype: `float32` or `float16`.
-
-    Raises:
-        MachineError: when the disk is full or refuses.
+    Each is `[layer, prompt, d_model]`, in `float32` or `float16`. Raises `MachineError`.
     """
     text = _header(positions, shape, dtype)
     begin = _PREFIX_BYTES + len(text)

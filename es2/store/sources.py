@@ -70,11 +70,8 @@ def read_rows(
     """One layer's embeddings at `rows`, as exact as they are stored.
 
     Args:
-        source: embeddings of `n_prompts` prompts.
-        layer: index of the layer.
         position: one of `POSITIONS`.
         n_prompts: number of prompts in the prompt set.
-        rows: the rows to read.
         model: `base` or `tuned`, for the message.
 
     Raises:

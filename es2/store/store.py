@@ -48,8 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "cached_activations"
-"""Of sets, below `home()` and below the root of shipped sets."""
+FOLDER = "cached_activations"  # below `home()` and below the root of shipped sets
 
 
 class Store:
@@ -136,15 +135,9 @@ class Store:
 
     @contextmanager
     def lock(self, key: str, while_waiting: Callable[[], None] | None = None) -> Iterator[None]:
-        """Hold the lock of `key`, so that one process computes and the others wait and then read.
+        """Hold the lock of `key`, of a set or of a result derived from one, so that only one process computes it.
 
-        Args:
-            key: of an activation set, or of something derived from one.
-            while_waiting: called twice a second while another process holds the lock; it may raise to give up.
-
-        Raises:
-            InputError: for an impossible key.
-            MachineError: when the store cannot be written.
+        `while_waiting` is called twice a second while another process holds the lock; it may raise to give up.
         """
         with lock(self.root, key, while_waiting):
             yield
