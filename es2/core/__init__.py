@@ -1,1 +1,1 @@
-"""What every package stands on: errors, whole-or-absent files, settings, progress, versions, the process pool."""
+"""The base of every package: errors, whole-or-absent files, settings, progress, versions, the process pool."""

@@ -90,7 +90,7 @@ def _jsonl_rows(data: bytes, where: str) -> Iterator[Row]:
 
 def _json_row(row: object, number: int, where: str) -> Row:
     if not isinstance(row, dict):
-        raise InputError(f"{where!r}, row {number}: expected an object with the keys prompt and label.")
+        raise InputError(f"{where!r}, row {number}: expected an object with a key for each column, such as prompt.")
     return f"row {number}", {str(key).strip().lower(): cell for key, cell in row.items()}
 
 
