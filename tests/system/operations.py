@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from es2.core.errors import Es2Error
 from es2.core.files import content_key, file_digest, write_json
@@ -335,6 +337,11 @@ class Ended:
     value: Any
     log: str
     left: int
+
+
+# The processes below are forked and killed: one that is killed within tqdm's lock between processes would hold it for ever.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 def in_a_process(

@@ -212,7 +212,7 @@ def test_a_click_at_the_moment_of_a_question_runs_the_page(
             window.held = [];
             window.setTimeout = (run, pause, ...rest) => {
                 const asked = window.es2Layers.context !== context && /sendUpdateWidgetsMessage/.test(run);
-                return asked ? window.held.steering(run) : later(run, pause, ...rest);
+                return asked ? window.held.push(run) : later(run, pause, ...rest);
             };
         }"""
     )
