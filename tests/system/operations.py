@@ -339,7 +339,7 @@ class Ended:
     left: int
 
 
-# The processes below are forked and killed: one that is killed within tqdm's lock between processes would hold it for ever.
+# The processes below are forked and killed: one killed within the lock that tqdm shares between them would keep it.
 tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0
 
