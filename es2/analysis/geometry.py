@@ -140,7 +140,7 @@ class Resampled:
     exact: _Draws
     single: _Draws
     itself: _Draws
-    members: tuple[tuple[Int[np.ndarray, "some"], Int[np.ndarray, "some"]], ...]
+    members: tuple[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]], ...]
 
     @classmethod
     def of(cls, labels: Int[np.ndarray, "prompt"], weights: Weights) -> Resampled:

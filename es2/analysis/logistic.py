@@ -93,7 +93,7 @@ class Products:
 
     def among(
         self, rows: Int[np.ndarray, "row"], source: Float[np.ndarray, "prompt other"]
-    ) -> Float[np.ndarray, "row other"]:
+    ) -> Float[np.ndarray, "row _"]:
         """The part of `source`, in whatever precision, that is of these prompts."""
         if len(rows) == len(source):
             return source
@@ -138,7 +138,7 @@ class _View:
     lengths: Float[np.ndarray, "row"]
 
 
-_Alike: TypeAlias = 'list[tuple[_View, Int[np.ndarray, "fit"]]]'
+_Alike: TypeAlias = 'list[tuple[_View, Int[np.ndarray, "_"]]]'
 """What is seen, and by which fits."""
 
 

@@ -93,7 +93,7 @@ def signed_distances(
     z: Float[np.ndarray, "prompt d_model"],
     weights: Float[np.ndarray, "C d_model"],
     bias: Float[np.ndarray, "C"],
-) -> Float[np.ndarray, "prompt cost"]:
+) -> Float[np.ndarray, "prompt C"]:
     """`signed_distance` under each of several probes."""
     lengths = np.linalg.norm(weights, axis=1)
     reads = lengths > 0
@@ -337,7 +337,7 @@ def lower_quartile(values: Float[np.ndarray, "prompt"], weights: Float[np.ndarra
 
 
 def probe_numbers(
-    margins: Float[np.ndarray, "prompt cost"],
+    margins: Float[np.ndarray, "prompt C"],
     labels: Int[np.ndarray, "prompt"],
     weights: Float[np.ndarray, "resample prompt"],
 ) -> list[dict[str, Replicates]]:

@@ -330,7 +330,9 @@ def _models(
     return models
 
 
-def _fitted(zs: Sequence[Embeddings], fit: Bool[np.ndarray, "prompt"] | None, fit_on: FitOn) -> Embeddings:
+def _fitted(
+    zs: Sequence[Embeddings], fit: Bool[np.ndarray, "prompt"] | None, fit_on: FitOn
+) -> Float[np.ndarray, "fitted d_model"]:
     chosen = zs if fit_on == "both" else zs[:1]
     parts = [z if fit is None else z[fit] for z in chosen]
     return np.concatenate(parts) if len(parts) > 1 else parts[0]

@@ -267,7 +267,7 @@ def test_the_mean_over_shuffled_labels_is_that_of_each() -> None:
     assert twins is not None
     found, expected = (mean_auroc(scores, labels, weights, known) for known in (twins, None))
     np.testing.assert_allclose(found, expected, rtol=1e-13)
-    single = single_prompts([0, 1] * 30)
+    single = single_prompts([0, 1] * 60)
     assert twins_of(labels, resample_pairs(single, 40, seed=0)) is None  # not drawn together
     assert twins_of(np.ones_like(labels), weights) is None  # of one label
 
