@@ -20,7 +20,7 @@ import streamlit as st
 
 from app.state import Choice
 from es2.analysis.comparison import Comparison
-from es2.analysis.layer_views import DRAWS, LayerViews
+from es2.analysis.layer_views import RENDERS, LayerViews
 from es2.analysis.projection import FitOn, View
 from es2.analysis.results import Analysis
 from es2.core.errors import Es2Error
@@ -190,7 +190,7 @@ def _view(key: str, analysis: str, position: str, layer: int, kind: str, _opened
         return drawn.view(kind, layer)
     embeddings = _opened.activations.layer(layer, position)
     # Axes are fitted on what is always shown, so that showing other splits moves no point.
-    return DRAWS[kind](embeddings, _opened.analysis.base_probes, layer, fit=_opened.prompts.in_split("test"))
+    return RENDERS[kind](embeddings, _opened.analysis.base_probes, layer, fit=_opened.prompts.in_split("test"))
 
 
 # ---------------------------------------------------------------------------------------------------- base and tuned
@@ -308,7 +308,7 @@ def _pair_view(key: tuple[str, ...], layer: int, kind: str, fit_on: FitOn, raw: 
     if usual and (drawn := _views_of_pair(_comparison)) is not None:
         return drawn.view(kind, layer)
     base, tuned = _pair_layer(key, layer, _comparison)
-    return DRAWS[kind](
+    return RENDERS[kind](
         base,
         _comparison.analysis.base_probes,
         layer,

@@ -1,8 +1,7 @@
 """Two models side by side: what the compare page and the report are about.
 
-Wherever its parts were found (a run's folder, a second run, what is shipped), a comparison is the same record, and what
-can be said of it is said here once: the KLs are those of a fine-tune against its base, so they say nothing where
-another run stands in the base's place.
+A comparison is the same record wherever its parts come from (a run's folder, a second run, the showcase). KLs compare a
+fine-tune with its base, so there are none where another run takes the base's place.
 """
 
 from __future__ import annotations
@@ -23,15 +22,13 @@ class Comparison:
 
     Attributes:
         prompts: the prompts that are shown, in the order of the embeddings: `measured` ones, or a part of them.
-        base: their embeddings under the model at the left, base or the run that stands in its place.
-        tuned: the same under the model at the right.
+        base, tuned: their embeddings under the model at the left (base, or another run) and at the right.
         analysis: of both; its numbers are of all test prompts, also where a part is shown.
-        position: whose embeddings are read.
-        names: what left and right are called.
-        targets: the target layers of the right one's run.
-        config: the run's settings, `FinetuneConfig.to_dict()` and `prompts`, the source of the prompts.
-        result: what the run came to: its `result.json`.
-        run: the run's id.
+        names: of left and right.
+        targets: the target layers of the run at the right.
+        config: that run's settings, `FinetuneConfig.to_dict()` and `prompts`, the source of the prompts.
+        result: that run's `result.json`.
+        run: that run's id.
     """
 
     prompts: PromptSet
@@ -47,17 +44,17 @@ class Comparison:
 
     @property
     def key(self) -> tuple[str, ...]:
-        """Identifies everything a figure is made from."""
+        """Identifies everything that decides a figure."""
         return (self.base.key, self.tuned.key, self.prompts.digest, self.position, str(self.analysis.config))
 
     @property
     def is_of_two_runs(self) -> bool:
-        """Whether another run stands in the place of base."""
+        """Whether another run takes the place of base."""
         return self.base.run is not None
 
     @property
     def kl(self) -> Mapping[str, float] | None:
-        """The run's KLs on harmless test prompts, `prompt` and `reply`; None where another run stands in for base."""
+        """The run's KLs on harmless test prompts, `prompt` and `reply`; None between two runs."""
         return None if self.is_of_two_runs else self.result.get("kl_harmless_test")
 
     @property

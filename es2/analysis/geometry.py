@@ -1,12 +1,7 @@
-"""How far apart the two clouds of one layer stand, and what is left beside the direction that separates them.
+"""How far apart the two clouds of one layer are, and the spread that is left beside the direction that separates them.
 
-Every number is worked out from inner products between the test prompts alone (their Gram matrix), never from
-coordinates. That makes rotations of the model's space irrelevant by construction, costs the same for a model of 576
-and of 8,192 dimensions once the matrix is made, and turns a bootstrap into a product of matrices `[prompt, prompt]`
-with a matrix of weights `[prompt, resample]`, without a loop. These products take time, so numbers share them, they are
-made in single precision (the numbers themselves are not), and prompts that are always drawn together are added up first
-where that gives the same. Directions and scale come from the `probe` split and stay fixed while `test` is resampled: an
-interval says how sure a number is, given the ruler.
+Numbers come from the Gram matrix of the test prompts, so rotations change nothing and a bootstrap is one product of
+matrices. Directions and scale come from `probe` and stay fixed while `test` is resampled.
 """
 
 from __future__ import annotations
@@ -24,11 +19,11 @@ if TYPE_CHECKING:
 
 
 ROUNDING = 1e-10
-"""Lengths below this part of the scale are rounding: no stored embedding resolves a relative 1e-7."""
+"""Lengths below this part of the scale are rounding."""
 
 Weights: TypeAlias = 'Float[np.ndarray, "resample prompt"]'
 
-_AT_ONCE = 64  # prompts
+_AT_ONCE = 64  # prompts, which in 4,096 dimensions fit into a cache
 
 
 @dataclass(frozen=True)
@@ -49,14 +44,14 @@ class Frame:
     def normalise(
         self, embeddings: Float[np.ndarray, "prompt d_model"], dtype: type[np.floating] = np.float64
     ) -> Float[np.ndarray, "prompt d_model"]:
-        """z = (e − centre) / scale, in float64 unless said otherwise."""
+        """z = (e − centre) / scale."""
         z: Float[np.ndarray, "prompt d_model"] = np.asarray(embeddings, dtype=dtype) - self.centre.astype(dtype)
         z /= self.scale
         return z
 
 
 def parts_of(embeddings: Float[np.ndarray, "prompt d_model"]) -> list[Float[np.ndarray, "part d_model"]]:
-    """Views of a few prompts each, one at least: what is worked out of one, of 4,096 dimensions, fits into a cache."""
+    """Views of a few prompts each, at least one view."""
     return [embeddings[start : start + _AT_ONCE] for start in range(0, max(1, len(embeddings)), _AT_ONCE)]
 
 
@@ -78,10 +73,9 @@ def fit_frame(embeddings: Float[np.ndarray, "prompt d_model"], labels: Int[np.nd
 def class_sums(
     values: Float[np.ndarray, "prompt column"], labels: Int[np.ndarray, "prompt labeling"], weights: Weights
 ) -> tuple[Float[np.ndarray, "class resample column"], Float[np.ndarray, "class resample labeling"]]:
-    """Sums of `values` over harmful and over harmless prompts under every resample, and how many prompts these are.
+    """Sums of `values` over harmful and over harmless prompts under every resample, and numbers of these prompts.
 
-    `labels` are a column for each of `values`, or one column for all. Everything is one matrix product, since what
-    takes time is to read the weights.
+    `labels` has a column for each of `values`, or one for all. One matrix product, as reading weights takes the time.
     """
     sides = (labels == HARMFUL, labels == HARMLESS)
     columns = [side * values for side in sides] + [side.astype(values.dtype) for side in sides]
@@ -99,37 +93,34 @@ def balanced_mean(
 
 
 def inner(left: Float[np.ndarray, "a column"], right: Float[np.ndarray, "a column"]) -> Float[np.ndarray, "column"]:
-    """left · right of every column, that is, of every resample or every fit."""
+    """left · right of every column."""
     return np.einsum("ac,ac->c", left, right)
 
 
 @dataclass(frozen=True)
-class _Draws:
+class _Shares:
     """Resamples of the two classes, in one precision.
 
     Attributes:
-        sides: with what part of its class each prompt counts, harmful and harmless, `[prompt, resample]`.
-        units: how often each unit is drawn, in parts of a class, `[unit, resample]`: prompts that are always drawn
-            together, such as twins, are one, so that sums over prompts become sums over fewer units.
+        sides: each prompt's share of its class, harmful and harmless.
+        units: each unit's share of a class; prompts that are always resampled together, such as twins, are one unit.
     """
 
     sides: tuple[Float[np.ndarray, "harmful resample"], Float[np.ndarray, "harmless resample"]]
     units: Float[np.ndarray, "unit resample"]
 
-    def cast(self, dtype: type[np.floating]) -> _Draws:
-        """The same in another precision."""
-        return _Draws((self.sides[0].astype(dtype), self.sides[1].astype(dtype)), self.units.astype(dtype))
+    def cast(self, dtype: type[np.floating]) -> _Shares:
+        return _Shares((self.sides[0].astype(dtype), self.sides[1].astype(dtype)), self.units.astype(dtype))
 
 
 @dataclass(frozen=True)
 class Resampled:
-    """Who is measured, and how often under every resample: the same for all layers and models, so made once.
+    """The test prompts and their resamples, the same for all layers and models.
 
     Attributes:
-        labels: of the prompts, `[prompt]`, at least two of each.
-        weights: multiplicities from `resample_pairs`, `[resample, prompt]`; row 0 all ones.
-        exact: the resamples.
-        single: the same in single precision, for products of matrices.
+        labels: at least two of each.
+        weights: multiplicities from `resample_pairs`; row 0 all ones.
+        exact, single: the resamples in double precision, and in single precision for products of matrices.
         itself: resample 0 alone.
         members: units and one prompt of each, harmful prompts counted first; all units, then those with a second
             prompt, and so on.
@@ -137,14 +128,14 @@ class Resampled:
 
     labels: Int[np.ndarray, "prompt"]
     weights: Weights
-    exact: _Draws
-    single: _Draws
-    itself: _Draws
+    exact: _Shares
+    single: _Shares
+    itself: _Shares
     members: tuple[tuple[Int[np.ndarray, "_"], Int[np.ndarray, "_"]], ...]
 
     @classmethod
     def of(cls, labels: Int[np.ndarray, "prompt"], weights: Weights) -> Resampled:
-        """Work out what resamples make of the two classes."""
+        """The resamples of `resample_pairs`."""
         harmful, harmless = (weights.T[labels == label] for label in (HARMFUL, HARMLESS))
         sides = (harmful / harmful.sum(axis=0), harmless / harmless.sum(axis=0))
         stacked = np.concatenate(sides)
@@ -153,19 +144,19 @@ class Resampled:
         by_unit = np.argsort(units, kind="stable")
         place = np.arange(len(units)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         groups = (by_unit[place == number] for number in range(sizes.max()))
-        exact = _Draws(sides, stacked[first])
-        itself = _Draws((sides[0][:, :1].copy(), sides[1][:, :1].copy()), exact.units[:, :1].copy())
+        exact = _Shares(sides, stacked[first])
+        itself = _Shares((sides[0][:, :1].copy(), sides[1][:, :1].copy()), exact.units[:, :1].copy())
         members = tuple((units[prompts], prompts) for prompts in groups)
         return cls(labels, weights, exact, exact.cast(np.float32), itself, members)
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """How many prompts are harmful and harmless."""
+        """Numbers of harmful and harmless prompts."""
         return len(self.exact.sides[0]), len(self.exact.sides[1])
 
     @property
     def blocks(self) -> tuple[slice, slice]:
-        """Where harmful and harmless prompts stand, harmful ones first."""
+        """The rows of harmful and of harmless prompts, harmful ones first."""
         return slice(0, self.sizes[0]), slice(self.sizes[0], None)
 
     @property
@@ -184,16 +175,12 @@ class Resampled:
 
 
 def _added_by_resampling(replicates: Replicates) -> float:
-    """What resampling adds on average to a squared length.
-
-    The squared length of a sample mean exceeds the true one; that of a resample exceeds the sample's by about as much
-    again. Read off the replicates, it is right for twins that resemble each other as well as for independent prompts.
-    """
+    """What resampling adds on average to a squared length, about as much as sampling added; right for twins, too."""
     return float(replicates[1:].mean() - replicates[0])
 
 
 def _without_added_bias(replicates: Replicates) -> Replicates:
-    """Take off what resampling adds, so that the interval surrounds the number."""
+    """Replicates less what resampling adds, so that the interval surrounds the number."""
     return np.concatenate([replicates[:1], replicates[1:] - _added_by_resampling(replicates)])
 
 
@@ -205,21 +192,19 @@ def cloud_numbers(
     Args:
         embeddings: of the test prompts.
         frame: of the same model and layer, from `probe`.
-        drawn: the labels of the test prompts and their resamples.
+        drawn: the test prompts and their resamples.
 
     Returns:
         `centroid_distance` and `pairwise_distance` in the model's own units; `mean_norm`, the mean ‖e‖, likewise;
         `relative_distance` and `orthogonal_std` in units of the scale; `fisher_ratio`, `effective_rank` and
         `mean_difference_margin` without unit. All are class-balanced; Σ is a class's covariance with n − 1 below.
-        The numbers themselves are worked out in double precision, products over their resamples in single precision.
-        Against double precision throughout (default model, built-in prompts, all layers) bounds of intervals differ by
-        at most 6·10⁻⁶ of the number, and the two numbers whose bias is read off the resamples by 2·10⁻⁷.
+        Products over resamples are in single precision, which moves bounds of intervals by at most 6·10⁻⁶ of the
+        number (default model, built-in prompts) and numbers whose bias is read off the resamples by 2·10⁻⁷.
 
-        Bias: ‖μ₁ − μ₀‖² of two independent samples exceeds the true value by tr Σ₁/n₁ + tr Σ₀/n₀.
-        Twins share a topic, so their means move together and the excess is smaller, by 2 tr Σ₁₀/n. What resampling
-        whole pairs adds to the squared distance estimates it in both cases; `relative_distance` and `fisher_ratio`
-        subtract it and floor at 0. In every resample it is subtracted twice, once for the sample and once for the
-        resampling; `centroid_distance` is uncorrected, so its replicates lose only the second.
+        Bias: ‖μ₁ − μ₀‖² of two independent samples exceeds the true value by tr Σ₁/n₁ + tr Σ₀/n₀, of twins by
+        2 tr Σ₁₀/n less. What resampling whole pairs adds estimates it in both cases; `relative_distance` and
+        `fisher_ratio` subtract it and floor at 0. Resamples lose it twice, for the sample and for the resampling;
+        `centroid_distance` is uncorrected, so its replicates lose only the second.
 
         `orthogonal_std` is the within-class deviation orthogonal to `frame.direction` (the unit mean-difference
         direction of `probe` of the same model), root mean square over classes; `effective_rank` the participation
@@ -289,8 +274,8 @@ def cloud_numbers(
 
 @dataclass(frozen=True)
 class _Forms:
-    """What takes a matrix `[prompt, prompt]` and all resamples q of the classes: here K is the Gram matrix without the
-    direction, each class seen from its mean.
+    """Quadratic forms of all resamples q of the classes; K is the Gram matrix without the direction, each class seen
+    from its mean.
 
     Attributes:
         own: q_c K_cc q_c of both classes.
@@ -313,9 +298,9 @@ class _Forms:
         pairwise: Float[np.ndarray, "harmful harmless"],
         drawn: Resampled,
     ) -> _Forms:
-        """Resample 0 in double precision, all others in single precision; the matrices are overwritten.
+        """Resample 0 in double, all others in single precision; the matrices are overwritten.
 
-        They are divided by their size first, so that single precision holds their squares however long embeddings are.
+        Divided by their size, so that single precision holds their squares.
         """
         size = float(np.abs(np.diag(kernel)).max()) or 1.0
         length = float(pairwise.max()) or 1.0
@@ -331,10 +316,10 @@ def _forms(
     kernel: Float[np.ndarray, "prompt prompt"],
     pairwise: Float[np.ndarray, "harmful harmless"],
     drawn: Resampled,
-    draws: _Draws,
+    shares: _Shares,
 ) -> list[Replicates]:
     """The fields of `_Forms`, K and P in the precision of the resamples; K is overwritten."""
-    sides, blocks, unbiased = draws.sides, drawn.blocks, drawn.unbiased
+    sides, blocks, unbiased = shares.sides, drawn.blocks, drawn.unbiased
     means: dict[tuple[int, int], Replicates] = {}
     square = np.zeros(sides[0].shape[1])
     for d in (0, 1):
@@ -349,7 +334,7 @@ def _forms(
     factors = np.repeat(unbiased, drawn.sizes).astype(kernel.dtype)
     kernel *= factors[:, None]
     kernel *= factors
-    square += inner(draws.units, drawn.sum_units(drawn.sum_units(kernel).T) @ draws.units)
+    square += inner(shares.units, drawn.sum_units(drawn.sum_units(kernel).T) @ shares.units)
     return [means[0, 0], means[1, 1], means[0, 1], square / 4, inner(sides[0], pairwise @ sides[1])]
 
 
@@ -370,7 +355,7 @@ def direction_cosine(
 ) -> Replicates:
     """Cosine between base's and tuned's mean differences on the same prompts, under every resample; 0 if one vanishes.
 
-    What resampling adds on average is taken off numerator and denominator, as in `cloud_numbers`.
+    Numerator and denominator are bias-corrected as in `cloud_numbers`.
     """
     signs = np.repeat([1.0, -1.0], drawn.sizes)[:, None]
 

@@ -20,17 +20,8 @@ from es2.analysis.probes import (
     probe_numbers,
     signed_distances,
 )
-from es2.analysis.resampling import (
-    Replicates,
-    safe_ratio,
-)
-from es2.analysis.results import (
-    LENGTHS,
-    NUMBERS,
-    Change,
-    CostPoint,
-    LayerNumbers,
-)
+from es2.analysis.resampling import Replicates, safe_ratio
+from es2.analysis.results import LENGTHS, NUMBERS, Change, CostPoint, LayerNumbers
 from es2.analysis.setup import AnalysisSetup
 
 if TYPE_CHECKING:
@@ -49,7 +40,7 @@ class FittedProbe:
 
 @dataclass(frozen=True)
 class _Measured:
-    """One layer of one model, before intervals: what a comparison with the other model needs."""
+    """One layer of one model, before intervals."""
 
     probe: FittedProbe
     C_index: int
@@ -63,35 +54,35 @@ class _Measured:
 def measure(
     probe_embeddings: Float[np.ndarray, "probe d_model"],
     test_embeddings: Float[np.ndarray, "test d_model"],
-    plan: AnalysisSetup,
+    setup: AnalysisSetup,
     base: _Measured | None,
 ) -> _Measured:
     """Everything about one layer of one model; `base` is given for the tuned model, which takes its Cs from it."""
-    config, labels, weights = plan.config, plan.drawn.labels, plan.drawn.weights
-    frame = fit_frame(probe_embeddings, plan.probe_labels)
+    config, labels, weights = setup.config, setup.drawn.labels, setup.drawn.weights
+    frame = fit_frame(probe_embeddings, setup.probe_labels)
     features = frame.normalise(probe_embeddings)
     products = Products.of(features)
     log_losses = cv_accuracy = fitted = None
     if base is None:
-        held_out = cross_validate(features, plan.probe_labels, plan.probe_folds, config.Cs, products, with_path=True)
+        held_out = cross_validate(features, setup.probe_labels, setup.probe_folds, config.Cs, products, with_path=True)
         fitted = held_out.path
         C_index, log_losses = held_out.best, held_out.log_loss
-        cv_accuracy = float(_held_out_numbers(held_out.logits[C_index], plan.probe_labels, None)[0][0])
+        cv_accuracy = float(_held_out_numbers(held_out.logits[C_index], setup.probe_labels, None)[0][0])
     else:
         C_index = base.C_index
 
     z = frame.normalise(test_embeddings)
-    path, intercepts = fitted or fit_path(features, plan.probe_labels, config.Cs, products)
+    path, intercepts = fitted or fit_path(features, setup.probe_labels, config.Cs, products)
     curve = probe_numbers(signed_distances(z, path, intercepts), labels, weights)
-    numbers = curve[C_index] | _control(features, products, z, plan, config.Cs[C_index])
+    numbers = curve[C_index] | _control(features, products, z, setup, config.Cs[C_index])
     del z  # as large as the embeddings
-    numbers |= cloud_numbers(test_embeddings, frame, plan.drawn)
+    numbers |= cloud_numbers(test_embeddings, frame, setup.drawn)
 
     in_domain_C = None
-    if plan.in_domain_folds is not None:
+    if setup.in_domain_folds is not None:
         Cs = config.Cs if base is None or base.in_domain_C is None else (base.in_domain_C,)
         numbers["in_domain_accuracy"], numbers["in_domain_auroc"], in_domain_C = _in_domain_numbers(
-            test_embeddings, plan, plan.in_domain_folds, Cs
+            test_embeddings, setup, setup.in_domain_folds, Cs
         )
     probe = FittedProbe(path[C_index], float(intercepts[C_index]), config.Cs[C_index], frame)
     return _Measured(probe, C_index, in_domain_C, log_losses, cv_accuracy, numbers, curve)
@@ -113,33 +104,33 @@ def _control(
     features: Float[np.ndarray, "probe d_model"],
     products: Products,
     test_features: Float[np.ndarray, "test d_model"],
-    plan: AnalysisSetup,
+    setup: AnalysisSetup,
     C: float,
 ) -> dict[str, Replicates]:
-    """What probes of the same C reach when the labels of `probe` and of the test prompts are shuffled alike."""
-    weights, intercepts = fit_each(features, plan.probe_shuffles, C, products)
-    scores, tested = test_features @ weights.T + intercepts, plan.test_shuffles.T
+    """Accuracy and AUROC of probes of the same C when the labels of `probe` and of the test prompts are shuffled."""
+    weights, intercepts = fit_each(features, setup.probe_shuffles, C, products)
+    scores, tested = test_features @ weights.T + intercepts, setup.test_shuffles.T
     return {
-        "probe_accuracy_control": accuracy(scores, tested, plan.drawn.weights).mean(axis=1),
-        "probe_auroc_control": mean_auroc(scores, tested, plan.drawn.weights, plan.test_twins),
+        "probe_accuracy_control": accuracy(scores, tested, setup.drawn.weights).mean(axis=1),
+        "probe_auroc_control": mean_auroc(scores, tested, setup.drawn.weights, setup.test_twins),
     }
 
 
 def _in_domain_numbers(
     embeddings: Float[np.ndarray, "test d_model"],
-    plan: AnalysisSetup,
+    setup: AnalysisSetup,
     folds: Int[np.ndarray, "test"],
     Cs: tuple[float, ...],
 ) -> tuple[Replicates, Replicates, float]:
     """Accuracy and AUROC of probes cross-validated inside the test set, in its own frame, and the C they used."""
-    features = fit_frame(embeddings, plan.drawn.labels).normalise(embeddings)
-    held_out = cross_validate(features, plan.drawn.labels, folds, Cs, stop_early=True)
-    reached = _held_out_numbers(held_out.logits[held_out.best], plan.drawn.labels, plan.drawn.weights)
+    features = fit_frame(embeddings, setup.drawn.labels).normalise(embeddings)
+    held_out = cross_validate(features, setup.drawn.labels, folds, Cs, stop_early=True)
+    reached = _held_out_numbers(held_out.logits[held_out.best], setup.drawn.labels, setup.drawn.weights)
     return *reached, Cs[held_out.best]
 
 
 def layer_numbers(
-    layer: int, measured: _Measured, plan: AnalysisSetup, numbers: Mapping[str, Replicates]
+    layer: int, measured: _Measured, setup: AnalysisSetup, numbers: Mapping[str, Replicates]
 ) -> LayerNumbers:
     losses = measured.log_losses
     return LayerNumbers(
@@ -148,24 +139,20 @@ def layer_numbers(
         scale=measured.probe.frame.scale,
         log_loss=None if losses is None else float(losses[measured.C_index]),
         cv_accuracy=measured.cv_accuracy,
-        numbers=plan.intervals({name: numbers[name] for name in NUMBERS if name in numbers}),
+        numbers=setup.intervals({name: numbers[name] for name in NUMBERS if name in numbers}),
         by_C=tuple(
-            CostPoint(
-                C,
-                None if losses is None else float(losses[index]),
-                plan.intervals(measured.curve[index]),
-            )
-            for index, C in enumerate(plan.config.Cs)
+            CostPoint(C, None if losses is None else float(losses[index]), setup.intervals(measured.curve[index]))
+            for index, C in enumerate(setup.config.Cs)
         ),
     )
 
 
 def paired_changes(
-    base: Mapping[str, Replicates], tuned: Mapping[str, Replicates], plan: AnalysisSetup
+    base: Mapping[str, Replicates], tuned: Mapping[str, Replicates], setup: AnalysisSetup
 ) -> dict[str, Change]:
     shared = [name for name in NUMBERS if name in base and name in tuned]
-    differences = plan.intervals({name: tuned[name] - base[name] for name in shared})
-    ratios = plan.intervals(
+    differences = setup.intervals({name: tuned[name] - base[name] for name in shared})
+    ratios = setup.intervals(
         {name: safe_ratio(tuned[name], base[name], both_zero=1.0) for name in shared if name in LENGTHS}
     )
     return {name: Change(differences[name], ratios.get(name)) for name in shared}

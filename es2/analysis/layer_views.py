@@ -1,10 +1,7 @@
-"""Separation and PCA of every layer, worked out beforehand where a layer is so large that people would wait for it.
+"""Separation and PCA of every layer, rendered by the job that analyses where a layer takes a second or two to read.
 
-Of a model as wide as 4,096 and of thousands of prompts a layer is tens of megabytes, and to read it, normalise it and
-find its axes takes a second or two. A job that has just spent minutes on the analysis does that as well and leaves a
-few hundred kilobytes for each layer, so that going to one reads these. Axes are the usual ones: fitted on the `test`
-prompts under base, lengths scale-free. Any other choice, and whatever is small, is still worked out when it is looked
-at.
+Axes are fitted on the `test` prompts under base, lengths are scale-free. Any other choice, and small layers, are
+rendered on request.
 """
 
 from __future__ import annotations
@@ -35,11 +32,11 @@ _FILES = RecordFiles(
     "are no readable views",
     "remove the folder and run `es2 analyze` again",
 )
-DRAWS = {"separation": separation_view, "pca": pca_view}
+RENDERS = {"separation": separation_view, "pca": pca_view}
 
 
 def are_worthwhile(n_prompts: int, d_model: int) -> bool:
-    """Whether a layer is so large that people would wait for its picture."""
+    """Whether a layer takes so long to render that its views are kept."""
     return min(n_prompts, d_model) > LANCZOS_FROM
 
 
@@ -79,8 +76,8 @@ class LayerViews:
             InputError: when the folder holds no views, or some of a newer format.
         """
         with _FILES.load(folder) as (_, arrays):
-            points = {kind: arrays[f"{kind}.points"] for kind in DRAWS}
-            explained = {kind: arrays[f"{kind}.explained"] for kind in DRAWS}
+            points = {kind: arrays[f"{kind}.points"] for kind in RENDERS}
+            explained = {kind: arrays[f"{kind}.explained"] for kind in RENDERS}
             (shape,) = {array.shape for array in points.values()}
             sound = len(shape) == 4 and shape[1] in (1, 2) and shape[3] == 2
             if not sound or any(array.shape != (shape[0], 2) for array in explained.values()):
@@ -102,23 +99,22 @@ def render_layers(
 
     Args:
         prompts: the prompts, in the order of the embeddings; axes are fitted on those of `test`.
-        base: their embeddings under the base model.
-        probes: of the base model.
-        tuned: the same prompts under the tuned model.
-        tuned_probes: of the tuned model; needed with `tuned`.
-        position: whose embeddings are read.
+        base, tuned: their embeddings.
+        probes, tuned_probes: of the same models.
         report: called as `report("draw", layers done, layers)`; may raise to stop.
     """
     n_layers = base.n_layers
     shape = (n_layers, 1 if tuned is None else 2, len(prompts), 2)
-    points = {kind: np.zeros(shape, dtype=np.float32) for kind in DRAWS}
-    explained = {kind: np.zeros((n_layers, 2)) for kind in DRAWS}
+    points = {kind: np.zeros(shape, dtype=np.float32) for kind in RENDERS}
+    explained = {kind: np.zeros((n_layers, 2)) for kind in RENDERS}
     report("draw", 0, n_layers)
     for layer in range(n_layers):
         of_base = base.layer(layer, position)
         of_tuned = None if tuned is None else tuned.layer(layer, position)
-        for kind, draw in DRAWS.items():
-            view = draw(of_base, probes, layer, tuned=of_tuned, tuned_probes=tuned_probes, fit=prompts.in_split("test"))
+        for kind, render in RENDERS.items():
+            view = render(
+                of_base, probes, layer, tuned=of_tuned, tuned_probes=tuned_probes, fit=prompts.in_split("test")
+            )
             points[kind][layer, 0] = view.base
             if view.tuned is not None:
                 points[kind][layer, 1] = view.tuned

@@ -1,9 +1,7 @@
 """The per-layer table: every number of every layer, before and after, with intervals, and which two layers to target.
 
-One function does it all because the honesty of the numbers is a matter of who sees what: probes, frames, Cs and the
-recommendation come from `probe` alone, every number shown comes from `test` (or from a test set of other origin), and
-both models are measured on the same resamples of the same pairs. Layers are independent of each other, so they are
-spread over a few processes, each with single-threaded linear algebra, which on small matrices is the faster way round.
+Layers are independent, so they are spread over a few processes, each with single-threaded linear algebra, which is
+faster on small matrices.
 """
 
 from __future__ import annotations
@@ -17,17 +15,9 @@ import numpy as np
 
 from es2.analysis.geometry import direction_cosine
 from es2.analysis.layer_numbers import FittedProbe, layer_numbers, measure, paired_changes
-from es2.analysis.probes import (
-    Probes,
-)
-from es2.analysis.resampling import (
-    safe_ratio,
-)
-from es2.analysis.results import (
-    Analysis,
-    AnalysisConfig,
-    LayerNumbers,
-)
+from es2.analysis.probes import Probes
+from es2.analysis.resampling import safe_ratio
+from es2.analysis.results import Analysis, AnalysisConfig, LayerNumbers
 from es2.analysis.setup import AnalysisSetup, count_labels, make_setup
 from es2.core.errors import InputError
 from es2.core.process_pool import Helpers
@@ -40,13 +30,11 @@ if TYPE_CHECKING:
 
 MAX_PROCESSES = 8
 HELP_WORTHWHILE = 4_000_000
-"""Layers times squared prompts from which helpers are started, which takes half a second and more."""
+"""Layers times squared prompts from which helpers, which take half a second to start, pay."""
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer of both models, done."""
-
     base: LayerNumbers
     base_probe: FittedProbe
     tuned: LayerNumbers | None = None
@@ -70,40 +58,40 @@ def _read_layer(layer: int, readers: Readers) -> tuple[int, _Embeddings, _Embedd
     return layer, base, tuned
 
 
-def _analyze_layer(plan: AnalysisSetup, layer: int, of_base: _Embeddings, of_tuned: _Embeddings | None) -> _Layer:
-    base = measure(*of_base, plan, None)
-    one = np.ones(len(plan.drawn.weights))
+def _analyze_layer(setup: AnalysisSetup, layer: int, of_base: _Embeddings, of_tuned: _Embeddings | None) -> _Layer:
+    base = measure(*of_base, setup, None)
+    one = np.ones(len(setup.drawn.weights))
     against_itself = {"norm_ratio": one, "orthogonal_std_ratio": one, "direction_cosine": one}
-    base_numbers = layer_numbers(layer, base, plan, base.numbers | against_itself)
+    base_numbers = layer_numbers(layer, base, setup, base.numbers | against_itself)
     if of_tuned is None:
         return _Layer(base_numbers, base.probe)
-    tuned = measure(*of_tuned, plan, base)
+    tuned = measure(*of_tuned, setup, base)
     against_base = {
         "norm_ratio": safe_ratio(tuned.numbers["mean_norm"], base.numbers["mean_norm"], both_zero=1.0),
         "orthogonal_std_ratio": safe_ratio(
             tuned.numbers["orthogonal_std"], base.numbers["orthogonal_std"], both_zero=1.0
         ),
-        "direction_cosine": direction_cosine(of_base[1], of_tuned[1], plan.drawn),
+        "direction_cosine": direction_cosine(of_base[1], of_tuned[1], setup.drawn),
     }
-    tuned_numbers = layer_numbers(layer, tuned, plan, tuned.numbers | against_base)
-    tuned_numbers = replace(tuned_numbers, change=paired_changes(base.numbers, tuned.numbers, plan))
+    tuned_numbers = layer_numbers(layer, tuned, setup, tuned.numbers | against_base)
+    tuned_numbers = replace(tuned_numbers, change=paired_changes(base.numbers, tuned.numbers, setup))
     return _Layer(base_numbers, base.probe, tuned_numbers, tuned.probe)
 
 
 def _n_helpers(n_layers: int, n_prompts: int) -> int:
-    """How many processes help with an analysis: one for every further processor, where it pays to start them."""
+    """The number of helping processes: one for every further processor, where they pay."""
     if n_layers * n_prompts**2 < HELP_WORTHWHILE:
         return 0
     return min(os.cpu_count() or 1, MAX_PROCESSES, n_layers) - 1
 
 
 def recommend(log_loss: Sequence[float], accuracy: Sequence[float]) -> tuple[tuple[int, ...], int, str]:
-    """Two target layers and the best layer, from what cross-validation inside `probe` says of each layer.
+    """Two target layers and the best layer, by cross-validation inside `probe`.
 
-    The first target layer is the best read one of the middle of the model, 0.2·n ≤ l < 0.8·n (early layers hold words
-    rather than meaning, changes in late ones reach nothing); the second the best read one there that stands at least
-    about a tenth of the depth away, as neighbours hold nearly the same. Two, since the paper found one too few and
-    three too many. Models too shallow for that have all their layers considered.
+    The first target layer has the least log-loss of the middle of the model, 0.2·n ≤ l < 0.8·n (early layers hold words
+    rather than meaning, changes in late ones reach nothing); the second the least of those there at least about a tenth
+    of the depth away, as neighbours are nearly alike. Two, since the paper found one too few and three too many. All
+    layers are considered in models too shallow for that.
 
     Args:
         log_loss: cross-validated log-loss of each layer, in nats.
@@ -162,10 +150,8 @@ def analyze(
     Args:
         prompts: the prompt set. Its `probe` split fits probes, frames and the recommendation; its `test` split gives
             the numbers. The order of the prompts changes nothing.
-        base: embeddings of all `prompts`, in their order, under the base model.
-        tuned: the same under the tuned model.
+        base, tuned: embeddings of all `prompts`, in their order.
         test: prompts of another origin, which then give the numbers instead of `test`.
-        config: settings; the shipped ones if not given.
         report: called as `report("analyse", layers done, layers)`; may raise to stop.
 
     Raises:
@@ -181,7 +167,7 @@ def analyze(
         from threadpoolctl import threadpool_limits
 
         config = config or AnalysisConfig()
-        plan = make_setup(prompts, test, config)
+        setup = make_setup(prompts, test, config)
         models: dict[str, LayerSource] = {"base": base} | ({"tuned": tuned} if tuned is not None else {})
         tests = models
         if test is not None:
@@ -191,15 +177,15 @@ def analyze(
             tests,
             len(prompts),
             len(prompts if test is None else test.prompts),
-            plan.probe_rows,
-            plan.test_rows,
+            setup.probe_rows,
+            setup.test_rows,
             config.position,
         )
         report("analyse", 0, n_layers)
-        # Late layers take longest, so they come first: at the end nobody waits long for another.
+        # Late layers take longest, so they come first.
         order = range(n_layers - 1, -1, -1)
         with threadpool_limits(1, user_api="blas"):
-            for piece, answer in helpers.map_pieces(plan, lambda piece: _read_layer(order[piece], readers), n_layers):
+            for piece, answer in helpers.map_pieces(setup, lambda piece: _read_layer(order[piece], readers), n_layers):
                 done[order[piece]] = answer
                 report("analyse", len(done), n_layers)
     layers = [done[layer] for layer in range(n_layers)]
@@ -217,6 +203,6 @@ def analyze(
         base_probes=_stack([layer.base_probe for layer in layers]),
         tuned_probes=None if tuned is None else _stack([layer.tuned_probe for layer in layers if layer.tuned_probe]),
         test_name=prompts.name if test is None else test.prompts.name,
-        n_prompts={"probe": count_labels(plan.probe_labels), "test": count_labels(plan.drawn.labels)},
+        n_prompts={"probe": count_labels(setup.probe_labels), "test": count_labels(setup.drawn.labels)},
         config=config,
     )

@@ -1,11 +1,8 @@
 """Logistic regressions on the same prompts, many at a time: folds and shuffled labels are columns of one array.
 
-Every solution lies in the span of the prompts, w = Xᵀa, so a fit is worked out in inner products between prompts,
-however wide the model. An analysis needs thousands of fits that are alike (nine Cs, five folds, ten shuffles, every
-layer), and nearly all of Newton's time is the factoring of curvature matrices; so one factor, in single precision,
-serves for as many steps as it takes the fit closer fast enough, and for all fits that begin alike. What such a factor
-misses of the curvature, conjugate gradients make up for. Gradients are exact, so all this decides how fast the solution
-is reached, not which one. Arrays of columns hold one fit after the other in memory.
+Solutions lie in the span of the prompts, w = Xᵀa. Factoring curvature matrices takes nearly all of Newton's time, so
+one factor, in single precision, serves several steps and all fits that begin alike, and conjugate gradients make up for
+what it misses. Gradients are exact: this decides how fast the solution is reached, not which one.
 """
 
 from __future__ import annotations
@@ -27,21 +24,18 @@ if TYPE_CHECKING:
 MAX_STEPS = 200
 SMALLEST_STEP = 1e-10
 SOLVED = 1e-13
-"""Twice what a step takes off the objective, relative to ‖w‖², at which it is the last; some 1e-8 of ‖w‖ are left."""
+"""Twice what the last step takes off the objective, relative to ‖w‖²; some 1e-8 of ‖w‖ are left."""
 FAST = 0.2
-"""A factor is kept for as long as each of its steps brings the squared decrement down to this part."""
+"""A factor is kept while each of its steps brings the squared decrement down to this part."""
 LONGEST = 2.0
-"""A factor is kept for as long as steps with it need no more than doubling: by a longer one, what the duals hold beside
-the span of the prompts would grow."""
+"""A factor is kept while its steps need no more than doubling: longer ones take the duals out of the prompts' span."""
 SINGLE_PRECISION = {"kernel": 1e5, "features": 1e3}
-"""Trace of S K S, which bounds the condition κ of both matrices, up to which a factor in single precision gives good
-steps: of 1 + S K S; of 1 + XᵀS²X, from which B⁻¹ is the small difference of two terms, some 1/κ of either."""
+"""Trace of S K S, which bounds the condition κ, up to which a factor in single precision gives good steps: of
+1 + S K S; of 1 + XᵀS²X, where B⁻¹ is the small difference, some 1/κ, of two terms."""
 ROUNDING = 1e-13
 """Changes of an objective below this part of it are rounding."""
-
 NEGLIGIBLE = 0.3
-"""Trace of S K S up to which 1 stands for B = 1 + S K S, under strong regularisation: each step still brings the
-squared decrement down to 0.3², within `FAST`."""
+"""Trace of S K S up to which B = 1 + S K S is taken as 1: each step still brings the squared decrement down to 0.3²."""
 
 Columns: TypeAlias = 'Float[np.ndarray, "prompt fit"]'
 
@@ -51,9 +45,9 @@ class Fits:
     """Several fits in the span of the same prompts.
 
     Attributes:
-        duals: the coefficients a of each, w = Xᵀa; zero for prompts that it does not see, `[prompt, fit]`.
-        intercept: b of each, `[fit]`.
-        fitted: w·x of every prompt, seen or not, `[prompt, fit]`.
+        duals: the coefficients a of w = Xᵀa; zero for prompts that a fit does not see.
+        intercept: b.
+        fitted: w·x of every prompt, seen or not.
     """
 
     duals: Columns
@@ -66,7 +60,7 @@ class Products:
     """Inner products between prompts: K = XXᵀ itself, or X where it has fewer columns than rows.
 
     Attributes:
-        features: X, `[prompt, d]`.
+        features: X.
         kernel: K; None where prompts outnumber dimensions and d × d is the smaller matrix to factor.
     """
 
@@ -75,7 +69,7 @@ class Products:
 
     @classmethod
     def of(cls, features: Float[np.ndarray, "prompt d"]) -> Products:
-        """The products of `features`, in the smaller form."""
+        """The products in the smaller form."""
         return cls(features, features @ features.T if len(features) <= features.shape[1] else None)
 
     def times(self, values: Columns) -> Columns:
@@ -88,13 +82,13 @@ class Products:
 
     @property
     def source(self) -> Float[np.ndarray, "prompt other"]:
-        """What curvature matrices are made from: K, or X."""
+        """K or X, of which curvature matrices are made."""
         return self.features if self.kernel is None else self.kernel
 
     def among(
         self, rows: Int[np.ndarray, "row"], source: Float[np.ndarray, "prompt other"]
     ) -> Float[np.ndarray, "row _"]:
-        """The part of `source`, in whatever precision, that is of these prompts."""
+        """The part of `source`, in any precision, that is of these prompts."""
         if len(rows) == len(source):
             return source
         # K is symmetric; transposed, the second choice lies row by row again.
@@ -139,7 +133,7 @@ class _View:
 
 
 _Alike: TypeAlias = 'list[tuple[_View, Int[np.ndarray, "_"]]]'
-"""What is seen, and by which fits."""
+"""Views, and the fits that see them."""
 
 
 def _alike(products: Products, seen: Bool[np.ndarray, "prompt fit"]) -> _Alike:
@@ -156,11 +150,9 @@ def _alike(products: Products, seen: Bool[np.ndarray, "prompt fit"]) -> _Alike:
 
 @dataclass(frozen=True)
 class _Group:
-    """Fits that see the same prompts and take their steps with one curvature S² of the loss, that of some iterate.
+    """Fits (columns) that see the same prompts and take their steps with one curvature S² of the loss.
 
     Attributes:
-        view: the prompts.
-        fits: the fits, as columns.
         factor: the Cholesky factor of B = 1 + S K S, which is well conditioned whatever the data (Rasmussen & Williams,
             Gaussian Processes for Machine Learning, section 3.4); or of 1 + XᵀS²X, where that is smaller (Woodbury);
             None where B is near 1.
@@ -174,7 +166,7 @@ class _Group:
 
 
 def _group(products: Products, view: _View, fits: Int[np.ndarray, "fit"], squared: Float[np.ndarray, "row"]) -> _Group:
-    """A group with S² = `squared`."""
+    """The group with S² = `squared`."""
     from scipy.linalg import LinAlgError
     from scipy.linalg.lapack import dpotrf, spotrf
 
@@ -213,7 +205,7 @@ def _solve(factor: Float[np.ndarray, "a a"], values: Float[np.ndarray, "a *colum
 
 @dataclass(frozen=True)
 class _Move:
-    """A change of every fit: of its duals, `[prompt, fit]`, and of its intercept, `[fit]`."""
+    """A change of every fit."""
 
     duals: Columns
     intercept: Float[np.ndarray, "fit"]
@@ -221,12 +213,12 @@ class _Move:
 
 @dataclass(frozen=True)
 class _Slope:
-    """Where all fits stand: the gradient, from which any curvature gives a step.
+    """The gradient of all fits, from which any curvature gives a step.
 
     Attributes:
-        pull: r + a, with r the gradient of the loss by the logits, `[prompt, fit]`.
+        pull: r + a, with r the gradient of the loss by the logits.
         pulled: K(r + a), the gradient by the duals.
-        total: Σ r, the gradient by the intercept, `[fit]`.
+        total: Σ r, the gradient by the intercept.
     """
 
     pull: Columns
@@ -234,21 +226,21 @@ class _Slope:
     total: Float[np.ndarray, "fit"]
 
     def along(self, move: _Move) -> Float[np.ndarray, "fit"]:
-        """The gradient times a move: how fast it leads up."""
+        """The gradient times a move."""
         return inner(move.duals, self.pulled) + move.intercept * self.total
 
     def decrement(self, step: _Move) -> Float[np.ndarray, "fit"]:
-        """The square of the Newton decrement, by the step that some curvature gives."""
+        """The squared Newton decrement of a step."""
         return np.maximum(-self.along(step), 0)  # below zero is rounding
 
 
 class _Newton:
-    """Newton steps of all fits: the groups, and what their fits' steps share, in columns of one array.
+    """Newton steps of all fits.
 
     Attributes:
         groups: of the fits that are not solved yet.
-        rooted: S, zero for prompts that a fit does not see, `[prompt, fit]`.
-        by_shift: S B⁻¹ S 1, `[prompt, fit]`.
+        rooted: S, zero for prompts that a fit does not see.
+        by_shift: S B⁻¹ S 1.
     """
 
     def __init__(self, products: Products, alike: _Alike, curvature: Columns) -> None:
@@ -259,7 +251,7 @@ class _Newton:
         self.add(alike, curvature)
 
     def add(self, alike: _Alike, curvature: Columns) -> list[_Group]:
-        """Make groups, each of whose curvature is the mean of its fits' own."""
+        """The new groups; the curvature of each is the mean of its fits' own."""
         added = []
         for view, fits in alike:
             here = np.ix_(view.rows, fits)
@@ -303,36 +295,30 @@ class _Newton:
         return _Move(duals, shift)
 
     def renew(self, fits: Bool[np.ndarray, "fit"], curvature: Columns) -> list[_Group]:
-        """Give some fits a curvature of their own, that of where they stand."""
+        """New groups of some fits, each with the curvature of its own iterate."""
         alike = [(group.view, np.array([fit])) for group in self.groups for fit in group.fits[fits[group.fits]]]
         self.drop(fits)
         return self.add(alike, curvature)
 
     def drop(self, fits: Bool[np.ndarray, "fit"]) -> None:
-        """Leave out fits, and groups that are empty then."""
+        """Remove fits, and groups that are empty then."""
         kept = [replace(group, fits=group.fits[~fits[group.fits]]) for group in self.groups]
         self.groups = [group for group in kept if len(group.fits)]
 
 
-def _minimise(
-    products: Products,
-    alike: _Alike,
-    targets: Columns,
-    importance: Columns,
-    start: Fits,
-) -> Fits:
-    """Newton's method for all fits at once; `alike` are those that see the same prompts.
+def _minimise(products: Products, alike: _Alike, targets: Columns, importance: Columns, start: Fits) -> Fits:
+    """Newton's method for all fits at once.
 
-    Steps with a curvature of elsewhere are made conjugate to each other (Nocedal & Wright, Numerical Optimization,
-    section 5.2: Polak & Ribière's method, preconditioned), and are as long as the curvature at hand says, or shorter
-    where the objective would not fall.
+    Steps with the curvature of another iterate are made conjugate to each other (Nocedal & Wright, Numerical
+    Optimization, section 5.2: Polak & Ribière's method, preconditioned); their length follows the curvature at hand,
+    shortened where the objective would not fall.
     """
     signs = 1 - 2 * targets
 
     def objective(
         duals: Columns, intercept: Float[np.ndarray, "fit"], fitted: Columns
     ) -> tuple[Float[np.ndarray, "fit"], Columns]:
-        """What is minimised, and the probability of the wrong label, which has the exponential in common with it."""
+        """The objective, and the probability of the wrong label, which shares its exponential."""
         wrong = signs * (fitted + intercept)
         small = np.exp(-np.abs(wrong))
         losses = np.log(1 + small) + np.maximum(wrong, 0)

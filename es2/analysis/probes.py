@@ -1,8 +1,7 @@
 """Linear probes: one L2-regularised logistic regression per layer, with class weights balanced.
 
 The features are z = (e − centre)/scale, one scalar for all dimensions, so a margin is a Euclidean distance in the
-model's own space and a rotation of that space changes nothing. What is fitted is scikit-learn's problem; how, to more
-digits in less time, is `es2.analysis.logistic`'s affair.
+model's own space and a rotation of that space changes nothing. The problem is scikit-learn's, solved in `logistic`.
 """
 
 from __future__ import annotations
@@ -25,15 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Probes:
-    """The probes of all layers of one model, with the frames they live in.
+    """The probes of all layers of one model, with their frames.
 
     Attributes:
-        weights: w of each layer's probe, for z, `[layer, d_model]`.
-        bias: b of each, `[layer]`.
-        centre: the mean of the two class means of `probe`, `[layer, d_model]`.
-        scale: the length that one scale-free unit stands for, `[layer]`.
-        C: each probe's inverse regularisation strength, as in scikit-learn, `[layer]`.
-        direction: unit mean-difference direction of `probe`, from harmless to harmful, `[layer, d_model]`.
+        weights, bias: w and b of each layer's probe, for z.
+        centre: the mean of the two class means of `probe`.
+        scale: the length of one scale-free unit.
+        C: inverse regularisation strength, as in scikit-learn.
+        direction: unit mean-difference direction of `probe`, from harmless to harmful.
     """
 
     weights: Float[np.ndarray, "layer d_model"]
@@ -49,7 +47,7 @@ class Probes:
         return len(self.bias)
 
     def frame(self, layer: int) -> Frame:
-        """The centre, scale and mean-difference direction of layer `layer`."""
+        """The frame of layer `layer`."""
         return Frame(self.centre[layer], float(self.scale[layer]), self.direction[layer])
 
     def normal(self, layer: int) -> Float[np.ndarray, "d_model"]:
@@ -112,9 +110,8 @@ def fit_path(
 ) -> tuple[Float[np.ndarray, "C d"], Float[np.ndarray, "C"]]:
     """Balanced L2-regularised logistic regression at each of ascending `Cs` (scikit-learn's C).
 
-    Minimises ½‖w‖² + C Σᵢ sᵢ log(1 + exp(−yᵢ(w·xᵢ + b))), yᵢ = ±1 and sᵢ = n / (2 n_class), the intercept unpenalised:
-    what `sklearn.linear_model.LogisticRegression(C=C, class_weight="balanced")` minimises. `products` may be given
-    where they are at hand.
+    The objective of `fit_columns`, which `sklearn.linear_model.LogisticRegression(C=C, class_weight="balanced")`
+    minimises too. `products` are of `features`.
 
     Returns:
         Weights `[C, d]` and intercepts `[C]`. Features without any variance give zero weights.
@@ -139,7 +136,7 @@ def fit_each(
     C: float,
     products: Products | None = None,
 ) -> tuple[Float[np.ndarray, "labeling d"], Float[np.ndarray, "labeling"]]:
-    """What `fit_path` gives at one C, for each of several labelings of the same prompts."""
+    """Weights and intercepts at one C for each of several labelings of the same prompts, as `fit_path` gives them."""
     everyone = np.ones(labelings.T.shape, dtype=bool)
     (fits,) = fit_columns(products or Products.of(features), labelings.T, everyone, (C,))
     return fits.duals.T @ features, fits.intercept
@@ -147,14 +144,13 @@ def fit_each(
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """What held-out prompts say of every C.
+    """Held-out logits and losses at every C.
 
     Attributes:
-        log_loss: class-balanced mean log-loss of the held-out prompts, in nats, for the Cs tried, `[C]`.
-        logits: each held-out prompt's w·z + b under the fold's own probe, `[C, prompt]`; NaN where no fold could
-            hold the prompt out.
+        log_loss: class-balanced mean log-loss of the held-out prompts, in nats, for the Cs tried.
+        logits: w·z + b of each prompt under the probe of its fold; NaN where no fold could hold the prompt out.
         best: index of the C with the least log-loss, the larger C where several agree.
-        path: what `fit_path` gives for the same prompts, where it was asked for.
+        path: `fit_path` of the same prompts, with `with_path`.
     """
 
     log_loss: Float[np.ndarray, "C"]
@@ -219,9 +215,9 @@ def accuracy(
 ) -> Float[np.ndarray, "resample column"]:
     """Balanced accuracy of calling a prompt harmful when its score is above 0, under every resample.
 
-    Where a class vanished from a resample (possible under shuffled labels only) the value is chance, 0.5.
+    0.5 where a class vanished from a resample, which only shuffled labels can do.
     """
-    # In single precision, which holds whole numbers exactly.
+    # Single precision holds whole numbers exactly.
     correct = np.where(labels == HARMFUL, scores > 0, scores <= 0).astype(np.float32)
     sums, counts = class_sums(correct, labels, weights.astype(np.float32, copy=False))
     shares = np.divide(sums, np.maximum(counts, 1), dtype=np.float64)
@@ -231,15 +227,15 @@ def accuracy(
 RUN = 16
 """Prompts whose running sums are one matrix product."""
 EXACT = 256
-"""Prompts whose sum of products stays in single precision, exact below 2²⁴, that is, for up to 32,000 of the others."""
+"""Prompts whose sum of products stays in single precision, exact below 2²⁴: for up to 32,000 of the others."""
 
 
 def _running_sums(
     counts: Float[np.ndarray, "prompt resample"], order: Int[np.ndarray, "place"]
 ) -> Float[np.ndarray, "place+1 resample"]:
-    """Sums over the first 0, 1, 2, … prompts of an order, of whole numbers, which single precision holds exactly.
+    """Sums of whole numbers over the first 0, 1, 2, … prompts of an order, exact in single precision.
 
-    A product with a triangle of ones for every few prompts takes a fifth of the time of a sum from row to row.
+    Products with triangles of ones take a fifth of the time of a sum from row to row.
     """
     n_prompts, n_resamples = len(order), counts.shape[1]
     n_runs = -(-n_prompts // RUN)
@@ -288,7 +284,7 @@ def _auroc(
 def twins_of(
     labels: Int[np.ndarray, "prompt labeling"], weights: Float[np.ndarray, "resample prompt"]
 ) -> Int[np.ndarray, "2 pair"] | None:
-    """The prompts as pairs that every resample draws together and every labeling labels differently, if they are."""
+    """The prompts as pairs that share every resample and differ in every labeling; None if they are no such pairs."""
     units = drawn_together(weights.T)
     if (np.bincount(units) != 2).any():
         return None
@@ -304,8 +300,8 @@ def mean_auroc(
 ) -> Replicates:
     """The mean over columns of `auroc`; `twins` are from `twins_of` the same labels and weights.
 
-    A resample of twins holds as many harmful and harmless prompts whichever of two is called which, so the wins of all
-    columns are added up before they are weighted.
+    A resample of twins holds as many harmful as harmless prompts under every labeling, so the wins of all columns are
+    added up before they are weighted.
     """
     if twins is None:
         return np.mean([auroc(*columns, weights) for columns in zip(scores.T, labels.T, strict=True)], axis=0)
@@ -341,18 +337,15 @@ def probe_numbers(
     labels: Int[np.ndarray, "prompt"],
     weights: Float[np.ndarray, "resample prompt"],
 ) -> list[dict[str, Replicates]]:
-    """`probe_accuracy`, `probe_auroc`, `margin_mean` and `margin_harmful_q1` from signed distances, + = harmful side.
+    """`probe_accuracy`, `probe_auroc`, `margin_mean` and `margin_harmful_q1` at each C.
 
     Args:
-        margins: (w·z + b)/‖w‖ of the test prompts under the probe of each C.
+        margins: (w·z + b)/‖w‖ of the test prompts under the probe of each C, + = harmful side.
         labels: of the test prompts.
         weights: multiplicities from `resample_pairs`.
-
-    Returns:
-        The numbers of each C.
     """
     harmful = labels == HARMFUL
-    # Exact, as they are whole numbers, and half as much to read.
+    # Exact, as these are whole numbers, and half as much to read.
     of_harmful, of_harmless = (weights.T[side].astype(np.float32) for side in (harmful, ~harmful))
     accuracies = accuracy(margins, labels[:, None], weights)
     means = balanced_mean(np.where(harmful[:, None], margins, -margins), labels[:, None], weights)

@@ -1,10 +1,7 @@
 """Flat views of one layer's embeddings: separation, PCA and UMAP, in a frame shared by base and tuned.
 
-A picture of before and after is honest only if both halves are drawn with the same ruler. So every view first centres
-each model's embeddings and divides them by that model's own scale, and then uses one set of axes for both. The
-separation view takes its x from the probe: the boundary is the line x = 0 and distances from it are the margins of the
-tables. UMAP takes seconds a layer and twenty more at first (its compiler), so it is computed for all layers in a job
-and read from disk; the other two are a few matrix products and are made when they are looked at.
+Each model's embeddings are centred and divided by its own scale, and both models share one set of axes. UMAP takes
+seconds a layer, so a job computes it for all layers; the other views are a few matrix products, made on request.
 """
 
 from __future__ import annotations
@@ -41,7 +38,7 @@ _FILES = RecordFiles(
 MIN_UMAP_POINTS = 10
 UMAP_NEIGHBOURS = 15
 LANCZOS_FROM = 600
-"""With more prompts and dimensions than this, a person who waits for a picture gets the two axes asked for alone."""
+"""With more prompts and dimensions than this only the axes asked for are computed."""
 LANCZOS_VECTORS = 24
 
 FitOn = Literal["base", "both"]
@@ -55,8 +52,6 @@ class View:
 
     Attributes:
         kind: `separation`, `pca` or `umap` (`pca` also where there are too few points for UMAP).
-        base: `[prompt, 2]`.
-        tuned: `[prompt, 2]`, or None without a tuned model.
         axes: titles of x and y, with their unit or that there is none.
         explained: the parts of the variance, 0 to 1, that x and y carry of the embeddings the axes were fitted on (of
             base's, for the separation view); None for UMAP.
@@ -82,17 +77,14 @@ def separation_view(
     fit_on: FitOn = "base",
     raw: bool = False,
 ) -> View:
-    """x: signed distance to the probe's hyperplane, + = harmful. y: first principal component of what is left.
+    """x: signed distance to the probe's hyperplane, + = harmful. y: first principal component of the rest.
 
-    Each model's x is its own probe's margin, so the boundary is the line x = 0 for both. What is left is the embedding
+    Each model's x is its own probe's margin, so the boundary is the line x = 0 for both. The rest is the embedding
     without its component along the probe's normal; y's axis is common to both models.
 
     Args:
-        base: one layer's embeddings under the base model.
-        probes: of the base model.
-        layer: the layer's index.
-        tuned: the same prompts under the tuned model.
-        tuned_probes: of the tuned model; needed with `tuned`.
+        base, tuned: embeddings of one layer, of the same prompts.
+        probes, tuned_probes: of the same models.
         fit: the prompts on which y's axis is fitted, such as those of `test`; all if not given.
         fit_on: whether y's axis is fitted on base alone or on both models.
         raw: keep the models' own lengths instead of dividing each by its scale.
@@ -102,7 +94,7 @@ def separation_view(
     for embeddings, own in models:
         unit = own.frame(layer).scale if raw else 1.0
         xs.append(own.margin(embeddings, layer) * unit)
-        rest = _normalised(embeddings, own, layer)  # a copy of our own; of a large model another costs half a second
+        rest = _normalised(embeddings, own, layer)  # a copy, changed in place
         normal = own.normal(layer).astype(rest.dtype)
         for part in parts_of(rest):
             part -= np.outer(part @ normal, normal)
@@ -117,13 +109,8 @@ def separation_view(
     total = along + _variance(fitted if fit_on == "base" else rests[0][chosen])
     explained = (float(along / total), float(beside / total)) if total > 0 else (0.0, 0.0)
     points = [np.stack([x, y], axis=1) for x, y in zip(xs, ys, strict=True)]
-    return View(
-        "separation",
-        points[0],
-        points[1] if len(points) > 1 else None,
-        axes_of("separation", explained, raw=raw),
-        explained,
-    )
+    moved = points[1] if len(points) > 1 else None
+    return View("separation", points[0], moved, axes_of("separation", explained, raw=raw), explained)
 
 
 def pca_view(
@@ -159,7 +146,7 @@ def umap_view(
     fit_on: FitOn = "both",
     seed: int = 0,
 ) -> View:
-    """A UMAP of one layer: seconds of work, and twenty more in a new process. Fewer than ten points give a PCA.
+    """A UMAP of one layer; a PCA of fewer than ten points.
 
     With `fit_on="base"` tuned points are placed into base's frozen map, which is approximate and marked so. Other
     arguments as for `separation_view`.
@@ -178,7 +165,7 @@ class UmapCoordinates:
     Attributes:
         points: `[layer, model, prompt, 2]`; model 0 is base, model 1 tuned where there is one.
         kind: `umap`, or `pca` where there were too few prompts.
-        fit_on: whether the maps were fitted on base alone or on both models.
+        fit_on: the model or models that the maps were fitted on.
     """
 
     points: Float32[np.ndarray, "layer model prompt 2"]
@@ -190,10 +177,8 @@ class UmapCoordinates:
         if self.kind == "umap":
             return _umap_view(list(self.points[layer]), self.fit_on)
         axes = ("Principal component 1 (too few prompts for UMAP)", "Principal component 2 (too few prompts for UMAP)")
-        return View("pca", self.points[layer, 0], self._tuned(layer), axes, None)
-
-    def _tuned(self, layer: int) -> Points | None:
-        return self.points[layer, 1] if self.points.shape[1] > 1 else None
+        base, *tuned = self.points[layer]
+        return View("pca", base, tuned[0] if tuned else None, axes, None)
 
     def save(self, folder: Path) -> None:
         """Write `umap.safetensors` and `umap.json` into an existing folder."""
@@ -228,11 +213,9 @@ def umap_all_layers(
 
     Args:
         prompts: the prompt set; its `probe` split gives each model's centre and scale.
-        base: embeddings of all prompts under the base model.
-        tuned: the same under the tuned model.
-        position: whose embeddings are read.
-        fit_on: whether the maps are fitted on base alone (tuned is then placed into them, approximately) or on both.
-        seed: of UMAP; the same seed gives the same map on one machine.
+        base, tuned: embeddings of all prompts.
+        fit_on: `base` (tuned is then placed into base's map, approximately) or `both`.
+        seed: the same seed gives the same map on one machine.
         report: called as `report("umap", layers done, layers)`; may raise to stop.
 
     Raises:
@@ -299,7 +282,7 @@ def _largest(
     """The largest eigenvalues of `rows @ rows.T`, ascending, and their unit eigenvectors."""
     size = len(rows)
     if size <= LANCZOS_FROM:
-        # All of them, which takes twice as long as scipy's few, but scipy takes the first visitor a fifth of a second.
+        # All of them, which takes twice as long as scipy's few, but importing scipy takes a fifth of a second.
         values, vectors = np.linalg.eigh(rows @ rows.T)
         return values[-n_found:], vectors[:, -n_found:]
     from scipy.sparse.linalg import LinearOperator, eigsh
@@ -314,7 +297,7 @@ def _largest(
 
 
 def _normalised(embeddings: Embeddings, probes: Probes, layer: int) -> Embeddings:
-    """z, a copy; in single precision where a layer is so large that people would wait for the double."""
+    """z, a copy; in single precision where a layer is large."""
     large = min(embeddings.shape) > LANCZOS_FROM
     return probes.frame(layer).normalise(embeddings, np.float32 if large else np.float64)
 
@@ -341,7 +324,7 @@ def _fitted(
 def _coordinates(
     embeddings: Embeddings, mean: Float[np.ndarray, "d_model"], axes: Float[np.ndarray, "axis d_model"]
 ) -> Float[np.ndarray, "prompt axis"]:
-    """Where embeddings stand on `axes`, seen from `mean`, without a centred copy of them."""
+    """Coordinates on `axes`, seen from `mean`, without a centred copy of the embeddings."""
     return (embeddings @ axes.T.astype(embeddings.dtype)).astype(np.float64) - mean @ axes.T
 
 
@@ -352,7 +335,7 @@ def _variance(embeddings: Embeddings) -> float:
 
 
 def _squares(embeddings: Embeddings) -> float:
-    """The squares of all entries, added up."""
+    """The sum of all squared entries."""
     return float(np.einsum("pd,pd->p", embeddings, embeddings).sum(dtype=np.float64))
 
 

@@ -1,11 +1,7 @@
-"""What decides whether a number means anything: intervals, shuffled labels and folds, all by contrast pair.
+"""Intervals, shuffled labels and folds, all by contrast pair: twins are resampled, swapped and held out together.
 
-The two prompts of a pair are twins, so they are drawn, swapped and held out together; treating them as independent
-would make every interval too narrow. A resample is a vector of multiplicities, one per prompt, and every number of
-`es2.analysis.geometry` and `es2.analysis.probes` is a function of such weights: a thousand resamples are then one
-matrix product, and base and tuned see the same ones, so that their difference has an interval of its own. All
-randomness is keyed by hashes of the prompts or drawn in a canonical order, so the order in which prompts stand in a
-file changes nothing.
+A resample is a vector of multiplicities, one per prompt, and numbers are functions of such weights, so a thousand
+resamples are one matrix product, and base and tuned share them. The order of prompts in a file changes nothing.
 """
 
 from __future__ import annotations
@@ -32,13 +28,7 @@ RATIO_LIMIT = 1e6
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its percentile interval, `low <= value <= high`.
-
-    Attributes:
-        value: the number on the prompts as they are.
-        low: lower bound.
-        high: upper bound.
-    """
+    """A number, on the prompts as they are, with its percentile interval, `low <= value <= high`."""
 
     value: float
     low: float
@@ -101,17 +91,17 @@ def _members(pairs: Sequence[str]) -> dict[str, list[int]]:
 def resample_pairs(prompts: PromptSet, n_bootstrap: int, seed: int) -> Float[np.ndarray, "resample prompt"]:
     """Multiplicities of every prompt under a bootstrap over pairs.
 
-    Pairs are drawn with replacement among those of the same composition (so many harmful, so many harmless), so both
-    classes keep their size in every resample and neither can vanish.
+    Pairs are resampled with replacement among those of the same composition (numbers of harmful and of harmless
+    prompts), so both classes keep their size.
 
     Args:
         prompts: in canonical order (`canonical`).
-        n_bootstrap: the number of resamples.
-        seed: of the draw.
+        n_bootstrap: number of resamples.
+        seed: of the resamples.
 
     Returns:
-        `[1 + n_bootstrap, prompt]`; row 0 is all ones, the prompts as they are. In memory each prompt's multiplicities
-        lie in one piece, since numbers pick and order prompts.
+        `[1 + n_bootstrap, prompt]`; row 0 is all ones, the prompts as they are. Each prompt's multiplicities are
+        contiguous, since numbers pick and order prompts.
     """
     strata: defaultdict[tuple[int, ...], list[list[int]]] = defaultdict(list)
     for rows in _members(prompts.pairs).values():
@@ -120,24 +110,23 @@ def resample_pairs(prompts: PromptSet, n_bootstrap: int, seed: int) -> Float[np.
     generator = np.random.default_rng(seed)
     for composition in sorted(strata):
         pairs = strata[composition]
-        draws = generator.multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), size=n_bootstrap)
+        counts = generator.multinomial(len(pairs), np.full(len(pairs), 1 / len(pairs)), size=n_bootstrap)
         for column, rows in enumerate(pairs):
-            weights[1:, rows] = draws[:, column, None]
+            weights[1:, rows] = counts[:, column, None]
     return weights
 
 
 def drawn_together(multiplicities: Float[np.ndarray, "prompt resample"]) -> Int[np.ndarray, "prompt"]:
-    """A number for each prompt, `0 …`, the same for prompts that every resample draws equally often."""
+    """A number for each prompt, `0 …`, the same for prompts of equal multiplicities in every resample."""
     units: dict[bytes, int] = {}
     return np.array([units.setdefault(row.tobytes(), len(units)) for row in multiplicities])
 
 
 def shuffled_labels(prompts: PromptSet, n_shuffles: int, seed: int) -> Int[np.ndarray, "shuffle prompt"]:
-    """Labels that mean nothing, as alike the true ones as can be: the control for every probe.
+    """Shuffled labels, the control for every probe.
 
-    Within a pair of both labels they are dealt out anew, which for a pair of two is a coin of its own; prompts without
-    such a pair deal theirs out among themselves. Who gets which is decided by a hash of seed, shuffle and text, so the
-    order of the prompts plays no part.
+    Labels are shuffled within pairs of both labels, and among all prompts without such a pair, by a hash of seed,
+    shuffle and text, so the order of the prompts changes nothing.
     """
     blocks: list[list[int]] = []
     loose: list[int] = []

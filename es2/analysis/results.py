@@ -1,14 +1,12 @@
-"""What an analysis says, as it lies on disk and as the command line prints it.
+"""The records of an analysis, as files hold them and as the command line prints them.
 
-Frozen records of plain numbers, apart from the code that works them out (`es2.analysis.layers`), because they are read
-far more often than made: by the app at every click, by reports, by whoever opens the JSON a year later. One flat
-dictionary per layer, each number under its own name with its interval, is what all of them see; it never holds a NaN.
+One flat dictionary per layer, each number under its own name with its interval, and never a NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -95,7 +93,6 @@ class CostPoint:
     """The main numbers of one layer at one C.
 
     Attributes:
-        C: inverse regularisation strength.
         log_loss: cross-validated inside `probe`, class-balanced, in nats; None for tuned, which uses base's C.
         numbers: `probe_accuracy`, `probe_auroc`, `margin_mean` and `margin_harmful_q1` on the test prompts.
     """
@@ -128,7 +125,7 @@ class Change:
 
     def to_dict(self) -> dict[str, Any]:
         """Both intervals by name."""
-        return {"difference": self.difference.to_dict(), "ratio": self.ratio and self.ratio.to_dict()}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Change:
@@ -141,14 +138,12 @@ class LayerNumbers:
     """One layer of one model.
 
     Attributes:
-        layer: its index.
         C: the probe's inverse regularisation strength, chosen on `probe` of the base.
         scale: the length of one scale-free unit, in the model's own units.
         log_loss: of the base's probe, cross-validated inside `probe`, class-balanced, in nats; None for tuned.
         cv_accuracy: balanced accuracy of the same held-out prompts; None for tuned.
-        numbers: by name (`NUMBERS`), on the test prompts. What compares tuned with base (`norm_ratio`,
-            `orthogonal_std_ratio`, `direction_cosine`) is 1 for base itself; `in_domain_…` only with a test set of
-            other origin.
+        numbers: by name (`NUMBERS`), on the test prompts; `norm_ratio`, `orthogonal_std_ratio` and `direction_cosine`
+            are 1 for base; `in_domain_…` only with a test set of other origin.
         by_C: the curve of the main numbers over C.
         change: base → tuned of every number that both have; None for base.
     """
@@ -207,14 +202,11 @@ class Analysis:
     """All layers of a model, or of base and tuned.
 
     Attributes:
-        base_layers, tuned_layers: the numbers, layer by layer; `tuned_layers` is None without a tuned model.
         recommended: two target layers in ascending order (a single one if the model has but one layer).
-        best_layer: the layer at which `probe` is read best, by cross-validation.
-        reason: why these, in words and figures.
-        base_probes, tuned_probes: the probes that gave the numbers.
+        best_layer: the layer of the least cross-validated log-loss on `probe`.
+        reason: of both, in words and figures.
         test_name: the name of the prompt set that gave the numbers.
         n_prompts: by `probe` and `test`, the number of prompts of each label.
-        config: the settings.
     """
 
     base_layers: tuple[LayerNumbers, ...]
@@ -230,7 +222,7 @@ class Analysis:
 
     @property
     def layers(self) -> tuple[LayerNumbers, ...]:
-        """The layers in question: tuned's where there is a tuned model, else base's."""
+        """Tuned's layers where there is a tuned model, else base's."""
         return self.tuned_layers or self.base_layers
 
     def to_dict(self) -> dict[str, Any]:

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from es2.analysis.geometry import Resampled
-from es2.analysis.probes import (
-    twins_of,
-)
+from es2.analysis.probes import twins_of
 from es2.analysis.resampling import (
     Interval,
     Replicates,
@@ -21,9 +19,7 @@ from es2.analysis.resampling import (
     resample_pairs,
     shuffled_labels,
 )
-from es2.analysis.results import (
-    AnalysisConfig,
-)
+from es2.analysis.results import AnalysisConfig
 from es2.core.errors import InputError
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, normalised
 from es2.store.sources import TestSet
@@ -37,7 +33,7 @@ MIN_PER_LABEL = 2
 
 @dataclass(frozen=True)
 class AnalysisSetup:
-    """What all layers and both models share: who is looked at, with which weights, folds and shuffled labels."""
+    """What all layers and both models share: prompts, weights, folds and shuffled labels."""
 
     config: AnalysisConfig
     probe_rows: Int[np.ndarray, "probe"]
@@ -55,14 +51,10 @@ class AnalysisSetup:
 
 
 def check_prompts(prompts: PromptSet, test_prompts: PromptSet | None = None) -> None:
-    """Refuse prompts that cannot be analysed, before anything is captured.
-
-    Args:
-        prompts: as for `analyze`.
-        test_prompts: the prompts of `analyze`'s test set.
+    """Refuse prompts that cannot be analysed, before anything is captured; arguments as for `analyze`.
 
     Raises:
-        InputError: when a label is missing where both are needed, or a test prompt also stands in `prompts`.
+        InputError: when a label is missing where both are needed, or a test prompt is also among `prompts`.
     """
     if test_prompts is not None:
         known = {normalised(text) for text in prompts.texts}

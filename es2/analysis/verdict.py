@@ -1,8 +1,7 @@
 """What a fine-tune did to a layer, in one word and one sentence.
 
-A bigger number is not a better separation: a longer residual stream, or a cloud shrunk to a point, makes some of them
-grow. So the word is given by a fixed table over paired intervals, whose rows stand in the order of how much is lost,
-and every threshold of that table is a constant here and nowhere else.
+A longer residual stream, or a cloud shrunk to a point, makes some numbers grow without a better separation. So a fixed
+table over paired intervals gives the verdict; all its thresholds are constants here.
 """
 
 from __future__ import annotations
@@ -14,19 +13,17 @@ from typing import Any
 from es2.analysis.results import Analysis, Change, LayerNumbers
 
 KL_BUDGET = 0.1
-"""What a fine-tune may do to harmless logits unless its settings say otherwise, in nats per token, for prompts and for
-replies each."""
+"""The default limit of each KL on harmless prompts and replies, in nats per token."""
 COLLAPSED_RANK_RATIO = 0.5
 COLLAPSED_KL_BUDGETS = 4.0
 CONTRACTED_REST_RATIO = 0.5
 TOLERATED_ACCURACY_LOSS = 0.03
 INFLATED_DISTANCE_RATIO = 1.2
 ROUNDING = 1e-6
-"""Changes of ratios, and of numbers in scale-free units, up to here are none: fits are solved to about a tenth of it,
-and a model that was only made longer has the numbers of base but for rounding."""
+"""Changes of ratios, and of scale-free numbers, up to here are none: fits are solved to about a tenth of it."""
 
 VERDICTS = ("collapsed", "worse", "contracted", "inflated", "unchanged", "separated")
-"""Every verdict, the gravest first: a run has the gravest one of its target layers."""
+"""Every verdict, the gravest first."""
 
 _SCALE_FREE_LENGTHS = ("relative_distance", "fisher_ratio")
 _MARGINS = ("margin_mean", "mean_difference_margin")
@@ -34,12 +31,7 @@ _MARGINS = ("margin_mean", "mean_difference_margin")
 
 @dataclass(frozen=True)
 class Verdict:
-    """A word and why.
-
-    Attributes:
-        name: one of `VERDICTS`.
-        reason: one sentence with the figures that decided.
-    """
+    """One of `VERDICTS`, and one sentence with the figures that decided."""
 
     name: str
     reason: str
@@ -50,7 +42,7 @@ class Verdict:
 
 
 def rule(kl_budget: float = KL_BUDGET) -> dict[str, str]:
-    """The table in words, for people, of a run with this KL budget: the first row that holds, in this order."""
+    """The table in words, of a run with this KL budget; the first row that holds counts."""
     return {
         "collapsed": f"effective rank at most ×{COLLAPSED_RANK_RATIO:g} of base's, or KL on harmless prompts over "
         f"{COLLAPSED_KL_BUDGETS:g} budgets of {kl_budget:g} nats per token",

@@ -1,14 +1,12 @@
 """The attack part of an evaluation: how far embeddings have to travel, and what steered models reply.
 
-The needed perturbation of every layer comes from activation sets and the probes of the analysis. Then base and tuned
-are each steered along directions that were learnt from their own embeddings, at several lengths; the curve over lengths
-is the result. Of replies to steered requests only a verdict and the beginning are kept.
+Base and tuned are each steered along directions learnt from their own embeddings, at several lengths. Of replies to
+steered requests only a class and the beginning are kept.
 """
 
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,16 +18,15 @@ from es2.evaluation.behaviour import rate_interval
 from es2.evaluation.refusal import RULES_VERSION, judge_reply
 from es2.evaluation.robustness import Attacker, make_attacker, needed_by_layer
 from es2.evaluation.steering import Steering, steered, steering_sweep
-from es2.evaluation.suites import BOOTSTRAP, Work, choose_prompts, count_tokens, rendered
-from es2.models.batching import end_tokens
+from es2.evaluation.suites import BOOTSTRAP, Work, choose_prompts, generate, rendered
 from es2.models.chat_template import template_prefix
 from es2.models.loading import load_bridge, load_tokenizer
-from es2.models.replies import greedy_replies
+from es2.models.replies import ReplyBatch
 from es2.prompts.prompt_set import HARMFUL, PromptSet
 from es2.store.sources import LayerSource
 
 SHOWN_CHARACTERS = 200
-"""So much is kept of a reply to a steered request: enough to see what it is."""
+"""Characters kept of a reply to a steered request."""
 
 
 def perturbation(
@@ -42,8 +39,7 @@ def perturbation(
     """How far embeddings have to travel at every layer, and what steered models reply at the attacked ones.
 
     Args:
-        work: what the parts of the evaluation share.
-        prompts: all prompts that may be looked at.
+        prompts: all prompts that may be evaluated on.
         sources: embeddings of `prompts.measured()` at position `last`, by `base` and `tuned`.
         analysis: of those.
         targets: the run's target layers, which are attacked where the settings name no others.
@@ -68,9 +64,9 @@ def perturbation(
     sweep = steering_sweep(config.directions, config.budgets, config.p0s)
     tokenizer = load_tokenizer(work.folder)
     tokens = rendered(work, tokenizer, sample)
-    head = template_prefix(tokenizer, tokens)
+    prefix = template_prefix(tokenizer, tokens)
     found = {
-        name: _reply_steered(work, name, attackers[name], tokenizer, sample, tokens, head, sweep)
+        name: _reply_steered(work, name, attackers[name], tokenizer, sample, tokens, prefix, sweep)
         for name in work.models
     }
     weights = resample_pairs(sample, BOOTSTRAP, config.seed)
@@ -114,32 +110,17 @@ def _reply_steered(
     tokenizer: Any,
     sample: PromptSet,
     tokens: list[tuple[int, ...]],
-    head: tuple[int, ...],
+    prefix: tuple[int, ...],
     sweep: Sequence[Steering],
 ) -> list[list[dict[str, Any]]]:
     """The log's record of every steering (outer) and prompt (inner); all steerings share batches."""
     cases = [(steering, row) for steering in sweep for row in range(len(sample))]
-    every = [tokens[row] for _, row in cases]
-    keys = [
-        work.key(
-            name,
-            tokens[row],
-            push=steering.to_dict(),
-            attacker=attacker.digest,
-            seed=work.config.seed,
-            rules=RULES_VERSION,
-        )
-        for steering, row in cases
-    ]
-    done = {index for index, key in enumerate(keys) if key in work.log}
-    if len(done) < len(cases):
+    fixed = {"attacker": attacker.digest, "seed": work.config.seed, "rules": RULES_VERSION}
+    keys = [work.key(name, tokens[row], push=steering.to_dict(), **fixed) for steering, row in cases]
+    if any(key not in work.log for key in keys):
         work.report("load", 0, 1)
-        bridge = load_bridge(
-            work.folder,
-            adapter=work.weights if name == "tuned" else None,
-            dtype=work.dtype,
-            device=work.device,
-        )
+        adapter = work.weights if name == "tuned" else None
+        bridge = load_bridge(work.folder, adapter=adapter, dtype=work.dtype, device=work.device)
         work.report("load", 1, 1)
         model: Any = bridge.original_model
 
@@ -148,36 +129,19 @@ def _reply_steered(
             texts = [sample.texts[row] for _, row in chosen]
             return steered(bridge, attacker, [steering for steering, _ in chosen], texts, work.config.seed)
 
-        begun = time.perf_counter()
-        for batch in greedy_replies(
-            model,
-            every,
-            work.config.new_tokens,
-            end_tokens(model),
-            prefix=head,
-            done=done,
-            around=around,
-            report=work.report,
-            stage=f"steer {name}",
-        ):
-            records = []
-            for place, (index, reply) in enumerate(zip(batch.rows, batch.replies, strict=True)):
-                steering, row = cases[index]
-                text = tokenizer.decode(reply, skip_special_tokens=True)
-                records.append(
-                    {
-                        "key": keys[index],
-                        "model": name,
-                        "run": work.config.run if name == "tuned" else None,
-                        "prompt": sample.texts[row],
-                        "steering": steering.to_dict(),
-                        "verdict": judge_reply(text),
-                        "text": text[:SHOWN_CHARACTERS],
-                        "read": batch.seen.of(place),
-                    }
-                )
-            work.log.add(records)
-            begun = count_tokens(work, begun, batch.replies, [every[index] for index in batch.rows], len(head))
+        def entries(batch: ReplyBatch, place: int, text: str) -> dict[str, Any]:
+            steering, row = cases[batch.rows[place]]
+            return {
+                "prompt": sample.texts[row],
+                "steering": steering.to_dict(),
+                "verdict": judge_reply(text),
+                "text": text[:SHOWN_CHARACTERS],
+                "read": batch.seen.of(place),
+            }
+
+        every = [tokens[row] for _, row in cases]
+        stage = f"steer {name}"
+        generate(work, model, name, tokenizer, every, prefix, keys, entries, stage=stage, around=around)
         del bridge, model
         gc.collect()
     records = [work.log[key] for key in keys]
@@ -186,11 +150,11 @@ def _reply_steered(
 
 def _point(steering: Steering, found: Mapping[str, Sequence[Mapping[str, Any]]], weights: np.ndarray) -> dict[str, Any]:
     """One steering: rates and what the hooks read, under each model, and base → tuned."""
+    classes = {"dsr": "refusal", "degenerate": "degenerate", "answered": "answer"}
     flags = {
         name: {
-            "dsr": np.array([record["verdict"] == "refusal" for record in records], dtype=np.float64),
-            "degenerate": np.array([record["verdict"] == "degenerate" for record in records], dtype=np.float64),
-            "answered": np.array([record["verdict"] == "answer" for record in records], dtype=np.float64),
+            entry: np.array([record["verdict"] == one for record in records], dtype=np.float64)
+            for entry, one in classes.items()
         }
         for name, records in found.items()
     }

@@ -1,12 +1,6 @@
-"""What a model says and how well it still speaks: greedy replies, rates of refusal, and closeness to the base model.
+"""Rates of refusal, and closeness of tuned to base on harmless prompts, with intervals.
 
-Replies are generated token by token for many prompts at once, because a token for one prompt costs as much as a token
-for dozens. That is allowed to change nothing: prompts are filled up on the left under a mask with explicit positions,
-the template's head is run once for all, and architectures on which that was not verified (or whose sliding window would
-count the filling) reply to prompts of equal length at a time. The same loop runs a plain transformers model, one with
-an adapter inside, and the model behind a TransformerLens bridge, so a steered reply differs from a plain one in the
-steering alone. Base and tuned are one model in memory: base speaks first, then the fine-tune is put on. Numbers are
-plain numpy on top; this module imports torch only where it generates.
+Torch is imported only where states are compared.
 """
 
 from __future__ import annotations
@@ -28,8 +22,15 @@ if TYPE_CHECKING:
 
     from es2.models.kl import LmHead
 
-
-# ---------------------------------------------------------------------------------------------------------------- rates
+_RATES = {
+    "dsr": ("harmful", "refusal"),
+    "harmful_degenerate": ("harmful", "degenerate"),
+    "harmful_empty": ("harmful", "empty"),
+    "over_refusal": ("harmless", "refusal"),
+    "harmless_degenerate": ("harmless", "degenerate"),
+    "harmless_empty": ("harmless", "empty"),
+}
+"""The label and the class of replies that each rate counts."""
 
 
 def rate_interval(
@@ -37,8 +38,7 @@ def rate_interval(
 ) -> Interval:
     """The mean of `values` under every resample, with its interval.
 
-    Where all prompts agree (nobody refused, or nobody changed) a bootstrap has nothing to resample and would claim
-    certainty. There the bound is Wilson's: what may hide behind none out of n.
+    Where all prompts agree a bootstrap would claim certainty; there the bound is Wilson's for none out of n.
 
     Args:
         values: 0 or 1 for each prompt; −1, 0 or 1 for a paired difference (then `lowest` is −1).
@@ -55,7 +55,7 @@ def rate_interval(
 def refusal_numbers(
     prompts: PromptSet, verdicts: Mapping[str, Sequence[str]], weights: Float[np.ndarray, "resample prompt"]
 ) -> dict[str, Any]:
-    """Defence success rate, over-refusal and what was neither refused nor answered, by model, and base → tuned.
+    """Defence success rate, over-refusal, and rates of degenerate and empty replies, by model, and base → tuned.
 
     Args:
         prompts: in canonical order.
@@ -68,53 +68,43 @@ def refusal_numbers(
         `harmful_degenerate`, `harmful_empty`, `harmless_degenerate`, `harmless_empty`, each with its interval or None
         where the set lacks the label, and `counts` by label and verdict. `change`: tuned − base, paired, or None.
     """
-    flags: dict[str, dict[str, Any]] = {model: {} for model in verdicts}
     rows = {LABEL_NAMES[label]: prompts.labels == label for label in (HARMFUL, HARMLESS)}
-    names = {"harmful": "dsr", "harmless": "over_refusal"}
-    for model, found in verdicts.items():
-        array = np.array(found)
-        for label, chosen in rows.items():
-            flags[model][names[label]] = (array == "refusal", chosen)
-            for verdict in ("degenerate", "empty"):
-                flags[model][f"{label}_{verdict}"] = (array == verdict, chosen)
-
-    def rated(values: np.ndarray, chosen: np.ndarray, lowest: float = 0.0) -> dict[str, Any] | None:
-        if not chosen.any():
-            return None
-        return rate_interval(values[chosen].astype(np.float64), weights[:, chosen], lowest).to_dict()
-
-    result: dict[str, Any] = {
-        model: {name: rated(*pair) for name, pair in of_model.items()}
-        | {
-            "counts": {
-                label: {
-                    verdict: sum(bool(c) and v == verdict for v, c in zip(verdicts[model], chosen, strict=True))
-                    for verdict in REPLY_CLASSES
-                }
-                for label, chosen in rows.items()
-            }
-        }
-        for model, of_model in flags.items()
+    classes = {model: np.array(found) for model, found in verdicts.items()}
+    flags = {
+        model: {name: (found == verdict).astype(np.float64) for name, (_, verdict) in _RATES.items()}
+        for model, found in classes.items()
     }
-    change = None
-    if "tuned" in flags:
-        change = {
-            name: rated(flags["tuned"][name][0].astype(int) - flags["base"][name][0].astype(int), chosen, -1.0)
-            for name, (_, chosen) in flags["base"].items()
+
+    def rates(values: Mapping[str, np.ndarray], lowest: float = 0.0) -> dict[str, Any]:
+        numbers: dict[str, Any] = {}
+        for name, (label, _) in _RATES.items():
+            chosen = rows[label]
+            found = rate_interval(values[name][chosen], weights[:, chosen], lowest) if chosen.any() else None
+            numbers[name] = found and found.to_dict()
+        return numbers
+
+    result: dict[str, Any] = {"tuned": None, "change": None}
+    for model, found in classes.items():
+        result[model] = rates(flags[model])
+        result[model]["counts"] = {
+            label: {verdict: int((found[chosen] == verdict).sum()) for verdict in REPLY_CLASSES}
+            for label, chosen in rows.items()
         }
-    return {"base": result["base"], "tuned": result.get("tuned"), "change": change}
+    if "tuned" in flags:
+        result["change"] = rates({name: flags["tuned"][name] - flags["base"][name] for name in _RATES}, -1.0)
+    return {name: result[name] for name in ("base", "tuned", "change")}
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """How two models read one prompt and the base's reply to it; sums over tokens.
+    """Two models on one prompt and the base's reply to it; sums over tokens.
 
     Attributes:
         kl_prompt, kl_reply: KL(base ‖ tuned) in nats over the prompt's own tokens (`last` included) and over the
-            distributions that the reply's tokens were drawn from (`last` included).
-        n_prompt, n_reply: how many tokens those are.
+            distributions of the reply's tokens (`last` included).
+        n_prompt, n_reply: numbers of these tokens.
         nll_base, nll_tuned: − log-probability of the reply.
-        agreed: how many of the reply's tokens are also what the tuned model would say at that place.
+        agreed: number of the reply's tokens that are also tuned's first choice.
     """
 
     kl_prompt: float
@@ -126,18 +116,18 @@ class Exchange:
     agreed: int
 
 
-def compare_exchange(head: LmHead, base: Tensor, tuned: Tensor, reply: Tokens) -> Exchange:
-    """Compare the states of `exchange_states` under base and tuned, for one prompt and the base's reply."""
+def compare_exchange(lm_head: LmHead, base: Tensor, tuned: Tensor, reply: Tokens) -> Exchange:
+    """The comparison of base's and tuned's `exchange_states` on one prompt and the base's reply."""
     import torch
 
     from es2.models.kl import compare_tokens
 
     n_prompt = len(base) - len(reply) + 1
-    device = head.weight.device
+    device = lm_head.weight.device
     kls, said_by, agreed, start = [], {"base": 0.0, "tuned": 0.0}, 0, 0
     said = torch.tensor(list(reply), device=device)[:, None]
     with torch.inference_mode():
-        for found in compare_tokens(tuned.to(device), base.to(device), head):
+        for found in compare_tokens(tuned.to(device), base.to(device), lm_head):
             kls.append(found.kl.double().cpu())
             first = max(n_prompt - 1 - start, 0)  # the first state here that a token of the reply was read from
             start += len(found.kl)
@@ -166,11 +156,11 @@ def ability_numbers(
     Args:
         exchanges: of each prompt.
         weights: `resample_pairs` of the same prompts.
-        compared: whether there is a tuned model; without one only the base's perplexity is told.
+        compared: whether there is a tuned model; without one only the base's perplexity is given.
 
     Returns:
         JSON values: `kl_prompt` and `kl_reply` (nats per token), `perplexity` of the base's replies by `base` and
-        `tuned` with their `ratio`, and `agreement`, the share of the base's tokens that tuned would also have said.
+        `tuned` with their `ratio`, and `agreement`, the share of the base's tokens that are also tuned's first choice.
     """
 
     def column(name: str) -> Float[np.ndarray, "resample"]:

@@ -67,16 +67,13 @@ class EvaluateConfig(Settings):
         of="layer",
     )
     directions: tuple[str, ...] = setting(
-        DIRECTIONS, "Directions of the steering_sweep.", label="Directions", of="direction", choices=DIRECTIONS
+        DIRECTIONS, "Directions of the sweep.", label="Directions", of="direction", choices=DIRECTIONS
     )
     budgets: tuple[float, ...] = setting(
         BUDGETS, "Lengths of a steering vector relative to the embedding's own.", label="Budgets", of="budget"
     )
     p0s: tuple[float, ...] = setting(
-        P0,
-        "Probabilities of harmful that SCAV's steerings reach.",
-        label="Probabilities to reach",
-        of="probability",
+        P0, "Probabilities of harmful that SCAV's steerings reach.", label="Probabilities to reach", of="probability"
     )
     seed: int = setting(0, "Of the random directions and the resamples.", label="Seed", ge=0)
     judge_url: str | None = setting(

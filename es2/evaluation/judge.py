@@ -1,10 +1,7 @@
-"""A second opinion on replies, for those who have one: a model behind an HTTP endpoint, or a local classifier.
+"""A second opinion on replies: a model behind an HTTP endpoint, or a local classifier; off by default.
 
-The refusal rules (`es2.evaluation.refusal`) see words, not meaning. A judge may see more, but it is somebody else's
-machine: it is off by default, it is asked after everything else is done and kept, and whatever it does (refuse
-connections, take forever, talk nonsense) ends in one sentence beside the numbers and in nothing else. The key comes
-from an environment variable and goes into one header; it is neither stored nor shown, and no redirect can carry it
-elsewhere. What a server answers is never quoted, because a server may echo the key.
+Failures of a judge end in one sentence beside the numbers. Its key comes from an environment variable, goes into one
+header, is neither stored nor shown, and no redirect carries it elsewhere; answers are never quoted: they may echo it.
 """
 
 from __future__ import annotations
@@ -43,10 +40,10 @@ class JudgeError(Exception):
 
 @dataclass(frozen=True)
 class Judge:
-    """Somebody who labels replies.
+    """A labeller of replies.
 
     Attributes:
-        name: what the result calls it; holds no secret.
+        name: for the result; holds no secret.
         ask: given a request and a reply, one of `JUDGE_CLASSES`; raises `JudgeError`.
     """
 
@@ -57,15 +54,9 @@ class Judge:
 def judge_replies(
     judge: Judge, exchanges: Sequence[tuple[str, str]], report: Reporter = silent
 ) -> tuple[list[str | None], str | None]:
-    """Ask about every exchange, as long as the judge gives verdicts.
+    """A verdict for each exchange (request, reply), None where there is none, and a sentence about failures, if any.
 
-    Args:
-        judge: whom to ask.
-        exchanges: (request, reply).
-        report: told after each.
-
-    Returns:
-        A verdict for each exchange, None where there is none, and a sentence if something went wrong.
+    After `_PATIENCE` failures in a row the judge is not asked again.
     """
     verdicts: list[str | None] = [None] * len(exchanges)
     failures = in_a_row = 0
@@ -93,10 +84,10 @@ def judge_replies(
 
 
 def check_endpoint(url: str, key_variable: str) -> SplitResult:
-    """The parts of an endpoint's URL. What is wrong with it is never quoted: it may be a key in the wrong place.
+    """The parts of an endpoint's URL. A wrong URL is never quoted: it may be a key in the wrong place.
 
     Raises:
-        InputError: for a URL that is none, or that holds a secret of its own; for a variable whose name is none.
+        InputError: for a malformed URL, one that holds a secret, and a malformed name of a variable.
     """
     try:
         parts = urlsplit(url)
@@ -126,7 +117,7 @@ def endpoint_judge(url: str, model: str, *, key_variable: str = KEY_VARIABLE, ti
         url: the API's base, such as `http://localhost:8000/v1`; `/chat/completions` is added.
         model: the model's name there.
         key_variable: the environment variable that holds the key; without it no key is sent.
-        timeout: seconds after which an answer is given up, however it dribbles in.
+        timeout: seconds until the whole answer has arrived.
 
     Raises:
         InputError: as `check_endpoint`.
@@ -167,14 +158,14 @@ def endpoint_judge(url: str, model: str, *, key_variable: str = KEY_VARIABLE, ti
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the key to another host."""
+    """Follows no redirect, which would take the key to another host."""
 
     def redirect_request(self, *arguments: Any, **named: Any) -> None:
         return None
 
 
 def _read(response: Any, deadline: float) -> bytes:
-    """The body, by the deadline: each piece may arrive in time and the whole never."""
+    """The body, whole by the deadline."""
     data = b""
     while piece := response.read1(65_536):
         data += piece
@@ -199,7 +190,7 @@ def classifier_judge(folder: Path, label: str | None = None) -> Judge:
     """A judge that is a local text-classification model.
 
     Args:
-        folder: of a transformers sequence-classification model with its tokenizer. It is given the reply alone.
+        folder: of a transformers sequence-classification model with its tokenizer, which reads the reply alone.
         label: the name of the class that means refusal; by default the one whose name begins like refusal or
             rejection. All other classes mean answer.
 

@@ -1,8 +1,7 @@
-"""What models said, kept line by line as it comes, so that nothing is said twice.
+"""Replies of models in an append-only JSONL file, so that none is generated twice.
 
-A reply costs a second, a file costs nothing: each goes into an append-only JSONL file the moment its batch is done,
-under a key of all that decides it. A process that is killed leaves at worst one line half written, which the next one
-skips and generates again.
+Each is written when its batch is done, under a key of all that decides it. A killed process leaves at worst half a
+line, which the next process skips and generates again.
 """
 
 from __future__ import annotations

@@ -1,18 +1,14 @@
-"""How far an embedding has to be steered before a harmful request reads as harmless, and along what.
+"""How far, and along which directions, embeddings of harmful prompts are steered until a probe reads them as harmless.
 
-ES2 answers attacks that do not touch the prompt but the residual stream, so this is where its claim is tested. The
-probe of a layer is a hyperplane, so how far each embedding has to travel is a formula (SCAV, arXiv 2404.12038), worked
-out here from activation sets alone, in numpy; `es2.evaluation.steering` really applies the shift and looks at the
-replies. Whoever attacks a tuned model adapts, so directions and probes are fitted anew on the tuned embeddings. A
-random direction is the control: what it does to the replies is damage, not knowledge. Only embeddings are moved, and
-only for requests that the user's prompt set already holds; nothing here searches for prompts.
+The perturbation needed is a formula of a layer's probe (SCAV, arXiv 2404.12038), so activation sets suffice. Attackers
+adapt: directions and probes are fitted anew on the tuned embeddings. Nothing here searches for prompts.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,13 +24,11 @@ if TYPE_CHECKING:
 
 
 DIRECTIONS = ("scav", "repe", "mean_difference", "random")
-"""Along which embeddings are steered: the probe's normal, RepE's reading vector, the difference of means, and the
-control."""
+"""The probe's normal, RepE's reading vector, the difference of means, and the control."""
 
 P0 = (0.5, 0.01)
-"""The probabilities of harmful to be reached. At one half the way ends on the hyperplane: a distance that depends on
-the geometry alone. At 0.01 the probe is fooled as thoroughly as SCAV wants it; that distance also depends on how steep
-the probe is, so it compares base with tuned (the same C) and nothing else."""
+"""The probabilities of harmful to be reached: 0.5, on the hyperplane, a distance that depends on the geometry alone;
+0.01 as in SCAV, which also depends on the probe's slope and so only compares base with tuned (the same C)."""
 
 # ------------------------------------------------------------------------------------------------------------- analytic
 
@@ -88,7 +82,7 @@ def logit(p: float) -> float:
 def needed_perturbation(
     embeddings: Float[np.ndarray, "prompt d_model"], probes: Probes, layer: int, p0: float = 0.5
 ) -> tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]]:
-    """How far each embedding has to travel until the layer's probe gives at most `p0`.
+    """The perturbation of each embedding until the layer's probe gives at most `p0`.
 
     Returns:
         Length in the model's own units, and relative to ‖e‖; 0 for embeddings that are there already.
@@ -103,10 +97,9 @@ def needed_perturbation(
 
 @dataclass(frozen=True)
 class NeededPerturbation:
-    """What the harmful test prompts of one layer have to travel, under base and tuned.
+    """The perturbation that harmful test prompts need at one layer, under base and tuned.
 
     Attributes:
-        layer: its index.
         p0: the probability to be reached.
         base, tuned: by `relative` (mean of length / ‖e‖), `relative_q1` (its lower quartile: the easier attacks),
             `absolute` (mean length) and `already` (share that needs none); `tuned` is None without a tuned model.
@@ -124,18 +117,8 @@ class NeededPerturbation:
     texts: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, without the prompts' own."""
-
-        def plain(numbers: Mapping[str, Interval] | None) -> dict[str, Any] | None:
-            return None if numbers is None else {name: number.to_dict() for name, number in numbers.items()}
-
-        return {
-            "layer": self.layer,
-            "p0": self.p0,
-            "base": plain(self.base),
-            "tuned": plain(self.tuned),
-            "change": plain(self.change),
-        }
+        """JSON values, without those of each prompt."""
+        return {name: entry for name, entry in asdict(self).items() if name not in ("values", "texts")}
 
 
 def needed_by_layer(
@@ -153,13 +136,10 @@ def needed_by_layer(
     """The needed perturbation of the harmful `test` prompts at every layer, under each model's own probes.
 
     Args:
-        prompts: the prompts of the activation sets.
-        base, tuned: their embeddings.
+        base, tuned: embeddings of `prompts`.
         base_probes, tuned_probes: fitted on `probe` of the same model: the tuned model's attacker adapts.
         p0s: the probabilities to be reached.
-        position: whose embeddings are read.
-        n_bootstrap: resamples of pairs behind the intervals.
-        seed: of the resamples.
+        n_bootstrap: number of resamples of pairs.
 
     Returns:
         One record per layer and p0; layers where a probe reads nothing are left out.
@@ -230,13 +210,8 @@ def _replicates(
 def reading_vector(embeddings: Float[np.ndarray, "prompt d_model"], prompts: PromptSet) -> Float[np.ndarray, "d_model"]:
     """RepE's reading vector: the first principal component of recentred differences within pairs, towards harmful.
 
-    Twins are subtracted from each other; prompts without a twin are put together by hash. Every other difference is
-    turned round before recentring: with all of them pointing one way, recentring would remove the very thing that is
-    looked for. (Zou et al., arXiv 2310.01405, shuffle the order within their pairs for the same reason.)
-
-    Args:
-        embeddings: of `prompts`, in their order.
-        prompts: of both labels.
+    Prompts without a twin are paired by hash. Every other difference changes its sign before recentring, which would
+    otherwise remove the direction itself; Zou et al., arXiv 2310.01405, shuffle within their pairs for that reason.
 
     Returns:
         A unit vector; zero if all differences vanish.
@@ -276,13 +251,12 @@ def _couples(prompts: PromptSet) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Attacker:
-    """What an attacker who knows one model's embeddings has learnt at some layers.
+    """Directions learnt from one model's embeddings at some layers.
 
     Attributes:
         layers: where embeddings are steered, ascending.
         planes: the probe of each.
-        directions: unit vectors towards harmful by name, one for each layer, `[layer, d_model]`. `random` is not among
-            them: it is drawn for every prompt.
+        directions: unit vectors towards harmful by name; without `random`, which is sampled for every prompt.
     """
 
     layers: tuple[int, ...]
@@ -303,15 +277,14 @@ class Attacker:
     def vectors(self, name: str, texts: Sequence[str], seed: int) -> Float[np.ndarray, "layer prompt d_model"]:
         """The unit vectors of a direction for each prompt; `random` ones depend on seed, layer and text alone."""
         if name != "random":
-            vectors = self.directions[name]
-            return np.repeat(vectors[:, None], len(texts), axis=1)
+            return np.repeat(self.directions[name][:, None], len(texts), axis=1)
         d_model = len(self.planes[0].normal)
-        drawn = np.empty((len(self.layers), len(texts), d_model))
+        vectors = np.empty((len(self.layers), len(texts), d_model))
         for row, text in enumerate(texts):
             for index, layer in enumerate(self.layers):
                 generator = np.random.default_rng([seed, layer, stable_hash("random:" + text) % 2**32])
-                drawn[index, row] = generator.normal(size=d_model)
-        return drawn / np.linalg.norm(drawn, axis=2, keepdims=True)
+                vectors[index, row] = generator.normal(size=d_model)
+        return vectors / np.linalg.norm(vectors, axis=2, keepdims=True)
 
 
 def make_attacker(
@@ -322,21 +295,20 @@ def make_attacker(
     *,
     position: str = "last",
 ) -> Attacker:
-    """Learn directions from the `probe` split of one model's embeddings.
+    """The attacker that learns from the `probe` split of one model's embeddings.
 
     Args:
-        prompts: the prompts of the activation set.
-        source: their embeddings under the model that is attacked.
+        source: embeddings of `prompts` under the attacked model.
         probes: fitted on the same.
-        layers: where to steering.
-        position: whose embeddings are read; generation steerings at the last token.
+        layers: where to steer.
+        position: whose embeddings are read; generation is steered at the last token.
 
     Raises:
         InputError: when a layer does not exist or its probe reads nothing.
     """
     chosen = tuple(sorted(set(layers)))
     if not chosen or chosen[0] < 0 or chosen[-1] >= probes.n_layers:
-        raise InputError(f"Layers to steering at must be among 0 to {probes.n_layers - 1}, not {list(layers)!r}.")
+        raise InputError(f"Layers to steer at must be among 0 to {probes.n_layers - 1}, not {list(layers)!r}.")
     rows, fitted = canonical(prompts, "probe")
     planes = tuple(hyperplane(probes, layer) for layer in chosen)
     for layer, plane in zip(chosen, planes, strict=True):

@@ -1,17 +1,14 @@
 """Steering embeddings while a model generates, and reading back what the steering did.
 
-The causal half of `es2.evaluation.robustness`. Probe and steering belong to one and the same hook point,
-`blocks.{l}.hook_out` (SCAV's published code trains on a layer's inputs and shifts its outputs), and the probe is read
-there again after steering, off the very activation that the next block gets: a test can see that the formula holds in
-the forward pass. Every row of a batch may be steered in its own way, so a whole sweep of directions and budgets shares
-batches.
+Probe and steering share one hook point, `blocks.{l}.hook_out` (SCAV's published code trains on a layer's inputs and
+shifts its outputs), where the probe is read again after steering. Each row of a batch is steered in its own way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,7 +27,7 @@ BUDGETS = (0.1, 0.2, 0.4, 0.8)
 
 @dataclass(frozen=True)
 class Steering:
-    """One way of pushing the embeddings of a prompt, at every layer of the attacker.
+    """One way of steering the embeddings of a prompt, at every layer of the attacker.
 
     Attributes:
         direction: one of `DIRECTIONS`; `none` leaves the model alone.
@@ -51,7 +48,7 @@ class Steering:
 
     def to_dict(self) -> dict[str, Any]:
         """The three settings."""
-        return {"direction": self.direction, "budget": self.budget, "p0": self.p0}
+        return asdict(self)
 
 
 def steering_sweep(
@@ -65,7 +62,7 @@ def steering_sweep(
 
 @dataclass
 class ReadBack:
-    """What the hooks saw while a batch was steered, one entry per prompt of the batch.
+    """Readings of the hooks while a batch was steered, one entry per prompt.
 
     Attributes:
         probability: the probe's probability at the last prompt token, after steering, the mean over layers.
@@ -82,7 +79,7 @@ class ReadBack:
     steps: int = field(default=0, repr=False)
 
     def of(self, row: int) -> dict[str, float]:
-        """What was read for one prompt of the batch."""
+        """The readings of one prompt."""
         names = ("probability", "worst", "highest", "relative")
         return {name: float(getattr(self, name)[row]) for name in names}
 
@@ -91,20 +88,18 @@ class ReadBack:
 def steered(
     bridge: TransformerBridge, attacker: Attacker, batch: Sequence[Steering], texts: Sequence[str], seed: int = 0
 ) -> Iterator[ReadBack]:
-    """While this is open, every forward pass has its last token steered at the attacker's layers, each row its own way.
+    """A context in which every forward pass has its last token steered at the attacker's layers, each row its own way.
 
-    Two hooks stand at each layer's `hook_out`, one after the other: the first steering_sweep, the second reads the
-    probe's probability off the very activation that the next block gets.
+    Two hooks at each layer's `hook_out`: the first steers, the second reads the probe's probability of what the next
+    block gets.
 
     Args:
         bridge: the attacked model.
         attacker: made from the same model's embeddings.
-        batch: how each row of the batch is steered.
-        texts: the prompt of each row.
-        seed: of the random directions.
+        batch, texts: the steering and the prompt of each row.
 
     Yields:
-        What is read back; complete when the block ends.
+        The readings, complete when the context ends.
     """
     import torch
 

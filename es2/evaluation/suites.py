@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from es2.models.adapters import apply_finetune
 from es2.models.batching import end_tokens
 from es2.models.chat_template import render, template_prefix
 from es2.models.loading import load_model, load_tokenizer
-from es2.models.replies import exchange_states, greedy_replies
+from es2.models.replies import Around, ReplyBatch, exchange_states, greedy_replies
 from es2.models.shape import context_length
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, normalised, stable_hash, warn_of_likeness
 from es2.store.store import Store
@@ -54,9 +54,7 @@ def choose_prompts(prompts: PromptSet, limit: int, label: int | None = None) -> 
 
 
 def held_out(prompts: PromptSet, tuned_on: PromptSet | None, *, probing: bool = False) -> PromptSet:
-    """The prompts that a run may be judged by: none that also stands in a split that decided it.
-
-    Those that say nearly the same as one there are warned of.
+    """The prompts that a run may be judged by: none from a split that decided it, with a warning of near-duplicates.
 
     Args:
         prompts: the prompts to evaluate on.
@@ -147,7 +145,7 @@ def behaviour(
         raise InputError(f"{prompts.name!r} has no harmless prompt, so there is no ability to measure; add some.")
     tokenizer = load_tokenizer(work.folder)
     tokens = rendered(work, tokenizer, sample)
-    head = template_prefix(tokenizer, tokens)
+    prefix = template_prefix(tokenizer, tokens)
     needed = work.models if suite == "refusal" else ("base",)
     model: Any = None
     states: dict[str, list[Any]] = {}
@@ -159,14 +157,20 @@ def behaviour(
         elif model is not None and name == "tuned" and work.weights is not None:
             apply_finetune(model, work.weights)
         if missing:
-            _reply(work, model, name, tokenizer, sample, tokens, head)
+            keys = [work.key(name, prompt) for prompt in tokens]
+
+            def entries(batch: ReplyBatch, place: int, text: str) -> dict[str, Any]:
+                prompt = sample.texts[batch.rows[place]]
+                return {"prompt": prompt, "tokens": list(batch.replies[place]), "text": text}
+
+            generate(work, model, name, tokenizer, tokens, prefix, keys, entries, stage=f"reply {name}")
         if suite == "kl":
             from es2.models.kl import read_lm_head
 
             lm_head = read_lm_head(model) if lm_head is None else lm_head
             said = [_said(work, prompt) for prompt in tokens]
             stage = f"read {name}"
-            states[name] = exchange_states(model, tokens, said, len(head), report=work.report, stage=stage)
+            states[name] = exchange_states(model, tokens, said, len(prefix), report=work.report, stage=stage)
     del model
     gc.collect()
     weights = resample_pairs(sample, BOOTSTRAP, work.config.seed)
@@ -197,7 +201,7 @@ def behaviour(
 
 
 def _load(work: Work, name: str) -> Any:
-    """The plain model; as `tuned` when base has nothing left to say."""
+    """The plain model; with the fine-tune as `tuned`, where base's replies are all logged."""
     work.report("load", 0, 1)
     model = load_model(work.folder, dtype=work.dtype, device=work.device).requires_grad_(False)
     if name == "tuned" and work.weights is not None:
@@ -211,52 +215,44 @@ def _said(work: Work, prompt: Sequence[int]) -> tuple[int, ...]:
     return tuple(work.log[work.key("base", prompt)]["tokens"][: work.config.kl_tokens])
 
 
-def _reply(
+def generate(
     work: Work,
     model: Any,
     name: str,
     tokenizer: Any,
-    prompts: PromptSet,
-    tokens: list[tuple[int, ...]],
-    head: tuple[int, ...],
+    tokens: Sequence[tuple[int, ...]],
+    prefix: tuple[int, ...],
+    keys: Sequence[str],
+    entries: Callable[[ReplyBatch, int, str], dict[str, Any]],
+    *,
+    stage: str,
+    around: Around | None = None,
 ) -> None:
-    """Generate what is not in the log yet."""
-    keys = [work.key(name, prompt) for prompt in tokens]
-    done = {row for row, key in enumerate(keys) if key in work.log}
+    """Generate and log the replies whose key is not in the log yet; `entries` gives what a record holds of its own.
+
+    Args:
+        name: `base` or `tuned`.
+        tokens, keys: of every reply.
+        prefix: the tokens that all prompts begin with.
+        entries: called with a batch, a place in it and the text of the reply there.
+    """
+    done = {index for index, key in enumerate(keys) if key in work.log}
+    n_tokens, ends = work.config.new_tokens, end_tokens(model)
     begun = time.perf_counter()
     for batch in greedy_replies(
-        model,
-        tokens,
-        work.config.new_tokens,
-        end_tokens(model),
-        prefix=head,
-        done=done,
-        report=work.report,
-        stage=f"reply {name}",
+        model, tokens, n_tokens, ends, prefix=prefix, done=done, around=around, report=work.report, stage=stage
     ):
+        texts = [tokenizer.decode(reply, skip_special_tokens=True) for reply in batch.replies]
+        shared = {"model": name, "run": work.config.run if name == "tuned" else None}
         work.log.add(
-            {
-                "key": keys[row],
-                "model": name,
-                "run": work.config.run if name == "tuned" else None,
-                "prompt": prompts.texts[row],
-                "tokens": list(reply),
-                "text": tokenizer.decode(reply, skip_special_tokens=True),
-            }
-            for row, reply in zip(batch.rows, batch.replies, strict=True)
+            {"key": keys[index]} | shared | entries(batch, place, texts[place])
+            for place, index in enumerate(batch.rows)
         )
-        begun = count_tokens(work, begun, batch.replies, [tokens[row] for row in batch.rows], len(head))
-
-
-def count_tokens(
-    work: Work, begun: float, replies: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]], n_prefix: int
-) -> float:
-    """Add a batch to the tally of this call; returns the time."""
-    now = time.perf_counter()
-    work.generated["tokens"] += sum(map(len, replies)) + sum(len(prompt) - n_prefix for prompt in prompts)
-    work.generated["replies"] += len(replies)
-    work.generated["seconds"] += now - begun
-    return now
+        now = time.perf_counter()
+        work.generated["tokens"] += sum(map(len, batch.replies)) + sum(len(tokens[i]) - len(prefix) for i in batch.rows)
+        work.generated["replies"] += len(batch.replies)
+        work.generated["seconds"] += now - begun
+        begun = now
 
 
 def _ask_judge(

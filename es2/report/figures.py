@@ -1,7 +1,6 @@
 """The figures of a report: pure functions from a comparison's numbers to plotly figures.
 
-They are looked at alone, without the app around them, so each shows both models at once and says what it shows. Text,
-grid and background have no colour here: the page that holds a figure follows the reader's theme and sets them.
+Each shows both models at once. Text, grid and background have no colour here: the page sets them by the reader's theme.
 """
 
 from __future__ import annotations
@@ -33,11 +32,10 @@ def strip(analysis: Analysis, name: str, *, names: tuple[str, str], targets: Seq
     """One number over the layers, of both models with its intervals; triangles mark the target layers.
 
     Args:
-        analysis: of base and tuned.
         name: of the number, as in `LayerNumbers.numbers`.
-        names: what the two models are called.
+        names: of the two models.
         targets: the target layers.
-        y_title: the axis' title, with its unit or that there is none.
+        y_title: the axis' title, with its unit.
     """
     figure = go.Figure()
     models = ((analysis.base_layers, names[0], BASE, "dot"), (analysis.layers, names[1], TUNED, "solid"))
@@ -54,16 +52,9 @@ def strip(analysis: Analysis, name: str, *, names: tuple[str, str], targets: Seq
         name="target layers",
         hoverinfo="skip",
     )
-    return _finished(
-        figure,
-        STRIP_HEIGHT,
-        xaxis={
-            "title": {"text": "layer (residual stream after the block)"},
-            "range": [-0.6, len(analysis.layers) - 0.4],
-        },
-        yaxis={"title": {"text": y_title}},
-        hovermode="x unified",
-    )
+    x_title = {"text": "layer (residual stream after the block)"}
+    xaxis = {"title": x_title, "range": [-0.6, len(analysis.layers) - 0.4]}
+    return _finished(figure, STRIP_HEIGHT, xaxis=xaxis, yaxis={"title": {"text": y_title}}, hovermode="x unified")
 
 
 def _line_with_band(
@@ -97,11 +88,10 @@ def pair(
     """Both models' prompts of one layer beside each other, on equal axes.
 
     Args:
-        view: of both models.
         prompts: in the order of the view's rows.
-        rows: the prompts to draw.
+        rows: of the prompts that are shown.
         margins: signed distance of every prompt to each model's own boundary, + on the harmful side.
-        names: what the two models are called.
+        names: of the two models.
     """
     tuned = view.base if view.tuned is None else view.tuned
     figure = make_subplots(
@@ -146,8 +136,7 @@ def training(events: Sequence[Mapping[str, Any]], kl_budget: float) -> go.Figure
     """The course of the training: separation, both KLs against their budget, validations; None if unknown.
 
     Args:
-        events: progress events; those that are not of a training step are ignored, and of a step that was repeated
-            after an interruption the last counts.
+        events: progress events, of which the last of each training step counts.
         kl_budget: nats per token.
     """
     steps = {int(event["done"]): event for event in events if event.get("stage") == "finetune" and "loss" in event}

@@ -1,8 +1,6 @@
-"""What an evaluation found, in words and with the names that people read.
+"""The findings of an evaluation in sentences, shared by pages, reports and commands.
 
-A page, a report and a command must say the same about the same file, so the sentences are made here from the numbers
-that `es2.workflow.evaluate` keeps. Whether something grew or fell is read off its paired interval; a change whose
-interval holds "no change" is called none, in the sentence too.
+Whether a number grew or fell is read off its paired interval.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from es2.analysis.resampling import Interval
 from es2.report.glossary import Term
 
 MOST = 0.5
-"""With more degenerate replies than this share a model has collapsed, whatever the other rates say."""
+"""The share of degenerate replies above which a model has collapsed."""
 
 TERMS = (
     Term(
@@ -67,7 +65,7 @@ TERMS = (
         digits=2,
     ),
 )
-"""The numbers of `refusal` and `kl`, in the order of reading."""
+"""The numbers of `refusal` and `kl`."""
 
 BY_NAME = {term.name: term for term in TERMS}
 
@@ -78,13 +76,13 @@ DIRECTION_NAMES: Mapping[str, str] = {
     "mean_difference": "Difference of means",
     "random": "Random (control)",
 }
-"""What the directions of `es2.evaluation.robustness` are called; the order is that of reading."""
+"""The names of the directions of `es2.evaluation.robustness`."""
 
 Numbers = Mapping[str, Any]
 
 
 def interval_of(number: Mapping[str, float]) -> Interval:
-    """A kept number with its interval."""
+    """The interval of a kept number."""
     return Interval(number["value"], number["low"], number["high"])
 
 
@@ -103,8 +101,7 @@ def refusal_sentence(refusal: Numbers, separated: bool) -> str:
 
     Args:
         refusal: the part `refusal` of an evaluation of base and tuned.
-        separated: whether the run's verdict says that its embeddings are separated; that a model refuses no more for
-            it must be said.
+        separated: whether the run's verdict is that its embeddings are separated.
     """
     if refusal["base"]["dsr"] is None:
         return "These prompts hold no harmful request, so there is no defence success rate."
@@ -118,7 +115,7 @@ def refusal_sentence(refusal: Numbers, separated: bool) -> str:
 
 
 def side_effects(refusal: Numbers) -> list[str]:
-    """What else became of the replies: a sentence for each thing that got worse, or that spoils the rates."""
+    """A sentence for each other rate that got worse, or that spoils the rates."""
     found = []
     over = refusal["change"]["over_refusal"]
     if over is not None and over["low"] > 0:
@@ -139,7 +136,7 @@ def side_effects(refusal: Numbers) -> list[str]:
 
 
 def main_p0(attack: Numbers) -> float:
-    """The probability whose distance depends on the geometry alone, one half, if it was measured; else the first."""
+    """0.5, whose distance depends on the geometry alone, if it was measured; else the first probability."""
     p0s = list(dict.fromkeys(record["p0"] for record in attack["needed"]))
     return 0.5 if 0.5 in p0s else float(p0s[0])
 
@@ -163,7 +160,7 @@ def needed_sentence(attack: Numbers) -> str:
 
 
 def attack_sentence(attack: Numbers) -> str:
-    """How the tuned model stood the steerings along directions that were learnt from it."""
+    """How tuned replies to steerings along directions that were learnt from it."""
     learnt = [point for point in attack["curve"] if point["direction"] not in ("none", "random")]
     higher = sum(point["change"]["dsr"]["low"] > 0 for point in learnt)
     lower = sum(point["change"]["dsr"]["high"] < 0 for point in learnt)

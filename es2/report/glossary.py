@@ -1,8 +1,6 @@
-"""What each number of a layer is called where people read it, and what it means, in one place.
+"""The title and the meaning of each number of a layer, shared by the app and the reports.
 
-The app's pages, tooltips and axes and the reports must say the same about a number wherever it stands, and say it in
-words that need no paper. The order is the order of reading: what is told apart, how far, what is left, and last the raw
-lengths, which a model can inflate without separating anything.
+In the order of reading: accuracies, distances, what is left beside them, and last the raw lengths.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ class Term:
 
     Attributes:
         name: the key in `LayerNumbers.numbers`.
-        title: what the page calls it.
         definition: one or two sentences for a tooltip.
         digits: decimals that its intervals are worth.
         scale_free: whether inflating the residual stream leaves it alone.

@@ -1,5 +1,5 @@
-"""Text from outside, for places that would obey it: plotly's labels read tags, entities and formulas, a terminal reads
-control characters. The app, the reports and the command line share this.
+"""Text from users and data sets, made harmless: plotly's labels interpret tags, entities and formulas, a terminal
+control characters.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ _SHOWN = _PICTURES | _OTHER_CONTROLS
 
 
 def plain(text: str) -> str:
-    """`text` as a terminal or a log may show it: line breaks and tabs stay, colour codes go, and what would steer the
-    terminal or turn the direction of what follows becomes a visible sign, such as ␛ for an escape.
-    """
+    """`text` for a terminal or a log, without colour codes and with other control characters visible, such as ␛."""
     return _COLOUR_CODE.sub("", text).translate(_SHOWN)
 
 

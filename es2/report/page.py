@@ -1,8 +1,7 @@
 """The page of a report: a comparison as the text of one HTML file.
 
-Plain strings put together from above to below, in the order in which a reader asks: what came of it, how much, where,
-what it looks like, how it was made. Prompts and names come from users and data sets; each is escaped where it is put,
-prompts are shortened, and what figures show passes through `es2.report.labels`.
+Prompts and names come from users and data sets: each is escaped where it is put, prompts are shortened, and labels of
+figures pass through `es2.report.labels`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from plotly.io import to_json
 
 from es2.analysis.comparison import Comparison
 from es2.analysis.projection import pca_view, separation_view
-from es2.analysis.results import Analysis, Change, LayerNumbers
+from es2.analysis.results import Change, LayerNumbers
 from es2.analysis.verdict import rule
 from es2.core.settings import option_words
 from es2.core.versions import installed_versions
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
 PROMPT_CHARACTERS = 300
 MAX_POINTS = 1500
-"""More points in one picture make a file that is slow to open and show no more."""
+"""More points make a file that is slow to open."""
 N_LISTED = 10
 
 _STRIPS = (
@@ -50,12 +49,7 @@ _ALL_LAYERS = ("probe_accuracy", "margin_mean", "mean_difference_margin", "fishe
 
 @dataclass(frozen=True)
 class Compared(Comparison):
-    """What a report is about: a comparison, what it is called and how it was trained.
-
-    Attributes:
-        title: what the run is called.
-        events: the progress events of its training, as far as they are known.
-    """
+    """A comparison with the title of its run and the known progress events of its training."""
 
     title: str = ""
     events: Sequence[Mapping[str, Any]] = ()
@@ -75,22 +69,17 @@ def figure_html(figure: go.Figure | Mapping[str, Any], title: str) -> str:
 
 
 def _page(title: str, body: str, figures: Mapping[str, str]) -> str:
-    """An HTML file with plotly.js inside; `figures` are plotly's JSON by the id of the element to draw them in."""
+    """An HTML file with plotly.js inside; `figures` are plotly's JSON by the id of their element."""
     from plotly.offline import get_plotlyjs
 
     drawings = ",\n".join(f"{json.dumps(name)}: {figure}" for name, figure in figures.items())
     return _PAGE.format(
-        title=_escape(title),
-        style=_STYLE,
-        plotly=get_plotlyjs(),
-        body=body,
-        figures=drawings,
-        script=_SCRIPT,
+        title=_escape(title), style=_STYLE, plotly=get_plotlyjs(), body=body, figures=drawings, script=_SCRIPT
     )
 
 
 def _sections(compared: Compared, figures: dict[str, str]) -> Iterable[str]:
-    """The page's parts; puts each figure's JSON into `figures` under the id of the place that it is drawn at."""
+    """The page's parts; adds each figure's JSON to `figures` under the id of its element."""
 
     def draw(figure: Any, caption: str) -> str:
         name = f"figure-{len(figures) + 1}"
@@ -113,16 +102,12 @@ def _sections(compared: Compared, figures: dict[str, str]) -> Iterable[str]:
     for layer in targets:
         yield f"<h2>Layer {layer}</h2>"
         base, tuned = (one.layer(layer, compared.position) for one in (compared.base, compared.tuned))
-        margins = _margins(compared.analysis, base, tuned, layer)
+        own, theirs = compared.analysis.base_probes, compared.analysis.tuned_probes
+        assert theirs is not None  # a comparison has both
+        margins = own.margin(base, layer), theirs.margin(tuned, layer)
         for kind, view_of in (("Separation", separation_view), ("PCA", pca_view)):
-            view = view_of(
-                base,
-                compared.analysis.base_probes,
-                layer,
-                tuned=tuned,
-                tuned_probes=compared.analysis.tuned_probes,
-                fit=compared.prompts.in_split("test"),
-            )
+            test = compared.prompts.in_split("test")
+            view = view_of(base, own, layer, tuned=tuned, tuned_probes=theirs, fit=test)
             figure = report_figures.pair(view, compared.prompts, rows, margins=margins, names=compared.names)
             yield draw(figure, f"{kind}: {shown}; both models on the same axes.")
         yield _movers(compared, layer, margins)
@@ -169,7 +154,7 @@ over test prompts; a run has the gravest verdict of its target layers.</p><table
 
 
 def _targets_table(compared: Compared) -> str:
-    """The numbers of the target layers, base, tuned and change of each beside each other."""
+    """The numbers of the target layers: base, tuned and change of each."""
     layers = [(compared.analysis.base_layers[layer], compared.analysis.layers[layer]) for layer in compared.targets]
     left, right = map(_escape, compared.names)
     groups = "".join(f'<th colspan="3">layer {after.layer}</th>' for _, after in layers)
@@ -202,8 +187,7 @@ def _change(term: Term, after: LayerNumbers) -> str:
     change: Change | None = (after.change or {}).get(term.name)
     if change is None:
         return ""
-    if change.ratio is not None:
-        ratio = change.ratio
+    if (ratio := change.ratio) is not None:
         return f"×{ratio.value:,.2f}<small>(×{ratio.low:,.2f} to ×{ratio.high:,.2f})</small>"
     sign = "+" if change.difference.value > 0 else ""
     return f"{sign}{term.value(change.difference)}<small>({term.range(change.difference)})</small>"
@@ -297,21 +281,8 @@ def reproduce(config: Mapping[str, Any]) -> str:
     return shlex.join(["es2", "finetune", *option_words({name: config.get(name) for name in ordered})])
 
 
-# ---------------------------------------------------------------------------------------------------------- the rest
-
-
-def _margins(
-    analysis: Analysis,
-    base: Float[np.ndarray, "prompt d_model"],
-    tuned: Float[np.ndarray, "prompt d_model"],
-    layer: int,
-) -> tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]]:
-    assert analysis.tuned_probes is not None  # a comparison has both
-    return analysis.base_probes.margin(base, layer), analysis.tuned_probes.margin(tuned, layer)
-
-
 def _shown(compared: Compared) -> tuple[Int[np.ndarray, "row"], str]:
-    """The rows of the test prompts that pictures show, whole pairs by hash where there are too many; and how many."""
+    """The rows of the test prompts that pictures show, chosen by hash of their pair, and their number in words."""
     test, kept = _test(compared)
     if len(test) <= MAX_POINTS:
         return test, kept
@@ -320,7 +291,7 @@ def _shown(compared: Compared) -> tuple[Int[np.ndarray, "row"], str]:
 
 
 def _test(compared: Compared) -> tuple[Int[np.ndarray, "row"], str]:
-    """The rows of the test prompts, and in words how many, which may be a part of those that gave the numbers."""
+    """The rows of the test prompts, which may be a part of those that gave the numbers, and their number in words."""
     test = np.flatnonzero(compared.prompts.in_split("test"))
     measured = sum(compared.analysis.n_prompts["test"].values())
     part = f" (a part of the {measured} that gave the numbers)" if len(test) < measured else ""

@@ -1,7 +1,6 @@
 """Colours and symbols that mean the same in every figure, of the app and of reports.
 
-Each stands out on white and on near-black alike (contrast of at least 3 to both) and they stay apart for colour-blind
-readers; labels differ in marker shape besides.
+Each has a contrast of at least 3 to white and to near-black; colour-blind readers can distinguish them.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ if TYPE_CHECKING:
 
 
 COLOURS = {HARMFUL: "#d95f02", HARMLESS: "#2b83ba"}
-"""Vermilion and blue: the pair that every kind of colour blindness tells apart."""
+"""Vermilion and blue, distinct under every kind of colour blindness."""
 BASE = "#159588"
 TUNED = "#a463c4"
 NEUTRAL = "#85898f"
-"""Controls, chance, boundaries, the chosen layer: what is no model and no label."""
+"""Controls, chance, boundaries, the chosen layer."""
 SYMBOLS = {HARMFUL: "diamond", HARMLESS: "circle"}
 
 
@@ -31,7 +30,7 @@ def translucent(colour: str, alpha: float) -> str:
 
 
 def interval_band(x: Sequence[int], intervals: Sequence[Interval], colour: str) -> dict[str, Any]:
-    """Intervals over `x` as a band behind their line: a trace, as `go.Scatter` takes it."""
+    """The arguments of `go.Scatter` for intervals over `x` as a band."""
     return {
         "type": "scatter",
         "x": [*x, *x[::-1]],

@@ -1,9 +1,6 @@
-"""A report: one HTML file that shows what a fine-tune did and needs nothing else, to be sent to a colleague.
+"""A report: one HTML file that shows what a fine-tune did and loads nothing from anywhere.
 
-Whoever opens it has neither the workbench nor, perhaps, a network, so the file holds everything: plotly.js once, the
-figures as data, the numbers, what was done and with what. Nothing is loaded from anywhere, which a content security
-policy in the file enforces. This module finds what a report is about and writes the file; the page itself is made in
-`es2.report.page`.
+The page itself is made in `es2.report.page`.
 """
 
 from __future__ import annotations
@@ -18,15 +15,7 @@ from es2.report.page import Compared, report_html
 
 
 def write_report(compared: Compared, out: Path, *, force: bool = False) -> Path:
-    """Write the report, whole or not at all.
-
-    Args:
-        compared: what it is about.
-        out: the HTML file.
-        force: whether a file that exists is replaced.
-
-    Returns:
-        The file's absolute path.
+    """The absolute path of the report, which is written whole or not at all; `force` replaces a file.
 
     Raises:
         InputError: when the file exists and is not to be replaced, or is a folder.

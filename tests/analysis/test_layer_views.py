@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from app import artifacts as reading
 from app.state import Choice
-from es2.analysis.layer_views import DRAWS, LayerViews, render_layers
+from es2.analysis.layer_views import RENDERS, LayerViews, render_layers
 from es2.analysis.projection import View
 from es2.core.errors import InputError
 from es2.prompts.loading import load_prompts
@@ -30,7 +30,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
 
 def live(compared: Compared, kind: str, layer: int) -> View:
     analysis, artifacts = compared.analysis, compared.artifacts
-    return DRAWS[kind](
+    return RENDERS[kind](
         artifacts.activations.layer(layer),
         analysis.base_probes,
         layer,
@@ -56,7 +56,7 @@ def views(compared: Compared) -> LayerViews:
     return found
 
 
-@pytest.mark.parametrize("kind", DRAWS)
+@pytest.mark.parametrize("kind", RENDERS)
 def test_every_layer_is_drawn_as_when_somebody_looks(compared: Compared, views: LayerViews, kind: str) -> None:
     for layer in range(len(DISTANCES)):
         drawn, expected = views.view(kind, layer), live(compared, kind, layer)
@@ -77,7 +77,7 @@ def test_margins_are_the_probes_own(compared: Compared, views: LayerViews) -> No
 def test_they_are_kept_on_disk(views: LayerViews, tmp_path: Path) -> None:
     views.save(tmp_path)
     found = LayerViews.load(tmp_path)
-    for kind in DRAWS:
+    for kind in RENDERS:
         np.testing.assert_array_equal(found.points[kind], views.points[kind])
         np.testing.assert_array_equal(found.explained[kind], views.explained[kind])
 
@@ -100,13 +100,13 @@ def test_the_page_reads_them_instead_of_embeddings(tmp_path: Path, monkeypatch: 
     prompts, base = made.artifacts.prompts, made.artifacts.activations
     write_views(prompts, base, None, made.artifacts.analysis)
     write_views(prompts, base, made.tuned, made.analysis)
-    expected = {kind: live(made, kind, 2) for kind in DRAWS}
+    expected = {kind: live(made, kind, 2) for kind in RENDERS}
     monkeypatch.setattr(ActivationSet, "layer", lambda *_: pytest.fail("reads a layer's embeddings"))
     comparison = reading.find_comparison(Choice(run=made.run.id))
     opened = reading.find(MODEL, load_prompts(str(made.artifacts.source)), "last")
     assert comparison is not None
     assert opened is not None
-    for kind in DRAWS:
+    for kind in RENDERS:
         pair, alone = reading.pair_view(comparison, 2, kind), reading.view(opened, 2, kind)
         assert pair is not None
         assert alone is not None

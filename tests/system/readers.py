@@ -300,18 +300,18 @@ def _maps(folder: Path) -> Draw:
 
 
 def _views(folder: Path) -> Draw:
-    from es2.analysis.layer_views import DRAWS, LayerViews
+    from es2.analysis.layer_views import RENDERS, LayerViews
 
     original = folder / "views"
     original.mkdir()
     rng = np.random.default_rng(0)
-    points = {kind: rng.normal(size=(3, 2, 20, 2)).astype(np.float32) for kind in DRAWS}
-    LayerViews(points, {kind: rng.random((3, 2)) for kind in DRAWS}).save(original)
+    points = {kind: rng.normal(size=(3, 2, 20, 2)).astype(np.float32) for kind in RENDERS}
+    LayerViews(points, {kind: rng.random((3, 2)) for kind in RENDERS}).save(original)
 
     def read(path: Path) -> object:
         found = LayerViews.load(path)
         layers = range(len(found.points["pca"]))
-        return [(found.margins(layer), [found.view(kind, layer) for kind in DRAWS]) for layer in layers]
+        return [(found.margins(layer), [found.view(kind, layer) for kind in RENDERS]) for layer in layers]
 
     return _two_files(original, folder / "copy", "views.json", "views.safetensors", read)
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from es2.analysis.layer_views import DRAWS, VIEWS_FORMAT, LayerViews
+from es2.analysis.layer_views import RENDERS, VIEWS_FORMAT, LayerViews
 from es2.analysis.projection import PROJECTION_FORMAT, UmapCoordinates
 from es2.analysis.results import ANALYSIS_FORMAT, Analysis
 from es2.core.errors import InputError
@@ -48,7 +48,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Compared:
     (home / "umap").mkdir()
     coordinates.save(home / "umap")
     (home / "views").mkdir()
-    LayerViews(dict.fromkeys(DRAWS, points), dict.fromkeys(DRAWS, points[:, 0, 0])).save(home / "views")
+    LayerViews(dict.fromkeys(RENDERS, points), dict.fromkeys(RENDERS, points[:, 0, 0])).save(home / "views")
     (home / "analysis").mkdir()
     made.analysis.save(home / "analysis")
     evaluation = {
