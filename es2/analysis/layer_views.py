@@ -25,13 +25,8 @@ if TYPE_CHECKING:
 
 
 VIEWS_FORMAT = 1
-_FILES = RecordFiles(
-    "views.json",
-    "views.safetensors",
-    VIEWS_FORMAT,
-    "are no readable views",
-    "remove the folder and run `es2 analyze` again",
-)
+_REMEDY = "remove the folder and run `es2 analyze` again"
+_FILES = RecordFiles("views.json", "views.safetensors", VIEWS_FORMAT, "are no readable views", _REMEDY)
 RENDERS = {"separation": separation_view, "pca": pca_view}
 
 

@@ -169,18 +169,12 @@ def analyze(
         config = config or AnalysisConfig()
         setup = make_setup(prompts, test, config)
         models: dict[str, LayerSource] = {"base": base} | ({"tuned": tuned} if tuned is not None else {})
-        tests = models
+        tests, n_measured = models, len(prompts)
         if test is not None:
             tests = {"base": test.base} | ({"tuned": test.tuned} if test.tuned is not None else {})
-        readers = Readers(
-            models,
-            tests,
-            len(prompts),
-            len(prompts if test is None else test.prompts),
-            setup.probe_rows,
-            setup.test_rows,
-            config.position,
-        )
+            n_measured = len(test.prompts)
+        rows = setup.probe_rows, setup.test_rows
+        readers = Readers(models, tests, len(prompts), n_measured, *rows, config.position)
         report("analyse", 0, n_layers)
         # Late layers take longest, so they come first.
         order = range(n_layers - 1, -1, -1)

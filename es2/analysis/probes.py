@@ -52,7 +52,9 @@ class Probes:
 
     def normal(self, layer: int) -> Float[np.ndarray, "d_model"]:
         """The unit normal w/‖w‖ of layer `layer`'s hyperplane, towards harmful; zero if the probe reads nothing."""
-        return unit_normal(self.weights[layer])
+        weights = self.weights[layer]
+        length = np.linalg.norm(weights)
+        return weights / length if length > 0 else np.zeros_like(weights)
 
     def margin(self, embeddings: Float[np.ndarray, "prompt d_model"], layer: int) -> Float[np.ndarray, "prompt"]:
         """Signed distance (w·z + b)/‖w‖ to layer `layer`'s hyperplane in scale-free units, + on the harmful side.
@@ -71,13 +73,8 @@ class Probes:
 
     def probability(self, embeddings: Float[np.ndarray, "prompt d_model"], layer: int) -> Float[np.ndarray, "prompt"]:
         """The probability of harmful that layer `layer`'s probe gives, sigmoid(w·z + b)."""
-        return _sigmoid(self.frame(layer).normalise(embeddings) @ self.weights[layer] + self.bias[layer])
-
-
-def unit_normal(weights: Float[np.ndarray, "d_model"]) -> Float[np.ndarray, "d_model"]:
-    """w/‖w‖, or zero if w is."""
-    length = np.linalg.norm(weights)
-    return weights / length if length > 0 else np.zeros_like(weights)
+        logits = self.frame(layer).normalise(embeddings) @ self.weights[layer] + self.bias[layer]
+        return np.exp(-np.logaddexp(0, -logits))
 
 
 def signed_distance(
@@ -96,10 +93,6 @@ def signed_distances(
     lengths = np.linalg.norm(weights, axis=1)
     reads = lengths > 0
     return np.where(reads, (z @ weights.T + bias) / np.where(reads, lengths, 1), 0.0)
-
-
-def _sigmoid(logits: Float[np.ndarray, "prompt"]) -> Float[np.ndarray, "prompt"]:
-    return np.exp(-np.logaddexp(0, -logits))
 
 
 def fit_path(

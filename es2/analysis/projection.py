@@ -29,11 +29,7 @@ if TYPE_CHECKING:
 
 PROJECTION_FORMAT = 1
 _FILES = RecordFiles(
-    "umap.json",
-    "umap.safetensors",
-    PROJECTION_FORMAT,
-    "are no readable UMAP coordinates",
-    "run `es2 project` again",
+    "umap.json", "umap.safetensors", PROJECTION_FORMAT, "are no readable UMAP coordinates", "run `es2 project` again"
 )
 MIN_UMAP_POINTS = 10
 UMAP_NEIGHBOURS = 15

@@ -80,9 +80,6 @@ def judge_replies(
     return verdicts, None
 
 
-# ------------------------------------------------------------------------------------------------------------- endpoint
-
-
 def check_endpoint(url: str, key_variable: str) -> SplitResult:
     """The parts of an endpoint's URL. A wrong URL is never quoted: it may be a key in the wrong place.
 
@@ -181,9 +178,6 @@ def _one_word(content: object) -> str:
     if len(found) != 1:
         raise JudgeError("does not answer with one of the words asked for")
     return str(found.pop())
-
-
-# ----------------------------------------------------------------------------------------------------------- classifier
 
 
 def classifier_judge(folder: Path, label: str | None = None) -> Judge:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from es2.analysis.probes import Probes, lower_quartile
-from es2.analysis.resampling import Interval, canonical, interval, resample_pairs, safe_ratio
+from es2.analysis.resampling import Interval, canonical, intervals, resample_pairs, safe_ratio
 from es2.core.errors import InputError
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet, stable_hash
 from es2.store.sources import LayerSource, read_rows
@@ -29,8 +29,6 @@ DIRECTIONS = ("scav", "repe", "mean_difference", "random")
 P0 = (0.5, 0.01)
 """The probabilities of harmful to be reached: 0.5, on the hyperplane, a distance that depends on the geometry alone;
 0.01 as in SCAV, which also depends on the probe's slope and so only compares base with tuned (the same C)."""
-
-# ------------------------------------------------------------------------------------------------------------- analytic
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,6 @@ def needed_by_layer(
     tuned_probes: Probes | None = None,
     *,
     p0s: Sequence[float] = P0,
-    position: str = "last",
     n_bootstrap: int = 1000,
     seed: int = 0,
 ) -> list[NeededPerturbation]:
@@ -161,31 +158,24 @@ def needed_by_layer(
         if any(hyperplane(probes, layer).slope == 0 for _, probes in sources.values()):
             continue
         embeddings = {
-            model: read_rows(source, layer, position, len(prompts), rows[is_harmful], model).astype(np.float64)
+            model: read_rows(source, layer, "last", len(prompts), rows[is_harmful], model).astype(np.float64)
             for model, (source, _) in sources.items()
         }
         for p0 in p0s:
             lengths = {
-                model: needed_perturbation(embeddings[model], probes, layer, p0)
-                for model, (_, probes) in sources.items()
+                model: needed_perturbation(embeddings[model], own, layer, p0) for model, (_, own) in sources.items()
             }
             replicates = {model: _replicates(*pair, weights) for model, pair in lengths.items()}
             before, after = replicates["base"], replicates.get("tuned")
             change = None
             if after is not None:
-                change = {name: interval(after[name] - before[name]) for name in before}
+                differences = {name: after[name] - before[name] for name in before}
                 ratio = safe_ratio(after["relative"], before["relative"], both_zero=1.0)
-                change["relative_ratio"] = interval(ratio)
+                change = intervals(differences | {"relative_ratio": ratio})
+            numbers = {model: intervals(values) for model, values in replicates.items()}
+            relative = {model: values for model, (_, values) in lengths.items()}
             found.append(
-                NeededPerturbation(
-                    layer,
-                    p0,
-                    {name: interval(values) for name, values in before.items()},
-                    None if after is None else {name: interval(values) for name, values in after.items()},
-                    change,
-                    {model: pair[1] for model, pair in lengths.items()},
-                    harmful.texts,
-                )
+                NeededPerturbation(layer, p0, numbers["base"], numbers.get("tuned"), change, relative, harmful.texts)
             )
     return found
 
@@ -202,9 +192,6 @@ def _replicates(
         "absolute": weights @ absolute / total,
         "already": weights @ (absolute == 0) / total,
     }
-
-
-# ----------------------------------------------------------------------------------------------------------- directions
 
 
 def reading_vector(embeddings: Float[np.ndarray, "prompt d_model"], prompts: PromptSet) -> Float[np.ndarray, "d_model"]:
@@ -287,21 +274,13 @@ class Attacker:
         return vectors / np.linalg.norm(vectors, axis=2, keepdims=True)
 
 
-def make_attacker(
-    prompts: PromptSet,
-    source: LayerSource,
-    probes: Probes,
-    layers: Sequence[int],
-    *,
-    position: str = "last",
-) -> Attacker:
+def make_attacker(prompts: PromptSet, source: LayerSource, probes: Probes, layers: Sequence[int]) -> Attacker:
     """The attacker that learns from the `probe` split of one model's embeddings.
 
     Args:
         source: embeddings of `prompts` under the attacked model.
         probes: fitted on the same.
         layers: where to steer.
-        position: whose embeddings are read; generation is steered at the last token.
 
     Raises:
         InputError: when a layer does not exist or its probe reads nothing.
@@ -315,7 +294,7 @@ def make_attacker(
         if plane.slope == 0:
             raise InputError(f"The probe of layer {layer} reads nothing, so there is no direction; choose another one.")
     reading = [
-        reading_vector(read_rows(source, layer, position, len(prompts), rows, "attacked").astype(np.float64), fitted)
+        reading_vector(read_rows(source, layer, "last", len(prompts), rows, "attacked").astype(np.float64), fitted)
         for layer in chosen
     ]
     return Attacker(

@@ -133,9 +133,6 @@ def rendered(work: Work, tokenizer: Any, prompts: PromptSet) -> list[tuple[int, 
     return tokens
 
 
-# ---------------------------------------------------------------------------------------------- refusals and ability
-
-
 def behaviour(
     work: Work, prompts: PromptSet, judge: Judge | None, suite: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:

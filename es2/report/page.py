@@ -6,12 +6,12 @@ figures pass through `es2.report.labels`.
 
 from __future__ import annotations
 
-import html
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def report_html(compared: Compared) -> str:
 
 def figure_html(figure: go.Figure | Mapping[str, Any], title: str) -> str:
     """One figure, or what `go.Figure` takes, as the text of an HTML file of its own, which needs nothing else."""
-    body = f'<h1>{_escape(title)}</h1><div id="figure-1" class="plot"></div>'
+    body = f'<h1>{escape(title)}</h1><div id="figure-1" class="plot"></div>'
     return _page(title, body, {"figure-1": to_json(figure, validate=False)})
 
 
@@ -74,7 +74,7 @@ def _page(title: str, body: str, figures: Mapping[str, str]) -> str:
 
     drawings = ",\n".join(f"{json.dumps(name)}: {figure}" for name, figure in figures.items())
     return _PAGE.format(
-        title=_escape(title), style=_STYLE, plotly=get_plotlyjs(), body=body, figures=drawings, script=_SCRIPT
+        title=escape(title), style=_STYLE, plotly=get_plotlyjs(), body=body, figures=drawings, script=_SCRIPT
     )
 
 
@@ -84,7 +84,7 @@ def _sections(compared: Compared, figures: dict[str, str]) -> Iterable[str]:
     def draw(figure: Any, caption: str) -> str:
         name = f"figure-{len(figures) + 1}"
         figures[name] = figure.to_json()  # plotly escapes <, > and / in it
-        return f'<figure><div id="{name}" class="plot"></div><figcaption>{_escape(caption)}</figcaption></figure>'
+        return f'<figure><div id="{name}" class="plot"></div><figcaption>{escape(caption)}</figcaption></figure>'
 
     result, targets = compared.result, compared.targets
     yield _head(compared)
@@ -137,26 +137,25 @@ def _head(compared: Compared) -> str:
         ),
         ("Run", f"{compared.run}, {result['status']}"),
     ]
-    rows = "".join(f"<tr><th>{name}</th><td>{_escape(when)}</td></tr>" for name, when in rule(budget).items())
     others = "".join(
-        f"<li>{_escape(one.name.capitalize())}. {_escape(one.reason)}</li>"
+        f"<li>{escape(one.name.capitalize())}. {escape(one.reason)}</li>"
         for one in map(compared.verdict, compared.targets)
         if one != verdict
     )
-    stopped = f"<p>{_escape(result['reason'])}</p>" if result.get("reason") else ""
-    return f"""<header><p class="kind">ES2 report</p><h1>{_escape(compared.title)}</h1>
-<p class="verdict"><b>{_escape(verdict.name.capitalize())}</b>{_escape(verdict.reason)}</p>
+    stopped = f"<p>{escape(result['reason'])}</p>" if result.get("reason") else ""
+    return f"""<header><p class="kind">ES2 report</p><h1>{escape(compared.title)}</h1>
+<p class="verdict"><b>{escape(verdict.name.capitalize())}</b>{escape(verdict.reason)}</p>
 {stopped}<ul>{others}</ul>
 <details><summary>The rule behind the verdict</summary><p>Per layer the first line that holds, on paired 95 % intervals
-over test prompts; a run has the gravest verdict of its target layers.</p><table class="rule">{rows}</table></details>
-<dl>{"".join(f"<dt>{_escape(name)}</dt><dd>{_escape(shortened(str(value), 200))}</dd>" for name, value in facts)}</dl>
+over test prompts; a run has the gravest verdict of its target layers.</p>{_rows(rule(budget).items())}</details>
+<dl>{"".join(f"<dt>{escape(name)}</dt><dd>{escape(shortened(str(value), 200))}</dd>" for name, value in facts)}</dl>
 </header>"""
 
 
 def _targets_table(compared: Compared) -> str:
     """The numbers of the target layers: base, tuned and change of each."""
     layers = [(compared.analysis.base_layers[layer], compared.analysis.layers[layer]) for layer in compared.targets]
-    left, right = map(_escape, compared.names)
+    left, right = map(escape, compared.names)
     groups = "".join(f'<th colspan="3">layer {after.layer}</th>' for _, after in layers)
     rows = []
     for term in (*TERMS, *COMPARED):
@@ -166,16 +165,19 @@ def _targets_table(compared: Compared) -> str:
         for before, after in layers:
             first = "<td></td>" if term in COMPARED else _cell(term, before)  # base against itself says nothing
             cells += f"{first}{_cell(term, after)}<td>{'' if term in COMPARED else _change(term, after)}</td>"
-        rows.append(f"<tr><th>{_escape(term.title)}</th>{cells}</tr>")
+        rows.append(f"<tr><th>{escape(term.title)}</th>{cells}</tr>")
     heads = f"<th>{left}</th><th>{right}</th><th>change</th>" * len(layers)
-    terms = "".join(
-        f"<tr><th>{_escape(term.title)}</th><td>{_escape(term.definition)}</td></tr>" for term in (*TERMS, *COMPARED)
-    )
+    terms = _rows((term.title, term.definition) for term in (*TERMS, *COMPARED))
     return (
         '<div class="wide"><table class="numbers"><caption>Target layers, on test prompts; 95 % intervals in brackets.'
         f"</caption><thead><tr><th></th>{groups}</tr><tr><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody>"
-        f'</table></div><details><summary>What the numbers mean</summary><table class="rule">{terms}</table></details>'
+        f"</table></div><details><summary>What the numbers mean</summary>{terms}</details>"
     )
+
+
+def _rows(rows: Iterable[tuple[str, str]]) -> str:
+    lines = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows)
+    return f'<table class="rule">{lines}</table>'
 
 
 def _cell(term: Term, layer: LayerNumbers) -> str:
@@ -195,7 +197,7 @@ def _change(term: Term, after: LayerNumbers) -> str:
 
 def _all_layers_table(compared: Compared) -> str:
     terms = [BY_NAME[name] for name in _ALL_LAYERS]
-    head = "".join(f"<th>{_escape(term.title)}</th>" for term in terms)
+    head = "".join(f"<th>{escape(term.title)}</th>" for term in terms)
     rows = []
     for before, after in zip(compared.analysis.base_layers, compared.analysis.layers, strict=True):
         cells = "".join(
@@ -206,7 +208,7 @@ def _all_layers_table(compared: Compared) -> str:
         verdict = compared.verdict(after.layer).name
         mark = ' class="target"' if after.layer in compared.targets else ""
         rows.append(f"<tr{mark}><th>{after.layer}</th><td>{verdict}</td>{cells}{ratios}</tr>")
-    ratio_head = "".join(f"<th>{_escape(term.title)}</th>" for term in COMPARED)
+    ratio_head = "".join(f"<th>{escape(term.title)}</th>" for term in COMPARED)
     return (
         "<details><summary>The numbers of every layer</summary>"
         '<div class="wide"><table class="numbers dense">'
@@ -225,17 +227,17 @@ def _movers(
     moved = test[np.argsort(-np.abs(after - before)[test], kind="stable")][:N_LISTED]
     wrong = test[after[test] < 0]
     worst = wrong[np.argsort(after[wrong], kind="stable")][:N_LISTED]
-    left, right = map(_escape, compared.names)
+    left, right = map(escape, compared.names)
 
     def table(rows: Int[np.ndarray, "row"], caption: str) -> str:
         lines = "".join(
-            f'<tr><td class="prompt" dir="auto">{_escape(shortened(prompts.texts[row], PROMPT_CHARACTERS))}</td>'
+            f'<tr><td class="prompt" dir="auto">{escape(shortened(prompts.texts[row], PROMPT_CHARACTERS))}</td>'
             f"<td>{LABEL_NAMES[int(prompts.labels[row])]}</td><td>{_signed(before[row])}</td>"
             f"<td>{_signed(after[row])}</td><td>{_signed(after[row] - before[row])}</td></tr>"
             for row in rows
         )
         return (
-            f'<details><summary>{_escape(caption)}</summary><div class="wide"><table class="numbers prompts">'
+            f'<details><summary>{escape(caption)}</summary><div class="wide"><table class="numbers prompts">'
             f"<thead><tr><th>prompt</th><th>label</th><th>{left}</th><th>{right}</th><th>change</th></tr></thead>"
             f"<tbody>{lines}</tbody></table></div></details>"
         )
@@ -250,15 +252,12 @@ def _movers(
 def _how(compared: Compared) -> str:
     names = (*FinetuneConfig.model_fields, "prompts")
     settings = {name: compared.config[name] for name in names if name in compared.config}
-    config = "".join(
-        f"<tr><th>{_escape(name)}</th><td>{_escape(shortened(json.dumps(value, ensure_ascii=False), 200))}</td></tr>"
-        for name, value in settings.items()
-    )
+    config = _rows((name, shortened(json.dumps(value, ensure_ascii=False), 200)) for name, value in settings.items())
     captured = compared.tuned.meta.get("versions") or {}
     versions = installed_versions()
     lines = "".join(
-        f"<tr><th>{_escape(name)}</th><td>{_escape(str(captured.get(name, '')))}</td>"
-        f"<td>{_escape(versions.get(name, ''))}</td></tr>"
+        f"<tr><th>{escape(name)}</th><td>{escape(str(captured.get(name, '')))}</td>"
+        f"<td>{escape(versions.get(name, ''))}</td></tr>"
         for name in dict.fromkeys((*versions, *captured))
     )
     counts = compared.analysis.n_prompts
@@ -266,10 +265,10 @@ def _how(compared: Compared) -> str:
         f"{split}: {', '.join(f'{n} {name}' for name, n in labels.items())}" for split, labels in counts.items()
     )
     return f"""<h2>How it was made</h2>
-<p>Again, on another machine:</p><pre>{_escape(reproduce(compared.config))}</pre>
+<p>Again, on another machine:</p><pre>{escape(reproduce(compared.config))}</pre>
 <p>Probes were fitted on the <code>probe</code> split and measured on <code>test</code>, neither of which the fine-tune
-saw ({_escape(n_prompts)}). Keys: base {_escape(compared.base.key)}, tuned {_escape(compared.tuned.key)}.</p>
-<details><summary>Settings</summary><table class="rule">{config}</table></details>
+saw ({escape(n_prompts)}). Keys: base {escape(compared.base.key)}, tuned {escape(compared.tuned.key)}.</p>
+<details><summary>Settings</summary>{config}</details>
 <details><summary>Versions</summary><table class="rule"><tr><th></th><td>captured with</td><td>reported with</td></tr>
 {lines}</table></details>
 <footer>ES2 Workbench, {datetime.now(UTC).strftime("%Y-%m-%d %H:%M")} UTC</footer>"""
@@ -300,10 +299,6 @@ def _test(compared: Compared) -> tuple[Int[np.ndarray, "row"], str]:
 
 def _signed(number: float) -> str:
     return f"{number:+.4f}".replace("-", "−")
-
-
-def _escape(text: str) -> str:
-    return html.escape(text)
 
 
 _PAGE = """<!doctype html>
