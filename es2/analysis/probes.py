@@ -85,9 +85,7 @@ def signed_distance(
 
 
 def signed_distances(
-    z: Float[np.ndarray, "prompt d_model"],
-    weights: Float[np.ndarray, "C d_model"],
-    bias: Float[np.ndarray, "C"],
+    z: Float[np.ndarray, "prompt d_model"], weights: Float[np.ndarray, "C d_model"], bias: Float[np.ndarray, "C"]
 ) -> Float[np.ndarray, "prompt C"]:
     """`signed_distance` under each of several probes."""
     lengths = np.linalg.norm(weights, axis=1)

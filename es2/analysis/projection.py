@@ -21,7 +21,7 @@ from es2.core.errors import InputError
 from es2.core.progress import Reporter, silent
 from es2.core.records import RecordFiles
 from es2.prompts.prompt_set import PromptSet
-from es2.store.sources import LayerSource
+from es2.store.sources import LayerSource, read_rows
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Float32
@@ -132,28 +132,6 @@ def pca_view(
     return _pca(zs, probes.normal(layer), fit, fit_on, raw)
 
 
-def umap_view(
-    base: Embeddings,
-    probes: Probes,
-    layer: int,
-    *,
-    tuned: Embeddings | None = None,
-    tuned_probes: Probes | None = None,
-    fit_on: FitOn = "both",
-    seed: int = 0,
-) -> View:
-    """A UMAP of one layer; a PCA of fewer than ten points.
-
-    With `fit_on="base"` tuned points are placed into base's frozen map, which is approximate and marked so. Other
-    arguments as for `separation_view`.
-    """
-    models = _models(base, probes, tuned, tuned_probes)
-    zs = [own.frame(layer).normalise(embeddings) for embeddings, own in models]
-    if len(base) < MIN_UMAP_POINTS:
-        return _pca(zs, probes.normal(layer), None, fit_on)
-    return _umap_view(_umap_points(zs, fit_on, seed), fit_on)
-
-
 @dataclass(frozen=True)
 class UmapCoordinates:
     """UMAP of all layers, as computed by a job and read by the app.
@@ -170,11 +148,13 @@ class UmapCoordinates:
 
     def view(self, layer: int) -> View:
         """One layer's picture."""
+        base, *others = self.points[layer]
+        tuned = others[0] if others else None
         if self.kind == "umap":
-            return _umap_view(list(self.points[layer]), self.fit_on)
+            approximate = tuned is not None and self.fit_on == "base"
+            return View("umap", base, tuned, ("UMAP 1 (no unit)", "UMAP 2 (no unit)"), None, approximate)
         axes = ("Principal component 1 (too few prompts for UMAP)", "Principal component 2 (too few prompts for UMAP)")
-        base, *tuned = self.points[layer]
-        return View("pca", base, tuned[0] if tuned else None, axes, None)
+        return View("pca", base, tuned, axes, None)
 
     def save(self, folder: Path) -> None:
         """Write `umap.safetensors` and `umap.json` into an existing folder."""
@@ -217,7 +197,8 @@ def umap_all_layers(
     Raises:
         InputError: when `probe` lacks a label, or embeddings are missing or not finite.
     """
-    sources = [base] if tuned is None else [base, tuned]
+    sources = {"base": base} if tuned is None else {"base": base, "tuned": tuned}
+    everyone = np.arange(len(prompts))
     rows, probe = canonical(prompts, "probe")
     if len(set(probe.labels.tolist())) < 2:
         raise InputError(f"The `probe` split of {prompts.name!r} lacks a label; add prompts, or a `split` column.")
@@ -226,14 +207,8 @@ def umap_all_layers(
     report("umap", 0, base.n_layers)
     for layer in range(base.n_layers):
         zs, directions = [], []
-        for source in sources:
-            embeddings = source.layer(layer, position)
-            if len(embeddings) != len(prompts):
-                raise InputError(f"The embeddings are of {len(embeddings)} prompts, the prompt set has {len(prompts)}.")
-            if not np.isfinite(embeddings).all():
-                raise InputError(
-                    f"Layer {layer} holds values that are not finite; capture it again with `--dtype float32`."
-                )
+        for name, source in sources.items():
+            embeddings = read_rows(source, layer, position, len(prompts), everyone, name)
             frame = fit_frame(embeddings[rows], probe.labels)
             zs.append(frame.normalise(embeddings))
             directions.append(frame.direction)
@@ -386,9 +361,3 @@ def _umap_points(zs: Sequence[Embeddings], fit_on: FitOn, seed: int) -> list[Flo
         if fit_on == "base" and len(zs) > 1:
             return [together, reducer.transform(zs[1].astype(np.float32))]
     return np.split(together, len(zs)) if fit_on == "both" else [together]
-
-
-def _umap_view(points: Sequence[Float[np.ndarray, "prompt 2"]], fit_on: FitOn) -> View:
-    tuned = points[1] if len(points) > 1 else None
-    axes = ("UMAP 1 (no unit)", "UMAP 2 (no unit)")
-    return View("umap", points[0], tuned, axes, None, approximate=tuned is not None and fit_on == "base")

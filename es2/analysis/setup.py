@@ -10,15 +10,7 @@ import numpy as np
 
 from es2.analysis.geometry import Resampled
 from es2.analysis.probes import twins_of
-from es2.analysis.resampling import (
-    Interval,
-    Replicates,
-    canonical,
-    fold_of,
-    intervals,
-    resample_pairs,
-    shuffled_labels,
-)
+from es2.analysis.resampling import Interval, Replicates, canonical, fold_of, intervals, resample_pairs, shuffled_labels
 from es2.analysis.results import AnalysisConfig
 from es2.core.errors import InputError
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, normalised

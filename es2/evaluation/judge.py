@@ -139,12 +139,9 @@ def endpoint_judge(url: str, model: str, *, key_variable: str = KEY_VARIABLE, ti
             content = json.loads(data)["choices"][0]["message"]["content"]
         except urllib.error.HTTPError as error:
             raise JudgeError(f"answers with HTTP status {error.code}") from None
-        except TimeoutError:
-            raise JudgeError(f"takes longer than {timeout:g} s") from None
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, TimeoutError):
-                raise JudgeError(f"takes longer than {timeout:g} s") from None
-            raise JudgeError("cannot be reached") from None
+        except (TimeoutError, urllib.error.URLError) as error:
+            is_late = isinstance(getattr(error, "reason", error), TimeoutError)
+            raise JudgeError(f"takes longer than {timeout:g} s" if is_late else "cannot be reached") from None
         except (OSError, HTTPException):
             raise JudgeError("breaks off the connection") from None
         except (ValueError, KeyError, IndexError, TypeError, RecursionError):

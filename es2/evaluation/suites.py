@@ -148,13 +148,13 @@ def behaviour(
     states: dict[str, list[Any]] = {}
     lm_head: Any = None
     for name in work.models:
-        missing = name in needed and any(work.key(name, prompt) not in work.log for prompt in tokens)
+        keys = [work.key(name, prompt) for prompt in tokens]
+        missing = name in needed and any(key not in work.log for key in keys)
         if model is None and (missing or suite == "kl"):
             model = _load(work, name)
         elif model is not None and name == "tuned" and work.weights is not None:
             apply_finetune(model, work.weights)
         if missing:
-            keys = [work.key(name, prompt) for prompt in tokens]
 
             def entries(batch: ReplyBatch, place: int, text: str) -> dict[str, Any]:
                 prompt = sample.texts[batch.rows[place]]

@@ -34,7 +34,6 @@ def strip(analysis: Analysis, name: str, *, names: tuple[str, str], targets: Seq
     Args:
         name: of the number, as in `LayerNumbers.numbers`.
         names: of the two models.
-        targets: the target layers.
         y_title: the axis' title, with its unit.
     """
     figure = go.Figure()

@@ -121,20 +121,15 @@ def _sections(compared: Compared, figures: dict[str, str]) -> Iterable[str]:
 def _head(compared: Compared) -> str:
     result = compared.result
     left, right = compared.names
-    kl = compared.kl or {}
     verdict, budget = compared.run_verdict, compared.kl_budget
+    kls = ", ".join(f"{name} {value:.3f}" for name, value in (compared.kl or {}).items())
     facts = [
         ("Model", compared.config.get("model", compared.base.model)),
         ("Prompts", compared.config.get("prompts", compared.prompts.name)),
         ("Compared", f"{left} and {right}"),
         ("Target layers", ", ".join(map(str, compared.targets))),
         ("Objective", compared.config.get("objective", "")),
-        (
-            "KL on harmless test prompts",
-            ", ".join(f"{name} {value:.3f}" for name, value in kl.items()) + f" (budget {budget:g}) nats per token"
-            if kl
-            else "not measured",
-        ),
+        ("KL on harmless test prompts", f"{kls} (budget {budget:g}) nats per token" if kls else "not measured"),
         ("Run", f"{compared.run}, {result['status']}"),
     ]
     others = "".join(
@@ -197,7 +192,7 @@ def _change(term: Term, after: LayerNumbers) -> str:
 
 def _all_layers_table(compared: Compared) -> str:
     terms = [BY_NAME[name] for name in _ALL_LAYERS]
-    head = "".join(f"<th>{escape(term.title)}</th>" for term in terms)
+    head = "".join(f"<th>{escape(term.title)}</th>" for term in (*terms, *COMPARED))
     rows = []
     for before, after in zip(compared.analysis.base_layers, compared.analysis.layers, strict=True):
         cells = "".join(
@@ -208,11 +203,10 @@ def _all_layers_table(compared: Compared) -> str:
         verdict = compared.verdict(after.layer).name
         mark = ' class="target"' if after.layer in compared.targets else ""
         rows.append(f"<tr{mark}><th>{after.layer}</th><td>{verdict}</td>{cells}{ratios}</tr>")
-    ratio_head = "".join(f"<th>{escape(term.title)}</th>" for term in COMPARED)
     return (
         "<details><summary>The numbers of every layer</summary>"
         '<div class="wide"><table class="numbers dense">'
-        f"<thead><tr><th>layer</th><th>verdict</th>{head}{ratio_head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
+        f"<thead><tr><th>layer</th><th>verdict</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
 

@@ -15,7 +15,6 @@ from es2.analysis.projection import (
     principal_axes,
     separation_view,
     umap_all_layers,
-    umap_view,
 )
 from es2.analysis.results import AnalysisConfig
 from es2.core.errors import InputError
@@ -161,7 +160,8 @@ def test_rotating_the_space_leaves_the_views() -> None:
 def test_equal_embeddings_are_drawn_at_one_point() -> None:
     flat = np.ones_like(BASE)
     own = analyze(PROMPTS, ArrayLayers(flat), config=CONFIG).base_probes
-    for view in (separation_view(flat[0], own, 0), pca_view(flat[0], own, 0), umap_view(flat[0], own, 0)):
+    umap = umap_all_layers(PROMPTS, ArrayLayers(flat[:1])).view(0)
+    for view in (separation_view(flat[0], own, 0), pca_view(flat[0], own, 0), umap):
         assert np.ptp(view.base, axis=0).tolist() == [0, 0]
     assert separation_view(flat[0], own, 0).explained == (0, 0)
 
@@ -202,14 +202,13 @@ def test_umap_of_all_layers_is_deterministic_and_kept_on_disk(tmp_path) -> None:
     np.testing.assert_array_equal(view.tuned, found.points[1, 1])
 
 
-def test_umap_fitted_on_base_places_tuned_approximately(probes) -> None:
-    base_probes, tuned_probes = probes
-    view = umap_view(BASE[0], base_probes, 0, tuned=TUNED[0], tuned_probes=tuned_probes, fit_on="base")
+def test_umap_fitted_on_base_places_tuned_approximately() -> None:
+    view = umap_all_layers(PROMPTS, ArrayLayers(BASE[:1]), ArrayLayers(TUNED[:1]), fit_on="base").view(0)
     assert view.approximate
     assert view.tuned is not None
     assert view.tuned.shape == view.base.shape == (len(PROMPTS), 2)
     assert np.isfinite(view.tuned).all()
-    alone = umap_view(BASE[0], base_probes, 0)
+    alone = umap_all_layers(PROMPTS, ArrayLayers(BASE[:1])).view(0)
     assert not alone.approximate
     assert alone.tuned is None
 
