@@ -115,10 +115,9 @@ class _Shares:
 
 @dataclass(frozen=True)
 class Resampled:
-    """The test prompts and their resamples, the same for all layers and models.
+    """The test prompts, at least two of each label, and their resamples, the same for all layers and models.
 
     Attributes:
-        labels: at least two of each.
         weights: multiplicities from `resample_pairs`; row 0 all ones.
         exact, single: the resamples in double precision, and in single precision for products of matrices.
         itself: resample 0 alone.
@@ -185,21 +184,21 @@ def _without_added_bias(replicates: Replicates) -> Replicates:
 
 
 def cloud_numbers(
-    embeddings: Float[np.ndarray, "prompt d_model"], frame: Frame, drawn: Resampled
+    embeddings: Float[np.ndarray, "prompt d_model"], frame: Frame, resampled: Resampled
 ) -> dict[str, Replicates]:
     """Distances and spreads of one layer's two clouds, by name (`docs/numbers.md`), under every resample.
 
     Args:
         embeddings: of the test prompts.
         frame: of the same model and layer, from `probe`.
-        drawn: the test prompts and their resamples.
+        resampled: the test prompts and their resamples.
 
     Returns:
         `centroid_distance` and `pairwise_distance` in the model's own units; `mean_norm`, the mean ‖e‖, likewise;
         `relative_distance` and `orthogonal_std` in units of the scale; `fisher_ratio`, `effective_rank` and
         `mean_difference_margin` without unit. All are class-balanced; Σ is a class's covariance with n − 1 below.
         Products over resamples are in single precision, which moves bounds of intervals by at most 6·10⁻⁶ of the
-        number (default model, built-in prompts) and numbers whose bias is read off the resamples by 2·10⁻⁷.
+        number (default model, built-in prompts).
 
         Bias: ‖μ₁ − μ₀‖² of two independent samples exceeds the true value by tr Σ₁/n₁ + tr Σ₀/n₀, of twins by
         2 tr Σ₁₀/n less. What resampling whole pairs adds estimates it in both cases; `relative_distance` and
@@ -211,8 +210,8 @@ def cloud_numbers(
         ratio (tr C)² / tr C² of C = (Σ₁ + Σ₀)/2 in that orthogonal complement, 0 without any spread.
     """
     embeddings = np.asarray(embeddings, dtype=np.float64)
-    is_harmful = drawn.labels == HARMFUL
-    sides, blocks, unbiased = drawn.exact.sides, drawn.blocks, drawn.unbiased
+    is_harmful = resampled.labels == HARMFUL
+    sides, blocks, unbiased = resampled.exact.sides, resampled.blocks, resampled.unbiased
     floor = ROUNDING * frame.scale
 
     # Every cloud is seen from its own mean, so that what is worked out in single precision is small.
@@ -235,7 +234,7 @@ def cloud_numbers(
     np.sqrt(np.maximum(pairwise, 0, out=pairwise), out=pairwise)
     # From here on without the direction, whose part in a product is the product of the prompts' coordinates on it.
     gram -= np.outer(aside, aside)
-    forms = _Forms.of(gram, pairwise, drawn)
+    forms = _Forms.of(gram, pairwise, resampled)
     del gram, pairwise
 
     # How far resampling moves each mean along the direction and towards the other, and mean squares, all and aside.
@@ -244,7 +243,7 @@ def cloud_numbers(
     across = forms.across + moved[0][0] * moved[1][0]
     # ‖μ₁ − μ₀‖², and tr Σ of each class.
     squared_distance = distance + 2 * (moved[0][1] - moved[1][1]) + own[0] + own[1] - 2 * across
-    # Resampling spreads a class by its variance with n below, the sample was drawn with n − 1 below.
+    # Resampling spreads a class by its variance with n below, the sample has n − 1 below.
     bias = max(_added_by_resampling(squared_distance), 0) * np.mean(unbiased)
     squared_distance = _without_added_bias(squared_distance)
     corrected = np.sqrt(np.maximum(squared_distance - bias, 0))
@@ -259,7 +258,7 @@ def cloud_numbers(
     norms = np.sqrt(np.einsum("pd,pd->p", embeddings, embeddings))
     along = (embeddings @ frame.direction - frame.centre @ frame.direction) / frame.scale
     columns = np.stack([norms, np.where(is_harmful, along, -along)], axis=1)
-    mean_norm, margin = balanced_mean(columns, drawn.labels[:, None], drawn.weights).T
+    mean_norm, margin = balanced_mean(columns, resampled.labels[:, None], resampled.weights).T
     return {
         "centroid_distance": np.sqrt(np.maximum(squared_distance, 0)),
         "pairwise_distance": forms.pairwise,
@@ -296,7 +295,7 @@ class _Forms:
         cls,
         kernel: Float[np.ndarray, "prompt prompt"],
         pairwise: Float[np.ndarray, "harmful harmless"],
-        drawn: Resampled,
+        resampled: Resampled,
     ) -> _Forms:
         """Resample 0 in double, all others in single precision; the matrices are overwritten.
 
@@ -306,8 +305,8 @@ class _Forms:
         length = float(pairwise.max()) or 1.0
         kernel /= size
         pairwise /= length
-        every = _forms(kernel.astype(np.float32), pairwise.astype(np.float32), drawn, drawn.single)
-        itself = _forms(kernel, pairwise, drawn, drawn.itself)
+        every = _forms(kernel.astype(np.float32), pairwise.astype(np.float32), resampled, resampled.single)
+        itself = _forms(kernel, pairwise, resampled, resampled.itself)
         every = [np.concatenate([one, others[1:]], dtype=np.float64) for one, others in zip(itself, every, strict=True)]
         return cls((every[0] * size, every[1] * size), every[2] * size, every[3] * size**2, every[4] * length)
 
@@ -315,11 +314,11 @@ class _Forms:
 def _forms(
     kernel: Float[np.ndarray, "prompt prompt"],
     pairwise: Float[np.ndarray, "harmful harmless"],
-    drawn: Resampled,
+    resampled: Resampled,
     shares: _Shares,
 ) -> list[Replicates]:
     """The fields of `_Forms`, K and P in the precision of the resamples; K is overwritten."""
-    sides, blocks, unbiased = shares.sides, drawn.blocks, drawn.unbiased
+    sides, blocks, unbiased = shares.sides, resampled.blocks, resampled.unbiased
     means: dict[tuple[int, int], Replicates] = {}
     square = np.zeros(sides[0].shape[1])
     for d in (0, 1):
@@ -331,10 +330,10 @@ def _forms(
             # The sum over c and d holds the bracket's second and third term twice each.
             square += unbiased[c] * unbiased[d] * (means[c, d] ** 2 - 2 * inner(sides[c], part))
     kernel *= kernel
-    factors = np.repeat(unbiased, drawn.sizes).astype(kernel.dtype)
+    factors = np.repeat(unbiased, resampled.sizes).astype(kernel.dtype)
     kernel *= factors[:, None]
     kernel *= factors
-    square += inner(shares.units, drawn.sum_units(drawn.sum_units(kernel).T) @ shares.units)
+    square += inner(shares.units, resampled.sum_units(resampled.sum_units(kernel).T) @ shares.units)
     return [means[0, 0], means[1, 1], means[0, 1], square / 4, inner(sides[0], pairwise @ sides[1])]
 
 
@@ -351,19 +350,19 @@ def _effective_rank(trace: Replicates, square: Replicates) -> Replicates:
 
 
 def direction_cosine(
-    base: Float[np.ndarray, "prompt d_model"], tuned: Float[np.ndarray, "prompt d_model"], drawn: Resampled
+    base: Float[np.ndarray, "prompt d_model"], tuned: Float[np.ndarray, "prompt d_model"], resampled: Resampled
 ) -> Replicates:
     """Cosine between base's and tuned's mean differences on the same prompts, under every resample; 0 if one vanishes.
 
     Numerator and denominator are bias-corrected as in `cloud_numbers`.
     """
-    signs = np.repeat([1.0, -1.0], drawn.sizes)[:, None]
+    signs = np.repeat([1.0, -1.0], resampled.sizes)[:, None]
 
     def differences(embeddings: Float[np.ndarray, "prompt d_model"]) -> Float[np.ndarray, "d_model resample"]:
         cloud = np.asarray(embeddings, dtype=np.float64)
-        cloud = np.concatenate([cloud[drawn.labels == HARMFUL], cloud[drawn.labels == HARMLESS]]) - cloud[0]
+        cloud = np.concatenate([cloud[resampled.labels == HARMFUL], cloud[resampled.labels == HARMLESS]]) - cloud[0]
         cloud *= signs
-        return drawn.sum_units(cloud).T @ drawn.exact.units
+        return resampled.sum_units(cloud).T @ resampled.exact.units
 
     of_base, of_tuned = differences(base), differences(tuned)
     across = _without_added_bias(inner(of_base, of_tuned))

@@ -58,7 +58,7 @@ def measure(
     base: _Measured | None,
 ) -> _Measured:
     """Everything about one layer of one model; `base` is given for the tuned model, which takes its Cs from it."""
-    config, labels, weights = setup.config, setup.drawn.labels, setup.drawn.weights
+    config, labels, weights = setup.config, setup.resampled.labels, setup.resampled.weights
     frame = fit_frame(probe_embeddings, setup.probe_labels)
     features = frame.normalise(probe_embeddings)
     products = Products.of(features)
@@ -76,7 +76,7 @@ def measure(
     curve = probe_numbers(signed_distances(z, path, intercepts), labels, weights)
     numbers = curve[C_index] | _control(features, products, z, setup, config.Cs[C_index])
     del z  # as large as the embeddings
-    numbers |= cloud_numbers(test_embeddings, frame, setup.drawn)
+    numbers |= cloud_numbers(test_embeddings, frame, setup.resampled)
 
     in_domain_C = None
     if setup.in_domain_folds is not None:
@@ -111,8 +111,8 @@ def _control(
     weights, intercepts = fit_each(features, setup.probe_shuffles, C, products)
     scores, tested = test_features @ weights.T + intercepts, setup.test_shuffles.T
     return {
-        "probe_accuracy_control": accuracy(scores, tested, setup.drawn.weights).mean(axis=1),
-        "probe_auroc_control": mean_auroc(scores, tested, setup.drawn.weights, setup.test_twins),
+        "probe_accuracy_control": accuracy(scores, tested, setup.resampled.weights).mean(axis=1),
+        "probe_auroc_control": mean_auroc(scores, tested, setup.resampled.weights, setup.test_twins),
     }
 
 
@@ -123,9 +123,9 @@ def _in_domain_numbers(
     Cs: tuple[float, ...],
 ) -> tuple[Replicates, Replicates, float]:
     """Accuracy and AUROC of probes cross-validated inside the test set, in its own frame, and the C they used."""
-    features = fit_frame(embeddings, setup.drawn.labels).normalise(embeddings)
-    held_out = cross_validate(features, setup.drawn.labels, folds, Cs, stop_early=True)
-    reached = _held_out_numbers(held_out.logits[held_out.best], setup.drawn.labels, setup.drawn.weights)
+    features = fit_frame(embeddings, setup.resampled.labels).normalise(embeddings)
+    held_out = cross_validate(features, setup.resampled.labels, folds, Cs, stop_early=True)
+    reached = _held_out_numbers(held_out.logits[held_out.best], setup.resampled.labels, setup.resampled.weights)
     return *reached, Cs[held_out.best]
 
 

@@ -60,7 +60,7 @@ def _read_layer(layer: int, readers: Readers) -> tuple[int, _Embeddings, _Embedd
 
 def _analyze_layer(setup: AnalysisSetup, layer: int, of_base: _Embeddings, of_tuned: _Embeddings | None) -> _Layer:
     base = measure(*of_base, setup, None)
-    one = np.ones(len(setup.drawn.weights))
+    one = np.ones(len(setup.resampled.weights))
     against_itself = {"norm_ratio": one, "orthogonal_std_ratio": one, "direction_cosine": one}
     base_numbers = layer_numbers(layer, base, setup, base.numbers | against_itself)
     if of_tuned is None:
@@ -71,7 +71,7 @@ def _analyze_layer(setup: AnalysisSetup, layer: int, of_base: _Embeddings, of_tu
         "orthogonal_std_ratio": safe_ratio(
             tuned.numbers["orthogonal_std"], base.numbers["orthogonal_std"], both_zero=1.0
         ),
-        "direction_cosine": direction_cosine(of_base[1], of_tuned[1], setup.drawn),
+        "direction_cosine": direction_cosine(of_base[1], of_tuned[1], setup.resampled),
     }
     tuned_numbers = layer_numbers(layer, tuned, setup, tuned.numbers | against_base)
     tuned_numbers = replace(tuned_numbers, change=paired_changes(base.numbers, tuned.numbers, setup))
@@ -197,6 +197,6 @@ def analyze(
         base_probes=_stack([layer.base_probe for layer in layers]),
         tuned_probes=None if tuned is None else _stack([layer.tuned_probe for layer in layers if layer.tuned_probe]),
         test_name=prompts.name if test is None else test.prompts.name,
-        n_prompts={"probe": count_labels(setup.probe_labels), "test": count_labels(setup.drawn.labels)},
+        n_prompts={"probe": count_labels(setup.probe_labels), "test": count_labels(setup.resampled.labels)},
         config=config,
     )

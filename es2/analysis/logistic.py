@@ -91,15 +91,12 @@ class Products:
         """The part of `source`, in any precision, that is of these prompts."""
         if len(rows) == len(source):
             return source
-        # K is symmetric; transposed, the second choice lies row by row again.
+        # K is symmetric; transposed, the second choice is row-major again.
         return source[rows] if self.kernel is None else source[rows][:, rows].T
 
 
 def fit_columns(
-    products: Products,
-    labels: Int[np.ndarray, "prompt fit"],
-    seen: Bool[np.ndarray, "prompt fit"],
-    Cs: Sequence[float],
+    products: Products, labels: Int[np.ndarray, "prompt fit"], seen: Bool[np.ndarray, "prompt fit"], Cs: Sequence[float]
 ) -> Iterator[Fits]:
     """One fit a column at each of ascending Cs, started from the C before.
 

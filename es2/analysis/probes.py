@@ -215,8 +215,7 @@ def accuracy(
     return np.where((counts == 0).any(axis=0), 0.5, shares.mean(axis=0))
 
 
-RUN = 16
-"""Prompts whose running sums are one matrix product."""
+RUN = 16  # prompts whose running sums are one matrix product
 EXACT = 256
 """Prompts whose sum of products stays in single precision, exact below 2²⁴: for up to 32,000 of the others."""
 
@@ -304,9 +303,9 @@ def mean_auroc(
     for won, lost in zip(harmful, harmless, strict=True):
         wins += (won[:, None] > lost).astype(np.float32)
         wins += (won[:, None] >= lost).astype(np.float32)
-    drawn = weights.T[first].astype(np.float32, copy=False)
-    sums = np.einsum("pr,pr->r", drawn, wins @ drawn, dtype=np.float64)
-    return sums / (2 * len(harmful) * drawn.sum(axis=0, dtype=np.float64) ** 2)
+    counts = weights.T[first].astype(np.float32, copy=False)
+    sums = np.einsum("pr,pr->r", counts, wins @ counts, dtype=np.float64)
+    return sums / (2 * len(harmful) * counts.sum(axis=0, dtype=np.float64) ** 2)
 
 
 def lower_quartile(values: Float[np.ndarray, "prompt"], weights: Float[np.ndarray, "resample prompt"]) -> Replicates:

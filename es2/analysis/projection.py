@@ -355,7 +355,7 @@ def _umap_points(zs: Sequence[Embeddings], fit_on: FitOn, seed: int) -> list[Flo
     neighbours = min(UMAP_NEIGHBOURS, len(fitted) - 1)
     reducer = umap.UMAP(n_neighbors=neighbours, n_jobs=1, random_state=seed)
     with warnings.catch_warnings():
-        # Its spectral start falls back to a random one on small or disconnected sets, which is fine and says so.
+        # Its spectral start falls back to a random one on small or disconnected sets, with a warning.
         warnings.filterwarnings("ignore", module=r"umap|sklearn")
         together = reducer.fit_transform(fitted)
         if fit_on == "base" and len(zs) > 1:

@@ -88,7 +88,6 @@ def resample_pairs(prompts: PromptSet, n_bootstrap: int, seed: int) -> Float[np.
     Args:
         prompts: in canonical order (`canonical`).
         n_bootstrap: number of resamples.
-        seed: of the resamples.
 
     Returns:
         `[1 + n_bootstrap, prompt]`; row 0 is all ones, the prompts as they are. Each prompt's multiplicities are

@@ -35,7 +35,7 @@ class AnalysisSetup:
     test_rows: Int[np.ndarray, "test"]
     test_shuffles: Int[np.ndarray, "shuffle test"]
     test_twins: Int[np.ndarray, "2 pair"] | None
-    drawn: Resampled
+    resampled: Resampled
     in_domain_folds: Int[np.ndarray, "test"] | None
 
     def intervals(self, replicates: Mapping[str, Replicates]) -> dict[str, Interval]:

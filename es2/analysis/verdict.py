@@ -26,7 +26,6 @@ VERDICTS = ("collapsed", "worse", "contracted", "inflated", "unchanged", "separa
 """Every verdict, the gravest first."""
 
 _SCALE_FREE_LENGTHS = ("relative_distance", "fisher_ratio")
-_MARGINS = ("margin_mean", "mean_difference_margin")
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,11 @@ def layer_verdict(
     """The first row of the table that matches one layer.
 
     Args:
-        tuned: the tuned model's numbers, with their change from base.
         kl_harmless: KL(base ‖ tuned) on harmless prompts in nats per token, by `prompt` and `reply`, where measured.
-        kl_budget: the run's budget for each of them.
+        kl_budget: of each of them.
 
     Raises:
-        ValueError: for a layer without a comparison.
+        ValueError: for a layer without a change from base.
     """
     if tuned.change is None:
         raise ValueError("A verdict needs a tuned layer that was compared with base.")
@@ -75,7 +73,7 @@ def layer_verdict(
     rest = tuned.numbers["orthogonal_std_ratio"].value
     fisher, relative = (_ratio(change, name) for name in ("fisher_ratio", "relative_distance"))
     higher = {name: _ratio(change, name).low > 1 + ROUNDING for name in _SCALE_FREE_LENGTHS}
-    higher |= {name: change[name].difference.low > ROUNDING for name in _MARGINS}
+    higher |= {name: change[name].difference.low > ROUNDING for name in ("margin_mean", "mean_difference_margin")}
     figures = f"fisher_ratio ×{fisher.value:.2f}, relative_distance ×{relative.value:.2f}"
     worst = max(kl_harmless.values(), default=0.0) if kl_harmless else 0.0
 

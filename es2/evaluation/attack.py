@@ -25,8 +25,7 @@ from es2.models.replies import ReplyBatch
 from es2.prompts.prompt_set import HARMFUL, PromptSet
 from es2.store.sources import LayerSource
 
-SHOWN_CHARACTERS = 200
-"""Characters kept of a reply to a steered request."""
+SHOWN_CHARACTERS = 200  # kept of a reply to a steered request
 
 
 def perturbation(

@@ -124,17 +124,17 @@ def compare_exchange(lm_head: LmHead, base: Tensor, tuned: Tensor, reply: Tokens
 
     n_prompt = len(base) - len(reply) + 1
     device = lm_head.weight.device
-    kls, said_by, agreed, start = [], {"base": 0.0, "tuned": 0.0}, 0, 0
-    said = torch.tensor(list(reply), device=device)[:, None]
+    kls, likelihood, agreed, start = [], {"base": 0.0, "tuned": 0.0}, 0, 0
+    replied = torch.tensor(list(reply), device=device)[:, None]
     with torch.inference_mode():
         for found in compare_tokens(tuned.to(device), base.to(device), lm_head):
             kls.append(found.kl.double().cpu())
             first = max(n_prompt - 1 - start, 0)  # the first state here that a token of the reply was read from
             start += len(found.kl)
             log_tuned, log_base = found.log_tuned[first:], found.log_base[first:]
-            targets = said[start - len(log_base) - (n_prompt - 1) :][: len(log_base)]
-            said_by["base"] += float(log_base.gather(1, targets).double().sum())
-            said_by["tuned"] += float(log_tuned.gather(1, targets).double().sum())
+            targets = replied[start - len(log_base) - (n_prompt - 1) :][: len(log_base)]
+            likelihood["base"] += float(log_base.gather(1, targets).double().sum())
+            likelihood["tuned"] += float(log_tuned.gather(1, targets).double().sum())
             agreed += int((log_tuned.argmax(dim=-1) == targets[:, 0]).sum())
     kl = torch.cat(kls)
     return Exchange(
@@ -142,8 +142,8 @@ def compare_exchange(lm_head: LmHead, base: Tensor, tuned: Tensor, reply: Tokens
         kl_reply=float(kl[n_prompt - 1 :].sum()),
         n_prompt=n_prompt,
         n_reply=len(reply),
-        nll_base=-said_by["base"],
-        nll_tuned=-said_by["tuned"],
+        nll_base=-likelihood["base"],
+        nll_tuned=-likelihood["tuned"],
         agreed=agreed,
     )
 

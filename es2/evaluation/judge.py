@@ -112,7 +112,6 @@ def endpoint_judge(url: str, model: str, *, key_variable: str = KEY_VARIABLE, ti
 
     Args:
         url: the API's base, such as `http://localhost:8000/v1`; `/chat/completions` is added.
-        model: the model's name there.
         key_variable: the environment variable that holds the key; without it no key is sent.
         timeout: seconds until the whole answer has arrived.
 

@@ -20,7 +20,7 @@ OPENING_CHARACTERS = 400
 _LOOP_UNITS = 12  # words of a loop, all repetitions together
 _LOOP_SHARE = 0.4  # of the reply that a loop has to fill
 _LOOP_PERIOD = 40
-_DISTINCT_WORDS = 0.25  # of the first hundred words, below which a reply says nothing
+_DISTINCT_WORDS = 0.25  # of the first hundred words, below which a reply is degenerate
 _DISTINCT_TRIGRAMS = 0.4
 _TEXT_SHARE = 0.35  # letters and digits among the visible characters
 _MANY_SCRIPTS = 4
@@ -123,7 +123,7 @@ def opening(reply: str) -> str:
     """The text that the refusal rules search: the normalised opening, less what it quotes."""
     text = normalise_reply(reply)[:OPENING_CHARACTERS]
     spoken = " ".join(re.sub(r"[\"“„«][^\"“”„«»]*(?:[\"”»“]|$)", " ", text).split())
-    if 4 * len(spoken) < len(text):  # the whole reply stands in quotation marks
+    if 4 * len(spoken) < len(text):  # the whole reply is in quotation marks
         spoken = re.sub(r"[\"“”„«»]", "", text)
     return spoken.strip()
 

@@ -136,7 +136,6 @@ def needed_by_layer(
         base, tuned: embeddings of `prompts`.
         base_probes, tuned_probes: fitted on `probe` of the same model: the tuned model's attacker adapts.
         p0s: the probabilities to be reached.
-        n_bootstrap: number of resamples of pairs.
 
     Returns:
         One record per layer and p0; layers where a probe reads nothing are left out.

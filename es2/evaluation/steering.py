@@ -94,8 +94,7 @@ def steered(
     block gets.
 
     Args:
-        bridge: the attacked model.
-        attacker: made from the same model's embeddings.
+        attacker: made from the embeddings of the model of `bridge`.
         batch, texts: the steering and the prompt of each row.
 
     Yields:

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from es2.evaluation.config import EvaluateConfig
 
 
-BOOTSTRAP = 1000
-"""Resamples of pairs behind every interval."""
+BOOTSTRAP = 1000  # resamples of pairs behind every interval
 
 
 def choose_prompts(prompts: PromptSet, limit: int, label: int | None = None) -> PromptSet:
@@ -77,7 +76,7 @@ def held_out(prompts: PromptSet, tuned_on: PromptSet | None, *, probing: bool = 
     keep = np.array([may(text, own) for text, own in zip(prompts.texts, prompts.splits, strict=True)], dtype=bool)
     if not keep.any():
         raise InputError(
-            f"Every prompt of {prompts.name!r} also stands in the run's own prompts outside `test`; give other prompts."
+            f"Every prompt of {prompts.name!r} is also among the run's own prompts outside `test`; give other prompts."
         )
     rest = prompts if keep.all() else prompts.select(keep)
     tuned = np.array([split not in allowed for split in tuned_on.splits], dtype=bool)
@@ -165,16 +164,16 @@ def behaviour(
             from es2.models.kl import read_lm_head
 
             lm_head = read_lm_head(model) if lm_head is None else lm_head
-            said = [_said(work, prompt) for prompt in tokens]
+            replies = [_base_reply(work, prompt) for prompt in tokens]
             stage = f"read {name}"
-            states[name] = exchange_states(model, tokens, said, len(prefix), report=work.report, stage=stage)
+            states[name] = exchange_states(model, tokens, replies, len(prefix), report=work.report, stage=stage)
     del model
     gc.collect()
     weights = resample_pairs(sample, BOOTSTRAP, work.config.seed)
     if suite == "kl":
         tuned = states.get("tuned", states["base"])
         exchanges = [
-            compare_exchange(lm_head, before, after, _said(work, prompt))
+            compare_exchange(lm_head, before, after, _base_reply(work, prompt))
             for before, after, prompt in zip(states["base"], tuned, tokens, strict=True)
         ]
         numbers = ability_numbers(exchanges, weights, "tuned" in states)
@@ -207,7 +206,7 @@ def _load(work: Work, name: str) -> Any:
     return model
 
 
-def _said(work: Work, prompt: Sequence[int]) -> tuple[int, ...]:
+def _base_reply(work: Work, prompt: Sequence[int]) -> tuple[int, ...]:
     """The beginning of the base's reply."""
     return tuple(work.log[work.key("base", prompt)]["tokens"][: work.config.kl_tokens])
 

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from es2.analysis.projection import View
-from es2.analysis.results import Analysis, LayerNumbers
+from es2.analysis.results import Analysis
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 from es2.report.glossary import BY_NAME
 from es2.report.labels import hover, label
@@ -38,8 +38,21 @@ def strip(analysis: Analysis, name: str, *, names: tuple[str, str], targets: Seq
     """
     figure = go.Figure()
     models = ((analysis.base_layers, names[0], BASE, "dot"), (analysis.layers, names[1], TUNED, "solid"))
+    term = BY_NAME[name]
     for layers, called, colour, dash in models:
-        figure.add_traces(_line_with_band(layers, name, label(called), colour, dash))
+        x = [layer.layer for layer in layers]
+        intervals = [layer.numbers[name] for layer in layers]
+        figure.add_trace(go.Scatter(interval_band(x, intervals, colour)))
+        figure.add_scatter(
+            x=x,
+            y=[interval.value for interval in intervals],
+            mode="lines+markers",
+            line={"color": colour, "width": 2, "dash": dash},
+            marker={"size": 6, "color": colour},
+            name=label(called),
+            hoverinfo="text",
+            hovertext=[f"{label(called)}: {term.value(interval)} ({term.range(interval)})" for interval in intervals],
+        )
     intervals = [layer.numbers[name] for layers, *_ in models for layer in layers]
     low, high = min(interval.low for interval in intervals), max(interval.high for interval in intervals)
     foot = low - 0.09 * (high - low)
@@ -56,26 +69,6 @@ def strip(analysis: Analysis, name: str, *, names: tuple[str, str], targets: Seq
     return _finished(figure, STRIP_HEIGHT, xaxis=xaxis, yaxis={"title": {"text": y_title}}, hovermode="x unified")
 
 
-def _line_with_band(
-    layers: Sequence[LayerNumbers], name: str, called: str, colour: str, dash: str
-) -> tuple[go.Scatter, go.Scatter]:
-    x = [layer.layer for layer in layers]
-    intervals = [layer.numbers[name] for layer in layers]
-    term = BY_NAME[name]
-    band = go.Scatter(interval_band(x, intervals, colour))
-    line = go.Scatter(
-        x=x,
-        y=[interval.value for interval in intervals],
-        mode="lines+markers",
-        line={"color": colour, "width": 2, "dash": dash},
-        marker={"size": 6, "color": colour},
-        name=called,
-        hoverinfo="text",
-        hovertext=[f"{called}: {term.value(interval)} ({term.range(interval)})" for interval in intervals],
-    )
-    return band, line
-
-
 def pair(
     view: View,
     prompts: PromptSet,
@@ -90,7 +83,6 @@ def pair(
         prompts: in the order of the view's rows.
         rows: of the prompts that are shown.
         margins: signed distance of every prompt to each model's own boundary, + on the harmful side.
-        names: of the two models.
     """
     tuned = view.base if view.tuned is None else view.tuned
     figure = make_subplots(

@@ -11,8 +11,7 @@ from typing import Any
 from es2.analysis.resampling import Interval
 from es2.report.glossary import Term
 
-MOST = 0.5
-"""The share of degenerate replies above which a model has collapsed."""
+MOST = 0.5  # degenerate replies above this share are a collapse
 
 TERMS = (
     Term(
@@ -40,8 +39,8 @@ TERMS = (
         "The share of replies to harmless requests that are no language any more.",
         digits=2,
     ),
-    Term("harmful_empty", "Empty, harmful", "The share of harmful requests to which nothing is said.", digits=2),
-    Term("harmless_empty", "Empty, harmless", "The share of harmless requests to which nothing is said.", digits=2),
+    Term("harmful_empty", "Empty, harmful", "The share of harmful requests to which the reply is empty.", digits=2),
+    Term("harmless_empty", "Empty, harmless", "The share of harmless requests to which the reply is empty.", digits=2),
     Term(
         "agreement",
         "Agreement",

@@ -81,7 +81,7 @@ def _page(title: str, body: str, figures: Mapping[str, str]) -> str:
 def _sections(compared: Compared, figures: dict[str, str]) -> Iterable[str]:
     """The page's parts; adds each figure's JSON to `figures` under the id of its element."""
 
-    def draw(figure: Any, caption: str) -> str:
+    def plot(figure: Any, caption: str) -> str:
         name = f"figure-{len(figures) + 1}"
         figures[name] = figure.to_json()  # plotly escapes <, > and / in it
         return f'<figure><div id="{name}" class="plot"></div><figcaption>{escape(caption)}</figcaption></figure>'
@@ -93,10 +93,10 @@ def _sections(compared: Compared, figures: dict[str, str]) -> Iterable[str]:
     yield _all_layers_table(compared)
     yield "<h2>All layers</h2>"
     n_test = sum(compared.analysis.n_prompts["test"].values())
-    for name, says, unit in _STRIPS:
+    for name, meaning, unit in _STRIPS:
         figure = report_figures.strip(compared.analysis, name, names=compared.names, targets=targets, y_title=unit)
         where = f"on {n_test} test prompts, with 95 % intervals. Triangles: target layers."
-        yield draw(figure, f"{BY_NAME[name].title}: {says}, {where}")
+        yield plot(figure, f"{BY_NAME[name].title}: {meaning}, {where}")
 
     rows, shown = _shown(compared)
     for layer in targets:
@@ -109,12 +109,12 @@ def _sections(compared: Compared, figures: dict[str, str]) -> Iterable[str]:
             test = compared.prompts.in_split("test")
             view = view_of(base, own, layer, tuned=tuned, tuned_probes=theirs, fit=test)
             figure = report_figures.pair(view, compared.prompts, rows, margins=margins, names=compared.names)
-            yield draw(figure, f"{kind}: {shown}; both models on the same axes.")
+            yield plot(figure, f"{kind}: {shown}; both models on the same axes.")
         yield _movers(compared, layer, margins)
     if (figure := report_figures.training(compared.events, compared.kl_budget)) is not None:
         yield "<h2>Training</h2>"
         kept = f"The weights of step {result['best_step']} of {result['steps']} were kept."
-        yield draw(figure, f"What each step logged, and what was measured on prompts held out for that. {kept}")
+        yield plot(figure, f"What each step logged, and what was measured on prompts held out for that. {kept}")
     yield _how(compared)
 
 
@@ -158,7 +158,7 @@ def _targets_table(compared: Compared) -> str:
             continue
         cells = ""
         for before, after in layers:
-            first = "<td></td>" if term in COMPARED else _cell(term, before)  # base against itself says nothing
+            first = "<td></td>" if term in COMPARED else _cell(term, before)  # base against itself is always 1
             cells += f"{first}{_cell(term, after)}<td>{'' if term in COMPARED else _change(term, after)}</td>"
         rows.append(f"<tr><th>{escape(term.title)}</th>{cells}</tr>")
     heads = f"<th>{left}</th><th>{right}</th><th>change</th>" * len(layers)
