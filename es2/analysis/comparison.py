@@ -25,10 +25,8 @@ class Comparison:
         base, tuned: their embeddings under the model at the left (base, or another run) and at the right.
         analysis: of both; its numbers are of all test prompts, also where a part is shown.
         names: of left and right.
-        targets: the target layers of the run at the right.
+        targets, result, run: the target layers, `result.json` and id of the run at the right.
         config: that run's settings, `FinetuneConfig.to_dict()` and `prompts`, the source of the prompts.
-        result: that run's `result.json`.
-        run: that run's id.
     """
 
     prompts: PromptSet

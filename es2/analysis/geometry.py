@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 
-ROUNDING = 1e-10
-"""Lengths below this part of the scale are rounding."""
+ROUNDING = 1e-10  # lengths below this part of the scale
 
 Weights: TypeAlias = 'Float[np.ndarray, "resample prompt"]'
 

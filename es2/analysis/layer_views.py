@@ -94,8 +94,7 @@ def render_layers(
 
     Args:
         prompts: the prompts, in the order of the embeddings; axes are fitted on those of `test`.
-        base, tuned: their embeddings.
-        probes, tuned_probes: of the same models.
+        base, tuned: their embeddings; `probes` and `tuned_probes` are of the same models.
         report: called as `report("draw", layers done, layers)`; may raise to stop.
     """
     n_layers = base.n_layers

@@ -32,8 +32,7 @@ LONGEST = 2.0
 SINGLE_PRECISION = {"kernel": 1e5, "features": 1e3}
 """Trace of S K S, which bounds the condition κ, up to which a factor in single precision gives good steps: of
 1 + S K S; of 1 + XᵀS²X, where B⁻¹ is the small difference, some 1/κ, of two terms."""
-ROUNDING = 1e-13
-"""Changes of an objective below this part of it are rounding."""
+ROUNDING = 1e-13  # changes of an objective below this part of it
 NEGLIGIBLE = 0.3
 """Trace of S K S up to which B = 1 + S K S is taken as 1: each step still brings the squared decrement down to 0.3²."""
 

@@ -331,7 +331,6 @@ def probe_numbers(
 
     Args:
         margins: (w·z + b)/‖w‖ of the test prompts under the probe of each C, + = harmful side.
-        labels: of the test prompts.
         weights: multiplicities from `resample_pairs`.
     """
     harmful = labels == HARMFUL

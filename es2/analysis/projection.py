@@ -79,8 +79,7 @@ def separation_view(
     without its component along the probe's normal; y's axis is common to both models.
 
     Args:
-        base, tuned: embeddings of one layer, of the same prompts.
-        probes, tuned_probes: of the same models.
+        base, tuned: embeddings of the same prompts; `probes` and `tuned_probes` are of the same models.
         fit: the prompts on which y's axis is fitted, such as those of `test`; all if not given.
         fit_on: whether y's axis is fitted on base alone or on both models.
         raw: keep the models' own lengths instead of dividing each by its scale.

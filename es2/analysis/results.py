@@ -203,8 +203,7 @@ class Analysis:
 
     Attributes:
         recommended: two target layers in ascending order (a single one if the model has but one layer).
-        best_layer: the layer of the least cross-validated log-loss on `probe`.
-        reason: of both, in words and figures.
+        best_layer: the layer of the least cross-validated log-loss on `probe`; `reason` is of both.
         test_name: the name of the prompt set that gave the numbers.
         n_prompts: by `probe` and `test`, the number of prompts of each label.
     """

@@ -73,12 +73,10 @@ def perturbation(
         _point(steering, {name: found[name][index] for name in work.models}, weights)
         for index, steering in enumerate(sweep)
     ]
+    shown = ("verdict", "text", "read")
     rows = [
         {"prompt": text, "steering": steering.to_dict()}
-        | {
-            name: {entry: found[name][index][row][entry] for entry in ("verdict", "text", "read")}
-            for name in work.models
-        }
+        | {name: {entry: found[name][index][row][entry] for entry in shown} for name in work.models}
         for index, steering in enumerate(sweep)
         for row, text in enumerate(sample.texts)
     ]

@@ -154,7 +154,6 @@ def ability_numbers(
     """Closeness to the base on harmless prompts, per token, with intervals over prompts.
 
     Args:
-        exchanges: of each prompt.
         weights: `resample_pairs` of the same prompts.
         compared: whether there is a tuned model; without one only the base's perplexity is given.
 

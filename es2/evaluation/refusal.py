@@ -14,9 +14,7 @@ REPLY_CLASSES = ("refusal", "answer", "empty", "degenerate")
 
 RULES_VERSION = 1  # raise it when a reply changes its class
 
-OPENING_CHARACTERS = 400
-"""Characters of the normalised reply that are searched: about 80 tokens, more than a default reply has."""
-
+OPENING_CHARACTERS = 400  # of the normalised reply, which are searched: about 80 tokens
 _LOOP_UNITS = 12  # words of a loop, all repetitions together
 _LOOP_SHARE = 0.4  # of the reply that a loop has to fill
 _LOOP_PERIOD = 40

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 
-BUDGETS = (0.1, 0.2, 0.4, 0.8)
-"""Lengths of the shift relative to the embedding's own."""
+BUDGETS = (0.1, 0.2, 0.4, 0.8)  # lengths of the shift relative to the embedding's own
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,7 @@ def steered(
     device: torch.device = model.device
     exact = torch.float32 if device.type == "mps" else torch.float64
     n_layers = len(attacker.layers)
-    probability, worst, highest, relative = np.zeros((4, len(batch)))
-    record = ReadBack(probability, worst, highest, relative)
+    record = ReadBack(*np.zeros((4, len(batch))))
 
     def tensor(values: Any) -> torch.Tensor:
         return torch.tensor(np.asarray(values), dtype=exact, device=device)

@@ -56,8 +56,7 @@ def held_out(prompts: PromptSet, tuned_on: PromptSet | None, *, probing: bool = 
     """The prompts that a run may be judged by: none from a split that decided it, with a warning of near-duplicates.
 
     Args:
-        prompts: the prompts to evaluate on.
-        tuned_on: those that the run was tuned on; None without a run.
+        tuned_on: the prompts that the run was tuned on; None without a run.
         probing: whether the prompts' own `probe` split is needed too, to fit probes; then only `tune` and `validation`
             of the run, and prompts that changed their split, are left out.
 
@@ -79,8 +78,7 @@ def held_out(prompts: PromptSet, tuned_on: PromptSet | None, *, probing: bool = 
             f"Every prompt of {prompts.name!r} is also among the run's own prompts outside `test`; give other prompts."
         )
     rest = prompts if keep.all() else prompts.select(keep)
-    tuned = np.array([split not in allowed for split in tuned_on.splits], dtype=bool)
-    warn_of_likeness(rest, tuned_on.select(tuned))
+    warn_of_likeness(rest, tuned_on.select(~np.isin(tuned_on.splits, allowed)))
     return rest
 
 

@@ -64,7 +64,6 @@ TERMS = (
         digits=2,
     ),
 )
-"""The numbers of `refusal` and `kl`."""
 
 BY_NAME = {term.name: term for term in TERMS}
 
@@ -96,12 +95,7 @@ def _before_after(term: Term, part: Numbers) -> str:
 
 
 def refusal_sentence(refusal: Numbers, separated: bool) -> str:
-    """Whether tuned refuses more harmful requests than base.
-
-    Args:
-        refusal: the part `refusal` of an evaluation of base and tuned.
-        separated: whether the run's verdict is that its embeddings are separated.
-    """
+    """Whether tuned refuses more harmful requests than base; `separated` is the verdict on its embeddings."""
     if refusal["base"]["dsr"] is None:
         return "These prompts hold no harmful request, so there is no defence success rate."
     change = interval_of(refusal["change"]["dsr"])

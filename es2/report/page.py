@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 
 
 PROMPT_CHARACTERS = 300
-MAX_POINTS = 1500
-"""More points make a file that is slow to open."""
+MAX_POINTS = 1500  # more make a file that is slow to open
 N_LISTED = 10
 
 _STRIPS = (
@@ -162,11 +161,11 @@ def _targets_table(compared: Compared) -> str:
             cells += f"{first}{_cell(term, after)}<td>{'' if term in COMPARED else _change(term, after)}</td>"
         rows.append(f"<tr><th>{escape(term.title)}</th>{cells}</tr>")
     heads = f"<th>{left}</th><th>{right}</th><th>change</th>" * len(layers)
-    terms = _rows((term.title, term.definition) for term in (*TERMS, *COMPARED))
     return (
         '<div class="wide"><table class="numbers"><caption>Target layers, on test prompts; 95 % intervals in brackets.'
         f"</caption><thead><tr><th></th>{groups}</tr><tr><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody>"
-        f"</table></div><details><summary>What the numbers mean</summary>{terms}</details>"
+        f"</table></div><details><summary>What the numbers mean</summary>"
+        f"{_rows((term.title, term.definition) for term in (*TERMS, *COMPARED))}</details>"
     )
 
 

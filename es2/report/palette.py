@@ -15,11 +15,9 @@ if TYPE_CHECKING:
 
 
 COLOURS = {HARMFUL: "#d95f02", HARMLESS: "#2b83ba"}
-"""Vermilion and blue, distinct under every kind of colour blindness."""
 BASE = "#159588"
 TUNED = "#a463c4"
-NEUTRAL = "#85898f"
-"""Controls, chance, boundaries, the chosen layer."""
+NEUTRAL = "#85898f"  # controls, chance, boundaries, the chosen layer
 SYMBOLS = {HARMFUL: "diamond", HARMLESS: "circle"}
 
 
