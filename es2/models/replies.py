@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+Around = Callable[[list[int]], AbstractContextManager[Any]]
+"""Given the rows of a batch, a context to reply in; the batch carries what it yields."""
+
 
 @dataclass(frozen=True)
 class ReplyBatch:
@@ -50,7 +53,7 @@ def greedy_replies(
     *,
     prefix: Tokens = (),
     done: Container[int] = (),
-    around: Callable[[list[int]], AbstractContextManager[Any]] | None = None,
+    around: Around | None = None,
     tokens_at_once: int | None = None,
     report: Reporter = silent,
     stage: str = "reply",
