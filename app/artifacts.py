@@ -1,9 +1,7 @@
-"""Reading artifacts for the page, each once.
+"""Reading artifacts for the page, each once: a page runs at every click, so what it reads is cached by artifact key.
 
-A page runs from top to bottom at every click, so what it reads is remembered by the keys of the artifacts it came from,
-which change when anything in them does. One layer is read at a time, and what is remembered of it is two small arrays;
-embeddings themselves are dropped at once, since a layer of a large model is tens of megabytes. Cached values are shared
-by all sessions: they are frozen, and nobody writes into their arrays.
+Of a layer two small arrays are kept, its embeddings only for the last two. All sessions share the cached values, which
+are never written to.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import ActivationSet
 from es2.store.store import Store
 from es2.workflow import compared
-from es2.workflow.derived import analysis_key, find_activations, find_analysis_folder, find_umap, find_views_folder
+from es2.workflow.derived import find_activations, find_analysis_folder, find_umap, find_views_folder
 from es2.workflow.runs import list_runs, open_run, shipped_run
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ _waiting: list[Future[object]] = []
 
 UMAP_START_SECONDS = 25.0
 UMAP_SECONDS_PER_PROMPT = 2.5e-3
-"""Measured on two cores with 576 dimensions; a hint to the person who waits, no more."""
+"""Measured on two cores with 576 dimensions; a hint, no more."""
 
 
 def models() -> tuple[list[str], set[str]]:
@@ -66,7 +64,7 @@ def model_name(model: str) -> str:
 def existing(choice: Choice) -> tuple[Choice, list[str]]:
     """The choice with what does not exist replaced by what is usual, and a sentence for each replacement.
 
-    Who asks for nothing gets the model and the prompts of the newest run that has ended.
+    A choice that asks for nothing gets the model and the prompts of the newest run that has ended.
     """
     notes = []
     if choice == Choice():
@@ -104,17 +102,18 @@ def _prompts(source: str, stamp: tuple[int, int] | None) -> PromptSet:
 
 @dataclass(frozen=True)
 class Opened:
-    """What there is on disk for a model, a prompt set and a position."""
+    """What there is on disk for a model, a prompt set and a position: a `Comparison` without a tuned model."""
 
     prompts: PromptSet
-    activations: ActivationSet
+    base: ActivationSet
     analysis: Analysis
     position: str
+    tuned: None = None
 
     @property
-    def analysis_key(self) -> str:
-        """The key of the analysis."""
-        return analysis_key(self.activations, self.prompts, self.analysis.config)
+    def key(self) -> tuple[str, ...]:
+        """Identifies everything a figure is made from."""
+        return (self.base.key, self.prompts.digest, self.position, str(self.analysis.config))
 
 
 def find(model: str, prompt_set: PromptSet, position: str) -> Opened | None:
@@ -151,11 +150,9 @@ def _loaded(folder: str, inode: int) -> Analysis:
     return Analysis.load(Path(folder))
 
 
-def _views_of(
-    base: ActivationSet, prompt_set: PromptSet, analysis: Analysis, tuned: ActivationSet | None = None
-) -> LayerViews | None:
-    """What a job has worked out of all layers, if they are large; read once for as long as its folder is the same."""
-    folder = find_views_folder(base, prompt_set, analysis.config, tuned)
+def _views_of(shown: Opened | Comparison) -> LayerViews | None:
+    """What a job has computed of all layers, if they are large; read once for as long as its folder is the same."""
+    folder = find_views_folder(shown.base, shown.prompts, shown.analysis.config, shown.tuned)
     return _loaded_views(str(folder), folder.stat().st_ino) if folder is not None else None
 
 
@@ -164,36 +161,63 @@ def _loaded_views(folder: str, inode: int) -> LayerViews:
     return LayerViews.load(Path(folder))
 
 
-def margins(opened: Opened, layer: int) -> Float[np.ndarray, "prompt"]:
-    """Signed distance of each prompt to the probe's boundary, + on the harmful side, in scale-free units."""
-    return _margins(opened.activations.key, opened.analysis_key, opened.position, layer, opened)
+@st.cache_resource(max_entries=2, show_spinner=False)
+def _embeddings(
+    key: tuple[str, ...], layer: int, _shown: Opened | Comparison
+) -> tuple[Float[np.ndarray, "prompt d_model"], ...]:
+    """One layer under each model, for the margins and the view, which ask one after the other."""
+    with ThreadPoolExecutor(2) as pool:
+        return tuple(pool.map(lambda one: one.layer(layer, _shown.position), filter(None, (_shown.base, _shown.tuned))))
 
 
-@st.cache_resource(max_entries=256, show_spinner=False)
-def _margins(key: str, analysis: str, position: str, layer: int, _opened: Opened) -> Float[np.ndarray, "prompt"]:
-    if (drawn := _views_of(_opened.activations, _opened.prompts, _opened.analysis)) is not None:
-        return drawn.margins(layer)[0]
-    return _opened.analysis.base_probes.margin(_opened.activations.layer(layer, position), layer)
+def margins(shown: Opened | Comparison, layer: int) -> tuple[Float[np.ndarray, "prompt"], ...]:
+    """By model, the signed distance of each prompt to its own boundary, + on the harmful side, in scale-free units."""
+    return _margins(shown.key, layer, shown)
 
 
-def view(opened: Opened, layer: int, kind: str) -> View | None:
-    """Where each prompt stands in the plane; None for UMAP coordinates that were not computed yet."""
+@st.cache_resource(max_entries=512, show_spinner=False)
+def _margins(key: tuple[str, ...], layer: int, _shown: Opened | Comparison) -> tuple[Float[np.ndarray, "prompt"], ...]:
+    if (rendered := _views_of(_shown)) is not None:
+        return tuple(rendered.margins(layer))
+    probes = filter(None, (_shown.analysis.base_probes, _shown.analysis.tuned_probes))
+    return tuple(own.margin(one, layer) for own, one in zip(probes, _embeddings(key, layer, _shown), strict=True))
+
+
+def view(
+    shown: Opened | Comparison, layer: int, kind: str, *, fit_on: FitOn = "base", raw: bool = False
+) -> View | None:
+    """Where each prompt stands in each model, in one frame; None for UMAP coordinates that were not computed yet.
+
+    Args:
+        shown: one model, or two.
+        layer: the layer's index.
+        kind: `separation`, `pca` or `umap`.
+        fit_on: what PCA's axes are fitted on.
+        raw: whether lengths are the models' own rather than divided by each model's scale; not for UMAP.
+    """
     if kind == "umap":
-        coordinates = find_umap(opened.activations, opened.prompts, opened.position)
+        coordinates = find_umap(shown.base, shown.prompts, shown.position, shown.tuned)
         return coordinates.view(layer) if coordinates is not None else None
-    return _view(opened.activations.key, opened.analysis_key, opened.position, layer, kind, opened)
+    return _view(shown.key, layer, kind, fit_on, raw, shown)
 
 
-@st.cache_resource(max_entries=256, show_spinner=False)
-def _view(key: str, analysis: str, position: str, layer: int, kind: str, _opened: Opened) -> View:
-    if (drawn := _views_of(_opened.activations, _opened.prompts, _opened.analysis)) is not None:
-        return drawn.view(kind, layer)
-    embeddings = _opened.activations.layer(layer, position)
-    # Axes are fitted on what is always shown, so that showing other splits moves no point.
-    return RENDERS[kind](embeddings, _opened.analysis.base_probes, layer, fit=_opened.prompts.in_split("test"))
-
-
-# ---------------------------------------------------------------------------------------------------- base and tuned
+@st.cache_resource(max_entries=512, show_spinner=False)
+def _view(key: tuple[str, ...], layer: int, kind: str, fit_on: FitOn, raw: bool, _shown: Opened | Comparison) -> View:
+    usual = fit_on == "base" and not raw
+    if usual and (rendered := _views_of(_shown)) is not None:
+        return rendered.view(kind, layer)
+    base, *tuned = _embeddings(key, layer, _shown)
+    return RENDERS[kind](
+        base,
+        _shown.analysis.base_probes,
+        layer,
+        tuned=tuned[0] if tuned else None,
+        tuned_probes=_shown.analysis.tuned_probes,
+        # Axes are fitted on what is always shown, so that showing other splits moves no point.
+        fit=_shown.prompts.in_split("test"),
+        fit_on=fit_on,
+        raw=raw,
+    )
 
 
 def run_title(run: Job) -> str:
@@ -250,93 +274,23 @@ def _comparison(run: Job, against: Job | None, position: str) -> Comparison | No
     return replace(found, names=(run_title(against), run_title(run))) if against is not None else found
 
 
-def _views_of_pair(comparison: Comparison) -> LayerViews | None:
-    return _views_of(comparison.base, comparison.prompts, comparison.analysis, comparison.tuned)
-
-
-def pair_margins(comparison: Comparison, layer: int) -> tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]]:
-    """Signed distance of each prompt to each model's own boundary, + on the harmful side, in scale-free units."""
-    return _pair_margins(comparison.key, layer, comparison)
-
-
-@st.cache_resource(max_entries=2, show_spinner=False)
-def _pair_layer(
-    key: tuple[str, ...], layer: int, _comparison: Comparison
-) -> tuple[Float[np.ndarray, "prompt d_model"], Float[np.ndarray, "prompt d_model"]]:
-    """The embeddings of both models, for the margins and the view, which ask one after the other."""
-    with ThreadPoolExecutor(2) as pool:
-        base, tuned = pool.map(
-            lambda one: one.layer(layer, _comparison.position), (_comparison.base, _comparison.tuned)
-        )
-    return base, tuned
-
-
-@st.cache_resource(max_entries=256, show_spinner=False)
-def _pair_margins(
-    key: tuple[str, ...], layer: int, _comparison: Comparison
-) -> tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]]:
-    if (drawn := _views_of_pair(_comparison)) is not None:
-        base, tuned = drawn.margins(layer)
-        return base, tuned
-    analysis = _comparison.analysis
-    assert analysis.tuned_probes is not None  # a comparison has both
-    base, tuned = _pair_layer(key, layer, _comparison)
-    return analysis.base_probes.margin(base, layer), analysis.tuned_probes.margin(tuned, layer)
-
-
-def pair_view(
-    comparison: Comparison, layer: int, kind: str, *, fit_on: FitOn = "base", raw: bool = False
-) -> View | None:
-    """Where each prompt stands in both models, in one frame; None for UMAP coordinates that were not computed yet.
-
-    Args:
-        comparison: what is compared.
-        layer: the layer's index.
-        kind: `separation`, `pca` or `umap`.
-        fit_on: what PCA's axes are fitted on.
-        raw: whether lengths are the models' own rather than divided by each model's scale; not for UMAP.
-    """
-    if kind == "umap":
-        coordinates = find_umap(comparison.base, comparison.prompts, comparison.position, comparison.tuned)
-        return coordinates.view(layer) if coordinates is not None else None
-    return _pair_view(comparison.key, layer, kind, fit_on, raw, comparison)
-
-
-@st.cache_resource(max_entries=256, show_spinner=False)
-def _pair_view(key: tuple[str, ...], layer: int, kind: str, fit_on: FitOn, raw: bool, _comparison: Comparison) -> View:
-    usual = fit_on == "base" and not raw
-    if usual and (drawn := _views_of_pair(_comparison)) is not None:
-        return drawn.view(kind, layer)
-    base, tuned = _pair_layer(key, layer, _comparison)
-    return RENDERS[kind](
-        base,
-        _comparison.analysis.base_probes,
-        layer,
-        tuned=tuned,
-        tuned_probes=_comparison.analysis.tuned_probes,
-        fit=_comparison.prompts.in_split("test"),
-        fit_on=fit_on,
-        raw=raw,
-    )
-
-
 def make_ready(work: Callable[[int], object], layer: int, n_layers: int) -> None:
     """Do the work of the layers beside this one in the background, since people go from layer to layer.
 
-    What still waits from the last call is given up. What goes wrong here goes wrong again, and is told, when somebody
-    goes to that layer.
+    What still waits from the last call is given up. An error here is raised again, and shown, when the page turns to
+    that layer.
     """
     for one in _waiting:
         one.cancel()
     _waiting[:] = [_AHEAD.submit(work, near) for near in (layer + 1, layer - 1) if 0 <= near < n_layers]
 
 
-def umap_seconds(opened: Opened) -> float:
+def umap_seconds(shown: Opened | Comparison) -> float:
     """About how long UMAP of every layer will take."""
-    points = opened.activations.n_layers * opened.activations.n_prompts
-    return UMAP_START_SECONDS + UMAP_SECONDS_PER_PROMPT * points
+    n_points = shown.base.n_layers * shown.base.n_prompts * (1 if shown.tuned is None else 2)
+    return UMAP_START_SECONDS + UMAP_SECONDS_PER_PROMPT * n_points
 
 
 def job_config(choice: Choice) -> dict[str, str]:
-    """What a job is told, so that it makes what the page looks for."""
+    """The settings of a job that makes what the page looks for."""
     return {"model": choice.model, "prompts": choice.prompts, "position": choice.position}

@@ -14,7 +14,7 @@ from app.charts.pair_charts import Margins
 from app.components import exports
 from app.components.plots import plot
 from app.state import Choice
-from app.view_controls import VIEW_NAMES, numbers_table
+from app.view_controls import VIEW_NAMES, kept_buttons, numbers_table
 from es2.analysis.comparison import Comparison
 from es2.analysis.results import LayerNumbers
 from es2.analysis.verdict import Verdict
@@ -133,17 +133,8 @@ def lists(comparison: Comparison, margins: Margins) -> None:
     }
     st.subheader("Prompts that stand out", anchor=False)
     names = list(found)
-    st.session_state["listing"] = state.habit("listing", 0)
-    chosen = st.segmented_control(
-        "List",
-        range(len(names)),
-        key="listing",
-        format_func=names.__getitem__,
-        required=True,
-        label_visibility="collapsed",
-        on_change=lambda: state.take_habit("listing", st.session_state["listing"]),
-    )
-    rows = found[names[chosen or 0]]
+    chosen = kept_buttons("List", range(len(names)), "listing", 0, names.__getitem__)
+    rows = found[names[chosen]]
     if len(rows) == 0:
         st.caption("None.")
         return
@@ -154,7 +145,7 @@ def lists(comparison: Comparison, margins: Margins) -> None:
         key="listed_prompts",
         height=LIST_HEIGHT,
         more={"moved": moved[rows]},
-        alt=names[chosen or 0],
+        alt=names[chosen],
     )
 
 
@@ -167,7 +158,7 @@ def take_away(
         "Probe accuracy over layers": compare_charts.accuracy_strip(analysis, names, chosen=layer, targets=targets),
         "Margins over layers": compare_charts.margin_strip(analysis, names, chosen=layer, targets=targets),
     }
-    view = artifacts.pair_view(comparison, layer, choice.view, fit_on=choice.fit_on, raw=choice.raw)
+    view = artifacts.view(comparison, layer, choice.view, fit_on=choice.fit_on, raw=choice.raw)
     if view is not None and view.tuned is not None:
         pair = pair_charts.pair(view, prompts, margins=margins, names=names, others=choice.others)
         charts |= {

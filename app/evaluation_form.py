@@ -1,19 +1,17 @@
 """The form that starts an evaluation: which prompts, which parts, how many, how long it will take, one button.
 
-What can be told before anything is loaded is told here: how many prompts are left after the run's own were taken out,
-and, in the sentence that the job would end with, why a part cannot be measured on them. Sources that would have to be
-fetched are left to the job.
+It states before anything is loaded how many prompts are left without the run's own, and why a part cannot be measured
+on them. Sources that would have to be fetched are left to the job.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import streamlit as st
 
-from app import artifacts, jobs_panel, state, text
-from app.settings_form import SettingsForm
+from app import artifacts, jobs_panel, text
+from app.settings_form import SettingsForm, start_button
 from app.state import Choice
 from es2.analysis.setup import check_prompts
 from es2.core.errors import Es2Error, InputError
@@ -35,21 +33,14 @@ SUITE_NAMES = {"all": "All", "refusal": "Refusals", "kl": "Ability", "perturbati
 CHOSEN = "evaluation_chosen"
 """The session's key for which evaluation of each run is looked at."""
 
-_SETTINGS = "evaluation_settings"
-
 
 def form(run: Job, choice: Choice, suite: str, tokens_per_second: float | None) -> None:
-    """Draw the form for a run.
+    """Draw the form for a run with weights, the prompts of the choice and `suite` preset.
 
-    Args:
-        run: with weights.
-        choice: whose prompts are preset.
-        suite: the preset part.
-        tokens_per_second: of an earlier evaluation here; None before one.
+    `tokens_per_second` is the speed of an earlier evaluation here; None before one.
     """
     with st.container(border=True, key="evaluation_form_box"):
-        known = st.session_state.get(_SETTINGS, {})
-        widgets = SettingsForm(EvaluateConfig, "evaluate", known, _take, {"suite": SUITE_NAMES})
+        widgets = SettingsForm(EvaluateConfig, "evaluate", {"suite": SUITE_NAMES})
         source = widgets.one("prompts", choice.prompts)
         with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
             values = {"suite": widgets.one("suite", suite), **widgets.group("main", per_row=2)}
@@ -66,29 +57,15 @@ def form(run: Job, choice: Choice, suite: str, tokens_per_second: float | None) 
         except InputError as error:
             config, problem = None, str(error)
         with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
-            if (
-                st.button(
-                    "Evaluate",
-                    key="start_evaluation",
-                    type="primary",
-                    icon=":material/play_arrow:",
-                    disabled=config is None,
-                )
-                and config
-            ):
+            pressed = start_button("Evaluate", "start_evaluation", disabled=config is None)
+            if config is None:
+                st.markdown(f":red[{text.markdown(problem)}]", width="stretch")
+            elif pressed:
                 st.session_state[FORM] = False
                 st.session_state.pop(CHOSEN, None)  # the page opens on the new one
                 jobs_panel.start(KIND, config.to_dict())
-            if config is None:
-                st.markdown(f":red[{text.markdown(problem)}]", width="stretch")
             else:
                 st.caption(words, width="stretch")
-
-
-def _take(name: str, value: Any) -> None:
-    """Keep what was set for the next evaluation."""
-    state.update()
-    st.session_state[_SETTINGS] = {**st.session_state.get(_SETTINGS, {}), name: value}
 
 
 def _expectation(config: EvaluateConfig, run: Job, tokens_per_second: float | None) -> str:

@@ -19,7 +19,7 @@ from app import artifacts, jobs_panel, state, text
 from app.evaluation_form import CHOSEN, FORM, form
 from app.state import Choice
 from app.text import sentences
-from app.view_controls import step_cards
+from app.view_controls import introduction, link_notes
 from es2.core.errors import Es2Error
 from es2.evaluation.config import SUITES
 from es2.evaluation.results import find_evaluations, read_evaluation
@@ -125,8 +125,7 @@ def opened(intro: Intro, suites: Sequence[str]) -> tuple[Job, Evaluation] | None
         intro: what is said before there is anything to see.
         suites: the parts that the page shows.
     """
-    for sentence in state.notes():
-        st.caption(f":material/info: {text.markdown(sentence)}")
+    link_notes()
     choice = state.current()
     run = shown_run(choice)
     if run is None or run.is_shipped:
@@ -141,9 +140,7 @@ def opened(intro: Intro, suites: Sequence[str]) -> tuple[Job, Evaluation] | None
 
 def _no_run(intro: Intro, shipped: Job | None) -> None:
     with st.container(width=820, key="no_evaluation"):
-        st.header(intro.title, anchor=False)
-        st.markdown(intro.about)
-        step_cards(intro.steps)
+        introduction(intro.title, intro.about, intro.steps)
         if shipped is not None:
             st.markdown(
                 "On screen is the showcase, which comes without weights, so there is no model here to ask. Choose a "
@@ -157,9 +154,7 @@ def _no_run(intro: Intro, shipped: Job | None) -> None:
 
 def _first(intro: Intro, run: Job, choice: Choice) -> None:
     with st.container(width=920, key="no_evaluation"):
-        st.header(intro.title, anchor=False)
-        st.markdown(intro.about)
-        step_cards(intro.steps)
+        introduction(intro.title, intro.about, intro.steps)
         if run.is_active():
             st.markdown("The run on screen is under way. It can be evaluated when it is done.")
             jobs_panel.live_bar(run)

@@ -172,6 +172,20 @@ def live_bar(job: Job) -> None:
     progress()
 
 
+def offer(
+    kind: str, config: Mapping[str, Any], label: str, key: str, icon: str | None = ":material/play_arrow:"
+) -> bool:
+    """Show the job that makes what is missing, or how it ended and a button to start it; returns whether it runs."""
+    job = latest(kind, config)
+    if job is not None and job.is_active():
+        live_bar(job)
+        return True
+    ending(job)
+    if st.button(label, key=key, type="primary", icon=icon):
+        start(kind, config)
+    return False
+
+
 def ending(job: Job | None) -> None:
     """Say how a job ended that left nothing to show; quiet when it is under way or there is none."""
     if job is None or (status := job.status()) in (*ACTIVE, "done"):

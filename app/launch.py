@@ -19,7 +19,7 @@ from app import artifacts, jobs_panel, state, text
 from app.charts import canvas
 from app.components.plots import plot
 from app.run_rows import METHOD_NAMES
-from app.settings_form import SettingsForm
+from app.settings_form import SettingsForm, start_button
 from app.state import Choice
 from es2.analysis.results import LayerNumbers
 from es2.core.errors import Es2Error, InputError
@@ -63,22 +63,14 @@ def form(choice: Choice) -> None:
         config, problem = _config(choice, layers, shape.n_layers, prompts)
         made = None if config is None else estimate(config, prompts)
         with st.container(horizontal=True, vertical_alignment="center", gap="medium", key="launch_start"):
-            if (
-                st.button(
-                    "Start the fine-tune",
-                    key="start_finetune",
-                    type="primary",
-                    icon=":material/play_arrow:",
-                    disabled=config is None,
-                )
-                and config
-            ):
+            pressed = start_button("Start the fine-tune", "start_finetune", disabled=config is None)
+            if config is None:
+                st.markdown(f":red[{text.markdown(problem)}]", width="stretch")
+            elif pressed:
                 source = absolute_source(choice.prompts)
                 jobs_panel.ensure("finetune", config.to_dict() | {"prompts": source})
                 st.session_state[OPEN] = False
                 state.go("runs")
-            if config is None:
-                st.markdown(f":red[{text.markdown(problem)}]", width="stretch")
             elif made is not None:
                 _show_estimate(made)
 
@@ -87,7 +79,7 @@ def _config(
     choice: Choice, layers: tuple[int, ...], n_layers: int, prompts: PromptSet
 ) -> tuple[FinetuneConfig | None, str]:
     """Draw the settings; returns what they make of the choice, or None and what is wrong, in a sentence."""
-    widgets = SettingsForm(FinetuneConfig, "launch", state.settings(), state.take_setting, {"method": METHOD_NAMES})
+    widgets = SettingsForm(FinetuneConfig, "launch", {"method": METHOD_NAMES})
     spec = resolve(choice.model)
     model = spec.location if spec.kind in ("folder", "gguf") else spec.name
     values: dict[str, Any] = {"layers": layers, "model": model}

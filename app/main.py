@@ -6,7 +6,9 @@ them is a job in a process of its own (`es2.jobs.queue`), and this side reads th
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import streamlit as st
@@ -25,54 +27,32 @@ plotly_library.begin()
 from app import artifacts, binding, sidebar, state  # noqa: E402
 from app.text import sentences  # noqa: E402
 
-# A page is imported when somebody turns to it: the first visitor waits for one, not for six.
+PAGES = (
+    ("compare", "Compare", "compare"),
+    ("layers", "Layers", "layers"),
+    ("runs", "Runs", "model_training"),
+    ("behaviour", "Behaviour", "chat"),
+    ("robustness", "Robustness", "shield"),
+    ("own", "Your own", "edit_note"),
+)
+"""The module below `app.views`, which is also the address; the title; the icon."""
 
 
-def compare() -> None:
-    from app.views import compare
+def page(name: str) -> Callable[[], None]:
+    """Draws a page, which is imported on its first visit: the first visitor waits for one page, not for six."""
 
-    compare.page()
+    def draw() -> None:
+        importlib.import_module(f"app.views.{name}").page()
 
-
-def layers() -> None:
-    from app.views import layers
-
-    layers.page()
-
-
-def runs() -> None:
-    from app.views import runs
-
-    runs.page()
-
-
-def behaviour() -> None:
-    from app.views import behaviour
-
-    behaviour.page()
-
-
-def robustness() -> None:
-    from app.views import robustness
-
-    robustness.page()
-
-
-def own() -> None:
-    from app.views import own
-
-    own.page()
+    draw.__name__ = name
+    return draw
 
 
 def main() -> None:
     """Draw the sidebar and the chosen page; the address follows the choice."""
     known = {
-        "compare": st.Page(compare, title="Compare", icon=":material/compare:", default=True),
-        "layers": st.Page(layers, title="Layers", icon=":material/layers:", url_path="layers"),
-        "runs": st.Page(runs, title="Runs", icon=":material/model_training:", url_path="runs"),
-        "behaviour": st.Page(behaviour, title="Behaviour", icon=":material/chat:", url_path="behaviour"),
-        "robustness": st.Page(robustness, title="Robustness", icon=":material/shield:", url_path="robustness"),
-        "own": st.Page(own, title="Your own", icon=":material/edit_note:", url_path="own"),
+        name: st.Page(page(name), title=title, icon=f":material/{icon}:", default=name == "compare")
+        for name, title, icon in PAGES
     }
     state.know_pages(known)
     pages = st.navigation(list(known.values()))

@@ -1,19 +1,19 @@
 """Widgets for declared settings: which one, its label, help, bounds and default come from the declaration.
 
-Values are kept by the caller rather than in the widgets, since a form is not drawn on every page. What cannot be is
-said by the settings themselves when they are made, as on the command line.
+`app.state` keeps the values, since a form is not drawn on every page. The settings themselves refuse a wrong value, as
+on the command line.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import streamlit as st
 from pydantic.fields import FieldInfo
 
-from app import text
+from app import state, text
 from es2.core.settings import Settings, entry_kind, extra, kind_of
 
 PER_ROW = 4
@@ -25,16 +25,12 @@ class SettingsForm:
 
     Attributes:
         settings: the declarations.
-        prefix: of the widgets' keys.
-        known: what was set so far, by name.
-        take: takes a setting over, by name.
+        prefix: of the widgets' keys, and the name under which `app.state` keeps the settings.
         names: what the values of a choice are called, by setting.
     """
 
     settings: type[Settings]
     prefix: str
-    known: Mapping[str, Any]
-    take: Callable[[str, Any], None]
     names: Mapping[str, Mapping[str, str]]
 
     def group(self, group: str, per_row: int = PER_ROW) -> dict[str, Any]:
@@ -57,7 +53,7 @@ class SettingsForm:
         """
         field = self.settings.model_fields[name]
         key = f"{self.prefix}_{name}"
-        value = self.known.get(name, field.default if usual is None else usual)
+        value = state.settings(self.prefix).get(name, field.default if usual is None else usual)
         kind, may_be_open = kind_of(field)
         if entry_kind(kind) is not None and isinstance(value, tuple):
             value = ",".join(map(str, value))
@@ -67,11 +63,16 @@ class SettingsForm:
         arguments: dict[str, Any] = {
             "key": key,
             "help": text.markdown(str(field.description)),
-            "on_change": lambda: self.take(name, st.session_state[key]),
+            "on_change": lambda: state.take_setting(self.prefix, name, st.session_state[key]),
         }
         _widget(field, kind, may_be_open, self.names.get(name, {}), arguments)
         value = st.session_state[key]
         return None if may_be_open and value == "" else value
+
+
+def start_button(label: str, key: str, *, disabled: bool) -> bool:
+    """Whether the button that starts the work was pressed."""
+    return st.button(label, key=key, type="primary", icon=":material/play_arrow:", disabled=disabled)
 
 
 def _widget(

@@ -33,7 +33,7 @@ _RUN_ID = re.compile(r"[a-z0-9-]{1,80}")
 _CHOICE, _LINK, _NOTES = "choice", "choice_link", "choice_notes"
 _SELECTION, _HABITS, _ACTED = "choice_selection", "choice_habits", "choice_acted"
 _PAGE, _PAGES = "choice_page", "choice_pages"
-_TARGETS, _SETTINGS = "launch_targets", "launch_settings"
+_TARGETS = "launch_targets"
 
 
 @dataclass(frozen=True)
@@ -276,16 +276,16 @@ def toggle_target(key: str, model: str, usual: Sequence[int]) -> None:
         take_targets(model, set(targets(model, usual)) ^ {layer})
 
 
-def settings() -> Mapping[str, Any]:
-    """What was set for the next fine-tune, by name; a habit, so no part of a link."""
-    found: Mapping[str, Any] = st.session_state.get(_SETTINGS, {})
+def settings(form: str) -> Mapping[str, Any]:
+    """What was set in a form, by name; a habit, so no part of a link."""
+    found: Mapping[str, Any] = st.session_state.get(f"{form}_settings", {})
     return found
 
 
-def take_setting(name: str, value: Any) -> None:
-    """Callback: set one thing for the next fine-tune."""
+def take_setting(form: str, name: str, value: Any) -> None:
+    """Callback: one setting of a form changed."""
     _acted()
-    st.session_state[_SETTINGS] = {**settings(), name: value}
+    st.session_state[f"{form}_settings"] = {**settings(form), name: value}
 
 
 def know_pages(pages: Mapping[str, Any]) -> None:

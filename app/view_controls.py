@@ -1,19 +1,47 @@
-"""What several pages have alike: the controls above a projection, the steps of an introduction, a table of numbers."""
+"""What several pages share: widgets that keep what was chosen, an introduction, a table of numbers."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import streamlit as st
 
-from app import state
+from app import state, text
 from app.charts import projection_chart
 from app.state import Choice
 from es2.report.glossary import Term
 
 VIEW_NAMES = {"separation": "Separation", "pca": "PCA", "umap": "UMAP"}
 TOOL_ICONS = {"click": ":material/arrow_selector_tool:", "lasso": ":material/lasso_select:", "box": ":material/select:"}
+
+
+def link_notes() -> None:
+    """Show what was wrong with the link that the page was opened with."""
+    for sentence in state.notes():
+        st.caption(f":material/info: {text.markdown(sentence)}")
+
+
+def kept_choice(label: str, options: Sequence[Any], key: str, usual: Any, widget: Any, **arguments: Any) -> Any:
+    """What is chosen in a widget that keeps the last choice, as long as it is among the options."""
+    kept = state.habit(key, usual)
+    st.session_state[key] = kept if kept in options else usual
+    widget(label, options, key=key, on_change=lambda: state.take_habit(key, st.session_state[key]), **arguments)
+    return st.session_state[key]
+
+
+def kept_buttons(
+    label: str,
+    options: Sequence[Any],
+    key: str,
+    usual: Any,
+    format_func: Callable[[Any], str],
+    help: str | None = None,
+) -> Any:
+    """As `kept_choice`, in a row of buttons without a visible label."""
+    how = {"format_func": format_func, "help": help, "required": True, "label_visibility": "collapsed"}
+    return kept_choice(label, options, key, usual, st.segmented_control, **how)
 
 
 def others_toggle(choice: Choice) -> None:
@@ -30,16 +58,7 @@ def others_toggle(choice: Choice) -> None:
 
 def tool_control() -> None:
     """What a press of the mouse does."""
-    st.session_state["tool"] = state.tool()
-    st.segmented_control(
-        "Select by",
-        list(projection_chart.TOOLS),
-        key="tool",
-        format_func=TOOL_ICONS.__getitem__,
-        required=True,
-        label_visibility="collapsed",
-        on_change=lambda: state.take_habit("tool", st.session_state["tool"]),
-    )
+    kept_buttons("Select by", list(projection_chart.TOOLS), "tool", state.tool(), TOOL_ICONS.__getitem__)
 
 
 def view_control(choice: Choice) -> None:
@@ -61,8 +80,10 @@ def choice_control(choice: Choice, name: str, options: Sequence[str], names: Map
     )
 
 
-def step_cards(steps: Sequence[tuple[str, str]]) -> None:
-    """Steps beside each other: what each is called, and what happens there."""
+def introduction(title: str, about: str, steps: Sequence[tuple[str, str]]) -> None:
+    """A page's heading, a sentence or two, and steps beside each other: what each is called, what happens there."""
+    st.header(title, anchor=False)
+    st.markdown(about)
     for column, (name, what) in zip(st.columns(len(steps), gap="medium"), steps, strict=True):
         with column.container(border=True, height="stretch"):
             st.markdown(f"**{name}**  \n{what}")

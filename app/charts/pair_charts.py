@@ -29,7 +29,7 @@ MORPH_CONTROLS = 40
 HISTOGRAM_HEIGHT = 430
 _TWO_LINES = 60
 
-Margins: TypeAlias = 'tuple[Float[np.ndarray, "prompt"], Float[np.ndarray, "prompt"]]'
+Margins: TypeAlias = 'tuple[Float[np.ndarray, "prompt"], ...]'
 
 
 def pair(

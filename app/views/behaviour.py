@@ -18,7 +18,7 @@ from app.charts import evaluation_charts
 from app.components import exports
 from app.components.plots import plot
 from app.evaluations import SHOWN_CHARACTERS, Evaluation, Intro
-from app.view_controls import numbers_table
+from app.view_controls import kept_buttons, numbers_table
 from es2.jobs.job import Job
 from es2.report import findings
 from es2.report.findings import interval_of
@@ -187,18 +187,15 @@ def replies(evaluation: Evaluation) -> None:
         return
     found = filtered(rows)
     st.subheader("Replies", anchor=False)
-    st.session_state["reply_filter"] = state.habit("filter", "all")
-    chosen = st.segmented_control(
+    chosen = kept_buttons(
         "Show",
         list(FILTERS),
-        key="reply_filter",
-        format_func=lambda name: f"{FILTERS[name]} ({len(found[name])})",
-        required=True,
-        label_visibility="collapsed",
+        "reply_filter",
+        "all",
+        lambda name: f"{FILTERS[name]} ({len(found[name])})",
         help="Verdicts are those on the tuned model's reply; degenerate or empty under either model.",
-        on_change=lambda: state.take_habit("filter", st.session_state["reply_filter"]),
     )
-    shown = found[chosen or "all"]
+    shown = found[chosen]
     if not shown:
         st.caption("None.")
         return

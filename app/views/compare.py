@@ -20,7 +20,7 @@ from app.components.plots import let_draw, linked, plot
 from app.layer_control import layer_control, with_layer
 from app.state import Choice
 from app.umap_offer import umap_offer
-from app.view_controls import VIEW_NAMES, choice_control, others_toggle, tool_control, view_control
+from app.view_controls import VIEW_NAMES, choice_control, link_notes, others_toggle, tool_control, view_control
 from app.views.welcome import no_comparison
 from es2.analysis.comparison import Comparison
 from es2.analysis.projection import View
@@ -40,8 +40,7 @@ SELECTED_HEIGHT = 300
 
 def page() -> None:
     """Draw the page for the current choice, or what leads there."""
-    for sentence in state.notes():
-        st.caption(f":material/info: {text.markdown(sentence)}")
+    link_notes()
     choice = state.current()
     comparison = artifacts.find_comparison(choice)
     if comparison is None:
@@ -58,7 +57,7 @@ def page() -> None:
     )
     for place in (top, above, controls):
         place.space(1)  # unseen: only what holds something is put on the page, where style.css gives it room
-    margins = artifacts.pair_margins(comparison, layer)
+    margins = artifacts.margins(comparison, layer)
     projection(choice, comparison, layer)
     let_draw()
     with controls:
@@ -113,17 +112,11 @@ def missing(choice: Choice) -> None:
             "changed; it is computed from the kept weights."
         )
         config = compare_config(choice, run.id, run.config)
-        job = jobs_panel.latest("prepare", config)
-        if job is not None and job.is_active():
-            jobs_panel.live_bar(job)
-            return
-        jobs_panel.ending(job)
-        if st.button("Compute the comparison", key="prepare_comparison", type="primary", icon=":material/play_arrow:"):
-            jobs_panel.start("prepare", config)
+        jobs_panel.offer("prepare", config, "Compute the comparison", "prepare_comparison")
 
 
 def compare_config(choice: Choice, run: str, config: Any) -> dict[str, str]:
-    """What a job is told, so that it makes what the page looks for."""
+    """The settings of a job that makes what the page looks for."""
     against = {"against": choice.against} if choice.against and choice.run else {}
     settings = {"model": config["model"], "prompts": config["prompts"], "position": choice.position}
     return settings | {"run": run} | against
@@ -231,11 +224,8 @@ def projection(choice: Choice, comparison: Comparison, layer: int) -> None:
     selected = state.selection(digest)
     drawn = figures(choice, comparison, state.tool(), layer, selected)
     if not drawn:
-        seconds = artifacts.UMAP_START_SECONDS + artifacts.UMAP_SECONDS_PER_PROMPT * 2 * (
-            comparison.base.n_layers * comparison.base.n_prompts
-        )
         config = compare_config(choice, comparison.run, comparison.config)
-        umap_offer(config, seconds, height=pair_charts.PAIR_HEIGHT)
+        umap_offer(config, artifacts.umap_seconds(comparison), height=pair_charts.PAIR_HEIGHT)
         return
     with st.container(key="pair"):
         linked(
@@ -255,7 +245,7 @@ def projection(choice: Choice, comparison: Comparison, layer: int) -> None:
 
 def fit(choice: Choice, comparison: Comparison, layer: int) -> View | None:
     """Where the prompts stand in the chosen view, in both models; None for UMAP coordinates that are not there."""
-    return artifacts.pair_view(comparison, layer, choice.view, fit_on=choice.fit_on, raw=choice.raw)
+    return artifacts.view(comparison, layer, choice.view, fit_on=choice.fit_on, raw=choice.raw)
 
 
 def figures(
@@ -268,7 +258,7 @@ def figures(
     return pair_charts.pair(
         view,
         comparison.prompts,
-        margins=artifacts.pair_margins(comparison, layer),
+        margins=artifacts.margins(comparison, layer),
         names=comparison.names,
         arrangement=choice.arrangement,
         others=choice.others,

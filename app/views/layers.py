@@ -24,7 +24,7 @@ from app.components.plots import linked, plot
 from app.layer_control import layer_control, with_layer
 from app.state import Choice
 from app.umap_offer import umap_offer
-from app.view_controls import VIEW_NAMES, others_toggle, tool_control, view_control
+from app.view_controls import VIEW_NAMES, link_notes, others_toggle, tool_control, view_control
 from app.views.welcome import welcome
 from es2.analysis.results import Analysis, LayerNumbers
 from es2.report.glossary import BY_NAME, TERMS, TWO_MARGINS
@@ -42,8 +42,7 @@ COST_CURVES = {
 
 def page() -> None:
     """Draw the page for the current choice, or what leads there."""
-    for sentence in state.notes():
-        st.caption(f":material/info: {text.markdown(sentence)}")
+    link_notes()
     choice = state.current()
     model = artifacts.model_name(choice.model)
     opened = artifacts.find(model, artifacts.prompts(choice.prompts), choice.position)
@@ -52,7 +51,7 @@ def page() -> None:
         return
     choice = with_layer(choice, opened.analysis, opened.analysis.best_layer)
     layer = choice.layer or 0
-    margins = artifacts.margins(opened, layer)
+    (margins,) = artifacts.margins(opened, layer)
     header(opened, layer)
     strip(opened.analysis, layer)
     with st.container(key="details"):
@@ -75,7 +74,7 @@ def page() -> None:
 
 def header(opened: Opened, layer: int) -> None:
     """What is shown, and the layer's own control for the keyboard."""
-    activations, prompts = opened.activations, opened.prompts
+    activations, prompts = opened.base, opened.prompts
     n_layers = len(opened.analysis.layers)
     with st.container(key="header"):
         left, right = st.columns(COLUMNS, gap="medium", vertical_alignment="bottom")
@@ -152,7 +151,7 @@ def figures(choice: Choice, opened: Opened, tool: str, layer: int, selected: Seq
     view = artifacts.view(opened, layer, choice.view)
     if view is None:
         return []
-    margins = artifacts.margins(opened, layer)
+    (margins,) = artifacts.margins(opened, layer)
     return [
         projection_chart.projection(
             view, opened.prompts, margins=margins, others=choice.others, selected=selected, tool=tool
@@ -162,7 +161,7 @@ def figures(choice: Choice, opened: Opened, tool: str, layer: int, selected: Seq
 
 def context(choice: Choice, opened: Opened) -> str:
     """What `figures` depend on besides the layer and the selection."""
-    return repr((opened.activations.key, opened.analysis_key, choice.view, choice.others, state.tool()))
+    return repr((opened.key, choice.view, choice.others, state.tool()))
 
 
 def distribution(choice: Choice, opened: Opened, margins: Float[np.ndarray, "prompt"]) -> None:
@@ -236,5 +235,5 @@ def take_away(
     for names, title in COST_CURVES.values():
         found[f"Over C at layer {layer}, {title}"] = charts.cost_curve(at.by_C, names, chosen=at.C, title=title)
     everyone = prompt_list.as_frame(opened.prompts, np.arange(len(opened.prompts)), {"margin": margins}, {})
-    numbers_of_all = exports.numbers_frame([(opened.activations.model, analysis.layers)])
+    numbers_of_all = exports.numbers_frame([(opened.base.model, analysis.layers)])
     return found, {f"Prompts at layer {layer}": everyone, "Numbers of all layers": numbers_of_all}

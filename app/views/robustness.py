@@ -1,25 +1,24 @@
 """Does the separation hold under steering: how far embeddings have to travel, and what steered models say.
 
-First the analytic question, in a sentence: has the needed perturbation grown against an attacker who adapts? Then the
-    causal one as curves over the length of the steering vector, where the random direction shows what is damage alone.
-    Last a single prompt, whose embedding is moved across the boundary step by step. Everything was measured by the
-    evaluation; nothing is generated here.
+First how far embeddings have to travel, then replies over the length of the steering vector, then one prompt moved
+across the boundary. The evaluation measured everything; nothing is generated here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from app import evaluations, state, text
+from app import evaluations, text
 from app.charts import evaluation_charts
 from app.charts.evaluation_charts import MODELS, NAMES
 from app.components import exports
 from app.components.plots import plot
 from app.evaluations import Evaluation, Intro
+from app.view_controls import kept_buttons, kept_choice
 from es2.evaluation.attack import SHOWN_CHARACTERS
 from es2.report import findings
 from es2.report.findings import DIRECTION_NAMES, interval_of
@@ -123,22 +122,18 @@ def needed(attack: Mapping[str, Any]) -> None:
     p0s = list(dict.fromkeys(record["p0"] for record in attack["needed"]))
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
         st.subheader("Needed perturbation over layers", anchor=False, width="content")
-        kept = state.habit("p0", findings.main_p0(attack))
-        st.session_state["needed_p0"] = kept if kept in p0s else findings.main_p0(attack)
-        chosen = st.segmented_control(
+        chosen = kept_buttons(
             "p₀",
             p0s,
-            key="needed_p0",
-            format_func=lambda p0: f"to p₀ = {p0:g}",
-            required=True,
-            label_visibility="collapsed",
+            "needed_p0",
+            findings.main_p0(attack),
+            lambda p0: f"to p₀ = {p0:g}",
             help="The probability of harmful that has to be reached. At 0.5 the way ends on the probe's boundary and "
             "depends on the geometry alone; at 0.01 it also depends on how steep the probe is, so it means something "
             "only between base and tuned.",
-            on_change=lambda: state.take_habit("p0", st.session_state["needed_p0"]),
         )
     plot(
-        evaluation_charts.needed_strip(attack, p0s[0] if chosen is None else chosen),
+        evaluation_charts.needed_strip(attack, chosen),
         key="needed_strip",
         alt="Relative length of the needed perturbation over layers, base and tuned",
     )
@@ -177,20 +172,20 @@ def one_prompt(evaluation: Evaluation, attack: Mapping[str, Any]) -> None:
         return
     st.subheader("One prompt across the boundary", anchor=False)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
-        prompt = _chosen(
-            "prompt",
+        prompt = kept_choice(
+            "Prompt",
             prompts,
+            "attack_prompt",
             prompts[0],
             st.selectbox,
-            "Prompt",
             format_func=lambda one: shortened(one, N_CHARACTERS),
         )
-        direction = _chosen(
-            "direction",
+        direction = kept_choice(
+            "Direction",
             directions,
+            "attack_direction",
             directions[0],
             st.segmented_control,
-            "Direction",
             format_func=DIRECTION_NAMES.__getitem__,
             required=True,
         )
@@ -198,9 +193,8 @@ def one_prompt(evaluation: Evaluation, attack: Mapping[str, Any]) -> None:
     names = [step_name(step) for step in steps]
     at = 0
     if len(steps) > 1:
-        name = _chosen(
-            "step", names, names[1], st.select_slider, "Length of the steering vector relative to the embedding's own"
-        )
+        label = "Length of the steering vector relative to the embedding's own"
+        name = kept_choice(label, names, "attack_step", names[1], st.select_slider)
         at = names.index(name)
     found = [_row_of(rows, prompt, direction, step) for step in steps]
     row = found[at]
@@ -262,21 +256,6 @@ def _row_of(
     rows: Mapping[tuple[str, str, Step], Mapping[str, Any]], prompt: str, direction: str, step: Step
 ) -> Mapping[str, Any] | None:
     return rows.get((prompt, "none" if step == (0.0, None) else direction, step))
-
-
-def _chosen(name: str, options: Sequence[Any], usual: Any, widget: Any, label: str, **arguments: Any) -> Any:
-    """Draw a widget that keeps what was chosen, as long as it is among the options; returns the choice."""
-    key = f"attack_{name}"
-    kept = state.habit(key, usual)
-    st.session_state[key] = kept if kept in options else usual
-    widget(
-        label,
-        options=options,
-        key=key,
-        on_change=lambda: state.take_habit(key, st.session_state[key]),
-        **arguments,
-    )
-    return st.session_state[key]
 
 
 # ----------------------------------------------------------------------------------------------------------- take away

@@ -17,6 +17,7 @@ from app import artifacts, jobs_panel, launch, run_live, state, text
 from app.run_rows import Row, about, lost_prompts, row, when
 from app.state import Choice
 from app.text import sentences
+from app.view_controls import link_notes
 from es2.core.errors import Es2Error
 from es2.jobs.job import Job
 from es2.jobs.queue import reopen, start
@@ -40,8 +41,7 @@ _ASKED, _N = "runs_asked", "runs_shown"
 
 def page() -> None:
     """Draw the page."""
-    for sentence in state.notes():
-        st.caption(f":material/info: {text.markdown(sentence)}")
+    link_notes()
     choice = state.current()
     runs = list_runs()
     active = [job for job in jobs_panel.active_jobs() if job.kind == "finetune"]

@@ -1,7 +1,6 @@
-"""What a person sees before there is anything to see: what this is, and one button.
+"""The pages before there is an artifact: what will happen, how long it takes, and one button.
 
-The first minute decides whether somebody stays, so the page says in three lines what will happen, how long it takes and
-that it happens once. The same page shows the work under way and says how it ended if it did not succeed.
+They also show the work under way, and how it ended if it did not succeed.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import streamlit as st
 
 from app import artifacts, jobs_panel, state, text
 from app.state import Choice
-from app.view_controls import step_cards
+from app.view_controls import introduction
 from es2.models.catalogue import DEFAULT_MODEL
 from es2.prompts.prompt_set import SPLITS, PromptSet
 
@@ -31,12 +30,12 @@ def no_comparison(choice: Choice) -> None:
     """Say what will be seen here, and how to get there."""
     prompts = artifacts.prompts(choice.prompts)
     with st.container(width=820, key="welcome"):
-        st.header("What does ES2 do to a model?", anchor=False)
-        st.markdown(
+        introduction(
+            "What does ES2 do to a model?",
             "Embedding Space Separation is a short fine-tune that moves harmful and harmless prompts apart inside a "
-            "language model, at layers you choose. Here base and tuned stand side by side once there is a run."
+            "language model, at layers you choose. Here base and tuned stand side by side once there is a run.",
+            COMPARE_STEPS,
         )
-        step_cards(COMPARE_STEPS)
         model = artifacts.model_name(choice.model)
         st.markdown(
             f"There is no finished run yet. Chosen at the left: **{text.markdown(model)}** and "
@@ -52,27 +51,19 @@ def no_comparison(choice: Choice) -> None:
 def welcome(choice: Choice) -> None:
     """Explain and offer to start, or show how far it is."""
     prompts = artifacts.prompts(choice.prompts)
-    config = artifacts.job_config(choice)
-    job = jobs_panel.latest("prepare", config)
     with st.container(width=820, key="welcome"):
-        st.header("Where does a model tell harmful from harmless?", anchor=False)
-        st.markdown(
+        introduction(
+            "Where does a model tell harmful from harmless?",
             "Somewhere between the first block and the last, a language model begins to represent harmful and "
-            "harmless requests differently. This workbench shows at which layers, how surely, and how far apart."
+            "harmless requests differently. This workbench shows at which layers, how surely, and how far apart.",
+            STEPS,
         )
-        step_cards(STEPS)
         st.markdown(
             f"Chosen at the left: **{text.markdown(artifacts.model_name(choice.model))}** and "
             f"**{len(prompts):,} prompts** from {text.markdown(prompts.name)} ({_splits(prompts)})."
         )
-        if job is not None and job.is_active():
-            jobs_panel.live_bar(job)
-            st.caption("It goes on when this page is closed.")
-            return
-        jobs_panel.ending(job)
-        if st.button("Capture and analyse", key="prepare", type="primary", icon=":material/play_arrow:"):
-            jobs_panel.start("prepare", config)
-        st.caption(_what_to_expect(choice))
+        runs = jobs_panel.offer("prepare", artifacts.job_config(choice), "Capture and analyse", "prepare")
+        st.caption("It goes on when this page is closed." if runs else _what_to_expect(choice))
 
 
 def _splits(prompts: PromptSet) -> str:

@@ -200,7 +200,7 @@ class TestBaseView:
             model, source = st.session_state["asked"]
             opened = artifacts.find(model, artifacts.prompts(source), "last")
             assert opened is not None
-            charts, tables = take_away(Choice(model, source), opened, 3, artifacts.margins(opened, 3))
+            charts, tables = take_away(Choice(model, source), opened, 3, artifacts.margins(opened, 3)[0])
             st.session_state["found"] = (list(charts), {name: len(frame) for name, frame in tables.items()})
 
         at = AppTest.from_function(page)

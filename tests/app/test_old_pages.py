@@ -27,7 +27,7 @@ def test_a_comparison_with_its_views(choice: Choice) -> None:
     assert found.run == (choice.run or RUNS["imported"]), "the newest, where none is asked for"
     assert found.targets == (1, 2)
     for kind in ("separation", "pca", "umap"):
-        view = artifacts.pair_view(found, 2, kind)
+        view = artifacts.view(found, 2, kind)
         assert view is not None
         expected = EXPECTED["umap"] if kind == "umap" else EXPECTED["views"][kind]
         assert view.tuned is not None

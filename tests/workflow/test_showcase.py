@@ -336,10 +336,10 @@ class TestApp:
         assert found is not None
         assert (found.run, found.names, found.targets) == (shown.made.run, ("Base", "Tuned"), shown.made.targets)
         assert found.prompts.digest == shown.made.prompts.digest
-        for margins in artifacts.pair_margins(found, 1):
+        for margins in artifacts.margins(found, 1):
             assert margins.shape == (len(found.prompts),)
         for kind in ("separation", "pca", "umap"):
-            view = artifacts.pair_view(found, 1, kind)
+            view = artifacts.view(found, 1, kind)
             assert view is not None
             assert view.tuned is not None
             assert len(view.base) == len(view.tuned) == len(found.prompts)
