@@ -1,9 +1,7 @@
-"""The form that starts a fine-tune: target layers by click, a handful of settings, what it will take, one button.
+"""The form that starts a fine-tune: target layers by click, settings, an estimate, one button.
 
-What is wrong is said by `FinetuneConfig.check`, the same function that would refuse the run later, so the page and the
-command line cannot disagree; the button stays closed until it is content. Settings live in `app.state` rather than in
-the widgets, since this form stands on two pages and is not drawn while a run is watched. The estimate comes from
-`es2.workflow.plan`, which loads nothing heavy; only token counts are remembered here, by the digest of the prompts.
+`FinetuneConfig.check` refuses settings here as it would refuse the run, so the page and the command line cannot
+disagree. The estimate of `es2.workflow.plan` loads nothing heavy; token counts are cached by the digest of the prompts.
 """
 
 from __future__ import annotations
@@ -147,14 +145,7 @@ def target_layers(choice: Choice, model: str, prompts: PromptSet, n_layers: int)
 def target_strip(
     n_layers: int, targets: Sequence[int], recommended: Sequence[int], layers: Sequence[LayerNumbers] | None
 ) -> canvas.Figure:
-    """The layers to pick from: base's probe accuracy where it is known, and the picked ones marked.
-
-    Args:
-        n_layers: of the model.
-        targets: the picked layers.
-        recommended: the layers to mark by a triangle.
-        layers: base's numbers; None before an analysis.
-    """
+    """The layers to pick from: base's probe accuracy where it is known (`layers`), and the picked ones marked."""
     indices = list(range(n_layers))
     picked = set(targets)
     term = BY_NAME["probe_accuracy"]
@@ -195,20 +186,6 @@ def target_strip(
             hovertext=hover,
         ),
     ]
-    bars = [
-        {
-            "type": "rect",
-            "x0": layer - 0.42,
-            "x1": layer + 0.42,
-            "y0": 0,
-            "y1": 1,
-            "yref": "paper",
-            "fillcolor": canvas.translucent(palette.TUNED, 0.16),
-            "line": {"width": 0},
-            "layer": "below",
-        }
-        for layer in sorted(picked)
-    ]
     return canvas.figure(
         traces,
         STRIP_HEIGHT if layers else STRIP_HEIGHT - 40,
@@ -216,15 +193,13 @@ def target_strip(
         x=canvas.layer_axis(n_layers, "layer (click to take it in, or out)"),
         y={
             "range": [low, high],
-            "fixedrange": True,
             "title": canvas.title("balanced accuracy" if layers else None),
             "nticks": 5,
             "visible": layers is not None,
         },
-        shapes=bars,
+        shapes=[canvas.column(layer, palette.TUNED, 0.16, 0.42) for layer in sorted(picked)],
         hovermode="x",
         hoverdistance=-1,
-        dragmode=False,
     )
 
 
@@ -232,7 +207,7 @@ def target_strip(
 
 
 def estimate(config: FinetuneConfig, prompts: PromptSet) -> CostEstimate | None:
-    """What the fine-tune will take; None, with a note, where that cannot be told, which is no reason not to start."""
+    """What the fine-tune will take; None, with a note, where there is no estimate."""
     try:
         folder = local_folder(config.model)
         return plan(config, prompts, folder, lengths=_token_counts(folder, prompts.texts_digest, prompts))

@@ -1,10 +1,7 @@
-"""What all figures share: colours, symbols, sizes, and the one way to make a figure of traces.
+"""What all figures share: colours, sizes, and the one way to make a figure of traces.
 
-One colour means one thing in every figure, and no figure asks for the theme: each colour was chosen to stand out on
-white and on near-black alike (contrast of at least 3 to both) and to stay apart for colour-blind readers, and labels
-differ in marker shape besides. That keeps a figure the same object when the theme changes, and spares the page a wrong
-first frame, since the browser tells the theme late. Text, grid and background come from Streamlit's plotly theme.
-Margins are equal everywhere, so that charts above each other line up.
+No figure asks for the theme, which the browser sends late: each colour has a contrast of at least 3 to white and to
+near-black, and text, grid and background come from Streamlit's plotly theme. Equal margins line charts up.
 """
 
 from __future__ import annotations
@@ -137,17 +134,17 @@ def band(x: Sequence[int], intervals: Sequence[Interval], colour: str, name: str
     return interval_band(x, intervals, colour) | {"name": f"{name} interval"}
 
 
-def column(layer: int) -> dict[str, Any]:
+def column(layer: int, colour: str = NEUTRAL, opacity: float = 0.14, half_width: float = 0.5) -> dict[str, Any]:
     """A pale column behind a layer that something was done at."""
     return {
         "type": "rect",
-        "x0": layer - 0.5,
-        "x1": layer + 0.5,
+        "x0": layer - half_width,
+        "x1": layer + half_width,
         "y0": 0,
         "y1": 1,
         "yref": "paper",
         "line": {"width": 0},
-        "fillcolor": translucent(NEUTRAL, 0.14),
+        "fillcolor": translucent(colour, opacity),
         "layer": "below",
     }
 

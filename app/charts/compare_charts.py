@@ -18,7 +18,7 @@ from es2.analysis.results import Analysis, Change, LayerNumbers
 from es2.analysis.verdict import ROUNDING
 from es2.report import labels as wording
 from es2.report import palette
-from es2.report.glossary import BY_NAME, UNITS, Term
+from es2.report.glossary import BY_NAME, Term
 
 MODEL_COLOURS = (palette.BASE, palette.TUNED)
 OVERVIEW = (
@@ -59,14 +59,7 @@ _NAMES_WIDTH = 190
 
 
 def accuracy_strip(analysis: Analysis, names: tuple[str, str], *, chosen: int, targets: Sequence[int]) -> canvas.Figure:
-    """Probe accuracy of both models over layers with its intervals, and chance.
-
-    Args:
-        analysis: of both models.
-        names: what they are called.
-        chosen: the layer to mark by a vertical line.
-        targets: the layers to mark by a triangle.
-    """
+    """Probe accuracy of both models over layers with its intervals, and chance."""
     pair = _both(analysis)
     n_layers = len(pair[0])
     lowest = min(layer.numbers["probe_accuracy"].low for layers in pair for layer in layers)
@@ -81,20 +74,15 @@ def accuracy_strip(analysis: Analysis, names: tuple[str, str], *, chosen: int, t
         marked=targets,
         marked_as="target layers",
         limits=(float(min(0.4, np.floor(lowest * 10) / 10)), 1.02),
-        height=charts.ACCURACY_HEIGHT,
-        title="balanced accuracy",
-        revision="compared accuracy",
-        titled=False,
+        of_margins=False,
     )
 
 
 def margin_strip(analysis: Analysis, names: tuple[str, str], *, chosen: int, targets: Sequence[int]) -> canvas.Figure:
-    """The two margins of both models over layers; arguments as for `accuracy_strip`."""
+    """The two margins of both models over layers."""
     pair = _both(analysis)
     n_layers = len(pair[0])
     shown = ("margin_mean", "mean_difference_margin")
-    bounds = [layer.numbers[name] for layers in pair for layer in layers for name in shown]
-    high = canvas.nice_limit(max(max(bound.high for bound in bounds), 0.0) * 1.05)
     lines = [
         _line(layers, number, f"{words}, {name}", model, line={"dash": dash}, mode=mode)
         for number, words, dash, mode in (
@@ -110,16 +98,13 @@ def margin_strip(analysis: Analysis, names: tuple[str, str], *, chosen: int, tar
     ]
     return charts.strip(
         pair[1],
-        [*bands, charts.zero_line(-0.6, n_layers - 0.4), *lines],
+        [*bands, charts.zero_line(n_layers), *lines],
         [_layer_hover(pair, layer, names, shown, targets) for layer in range(n_layers)],
         chosen=chosen,
         marked=targets,
         marked_as="target layers",
-        limits=(min(-0.08 * high, 1.1 * min(bound.low for bound in bounds)), high),
-        height=charts.MARGIN_HEIGHT,
-        title=UNITS,
-        revision="compared margins",
-        titled=True,
+        limits=charts.margin_limits([*pair[0], *pair[1]]),
+        of_margins=True,
     )
 
 
@@ -130,13 +115,6 @@ def overview(
 
     A square is coloured by the direction and size of the change, fully at `FULL_FACTOR` or `FULL_DIFFERENCES`; where
     the interval includes no change there is a dot. A click picks the layer.
-
-    Args:
-        analysis: of both models.
-        verdicts: the word for each layer.
-        chosen: the layer to mark.
-        targets: the target layers.
-        names: what the models are called.
     """
     base, tuned = _both(analysis)
     cells = [

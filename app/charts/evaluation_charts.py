@@ -1,8 +1,6 @@
 """Figures of an evaluation: pure functions from kept numbers to plotly figures, which know nothing of Streamlit.
 
-Base and tuned have their colours and a symbol each, and every number has its interval. Budgets double from one to the
-next, so they stand at equal steps rather than crowded at the left. Panels of one figure share their axes' ranges:
-whatever is higher in one is higher in all.
+Budgets double from one to the next, so they are at equal steps. Panels of one figure share their axes' ranges.
 """
 
 from __future__ import annotations
@@ -33,14 +31,13 @@ _ROW_NAMES = 142
 _GAP = 0.025
 _DODGE = 0.07
 _PANEL_ROW, _PANEL_GAP = 200, 52
+_BUDGET = "budget: length of the steering vector / ‖e‖ (steps not to scale)"
 
 
 def rates(refusal: Numbers | None, ability: Numbers | None) -> canvas.Figure:
     """Rates of replies before and after as dots with their intervals, and the agreement with base.
 
-    Args:
-        refusal: the part `refusal` of an evaluation, if there is one.
-        ability: the part `kl`, likewise.
+    Takes the parts `refusal` and `kl` of an evaluation, where there are.
     """
     rows: list[tuple[str, dict[str, Interval]]] = []
     of_models = {model: (refusal or {}).get(model) or {} for model in MODELS}
@@ -55,14 +52,13 @@ def rates(refusal: Numbers | None, ability: Numbers | None) -> canvas.Figure:
         points = [(row, title, found[model]) for row, (title, found) in enumerate(rows) if model in found]
         both = [len(found) == 2 for _, found in rows]
         traces.append(
-            canvas.scatter(
+            _trace(
+                model,
                 x=[number.value for _, _, number in points],
                 y=[-row + (0.15 - 0.3 * place if both[row] else 0.0) for row, _, _ in points],
                 mode="markers",
                 marker=_marker(model, 9),
                 error_x=_bars([number for _, _, number in points], model),
-                name=NAMES[model],
-                hoverinfo="text",
                 hovertext=[f"{title}, {model}: {_words(number)}" for _, title, number in points],
             )
         )
@@ -78,7 +74,6 @@ def rates(refusal: Numbers | None, ability: Numbers | None) -> canvas.Figure:
             "showgrid": False,
         },
         left=_ROW_NAMES,
-        dragmode=False,
     )
 
 
@@ -97,13 +92,7 @@ def directions_of(attack: Numbers) -> list[str]:
 
 
 def curve(attack: Numbers, rate: str, title: str) -> canvas.Figure:
-    """A rate against the budget, base and tuned, a panel for each direction; budget 0 is no steering.
-
-    Args:
-        attack: the part `perturbation` of an evaluation.
-        rate: `dsr`, `degenerate` or `answered`.
-        title: of the y axis.
-    """
+    """A rate (`dsr`, `degenerate`, `answered`) against the budget, a panel for each direction; budget 0 is none."""
     budgets, directions = budgets_of(attack), directions_of(attack)
     place = {budget: at for at, budget in enumerate(budgets)}
     points = {(point["direction"], point["budget"]): point for point in attack["curve"] if point["budget"] is not None}
@@ -117,31 +106,23 @@ def curve(attack: Numbers, rate: str, title: str) -> canvas.Figure:
             ]
             called = f"{DIRECTION_NAMES[direction]}, {model}"
             traces.append(
-                canvas.scatter(
+                _trace(
+                    model,
                     x=[place[budget] + _DODGE * (2 * index - 1) for budget, _ in found],
                     y=[number.value for _, number in found],
                     xaxis=f"x{panel + 1 if panel else ''}",
                     mode="lines+markers",
-                    line={"color": MODEL_COLOURS[model], "width": 2, "dash": DASHES[model]},
                     marker=_marker(model, 7),
                     error_y=_bars([number for _, number in found], model),
-                    name=NAMES[model],
                     legendgroup=model,
                     showlegend=panel == 0,
-                    hoverinfo="text",
                     hovertext=[f"{called}, budget {budget:g}: {_words(number)}" for budget, number in found],
                 )
             )
-    axis = {
-        "range": [-0.4, len(budgets) - 0.6],
-        "fixedrange": True,
-        "tickvals": list(range(len(budgets))),
-        "ticktext": [f"{budget:g}" for budget in budgets],
-        "showgrid": False,
-    }
+    axis = _step_axis([f"{budget:g}" for budget in budgets])
     domains = _domains(len(directions))
     more: dict[str, Any] = {
-        f"xaxis{panel + 1}": {"zeroline": False, "anchor": "y", "domain": domains[panel]} | axis
+        f"xaxis{panel + 1}": {"zeroline": False, "fixedrange": True, "anchor": "y", "domain": domains[panel]} | axis
         for panel in range(1, len(directions))
     }
     return canvas.figure(
@@ -153,7 +134,7 @@ def curve(attack: Numbers, rate: str, title: str) -> canvas.Figure:
         y={"range": [-0.04, 1.04], "title": canvas.title(title), "nticks": 6},
         annotations=[
             *(_panel_name(DIRECTION_NAMES[name], domain) for name, domain in zip(directions, domains, strict=True)),
-            _below("budget: length of the steering vector / ‖e‖ (steps not to scale)"),
+            _below(_BUDGET),
         ],
         legend=_legend_above(CURVE_HEIGHT - 2 * canvas.TOP - canvas.BOTTOM_TITLED),
         **more,
@@ -187,17 +168,16 @@ def reach(attack: Numbers) -> canvas.Figure:
             shares = np.arange(1, len(lengths) + 1) / max(len(lengths), 1)
             limit = limits[entry["p0"]]
             traces.append(
-                canvas.scatter(
+                _trace(
+                    model,
                     x=[0.0, *lengths.tolist(), limit],
                     y=[0.0, *shares.tolist(), 1.0],
                     xaxis=f"x{suffix}",
                     yaxis=f"y{suffix}",
                     mode="lines",
-                    line={"color": MODEL_COLOURS[model], "width": 2, "dash": DASHES[model], "shape": "hv"},
-                    name=NAMES[model],
+                    line=_line(model) | {"shape": "hv"},
                     legendgroup=model,
                     showlegend=number == 0,
-                    hoverinfo="text",
                     hovertext=[
                         f"layer {entry['layer']}, {model}: {share:.0%} need at most {length:.3f}"
                         for length, share in zip([0.0, *lengths], [float((lengths == 0).mean()), *shares], strict=True)
@@ -206,40 +186,30 @@ def reach(attack: Numbers) -> canvas.Figure:
                 )
             )
         height = heights[len(layers) - 1 - row]  # the first layer is the uppermost
-        more[f"xaxis{suffix}"] = {
-            "zeroline": False,
-            "automargin": False,
-            "domain": domains[column],
-            "anchor": f"y{suffix}",
-            "range": [0, limits[entry["p0"]]],
-            "fixedrange": True,
-            "nticks": 6,
-        }
-        more[f"yaxis{suffix}"] = {
-            "zeroline": False,
-            "automargin": False,
+        axis = {"zeroline": False, "automargin": False, "fixedrange": True}
+        x = {"domain": domains[column], "anchor": f"y{suffix}", "range": [0, limits[entry["p0"]]], "nticks": 6}
+        more[f"xaxis{suffix}"] = axis | x
+        more[f"yaxis{suffix}"] = axis | {
             "domain": height,
             "anchor": f"x{suffix}",
             "range": [0, 1.02],
-            "fixedrange": True,
             "nticks": 5,
             "tickformat": ".0%",
             "showticklabels": column == 0,
         }
         words = f"layer {entry['layer']}, to p₀ = {entry['p0']:g}"
         annotations.append(_panel_name(words, domains[column], y=height[1]))
-    layout = canvas.layout(
+    return canvas.figure(
+        traces,
         inner + 2 * canvas.TOP + canvas.BOTTOM_TITLED,
         revision="reach",
         top=2 * canvas.TOP,
-        x={},
-        y={},
+        x=more.pop("xaxis", {}),
+        y=more.pop("yaxis", {}),
         annotations=[*annotations, _below("relative length of the steering vector, ‖shift‖ / ‖e‖")],
         legend=_legend_above(inner),
-        hovermode="closest",
-        dragmode=False,
+        **more,
     )
-    return {"data": traces, "layout": layout | more}
 
 
 def needed_strip(attack: Numbers, p0: float) -> canvas.Figure:
@@ -265,14 +235,14 @@ def needed_strip(attack: Numbers, p0: float) -> canvas.Figure:
                 hoverinfo="skip",
                 name=f"{NAMES[model]}, easier quarter",
             ),
-            canvas.scatter(
+            _trace(
+                model,
                 x=x,
                 y=[number.value for _, number in found],
                 mode="lines+markers",
                 line={"color": colour, "width": 2},
                 marker=_marker(model, 7),
                 name=f"{NAMES[model]}, mean",
-                hoverinfo="text",
                 hovertext=[_needed_words(record, model) for record in records],
             ),
         ]
@@ -282,13 +252,8 @@ def needed_strip(attack: Numbers, p0: float) -> canvas.Figure:
         NEEDED_HEIGHT,
         revision=f"needed {p0:g}",
         x=canvas.layer_axis(last + 1),
-        y={
-            "range": [0, canvas.nice_limit(1.05 * highest)],
-            "title": canvas.title("‖shift‖ / ‖e‖"),
-            "nticks": 6,
-        },
+        y={"range": [0, canvas.nice_limit(1.05 * highest)], "title": canvas.title("‖shift‖ / ‖e‖"), "nticks": 6},
         shapes=[canvas.column(layer) for layer in attack["layers"]],
-        dragmode=False,
     )
 
 
@@ -301,7 +266,7 @@ def boundary(
         steps: what the steerings are called, in their order.
         read: by model, the probability after each; None where there is none.
         chosen: index of the steering that is shown.
-        joined: so many of the first steerings grow from one to the next and are joined by a line.
+        joined: number of first steerings that grow from one to the next and are joined by a line.
     """
     traces = [canvas.dashed((-0.4, len(steps) - 0.6), 0.5, "the probe's boundary", width=1.5)]
     for model, values in read.items():
@@ -311,15 +276,14 @@ def boundary(
         ]
         for part, mode in ((slice(0, joined), "lines+markers"), (slice(joined, None), "markers")):
             traces.append(
-                canvas.scatter(
+                _trace(
+                    model,
                     x=list(range(len(steps)))[part],
                     y=list(values)[part],
                     mode=mode,
-                    line={"color": MODEL_COLOURS[model], "width": 2, "dash": DASHES[model]},
                     marker=_marker(model, 8),
                     name=NAMES[model] if part.start == 0 else f"{NAMES[model]}, to p₀",
                     showlegend=part.start == 0,
-                    hoverinfo="text",
                     hovertext=words[part],
                 )
             )
@@ -327,16 +291,9 @@ def boundary(
         traces,
         BOUNDARY_HEIGHT,
         revision="boundary",
-        x={
-            "range": [-0.4, len(steps) - 0.6],
-            "tickvals": list(range(len(steps))),
-            "ticktext": [labels.label(step) for step in steps],
-            "title": canvas.title("budget: length of the steering vector / ‖e‖ (steps not to scale)"),
-            "showgrid": False,
-        },
+        x=_step_axis([labels.label(step) for step in steps]) | {"title": canvas.title(_BUDGET)},
         y={"range": [-0.04, 1.04], "title": canvas.title("P(harmful), read back"), "nticks": 6},
         shapes=[canvas.vertical(chosen)],
-        dragmode=False,
     )
 
 
@@ -345,6 +302,21 @@ def boundary(
 
 def _in(entry: Numbers) -> list[str]:
     return [model for model in MODELS if entry.get(model)]
+
+
+def _line(model: str) -> dict[str, Any]:
+    return {"color": MODEL_COLOURS[model], "width": 2, "dash": DASHES[model]}
+
+
+def _trace(model: str, **settings: Any) -> canvas.Trace:
+    """A trace of one model with hover texts; `settings` as for `go.Scatter`."""
+    return canvas.scatter(**{"name": NAMES[model], "line": _line(model), "hoverinfo": "text"} | settings)
+
+
+def _step_axis(names: Sequence[str]) -> dict[str, Any]:
+    """An axis of steerings at equal steps."""
+    places = list(range(len(names)))
+    return {"range": [-0.4, len(names) - 0.6], "tickvals": places, "ticktext": list(names), "showgrid": False}
 
 
 def _marker(model: str, size: float) -> dict[str, Any]:

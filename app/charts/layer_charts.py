@@ -56,28 +56,21 @@ def strip(
     marked: Sequence[int],
     marked_as: str = "recommended targets",
     limits: tuple[float, float],
-    height: int,
-    title: str,
-    revision: str,
-    titled: bool,
+    of_margins: bool,
 ) -> canvas.Figure:
     """A chart over layers on which a click anywhere in a layer's column picks it.
 
-    The one trace that answers the mouse is the last line of `traces`: it gets the hover texts, and the layer as
-    `customdata`. All others are told to skip, so a click means one thing.
+    Only the last of `traces` answers the mouse: it gets the hover texts, and the layer as `customdata`.
 
     Args:
         layers: the numbers, in the order of the layers.
         traces: what is drawn, the answering line last.
-        hover: what each layer says about itself.
+        hover: a text for each layer.
         chosen: the layer to mark by a vertical line.
         marked: the layers to mark by a triangle.
         marked_as: what the triangles are called.
         limits: of the y axis.
-        height: in pixels.
-        title: of the y axis.
-        revision: the figure's name among others.
-        titled: whether the x axis has its title.
+        of_margins: whether it is the lower strip, of margins, whose x axis has a title; else that of accuracy.
     """
     answering = traces[-1]
     answering["hoverinfo"] = "text"
@@ -92,29 +85,22 @@ def strip(
         name=marked_as,
         hoverinfo="skip",
     )
-    n_layers = len(layers)
+    title = UNITS if of_margins else "balanced accuracy"
     return canvas.figure(
         [*traces, targets],
-        height,
-        revision=revision,
-        bottom=canvas.BOTTOM_TITLED if titled else canvas.BOTTOM,
-        x=canvas.layer_axis(n_layers, canvas.LAYERS if titled else None),
+        MARGIN_HEIGHT if of_margins else ACCURACY_HEIGHT,
+        revision=f"{marked_as}, {title}",
+        bottom=canvas.BOTTOM_TITLED if of_margins else canvas.BOTTOM,
+        x=canvas.layer_axis(len(layers), canvas.LAYERS if of_margins else None),
         y={"range": [low, high], "title": canvas.title(title), "nticks": 6},
         shapes=[canvas.vertical(chosen)],
         hovermode="x",
         hoverdistance=-1,
-        dragmode=False,
     )
 
 
 def accuracy_strip(layers: Sequence[LayerNumbers], *, chosen: int, recommended: Sequence[int]) -> canvas.Figure:
-    """Probe accuracy over layers with its interval, the shuffled-label control, and chance.
-
-    Args:
-        layers: one model's numbers, in the order of its layers.
-        chosen: the layer to mark by a vertical line.
-        recommended: the layers to mark by a triangle.
-    """
+    """Probe accuracy over layers with its interval, the shuffled-label control, and chance."""
     accuracy, control = BY_NAME["probe_accuracy"], BY_NAME["probe_accuracy_control"]
     lowest = min(min(layer.numbers[name].low for name in (accuracy.name, control.name)) for layer in layers)
     low = min(0.4, np.floor(lowest * 10) / 10)
@@ -136,24 +122,17 @@ def accuracy_strip(layers: Sequence[LayerNumbers], *, chosen: int, recommended: 
         chosen=chosen,
         marked=recommended,
         limits=(float(low), 1.02),
-        height=ACCURACY_HEIGHT,
-        title="balanced accuracy",
-        revision="accuracy strip",
-        titled=False,
+        of_margins=False,
     )
 
 
 def margin_strip(layers: Sequence[LayerNumbers], *, chosen: int, recommended: Sequence[int]) -> canvas.Figure:
-    """The two margins over layers, with their intervals; arguments as for `accuracy_strip`."""
+    """The two margins over layers, with their intervals."""
     margin, mean_difference = BY_NAME["margin_mean"], BY_NAME["mean_difference_margin"]
-    bounds = [layer.numbers[name] for layer in layers for name in (margin.name, mean_difference.name)]
-    lowest, highest = min(bound.low for bound in bounds), max(bound.high for bound in bounds)
-    high = canvas.nice_limit(max(highest, 0.0) * 1.05)
-    low = min(-0.08 * high, 1.1 * lowest)
     traces = [
         band(layers, margin.name, palette.BASE),
         band(layers, mean_difference.name, palette.BASE),
-        zero_line(-0.6, len(layers) - 0.4),
+        zero_line(len(layers)),
         curve(layers, mean_difference.name, "mean-difference margin", palette.BASE, line={"dash": "dot"}),
         curve(layers, margin.name, "margin of the probe", palette.BASE, **MAIN_LINE),
     ]
@@ -165,25 +144,22 @@ def margin_strip(layers: Sequence[LayerNumbers], *, chosen: int, recommended: Se
         hover,
         chosen=chosen,
         marked=recommended,
-        limits=(low, high),
-        height=MARGIN_HEIGHT,
-        title=UNITS,
-        revision="margin strip",
-        titled=True,
+        limits=margin_limits(layers),
+        of_margins=True,
     )
 
 
-def zero_line(low: float, high: float) -> canvas.Trace:
-    """The line y = 0 from `low` to `high`."""
-    return canvas.scatter(
-        x=[low, high],
-        y=[0, 0],
-        mode="lines",
-        line={"color": canvas.NEUTRAL, "width": 1},
-        hoverinfo="skip",
-        showlegend=False,
-        name="zero",
-    )
+def margin_limits(layers: Sequence[LayerNumbers]) -> tuple[float, float]:
+    """The ends of an axis of the two margins with their intervals, a little below 0 at least."""
+    bounds = [layer.numbers[name] for layer in layers for name in ("margin_mean", "mean_difference_margin")]
+    high = canvas.nice_limit(max(max(bound.high for bound in bounds), 0.0) * 1.05)
+    return min(-0.08 * high, 1.1 * min(bound.low for bound in bounds)), high
+
+
+def zero_line(n_layers: int) -> canvas.Trace:
+    """The line y = 0 over all layers."""
+    solid = {"line": {"color": canvas.NEUTRAL, "width": 1}, "showlegend": False}
+    return canvas.dashed((-0.6, n_layers - 0.4), 0, "zero") | solid
 
 
 def _hover_rows(layer: LayerNumbers, names: Sequence[str], recommended: bool) -> str:
@@ -222,13 +198,7 @@ def bars(
 def histogram(
     margins: Float[np.ndarray, "prompt"], labels: Int[np.ndarray, "prompt"], *, limit: float | None = None
 ) -> canvas.Figure:
-    """How many prompts of each label stand where along the separating direction.
-
-    Args:
-        margins: signed distance to the boundary, + on the harmful side, scale-free.
-        labels: 1 harmful, 0 harmless.
-        limit: the axis reaches from −limit to limit; chosen from the margins if not given.
-    """
+    """How many prompts of each label are where along the separating direction, on an axis from −limit to limit."""
     limit = limit or canvas.margin_limit(margins)
     edges = bin_edges(limit, len(margins))
     traces = []
@@ -239,14 +209,10 @@ def histogram(
         traces,
         HISTOGRAM_HEIGHT,
         revision="histogram",
-        x={
-            "range": [-limit, limit],
-            "title": canvas.title(ALONG),
-        },
+        x={"range": [-limit, limit], "title": canvas.title(ALONG)},
         y={"rangemode": "tozero", "title": canvas.title("prompts"), "nticks": 5},
         shapes=[canvas.BOUNDARY],
         hovermode="x",
-        dragmode=False,
     )
 
 
@@ -255,14 +221,7 @@ COST_MARGINS = {"margin_mean": "margin", "margin_harmful_q1": "margin, easier qu
 
 
 def cost_curve(points: Sequence[CostPoint], names: dict[str, str], *, chosen: float, title: str) -> canvas.Figure:
-    """Some of the main numbers over the probe's inverse regularisation strength C.
-
-    Args:
-        points: the curve, ascending in C.
-        names: which numbers, and what to call them.
-        chosen: the C that cross-validation chose, marked by a vertical line.
-        title: of the y axis.
-    """
+    """The numbers in `names`, by what they are called, over the probe's C (inverse regularisation); `chosen` marked."""
     Cs = [point.C for point in points]
     traces = []
     for (name, called), dash, symbol in zip(names.items(), ("solid", "dot"), ("circle", "square"), strict=False):
@@ -296,7 +255,6 @@ def cost_curve(points: Sequence[CostPoint], names: dict[str, str], *, chosen: fl
         },
         y={"title": canvas.title(title), "nticks": 6},
         shapes=[canvas.vertical(chosen)],
-        dragmode=False,
     )
 
 
@@ -336,5 +294,4 @@ def sides(margins: Mapping[str, Float[np.ndarray, "layer"]], *, chosen: int | No
         x=canvas.layer_axis(n_layers),
         y={"range": [-limit, limit], "title": canvas.title(UNITS), "nticks": 6},
         shapes=[boundary, *([canvas.vertical(chosen)] if chosen is not None else [])],
-        dragmode=False,
     )

@@ -49,7 +49,7 @@ def pair(
         view: where each prompt stands in either; has `tuned`.
         prompts: the prompt set, in the order of the view's rows.
         margins: of base and tuned, for the hover texts.
-        names: what the models are called.
+        names: of the models.
         arrangement: `side` gives a figure for each model; `overlay` one figure with a line from where each prompt was
             to where it is; `morph` one figure of base, whose traces say in their `meta` where tuned has them.
         others: whether to show the `probe` split too, as hollow markers.
@@ -115,13 +115,9 @@ def pair(
 def histograms(
     margins: Margins, labels: Int[np.ndarray, "prompt"], names: tuple[str, str], *, selected: Sequence[int] = ()
 ) -> canvas.Figure:
-    """How many prompts of each label stand where along the separating direction: base above, tuned below, one scale.
+    """How many prompts of each label are where along the separating direction: base above, tuned below, one scale.
 
-    Args:
-        margins: signed distances to each model's boundary, + on the harmful side, scale-free.
-        labels: 1 harmful, 0 harmless.
-        names: what the models are called.
-        selected: positions in `labels` of the prompts to mark by ticks below the bars.
+    `selected` are positions in `labels` of the prompts to mark by ticks below the bars.
     """
     limit = canvas.margin_limit(np.concatenate(margins))
     edges = charts.bin_edges(limit, len(labels))
@@ -158,17 +154,12 @@ def histograms(
         traces,
         HISTOGRAM_HEIGHT,
         revision="compared histograms",
-        x={
-            "range": [-limit, limit],
-            "anchor": "y",
-            "title": canvas.title(charts.ALONG),
-        },
+        x={"range": [-limit, limit], "anchor": "y", "title": canvas.title(charts.ALONG)},
         y=y | {"domain": [0, 0.46], "title": canvas.title("prompts")},
         yaxis2=y | {"domain": [0.54, 1], "anchor": "x", "automargin": False, "title": canvas.title("prompts")},
         shapes=[canvas.BOUNDARY],
         annotations=[_row_name(name, model) for model, name in enumerate(names)],
         hovermode="x",
-        dragmode=False,
     )
 
 

@@ -1,8 +1,7 @@
 """The projection: the prompts of one layer as points in a plane.
 
-Its points are what a person reads and selects, so three things matter more here than in other figures: a hover label
-shows a prompt as it was written and interprets nothing in it, each point says which prompt it is, and what is selected
-stays marked whatever is redrawn.
+A hover label shows a prompt as it was written, each point holds its row, and selected points stay marked when the
+figure is made anew.
 """
 
 from __future__ import annotations
@@ -142,14 +141,8 @@ def cloud(
 ) -> Trace:
     """The points of one label.
 
-    Args:
-        coordinates: where each prompt stands.
-        rows: the prompts to draw.
-        prompts: the prompt set.
-        margins: what the hover label says of each drawn prompt's margin, below the prompt itself.
-        label: whose colour and symbol they have.
-        hollow: whether they are of another split than `test`.
-        model: the first entry of each point's `customdata`, before its row.
+    `margins` are the words below the prompt in each point's hover label; `hollow` points are of another split than
+    `test`; `model` is the first entry of each point's `customdata`, before its row.
     """
     colour, name = palette.COLOURS[label], LABEL_NAMES[label]
     line = {"width": 1.2 if hollow else 0.6, "color": colour if hollow else "rgba(255,255,255,0.65)"}

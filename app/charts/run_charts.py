@@ -1,9 +1,7 @@
-"""The curves of a fine-tune, from what its event log holds.
+"""The curves of a fine-tune, from its event log.
 
-A log only grows, so it is read on from where the last look ended and never twice. A run that was killed and resumed
-logs some steps again: what a step says last is what holds, and whatever stood after it belongs to the life that ended.
-The figures are pure functions of that history; their x axis spans the whole run from the start, so that the distance
-still to go is seen, and nothing jumps as points come in.
+A resumed run logs some steps again: the last entry of a step holds, and drops the later steps of the ended process. The
+x axis spans the whole run from the start, so that nothing jumps as points come in.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ VALIDATED = (
     "validation_kl_prompt",
     "validation_kl_reply",
 )
-"""What a look at the `validation` prompts adds: means over the target layers, and the KLs."""
+"""What an evaluation on `validation` adds: means over the target layers, and the KLs."""
 
 
 @dataclass
@@ -94,7 +92,7 @@ def kl_curve(history: History, budget: float) -> canvas.Figure:
 
 
 def held_out_curve(history: History, name: str, title: str) -> canvas.Figure:
-    """One scale-free number on `validation`, mean over the target layers; before the first look, a word about that."""
+    """One scale-free number on `validation`, mean over the target layers; before the first one, words in its place."""
     line = _line(history, name, title, palette.TUNED, marker=8)
     waiting = [] if line["x"] else [_words("comes with the first look at held-out prompts", x=0.5, y=0.5, centred=True)]
     return _figure(
@@ -131,16 +129,8 @@ def _line(
 
 
 def _markers(history: History, name: str, title: str, symbol: str) -> canvas.Trace:
-    x, y = history.curve(name)
-    return canvas.scatter(
-        x=x,
-        y=y,
-        mode="markers",
-        showlegend=False,
-        marker={"size": 9, "color": palette.TUNED, "symbol": symbol},
-        name=title,
-        hovertemplate=f"step %{{x}}: {title} %{{y:.4f}}<extra></extra>",
-    )
+    marker = {"size": 9, "color": palette.TUNED, "symbol": symbol}
+    return _line(history, name, title, palette.TUNED) | {"mode": "markers", "showlegend": False, "marker": marker}
 
 
 def _figure(

@@ -1,4 +1,4 @@
-"""The two models of a run side by side, from what lies on disk: what the page, a report and a figure are about."""
+"""The two models of a run side by side, read from disk: what the page, a report and a figure are about."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ class AbsentError(InputError):
 
 
 def find_compared(run: str) -> Compared:
-    """A run beside its base, with all that a report says of it.
-
-    Args:
-        run: a run's id, or `showcase`.
+    """A run, by its id or `showcase`, beside its base, with all that a report says of it.
 
     Raises:
         InputError: when there is no such run, or something that the report needs is missing (`AbsentError`).
@@ -54,8 +51,8 @@ def find_comparison(
         run: the run.
         prompts: its measured prompts.
         position: whose embeddings are read.
-        against: the run that stands in the place of base.
-        keep: gives the object that is remembered for a set, for a caller that asks again and again.
+        against: the run that takes the place of base.
+        keep: returns the cached object of a set, for a caller that asks again and again.
         find: as `find_analysis`, likewise.
 
     Raises:

@@ -1,7 +1,6 @@
 """The keys of what is derived from activation sets, and looking for it on disk.
 
-Nothing here needs weights, a tokenizer or torch, so the app opens at once, also on a folder of artifacts that was
-copied from another machine.
+Nothing here needs weights, a tokenizer or torch, so the app opens at once, also on artifacts of another machine.
 """
 
 from __future__ import annotations
@@ -100,13 +99,13 @@ def find_analysis_folder(
             key = analysis_key(activations, prompts, config, tuned=tuned)
             if key == file.parent.name and (folder := holder.derived(key)) is not None:
                 return folder
-    # A damaged one states nothing; under the usual settings' key it is refused by its name.
+    # A damaged one has no settings; under the usual settings' key it is refused by its name.
     return holder.derived(analysis_key(activations, prompts, AnalysisConfig(position=position), tuned=tuned))
 
 
 @lru_cache(maxsize=256)
 def _config_in(file: Path, inode: int, mtime_ns: int) -> AnalysisConfig | None:
-    """The settings that an `analysis.json` states; None where it states none that could be."""
+    """The settings in an `analysis.json`; None where they cannot be read."""
     try:
         return AnalysisConfig.read((read_json(file) or {})["config"], str(file))
     except (InputError, LookupError, TypeError):
@@ -116,7 +115,7 @@ def _config_in(file: Path, inode: int, mtime_ns: int) -> AnalysisConfig | None:
 def find_views_folder(
     activations: ActivationSet, prompts: PromptSet, config: AnalysisConfig, tuned: ActivationSet | None = None
 ) -> Path | None:
-    """Where the views of all layers lie that belong to an analysis, if they were worked out beforehand."""
+    """The folder of the views of all layers that belong to an analysis, if they were computed."""
     return (tuned or activations).derived(views_key(activations, prompts, config, tuned))
 
 
@@ -130,13 +129,7 @@ def find_umap(
 
 @dataclass(frozen=True)
 class Captured:
-    """A prompt set and its embeddings.
-
-    Attributes:
-        prompts: the prompts.
-        base: their embeddings under the base model, or under the run that stands in its place.
-        tuned: their embeddings under a run's tuned model, where one is asked for.
-    """
+    """A prompt set and its embeddings under base, or the run that takes its place, and under a run's tuned model."""
 
     prompts: PromptSet
     base: ActivationSet

@@ -1,11 +1,7 @@
 """Does the separation hold? Behaviour, ability and embedding-level attacks, base and tuned over the same prompts.
 
-One function ties the parts together, and everything that took a model is kept: a reply goes into a log the moment its
-batch is done, under a key of all that decides it (weights, adapter, tokens, settings, steering), so an evaluation that
-was killed goes on where it was, one with more prompts generates only what is new, and nothing is said twice. Numbers
-are worked out anew from the log each time, so a resumed evaluation ends like one that was never interrupted. Who may be
-looked at follows the splits: of the prompts that the run was tuned on only its `test` split counts. The app imports
-this module to find and read results; torch is imported where a model runs.
+Replies go into a log when their batch is done, under a key of all that decides them, and numbers are computed from the
+log: a killed evaluation goes on where it was. Of the prompts that the run was tuned on only `test` counts.
 """
 
 from __future__ import annotations
@@ -53,12 +49,12 @@ def evaluate(
     """Run the suites and keep their result.
 
     Args:
-        config: what to do.
+        config: the settings.
         prompts: what `config.prompts` names.
         folder: where replies and the result are kept when there is no run; else they go into the run's folder.
         run: the run that `config.run` names.
         store: where activation sets lie.
-        report: told about every token and batch; it may raise to stop.
+        report: called at every token and batch; it may raise to stop.
 
     Returns:
         JSON values: `suite` (by name; a suite of `all` that these prompts do not allow has a `problem`), what was

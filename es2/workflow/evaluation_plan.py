@@ -1,8 +1,7 @@
 """How long an evaluation will take, before anything is loaded.
 
-Nearly all of it is tokens, read and said, one after the other for many prompts at once; so tokens are counted and
-divided by the speed that was seen in an earlier evaluation of the model here, or, before there is one, by the machine's
-rate of matrix products (`es2.models.machine.this_machine`).
+Tokens are counted and divided by the speed of an earlier evaluation of the model here, or, before there is one, by the
+machine's rate of matrix products (`es2.models.machine.this_machine`).
 """
 
 from __future__ import annotations
@@ -22,13 +21,12 @@ from es2.models.shape import Shape
 
 @dataclass(frozen=True)
 class Sample:
-    """What an evaluation will be made of.
+    """The prompts of an evaluation.
 
     Attributes:
-        harmful: harmful prompts that are replied to.
-        harmless: harmless ones.
-        steered: harmful prompts that are steered.
-        measured: prompts that are captured and analysed for the attack; 0 where they are on disk already.
+        harmful, harmless: number of prompts that are replied to.
+        steered: number of harmful prompts that are steered.
+        measured: number of prompts that are captured and analysed for the attack; 0 where they are on disk already.
         characters: of a prompt, on average.
     """
 
@@ -47,17 +45,9 @@ def evaluation_seconds(
     *,
     tokens_per_second: float | None = None,
 ) -> Mapping[str, float]:
-    """About how long each part takes.
+    """Estimated seconds by `loading`, `replies`, `ability` and `attacks`, of the suites that are asked for.
 
-    Args:
-        config: what is to be done; with a run both models reply, else base alone.
-        sample: on what.
-        shape: the model's sizes.
-        machine: where; may be None where `tokens_per_second` is known.
-        tokens_per_second: what an earlier evaluation of this model came to here.
-
-    Returns:
-        Seconds by `loading`, `replies`, `ability` and `attacks`, of the suites that are asked for.
+    `tokens_per_second` is the speed of an earlier evaluation here; where it is known, `machine` may be None.
     """
     counted = tokens_per_second
     if counted is None:

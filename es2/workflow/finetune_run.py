@@ -29,12 +29,7 @@ def finetune_run(
 ) -> dict[str, Any]:
     """Fine-tune, capture the tuned model, compare it with base, and judge. What `es2 finetune` prints.
 
-    Args:
-        config: the fine-tune's settings; it goes on from a checkpoint in `folder` if there is a whole one.
-        prompts: the prompt set.
-        folder: the run folder, whose name is the run's id.
-        report: told about progress.
-        store: where activation sets lie.
+    The fine-tune goes on from a checkpoint in `folder`, whose name is the run's id, if there is a whole one.
 
     Returns:
         JSON values: how the run ended, its KLs on harmless `test` prompts, the numbers of every layer before and after,

@@ -54,10 +54,6 @@ def _finetune_job(config: dict[str, Any], report: Reporter, folder: Path) -> dic
     return do(config_of(Job(folder, config)), load_prompts(config["prompts"]), folder, report)
 
 
-def _read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
-    return read_job(config, report, folder)
-
-
 def _evaluate_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
     settings = EvaluateConfig.read(config, f"The config.json of job {folder.name}")
     run, _ = _runs(config, folder)
@@ -65,20 +61,17 @@ def _evaluate_job(config: dict[str, Any], report: Reporter, folder: Path) -> dic
 
 
 JOBS: Mapping[str, Task] = {
-    "read": _read_job,
+    "read": read_job,
     "prepare": _prepare_job,
     "project": _project_job,
     "finetune": _finetune_job,
     "evaluate": _evaluate_job,
 }
-"""What `es2 job` can run: a job's kind and the function that does it."""
+"""By a job's kind, the function that does it."""
 
 
 def run_here(kind: str, config: Mapping[str, Any], unfinished: Job | None, report: Reporter = silent) -> dict[str, Any]:
-    """Run a job in this process: one of this config that ended before its time, or else a new one.
-
-    Returns:
-        Its result.
+    """The result of a job that is run in this process: one of this config that ended before its time, or a new one.
 
     Raises:
         InputError, MachineError: with the job's sentence when it comes to none.

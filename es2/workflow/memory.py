@@ -1,8 +1,7 @@
 """How much memory and disk a fine-tune and its captures take, part by part, and what to change where it is too much.
 
 Weights are counted; what autograd keeps is counted per token and block, with a factor that was measured on the CPU
-(`docs/scaling.md` has the peaks). A process that was launched with others holds the whole model, or under FSDP its
-share of the blocks and the one block that just runs.
+(`docs/scaling.md` has the peaks).
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -56,8 +55,8 @@ def needs(
     Args:
         config: of the fine-tune.
         shape: of the model.
-        own: tokens of every prompt after the template's head.
-        n_measured: prompts that are captured.
+        own: number of tokens of every prompt after the template's prefix.
+        n_measured: number of prompts that are captured.
         machine: where.
         launch: how; data-parallel processes share a step's prompts.
     """
@@ -75,7 +74,7 @@ def needs(
     def numbers(tokens: float, kept: tuple[int, int]) -> float:
         return tokens * (kept[0] * shape.d_model + kept[1] * shape.d_ff) * width
 
-    # What autograd keeps: harmful prompts up to the last target, those with a KL up to the head.
+    # What autograd keeps: harmful prompts up to the last target, those with a KL up to the LM head.
     mean = float(np.mean(own))
     n_kl = min(config.kl_prompts, config.pairs_per_step)
     parts = share * config.accumulate
@@ -129,7 +128,7 @@ def find_way(config: FinetuneConfig, shape: Shape, own: Sequence[int], n_measure
     """The first way to run the fine-tune that fits into the memory that is free, the cheapest first; None if none does.
 
     Raises:
-        ValueError: when nobody knows how much is free.
+        ValueError: when it is unknown how much is free.
     """
     if machine.free_gb is None:
         raise ValueError("How much memory is free is not known.")
@@ -146,12 +145,10 @@ def _ways(config: FinetuneConfig, machine: Machine) -> Iterator[tuple[str, Finet
     if machine.n_devices > 1 and config.method == "lora" and not config.quantize:
         launches.append(SHARDED)
     parts = sorted({min(n, config.pairs_per_step) for n in (1, 2, 4, 8, 16) if n >= config.accumulate})
-    for launch in launches:
-        for recompute in sorted({config.gradient_checkpointing, True}):
-            for n in parts:
-                yield launch, config.replace(accumulate=n, gradient_checkpointing=recompute)
+    formats = [(launch, config.quantize) for launch in launches]
     if machine.device == "cuda" and config.method == "lora":
+        formats.append((launches[0], "4bit"))
+    for launch, quantize in formats:
         for recompute in sorted({config.gradient_checkpointing, True}):
             for n in parts:
-                changes: dict[str, Any] = {"accumulate": n, "gradient_checkpointing": recompute, "quantize": "4bit"}
-                yield launches[0], config.replace(**changes)
+                yield launch, config.replace(accumulate=n, gradient_checkpointing=recompute, quantize=quantize)

@@ -1,10 +1,7 @@
 """What a fine-tune will take, before anything heavy is loaded: time by stage, memory, disk, and what to type.
 
-Whoever presses a button wants to know whether to wait or to go home, and whether the memory suffices. Both follow from
-few numbers: nearly all the work is matrix products, so it is counted (tokens × weights × 2, block by block, as
-`es2.training.workload` and `es2.models.forward` run them) and divided by the one thing that has to be measured, how
-fast this machine multiplies. That takes a fraction of a second with numpy, once per machine, and everything else is
-arithmetic on the model's configuration and the prompts, so the app can ask without importing torch.
+Nearly all the work is matrix products: they are counted (tokens × weights × 2, block by block) and divided by the speed
+at which this machine multiplies, which numpy measures once. So the app can ask without importing torch.
 """
 
 from __future__ import annotations
@@ -32,22 +29,10 @@ from es2.training.config import FinetuneConfig
 from es2.training.sampling import make_schedule
 from es2.training.terms import parse_objective
 from es2.workflow.derived import find_activations
-from es2.workflow.memory import (
-    ALONE,
-    SHARDED,
-    TOGETHER,
-    Way,
-    disk_bytes,
-    find_way,
-    needs,
-    number_format,
-)
+from es2.workflow.memory import ALONE, SHARDED, TOGETHER, Way, disk_bytes, find_way, needs, number_format
 
 STAGES = ("start", "base capture", "replies", "steps", "validation", "tuned capture", "analysis")
 """The parts of a fine-tune whose time is estimated, in the order in which they begin."""
-
-
-# -------------------------------------------------------------------------------------------------------- the estimate
 
 
 @dataclass(frozen=True)
@@ -91,19 +76,9 @@ class CostEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with the sum and `fits`."""
-        return {
-            "total_seconds": self.total_seconds,
-            "seconds": dict(self.seconds),
-            "memory_gb": self.memory_gb,
-            "needs_gb": dict(self.needs_gb),
-            "fits": self.fits,
-            "fetch_gb": self.fetch_gb,
-            "disk_gb": self.disk_gb,
-            "free_disk_gb": self.free_disk_gb,
-            "commands": list(self.commands),
-            "advice": list(self.advice),
-            "machine": asdict(self.machine),
-        }
+        lists = {"commands": list(self.commands), "advice": list(self.advice)}
+        sums = {"total_seconds": self.total_seconds, "memory_gb": self.memory_gb, "fits": self.fits}
+        return asdict(self) | lists | sums
 
 
 def plan(
@@ -118,10 +93,10 @@ def plan(
     """Estimate a fine-tune with its two captures and its analysis, as `finetune_run` does them.
 
     Args:
-        config: what is to be done.
+        config: of the fine-tune.
         prompts: the prompt set.
-        folder: the model's folder (`local_folder`); None for one that is not here, of which the catalogue knows enough.
-        lengths: tokens of every prompt (`token_counts`, which is asked if not given).
+        folder: the model's folder (`local_folder`); None for one that is not here, whose sizes the catalogue has.
+        lengths: number of tokens of every prompt; from `token_counts` if not given.
         machine: where; one device of `this_machine` if not given.
         store: where activation sets lie.
 
@@ -136,17 +111,14 @@ def plan(
     lengths = token_counts(folder, prompts) if lengths is None else lengths
     own = [length + costs.TEMPLATE_TAIL for length in lengths]
     products, idle = _work(config, prompts, shape, own, weight_bytes, machine)
-
-    def captured(tokens: int) -> float:
-        return 2.0 * tokens * shape.n_layers * shape.block_parameters
-
     measured = prompts.in_split("probe") | prompts.in_split("test")
     tokens = sum(length for length, keep in zip(own, measured.tolist(), strict=True) if keep)
+    captured = 2.0 * tokens * shape.n_layers * shape.block_parameters
     known = find_activations(resolve(config.model).name, prompts.measured(), "last", store)
     resamples = AnalysisConfig().n_bootstrap
     products |= {
-        "base capture": 0.0 if known else captured(tokens),
-        "tuned capture": captured(tokens),
+        "base capture": 0.0 if known else captured,
+        "tuned capture": captured,
         "analysis": float(costs.ANALYSIS_PRODUCTS * shape.n_layers * resamples * int(measured.sum()) * shape.d_model),
     }
     idle["start"] = costs.start_seconds(2 if known else 3, weight_bytes)
@@ -196,7 +168,7 @@ def _advise(
     machine: Machine,
     of_parts: Mapping[str, float],
 ) -> tuple[list[str], list[str]]:
-    """What to type so that capture and fine-tune fit, and what else to say about it."""
+    """What to type so that capture and fine-tune fit, and what else there is to know."""
     if machine.free_gb is None:
         return [], []
     free, advice, commands = machine.free_gb * 1e9, [], []
@@ -273,7 +245,7 @@ def _work(
     machine: Machine,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Floating-point operations of the fine-tune itself by stage, and seconds that no faster product would save."""
-    drawn = make_schedule(
+    schedule = make_schedule(
         prompts, config.pairs_per_step, config.steps, config.seed, config.validation_prompts, config.kl_prompts
     )
     n_shallow, n_deep = config.targets[-1] + 1, shape.n_layers
@@ -283,20 +255,20 @@ def _work(
     def blocks(tokens: float, n: float) -> float:
         return 2.0 * tokens * n * shape.block_parameters
 
-    def head(tokens: float, times: int) -> float:
+    def lm_head(tokens: float, times: int) -> float:
         return 2.0 * tokens * times * shape.head_parameters
 
     def tokens_of(rows: Iterable[int], more: int = 0) -> int:
         return sum(own[row] + more for row in rows)
 
     # The base: replies with their states, and the embeddings of what else its constants need.
-    replied = {row for batch in drawn.batches for row in batch.harmless[: batch.n_kl]}
-    replied |= {*drawn.validation_kl, *drawn.tested}
-    known = {*drawn.base_harmful, *drawn.base_harmless, *drawn.validation_rows}
+    replied = {row for batch in schedule.batches for row in batch.harmless[: batch.n_kl]}
+    replied |= {*schedule.validation_kl, *schedule.tested}
+    known = {*schedule.base_harmful, *schedule.base_harmless, *schedule.validation_rows}
     if any(term.name == "anchored" for term in parse_objective(config.objective)):
-        known |= set(drawn.harmless)
+        known |= set(schedule.harmless)
     decoded = len(replied) * n_decoded
-    replies = blocks(tokens_of(replied) + decoded, n_deep) + head(decoded + len(replied), 1)
+    replies = blocks(tokens_of(replied) + decoded, n_deep) + lm_head(decoded + len(replied), 1)
     replies += blocks(tokens_of(known - replied), n_shallow)
     at_once = REPLIES_AT_ONCE * usual_tokens(machine.device)
     n_batches = math.ceil(tokens_of(replied) / at_once)
@@ -308,23 +280,23 @@ def _work(
     again = int(config.gradient_checkpointing)
     steps = 0.0
     template = costs.TEMPLATE_PREFIX if config.gradient_checkpointing else 0  # not shared then
-    for batch in drawn.batches:
+    for batch in schedule.batches:
         with_kl, without = batch.harmless[: batch.n_kl], (*batch.harmful, *batch.harmless[batch.n_kl :])
         shallow, deep = tokens_of(without, template), tokens_of(with_kl, template + n_decoded)
         if not template:
             deep += costs.TEMPLATE_PREFIX * config.accumulate
         steps += blocks(shallow, n_shallow + (1 + full + again) * n_trained)
-        steps += blocks(deep, n_deep + (1 + again) * n_above_first + full * n_trained) + head(deep, 3)
+        steps += blocks(deep, n_deep + (1 + again) * n_above_first + full * n_trained) + lm_head(deep, 3)
         if config.accumulate > 1:  # the embeddings are needed before the parts can be run
             steps += blocks(tokens_of((*batch.harmful, *batch.harmless), template), n_shallow)
 
-    n_looks = math.ceil(config.steps / config.validate_every)
-    kl_rows = set(drawn.validation_kl)
-    look = blocks(tokens_of(row for row in drawn.validation_rows if row not in kl_rows), n_shallow)
+    n_validations = math.ceil(config.steps / config.validate_every)
+    kl_rows = set(schedule.validation_kl)
+    validation = blocks(tokens_of(row for row in schedule.validation_rows if row not in kl_rows), n_shallow)
     read = tokens_of(kl_rows, n_decoded)
-    look += blocks(read, n_deep) + head(read, 2)
-    tested = tokens_of(drawn.tested, n_decoded)
-    validating = n_looks * look + blocks(tested, n_deep) + head(tested, 2)
+    validation += blocks(read, n_deep) + lm_head(read, 2)
+    tested = tokens_of(schedule.tested, n_decoded)
+    validating = n_validations * validation + blocks(tested, n_deep) + lm_head(tested, 2)
     return (
         {"replies": replies, "steps": steps, "validation": validating},
         {"replies": n_batches * n_decoded * weight_bytes / reading},

@@ -1,14 +1,10 @@
 """What a command and a job both do: the steps that lead from a model and prompts to artifacts on disk.
 
-The command line runs these in the foreground, `es2.jobs.queue` runs them as processes of their own for the app; both
-get the same artifacts under the same keys. The functions whose names begin with `find_` only look on disk. They import
-nothing heavy and need neither weights nor tokenizer, so that the app opens at once, also on a laptop to which somebody
-copied a folder of artifacts.
+Commands run them in the foreground, the app in jobs; both get the same artifacts under the same keys.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,17 +28,14 @@ from es2.store.store import Store
 from es2.workflow.derived import Captured, analysis_key, umap_key, views_key
 from es2.workflow.runs import check_run, tuned_weights
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Prepared:
-    """Activation sets and what was computed from them.
+    """Activation sets of the measured prompts, and the analysis of base, or of both.
 
     Attributes:
-        activations: of the measured prompts under the base model, or under the run that stands in its place.
-        tuned: the same under the tuned model; None without a run.
-        analysis: of base, or of both.
+        activations: under the base model, or under the run that takes its place.
+        tuned: under the tuned model; None without a run.
     """
 
     activations: ActivationSet
@@ -63,7 +56,7 @@ def prepare(
     store: Store | None = None,
     report: Reporter = silent,
 ) -> Prepared:
-    """Capture what is not captured yet and analyse what is not analysed yet; of large layers work out the views, too.
+    """Capture and analyse what is not on disk yet; of large layers compute the views, too.
 
     Only `prompts.measured()` is captured: no number looks at the other splits, and they are more than half.
 
@@ -72,15 +65,12 @@ def prepare(
         prompts: the prompt set; its `probe` split fits the probes, its `test` split gives the numbers.
         run: a fine-tuning run of this model, to be compared with its base.
         against: another run of this model, to be compared with instead of the base.
-        test_prompts: prompts of another origin that give the numbers instead, less those that also stand in `prompts`.
+        test_prompts: prompts of another origin that give the numbers instead, without those of `prompts`.
         config: the analysis' settings.
         device: where the model runs; chosen by `es2.models.device.choose_device` if not given.
         dtype: the model's number format; chosen by `es2.models.device.choose_dtype` if not given.
         store: where artifacts lie.
-        report: told about progress.
-
-    Returns:
-        The activation sets of `prompts.measured()` and the analysis.
+        report: takes the progress.
 
     Raises:
         InputError, MachineError: as `capture` and `analyze` do; also when the run is of another model or has left no
@@ -88,9 +78,8 @@ def prepare(
     """
     config = config or AnalysisConfig()
     store = store or Store()
-    for one in (run, against):
-        if one is not None:
-            check_run(one, model)
+    for one in filter(None, (run, against)):
+        check_run(one, model)
 
     captured = partial(_captured, model, config.position, run, against, device, dtype, store, report)
     # First what may be refused: an empty rest, before minutes of work.
@@ -109,33 +98,20 @@ def prepare(
             analysis = analyze(prompts, own.base, own.tuned, test=source, config=config, report=report)
             with holder.write_derived(key) as folder:
                 analysis.save(folder)
-        if test is None and are_worthwhile(len(prompts), own.base.d_model):
-            write_views(prompts, own.base, own.tuned, analysis, report)
+        key = views_key(own.base, prompts, config, own.tuned)
+        if test is None and are_worthwhile(len(prompts), own.base.d_model) and holder.derived(key) is None:
+            views = render_layers(
+                prompts,
+                own.base,
+                analysis.base_probes,
+                own.tuned,
+                analysis.tuned_probes,
+                position=config.position,
+                report=report,
+            )
+            with holder.write_derived(key) as folder:
+                views.save(folder)
     return Prepared(own.base, own.tuned, analysis)
-
-
-def write_views(
-    prompts: PromptSet,
-    base: ActivationSet,
-    tuned: ActivationSet | None,
-    analysis: Analysis,
-    report: Reporter = silent,
-) -> None:
-    """Work out the views of all layers that belong to an analysis of base, or of base and tuned, unless they exist."""
-    holder = tuned or base
-    key = views_key(base, prompts, analysis.config, tuned)
-    if holder.derived(key) is None:
-        views = render_layers(
-            prompts,
-            base,
-            analysis.base_probes,
-            tuned,
-            analysis.tuned_probes,
-            position=analysis.config.position,
-            report=report,
-        )
-        with holder.write_derived(key) as folder:
-            views.save(folder)
 
 
 def _captured(
@@ -150,41 +126,24 @@ def _captured(
     prompts: PromptSet,
 ) -> Captured:
     """The prompts under base, or under the run in its place, and under the tuned model if there is a run."""
-    base = _activations(model, prompts, position, against, device, dtype, store, report)
-    tuned = _activations(model, prompts, position, run, device, dtype, store, report) if run else None
-    return Captured(prompts, base, tuned)
-
-
-def _activations(
-    model: str,
-    prompts: PromptSet,
-    position: str,
-    run: Job | None,
-    device: str | None,
-    dtype: str | None,
-    store: Store,
-    report: Reporter,
-) -> ActivationSet:
-    """The activation set, from the store if the model is not on this machine but its embeddings are."""
     spec = resolve(model)
-    run_id = run.id if run else None
-    known = store.find(model=spec.name, texts_digest=prompts.texts_digest, position=position, run=run_id)
-    if known is not None and not is_cached(spec):
-        return known
-    return capture(
-        model,
-        prompts,
-        adapter=tuned_weights(run) if run else None,
-        run=run_id,
-        device=device,
-        dtype=dtype,
-        store=store,
-        report=report,
-    ).activations
+
+    def activations(of: Job | None) -> ActivationSet:
+        """From the store if the model is not on this machine but its embeddings are."""
+        run_id = of.id if of else None
+        known = store.find(model=spec.name, texts_digest=prompts.texts_digest, position=position, run=run_id)
+        if known is not None and not is_cached(spec):
+            return known
+        weights = tuned_weights(of) if of else None
+        return capture(
+            model, prompts, adapter=weights, run=run_id, device=device, dtype=dtype, store=store, report=report
+        ).activations
+
+    return Captured(prompts, activations(against), activations(run) if run else None)
 
 
 def without_shared(prompts: PromptSet, others: PromptSet) -> PromptSet:
-    """`prompts` less those whose normalised text also stands in `others`; nearly equal ones are warned of.
+    """`prompts` without those whose normalised text is also in `others`; nearly equal ones are warned of.
 
     Raises:
         InputError: when nothing is left.
@@ -220,9 +179,8 @@ def project(
     """
     store = store or Store()
     prompts = prompts.measured()
-    for one in (run, against):
-        if one is not None:
-            check_run(one, model)
+    for one in filter(None, (run, against)):
+        check_run(one, model)
     own = _captured(model, position, run, against, device, dtype, store, report, prompts)
     base, tuned = own.base, own.tuned
     holder = tuned or base
