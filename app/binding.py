@@ -1,8 +1,6 @@
-"""Who can reach this server: this machine alone, or, said loudly, others too.
+"""Whether other machines can reach this server; if so, every page and the log warn.
 
-There is no password. Whoever reaches the page can read prompts and runs, name files of this account to be read, start
-jobs and delete runs; so the server listens on the loopback address unless its user says otherwise, and then every page
-says so, and so does the log.
+There is no password: every visitor can read prompts and runs, name files of this account, start jobs and delete runs.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ def is_exposed(address: str | None) -> bool:
 
 
 def warn() -> None:
-    """Say it on the page, and once in the log, when others can reach this server."""
+    """Warn on the page, and once in the log, when other machines can reach this server."""
     address = st.get_option("server.address")
     if is_exposed(address):
         sentence = _logged(address or "every address of this machine")

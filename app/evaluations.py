@@ -1,8 +1,6 @@
 """What the pages of behaviour and of robustness share: the run on screen, its evaluations, and starting one.
 
-An evaluation belongs to a run and lies in its folder, so a reload, a second tab and `es2 evaluate` all show the same.
-Which one is looked at is remembered per run and holds on both pages. Starting one again generates only what is new:
-replies are kept by what decides them, so going on after a cancel is the same click.
+An evaluation is kept in its run's folder; which one is shown is kept per run, for both pages.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from es2.workflow.evaluate import KIND
 from es2.workflow.runs import open_run, tuned_weights
 
 SHOWN_CHARACTERS = 200
-"""A prompt or a reply is cut here until somebody asks for all of it."""
+"""A prompt or a reply is cut here until it is opened in full."""
 VERDICT_NAMES: Mapping[str, str] = {
     "refusal": "refused",
     "answer": "answered",
@@ -40,12 +38,7 @@ VERDICT_NAMES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One kept result of a run.
-
-    Attributes:
-        path: its file.
-        document: what `es2.evaluation.results.read_evaluation` gives; shared by all sessions, so nobody writes into it.
-    """
+    """One kept result of a run: its file, and what `read_evaluation` returns, shared by all sessions and only read."""
 
     path: Path
     document: Mapping[str, Any]
@@ -74,14 +67,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Intro:
-    """What a page says before there is anything to see.
-
-    Attributes:
-        title: its heading.
-        about: a sentence or two.
-        steps: what will be measured: a name and a sentence each.
-        suite: what its form has preset where the run has other evaluations already.
-    """
+    """A page before there is an evaluation: its words, and the suite its form has preset after other evaluations."""
 
     title: str
     about: str
@@ -90,11 +76,7 @@ class Intro:
 
 
 def shown_run(choice: Choice) -> Job | None:
-    """The run on screen; None where there is none.
-
-    Raises:
-        InputError: for a run that does not exist.
-    """
+    """The run on screen; None where there is none. Raises `InputError` for one that does not exist."""
     if choice.run is not None:
         return open_run(choice.run)
     comparison = artifacts.find_comparison(choice)
@@ -102,7 +84,7 @@ def shown_run(choice: Choice) -> Job | None:
 
 
 def of_run(run: Job, suites: Sequence[str]) -> list[Evaluation]:
-    """The kept evaluations that ran one of `suites`, newest first; a damaged file is said and left out."""
+    """The kept evaluations that ran one of `suites`, newest first; the error of a damaged file is shown."""
     found = []
     for path in find_evaluations(run):
         with sentences():
@@ -119,12 +101,7 @@ def _read(path: str, mtime_ns: int, size: int) -> Mapping[str, Any]:
 
 
 def opened(intro: Intro, suites: Sequence[str]) -> tuple[Job, Evaluation] | None:
-    """Draw the head of a page, and what leads to an evaluation; returns the one to show, if there is one.
-
-    Args:
-        intro: what is said before there is anything to see.
-        suites: the parts that the page shows.
-    """
+    """The evaluation to show, of those that ran one of `suites`, below the page's head; None before there is one."""
     link_notes()
     choice = state.current()
     run = shown_run(choice)
@@ -243,7 +220,7 @@ def _rate(run: Job) -> float | None:
 
 
 def _under_way(run: Job) -> bool:
-    """Show the newest evaluation job of this run while it goes on, or how it ended if not well; says which."""
+    """Show the newest evaluation job of this run, or how it ended if not well; returns whether it is under way."""
     job = next((job for job in list_jobs(kind=KIND) if job.config.get("run") == run.id), None)
     if job is None:
         return False
@@ -276,7 +253,7 @@ def shortened(words: str) -> str:
 
 
 def badge(verdict: str, *, harmful: bool) -> None:
-    """What became of a reply: green where it is as it should be, orange where not, grey where it is no language."""
+    """The verdict on a reply: green where it is the wanted one, orange where not, grey where it is no language."""
     wanted = "refusal" if harmful else "answer"
     colour = "green" if verdict == wanted else "orange" if verdict in ("refusal", "answer") else "gray"
     st.badge(text.markdown(VERDICT_NAMES.get(verdict, verdict)), color=colour)  # type: ignore[arg-type]

@@ -1,8 +1,7 @@
 """Jobs as the page shows them: what is under way, how far it is, how it ended.
 
-Everything is read from the folders under `runs/`, anew each time, so a reload, a second tab and a job started from the
-command line all show the same. While something is under way a fragment looks once a second; when it begins or ends,
-the whole page runs again, once, and with that the looking stops.
+Everything is read from the folders under `runs/`, anew each time. While a job is under way a fragment runs once a
+second; when one begins or ends, the whole page runs again.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ STAGES = {
     "steer tuned": ("Tuned replies under steering", "tokens"),
     "judge": ("Asking the judge", "replies"),
 }
-"""What a stage is called, and what it counts: per cent of something that nobody counts, or nothing worth counting."""
+"""By stage, its name and its unit; a percentage, or None where there is nothing worth counting."""
 N_ENDED = 5
 REFRESH_SECONDS = 1.0
 
@@ -187,7 +186,7 @@ def offer(
 
 
 def ending(job: Job | None) -> None:
-    """Say how a job ended that left nothing to show; quiet when it is under way or there is none."""
+    """Show how a job ended that left no result; nothing while it is under way or where there is none."""
     if job is None or (status := job.status()) in (*ACTIVE, "done"):
         return
     if status == "cancelled":

@@ -1,8 +1,4 @@
-"""Prompts as lists: the selected ones, the hardest ones, and one in full beside its twin.
-
-Every page that shows points shows the prompts behind them in the same way: with what each model makes of them, worst
-first, and as they were written.
-"""
+"""Prompts as lists: the selected ones, the hardest ones, and one in full beside its twin; the worst first."""
 
 from __future__ import annotations
 
@@ -92,9 +88,7 @@ def table(
             column_config={
                 "prompt": st.column_config.TextColumn("Prompt", width=236),
                 "label": st.column_config.TextColumn("Label", width=70),
-                "side": st.column_config.TextColumn(
-                    "Side", width=62, help="Whether it stands on its own label's side."
-                ),
+                "side": st.column_config.TextColumn("Side", width=62, help="Whether it is on its own label's side."),
                 "category": st.column_config.TextColumn("Category", width=110),
                 "split": st.column_config.TextColumn("Split", width=60),
                 "pair": st.column_config.TextColumn("Pair", width=90),
@@ -142,15 +136,11 @@ def as_frame(
     columns: dict[str, Any] = {
         "prompt": [prompts.texts[row] for row in rows],
         "label": [LABEL_NAMES[int(prompts.labels[row])] for row in rows],
+        **{name: values[rows].astype(float) for name, values in margins.items()},
+        **{name: values.astype(float) for name, values in more.items()},
+        "side": ["correct" if own[row] > 0 else "wrong" for row in rows],
+        "category": [prompts.categories[row] for row in rows],
+        "split": [prompts.splits[row] for row in rows],
+        "pair": [prompts.pairs[row] for row in rows],
     }
-    columns |= {name: values[rows].astype(float) for name, values in margins.items()}
-    columns |= {name: values.astype(float) for name, values in more.items()}
-    return pd.DataFrame(
-        columns
-        | {
-            "side": ["correct" if own[row] > 0 else "wrong" for row in rows],
-            "category": [prompts.categories[row] for row in rows],
-            "split": [prompts.splits[row] for row in rows],
-            "pair": [prompts.pairs[row] for row in rows],
-        }
-    )
+    return pd.DataFrame(columns)

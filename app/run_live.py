@@ -1,7 +1,7 @@
 """Fine-tunes under way: how far they are, and their curves as they come.
 
-A fragment looks once a second and reads on in the event logs; when a run begins or ends, the whole page runs again. It
-also notes that somebody was looking, so that the page can tell them from those who come back later.
+A fragment reads on in the event logs once a second; when a run begins or ends, the whole page runs again. It also notes
+when it last ran, so that the page knows whether its visitor followed the run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from es2.workflow.runs import config_of
 STAGES = {"base": "Base replies", "finetune": "Fine-tune", "capture": "Capture", "analyse": "Analyse"}
 """The stages of a run in their order; loading and waiting belong to what follows them."""
 LOOKING_SECONDS = 20.0
-"""Whoever was shown a live run this short a time before it ended was looking at it."""
+"""A session that showed a live run this short a time before it ended was following it."""
 
 _SEEN, _HISTORY = "runs_seen", "runs_history"
 
@@ -96,7 +96,7 @@ def curves(job: Job, history: History, *, key: str) -> None:
 
 
 def history(job: Job) -> History:
-    """The run's curves so far; only what was added to its log since the last look is read."""
+    """The run's curves so far; only what was added to its log since the last call is read."""
     known: dict[str, tuple[int, History]] = st.session_state.setdefault(_HISTORY, {})
     offset, logged = known.get(job.id, (0, History()))
     events, offset = job.events(offset)

@@ -1,7 +1,6 @@
-"""What the page of runs says of a run: a line about it, and how it ended.
+"""What the page of runs shows of a run: a line about it, and how it ended.
 
-Results of runs are long and the page runs at every click, so the few words of one that has ended are remembered by the
-time and the size of its result.
+Results are long and the page runs at every click, so their few words are cached by the result's time and size.
 """
 
 from __future__ import annotations
@@ -21,15 +20,10 @@ METHOD_NAMES = {"lora": "LoRA", "full": "Full"}
 
 @dataclass(frozen=True)
 class Row:
-    """What the list says of a run that has ended.
+    """An entry of the list of runs that have ended.
 
     Attributes:
-        job: the run.
-        status: how it ended.
-        error: its sentence, if it has one.
-        verdict: in a word, if it came to one.
-        reason: why that verdict.
-        steps: optimizer steps taken; None where none is known.
+        steps: number of optimizer steps taken; None where it is unknown.
         kl: KL on harmless `test` prompts in nats per token, by `prompt` and `reply`.
         comparable: whether its tuned model was captured.
     """
@@ -45,7 +39,7 @@ class Row:
 
 
 def row(run: Job) -> Row:
-    """What the list says of a run; its result is read once."""
+    """A run's entry in the list; its result is read once."""
     try:
         stat = (run.path / "result.json").stat()
         summary = _summary(run.id, stat.st_mtime_ns, stat.st_size, run)

@@ -1,8 +1,4 @@
-"""The sidebar: which model, which prompts, which token, and the jobs that are under way.
-
-Model and prompts are each one box that both lists what is known and takes whatever is typed, because the known names
-are where people begin and their own folders and files are where they end up.
-"""
+"""The sidebar: which model, which prompts, which position, and the jobs that are under way."""
 
 from __future__ import annotations
 
@@ -24,7 +20,8 @@ def show() -> None:
     st.subheader("ES2 Workbench", anchor=False)
     choice = state.current()
     names, captured = artifacts.models()
-    _seed("model", choice.model)
+    for name in ("model", "prompts", "position"):
+        st.session_state[name] = getattr(choice, name)
     st.selectbox(
         "Model",
         names if choice.model in names else [choice.model, *names],
@@ -36,7 +33,6 @@ def show() -> None:
         "Those that are ready have embeddings on disk and come first.",
         on_change=_model_changed,
     )
-    _seed("prompts", choice.prompts)
     st.selectbox(
         "Prompts",
         _prompt_sources(choice.prompts),
@@ -50,7 +46,6 @@ def show() -> None:
     )
     if (leak := _leak(choice.prompts)) is not None:
         st.warning(text.markdown(leak))
-    _seed("position", choice.position)
     st.segmented_control(
         "Position",
         POSITIONS,
@@ -71,11 +66,6 @@ def show() -> None:
         )
     st.markdown("**Jobs**")
     jobs_panel.poll()
-
-
-def _seed(key: str, value: str) -> None:
-    """Set a widget to what is chosen, before it is drawn; its callback is the only way back."""
-    st.session_state[key] = value
 
 
 def _model_changed() -> None:

@@ -1,10 +1,7 @@
-"""What the person has chosen, kept in one place and mirrored in the address bar.
+"""What the user has chosen, kept in one place and mirrored in the address bar.
 
-A link must reopen a view, and a choice must survive another page, another layer and a redrawn chart. Streamlit forgets
-a widget's value when the widget is not drawn, and plotly forgets a selection when its figure changes, so neither is
-trusted with anything: the choice and the selection live under keys of our own, widgets are set from them before they
-are drawn and write back in callbacks. Links come from anywhere; whatever is wrong in one falls back to what is usual
-and says so in a quiet note.
+Streamlit forgets the value of a widget that is not shown, and plotly a selection when its figure changes. So the choice
+and the selection have keys of their own: widgets are set from them and write back in callbacks.
 """
 
 from __future__ import annotations
@@ -112,7 +109,7 @@ def read_link(link: Mapping[str, str]) -> tuple[Choice, list[str]]:
 
     layer = None
     if "layer" in link:
-        if link["layer"].isascii() and link["layer"].isdigit() and len(link["layer"]) < 6:
+        if re.fullmatch(r"[0-9]{1,5}", link["layer"]):
             layer = int(link["layer"])
         else:
             notes.append(f"The link asks for layer {link['layer'][:40]!r}, which is no number.")
@@ -133,15 +130,13 @@ def read_link(link: Mapping[str, str]) -> tuple[Choice, list[str]]:
 
 
 def open_link(check: Callable[[Choice], tuple[Choice, list[str]]], page: str = "") -> None:
-    """Read the choice from the address, when the session begins or the person went back or forward in the browser.
+    """Read the choice from the address, when the session begins or the browser went back or forward.
 
-    Going to another page empties the address; the choice stays.
-
-    A run that a widget caused never reads it: of two quick clicks the second arrives with the address from before the
-    first, and would undo it.
+    Going to another page empties the address; the choice stays. A run that a widget caused never reads it: of two quick
+    clicks the second arrives with the address from before the first, and would undo it.
 
     Args:
-        check: given what the link asks for, returns what of it exists, and a note for each thing that does not.
+        check: returns what exists of a choice, and a note for each thing that does not.
         page: the page's path; empty for the first.
     """
     link = st.query_params.to_dict()
@@ -162,14 +157,14 @@ def current() -> Choice:
 
 
 def update(**changes: Any) -> None:
-    """Callback: change some of the choice. With that, what was to be said about the link has been read."""
+    """Callback: change some of the choice. With that, the notes about the link have been read."""
     _acted()
     settle(**changes)
     st.session_state[_NOTES] = []
 
 
 def _acted() -> None:
-    """Every callback says that a widget caused this run."""
+    """Note, in every callback, that a widget caused this run."""
     st.session_state[_ACTED] = True
 
 
@@ -186,7 +181,7 @@ def settle(**changes: Any) -> Choice:
 
 
 def mirror() -> None:
-    """Write the choice to the address bar, where it differs from what stands there."""
+    """Write the choice to the address bar, where the two differ."""
     link = st.session_state[_CHOICE].to_link()
     own = {field: value for field, value in st.query_params.to_dict().items() if field in (*link, *_OPTIONAL)}
     if own != link:
@@ -197,13 +192,13 @@ def mirror() -> None:
 
 
 def note(sentence: str) -> None:
-    """Remember something about the link that the page should quietly say."""
+    """Add a note about the link, for the page to show."""
     if sentence not in st.session_state[_NOTES]:
         st.session_state[_NOTES].append(sentence)
 
 
 def notes() -> list[str]:
-    """What the page should quietly say about the link it was opened with."""
+    """The notes about the link that the page was opened with."""
     return list(st.session_state[_NOTES])
 
 
@@ -251,7 +246,7 @@ def habit(name: str, usual: Any) -> Any:
 
 
 def take_habit(name: str, value: Any) -> None:
-    """Callback: this is the choice from now on."""
+    """Callback: keep a choice that is a habit."""
     update()
     st.session_state[_HABITS] = {**st.session_state.get(_HABITS, {}), name: value}
 
@@ -263,7 +258,7 @@ def targets(model: str, usual: Sequence[int]) -> tuple[int, ...]:
 
 
 def take_targets(model: str, layers: Iterable[int]) -> None:
-    """Callback: these are the target layers of this model from now on."""
+    """Callback: keep the target layers of this model."""
     _acted()
     known = st.session_state.get(_TARGETS, {})
     st.session_state[_TARGETS] = known | {model: tuple(sorted(set(layers)))}

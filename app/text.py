@@ -1,13 +1,7 @@
-"""Text from outside, made safe for the three places that interpret it; and errors as sentences.
+"""Text from outside, made safe where Streamlit reads Markdown; durations in words; errors as sentences.
 
-Prompts, file names and error sentences come from users and data sets, and each place they are shown has a small
-language of its own: plotly's labels read HTML-like tags and entities, Streamlit's messages read Markdown, and a tooltip
-of 20,000 characters hides the chart. What is shown must be what was written, so everything passes through here on its
-way out.
-
-Page, sidebar and fragments each run in a `with sentences():` block, because a fragment that reruns by itself is outside
-whatever the page wrapped around it. What reaches a person is the error's own sentence; anything else is a bug, goes to
-the server's log, and Streamlit says that something went wrong.
+Page, sidebar and fragments each run in a `with sentences():` block, since a fragment that reruns by itself is outside
+of the page's block.
 """
 
 from __future__ import annotations

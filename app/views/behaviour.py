@@ -1,8 +1,6 @@
-"""What the models say: replies of base and tuned beside each other, and what became of the rates.
+"""Replies of base and tuned beside each other: the finding in a sentence, the rates, then every reply behind them.
 
-The first thing said is whether the tuned model refuses more, in a sentence that is the same whichever way it went. Then
-the rates with their intervals, and then every reply behind them, so that nobody has to believe a rule about refusals.
-Prompts and replies come from data sets and models: they are shown as text, never as Markdown, and cut until asked for.
+Prompts and replies come from data sets and models: they are shown as text, never as Markdown.
 """
 
 from __future__ import annotations
@@ -109,7 +107,7 @@ Cells = tuple[Term, Mapping[str, float] | None, Mapping[str, float] | None, Mapp
 
 
 def table_rows(refusal: Mapping[str, Any] | None, ability: Mapping[str, Any] | None) -> list[Cells]:
-    """What the table holds: a term, base, tuned and the change (of perplexity a ratio), None where there is none."""
+    """The table's rows: a term, base, tuned and the change (of perplexity a ratio), None where there is none."""
     found: list[Cells] = []
     for term in findings.TERMS:
         cells: list[Mapping[str, float] | None]
@@ -121,7 +119,7 @@ def table_rows(refusal: Mapping[str, Any] | None, ability: Mapping[str, Any] | N
             cells = [None, ability[term.name], None]
         else:
             continue
-        # Nobody fell silent: not worth a row.
+        # No reply is empty: not worth a row.
         if term.name.endswith("_empty") and not any(one and one["value"] > 0 for one in cells[:2]):
             continue
         if any(cells):
@@ -147,7 +145,7 @@ def _cells(term: Term, *cells: Mapping[str, float] | None) -> tuple[str, ...]:
 
 
 def _judge(judge: Mapping[str, Any]) -> None:
-    """The second opinion, where one was asked for."""
+    """A line about the judge."""
     parts = []
     if judge["agreement"] is not None:
         parts.append(f"agrees with the rules on {judge['agreement']:.0%} of {judge['n_judged']:,} replies")

@@ -1,8 +1,6 @@
-"""The comparison: what a fine-tune did to a model, the word for it first, then everything that leads to the word.
+"""The comparison: what a fine-tune did to a model, the verdict first, then everything that leads to it.
 
-The order is the order of doubt. A verdict and its reason; all layers before and after; the prompts of one layer under
-both models in one frame; the numbers behind the word with what changed beyond chance; and the prompts that moved most
-or stand on the wrong side. A selection belongs to prompts: it is marked in every figure and kept from layer to layer.
+A selection belongs to prompts: it is marked in every figure and kept from layer to layer.
 """
 
 from __future__ import annotations
@@ -49,8 +47,7 @@ def page() -> None:
     choice = with_layer(choice, comparison.analysis, comparison.targets[-1])
     layer = choice.layer or 0
     verdicts = {at.layer: comparison.verdict(at.layer) for at in comparison.analysis.layers}
-    # The pair is sent before what stands above it: it is what a person who opens the page or goes to another layer
-    # waits for, and the browser draws things in the order in which they come.
+    # The pair is sent before what is above it: the browser shows things in the order in which they come.
     top, above = st.container(key="top"), st.container(key="strips")
     controls = st.container(
         horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", key="pair_controls"
@@ -89,7 +86,7 @@ def page() -> None:
 
 
 def missing(choice: Choice) -> None:
-    """Say why there is nothing to compare, and what leads there."""
+    """Show why there is nothing to compare, and what leads there."""
     ended = [run for run in list_runs() if run.result() is not None]
     if choice.run is None and not ended:
         no_comparison(choice)
@@ -106,7 +103,7 @@ def missing(choice: Choice) -> None:
             st.markdown(f"This run is {run.status()} and has left nothing to compare; resume it, or choose another.")
             jobs_panel.ending(run)
             return
-        artifacts.prompts(run.config["prompts"])  # what is wrong with them is the sentence to show
+        artifacts.prompts(run.config["prompts"])  # their error is the sentence to show
         st.markdown(
             "What this comparison needs is not on disk for these prompts and this position, perhaps since the prompts "
             "changed; it is computed from the kept weights."

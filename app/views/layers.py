@@ -1,9 +1,6 @@
 """The base view: every layer at a glance, one layer in detail, and the prompts behind the points.
 
-It reads from top to bottom as a question does. The strip says where harmful and harmless are told apart and how surely;
-a click on it chooses a layer; below stand that layer's prompts in a plane, their distribution along the separating
-direction, and its numbers. A selection belongs to prompts, not to a chart: it is kept when the layer or the view
-changes, so a prompt can be followed through the model.
+A selection belongs to prompts, not to a chart: it is kept when the layer or the view changes.
 """
 
 from __future__ import annotations
@@ -221,13 +218,9 @@ def take_away(
 ) -> tuple[dict[str, canvas.Figure], dict[str, pd.DataFrame]]:
     """The charts and tables of the page, to be downloaded."""
     analysis, at = opened.analysis, opened.analysis.layers[layer]
-    figures_of_all = {
-        "Probe accuracy over layers": charts.accuracy_strip,
-        "Margins over layers": charts.margin_strip,
-    }
+    strips = {"Probe accuracy over layers": charts.accuracy_strip, "Margins over layers": charts.margin_strip}
     found = {
-        name: draw(analysis.layers, chosen=layer, recommended=analysis.recommended)
-        for name, draw in figures_of_all.items()
+        name: make(analysis.layers, chosen=layer, recommended=analysis.recommended) for name, make in strips.items()
     }
     for one in figures(choice, opened, state.tool(), layer):
         found[f"{VIEW_NAMES[choice.view]} at layer {layer}"] = one

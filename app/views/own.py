@@ -1,9 +1,7 @@
-"""One's own prompts, one's own request, one's own adapter.
+"""The user's own request, file of prompts and adapter.
 
-Sooner or later everybody asks what the model makes of *their* requests. A file is looked through row by row before
-anything is started, and kept under a name made from its content, so that jobs and links find it again. A single request
-is read by a process that holds the model (`es2.workflow.reader`) and shown layer by layer on the probes of what is on
-screen. An adapter that was trained elsewhere becomes a run like any other.
+A request is read by a process that holds the model (`es2.workflow.reader`) and shown layer by layer. A file is checked
+row by row and kept under a name made from its content. An adapter that was trained elsewhere becomes a run.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ _READINGS, _ASKED = "own_readings", "own_asked"
 
 
 def page() -> None:
-    """The three things that somebody brings along, below each other."""
+    """The three things that a user can bring, below each other."""
     st.header("Your own", anchor=False)
     with sentences():
         one_prompt(state.current())
@@ -131,7 +129,7 @@ def _wait() -> None:
 
 def _doing(reader: Job) -> str:
     progress = reader.progress()
-    return "Loading the model" if progress is None or progress["stage"] != "idle" else "PromptEmbeddings the request"
+    return "Loading the model" if progress is None or progress["stage"] != "idle" else "Reading the request"
 
 
 def _reading(reading: PromptEmbeddings, by_model: Mapping[str, Probes], choice: Choice, number: int) -> None:
@@ -229,7 +227,7 @@ def _counts(prompts: PromptSet) -> str:
 
 
 def keep(data: bytes, name: str) -> Path:
-    """Write an uploaded file below the home folder, under a name made from its own and its content.
+    """Write an uploaded file below the home folder, under a name made from its own and its content; returns its path.
 
     Raises:
         MachineError: when the disk refuses.

@@ -1,9 +1,7 @@
-"""The page of fine-tuning runs: start one, watch it, and find every former one again.
+"""The page of fine-tuning runs: start one, follow it, and find every former one again.
 
-Everything shown is read from the run folders, so a reload, a second tab and a restarted server show the same. When a
-run ends, whoever was looking at it is taken to the comparison, unless they are in the middle of something else. What
-has to be asked is asked in a dialog, and which one is open is remembered here: the page runs again by itself while runs
-are under way, and would close it.
+Everything is read from the run folders. Which dialog is open is kept here: the page runs again by itself while runs are
+under way, and would close it.
 """
 
 from __future__ import annotations
@@ -62,7 +60,7 @@ def page() -> None:
             )
     if not runs:
         st.markdown(
-            "A run is one fine-tune of a model: what it was told, how it went, and the adapter it left behind. "
+            "A run is one fine-tune of a model: its settings, how it went, and the adapter it left behind. "
             "Nothing was tuned yet. Two target layers are picked below and the settings are good to start with, so one "
             "click begins; the run goes on when this page is closed, and the comparison with the base opens when it "
             "is done."
@@ -82,7 +80,7 @@ def _set(name: str, value: object) -> None:
 
 
 def _open_what_ended(active: set[str]) -> None:
-    """Take whoever was watching a run that has just ended to its comparison; not those who do something else here."""
+    """Turn a page that followed a run which has just ended to its comparison, unless a form or a dialog is open."""
     followed = run_live.followed_until_now()
     if st.session_state.get(launch.OPEN, False) or st.session_state.get(_ASKED) is not None:
         return

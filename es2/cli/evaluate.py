@@ -40,6 +40,10 @@ def evaluate(settings: dict[str, Any], json_: AsJson = False) -> None:
     emit(result, json_, lambda: _show(result))
 
 
+def _cells(part: Mapping[str, Any], name: str) -> list[Mapping[str, float] | None]:
+    return [(part.get(model) or {}).get(name) for model in ("base", "tuned", "change")]
+
+
 def _show(result: Mapping[str, Any]) -> None:
     suite = result["suite"]
     for name, part in suite.items():
@@ -51,23 +55,18 @@ def _show(result: Mapping[str, Any]) -> None:
         out.print(f"Replies to {counts['harmful']} harmful and {counts['harmless']} harmless prompts of up to "
                   f"{result['settings']['new_tokens']} tokens.")  # fmt: skip
         for name in ("dsr", "harmful_degenerate", "harmful_empty", "over_refusal", "harmless_degenerate"):
-            cells = [(refusal[model] or {}).get(name) for model in ("base", "tuned", "change")]
-            table.add_row(name, *map(interval_cell, cells))
-        if refusal["judge"]:
-            judge = refusal["judge"]
+            table.add_row(name, *map(interval_cell, _cells(refusal, name)))
+        if judge := refusal["judge"]:
             for name in ("dsr", "over_refusal"):
-                cells = [(judge.get(model) or {}).get(name) for model in ("base", "tuned", "change")]
-                if any(cells):
-                    table.add_row(f"{name} (judge)", *map(interval_cell, cells))
+                if any(judged := _cells(judge, name)):
+                    table.add_row(f"{name} (judge)", *map(interval_cell, judged))
             if judge["problem"]:
                 out.print(judge["problem"])
     if (ability := suite.get("kl")) and "problem" not in ability:
         for name in ("kl_prompt", "kl_reply", "agreement"):
             table.add_row(name, "", interval_cell(ability[name]), "")
-        perplexity = ability["perplexity"]
-        table.add_row(
-            "perplexity of base's replies", interval_cell(perplexity["base"]), interval_cell(perplexity["tuned"]), ""
-        )
+        perplexity = (interval_cell(ability["perplexity"][model]) for model in ("base", "tuned"))
+        table.add_row("perplexity of base's replies", *perplexity, "")
     if table.row_count:
         out.print(table)
     if (attack := suite.get("perturbation")) and "problem" not in attack:
@@ -83,9 +82,9 @@ def _show(result: Mapping[str, Any]) -> None:
         needs = Table("layer", "p₀", "needed / ‖e‖ base", "tuned", "ratio")
         for record in attack["needed"]:
             if record["layer"] in attack["layers"]:
-                cells = [(record[model] or {}).get("relative") for model in ("base", "tuned")]
+                lengths = [(record[model] or {}).get("relative") for model in ("base", "tuned")]
                 ratio = (record["change"] or {}).get("relative_ratio")
-                needs.add_row(str(record["layer"]), f"{record['p0']:g}", *map(interval_cell, [*cells, ratio]))
+                needs.add_row(str(record["layer"]), f"{record['p0']:g}", *map(interval_cell, [*lengths, ratio]))
         out.print(needs)
     if result["note"]:
         out.print(result["note"])

@@ -1,9 +1,7 @@
-"""The command line: thin commands over `es2.workflow.prepare`.
+"""The command line: thin commands over `es2.workflow`.
 
-Every command takes `--json` and then prints exactly one JSON document on stdout, also when it fails; people get tables.
-Progress and warnings go to stderr. Everything a user can cause ends in one sentence and the exit code of its class
-(`es2.core.errors`), decided in `main` alone, so that no command needs error handling of its own. torch and transformers
-are imported by the commands that compute, not by `es2 --help`.
+With `--json` a command prints exactly one JSON document on stdout, also when it fails. `main` alone turns errors into
+sentences and exit codes. Commands import torch and transformers themselves, so that `es2 --help` does not.
 """
 
 from __future__ import annotations
@@ -122,7 +120,7 @@ def capture(
             report=report,
         )
     if captured is None:
-        return  # the first process of several tells
+        return  # the first process of several reports
     activations = captured.activations
 
     def show() -> None:
@@ -154,7 +152,7 @@ def analyze(
     dtype: Dtype = None,
     json_: AsJson = False,
 ) -> None:
-    """How well and how far harmful and harmless prompts are told apart, layer by layer, with intervals.
+    """How well and how far harmful and harmless prompts are separated, layer by layer, with intervals.
 
     With --run: of the tuned model, beside its base.
     """
@@ -186,11 +184,7 @@ def analyze(
         table = Table("layer", *(column.replace("_", " ") for column in columns))
         for layer in document["layers"]:
             mark = " ◀" if layer["layer"] in document["recommended"] else ""
-            cells = [layer[column] for column in columns]
-            table.add_row(
-                f"{layer['layer']}{mark}",
-                *map(interval_cell, cells),
-            )
+            table.add_row(f"{layer['layer']}{mark}", *(interval_cell(layer[column]) for column in columns))
         out.print(table)
         out.print(analysis.reason)
 
@@ -242,13 +236,13 @@ def open_app(context: typer.Context) -> None:
     """Open the workbench in the browser; further arguments go to Streamlit."""
     script = Path(__file__).resolve().parents[2] / "app" / "main.py"
     if not script.is_file():
-        raise InputError("The app stands beside the package in a clone of the project; run it from there.")
+        raise InputError("The app is beside the package in a clone of the project; run it from there.")
     os.execv(sys.executable, [sys.executable, "-P", "-m", "streamlit", "run", str(script), *context.args])
 
 
 @app.command(hidden=True)
 def job(folder: Path) -> None:
-    """Run the job that was laid down in FOLDER (what `es2.jobs.queue.launch` starts)."""
+    """Run the job that was created in FOLDER (what `es2.jobs.queue.launch` starts)."""
     from es2.jobs.running import run_job
     from es2.workflow.job_kinds import JOBS
 

@@ -1,7 +1,7 @@
 """Command-line options made from declared settings, and the tables of settings in the docs.
 
-A command takes a parameter named `settings`; `with_settings` puts an option for every declared setting in its place and
-hands the values over by name. `python -m es2.cli.options` prints docs/settings.md.
+`with_settings` replaces a command's parameter `settings` by an option for every declared setting, and passes the values
+by name. `python -m es2.cli.options` prints docs/settings.md.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ def with_settings(
     Args:
         settings: the declarations.
         leave_out: settings that the command has parameters of its own for, or decides itself.
-        left_open: settings that need not be given here though they have no default or another one, with what happens
-            then, for the help.
+        left_open: settings that need not be given here, with what happens then, for the help.
 
     Returns:
         The decorator. The command's parameter `settings` receives the values by name; a list is given with commas.

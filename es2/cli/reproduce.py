@@ -50,14 +50,13 @@ def reproduce(
 
 def _show(result: Mapping[str, Any]) -> None:
     layers = ", ".join(map(str, result["target_layers"]))
-    out.print(f"{result['model']}, {result['objective']} at layers {layers}, run {result['run']}.", markup=False)
-    out.print(f"{result['verdict']}. {result['verdict_reason']}", markup=False)
+    out.print(f"{result['model']}, {result['objective']} at layers {layers}, run {result['run']}.")
+    out.print(f"{result['verdict']}. {result['verdict_reason']}")
     for found in result["evaluations"]:
         counts = found["n_prompts"] or {"harmful": 0, "harmless": 0}
         out.print(
             f"\n{found['prompts']}: {counts['harmful']} harmful and {counts['harmless']} harmless requests, "
-            f"{found['n_steered'] or 0} steered, replies of up to {found['new_tokens']} tokens.",
-            markup=False,
+            f"{found['n_steered'] or 0} steered, replies of up to {found['new_tokens']} tokens."
         )
         rows = found["table"]
         attacks = Table(
@@ -74,5 +73,5 @@ def _show(result: Mapping[str, Any]) -> None:
         if any(row[name] for row in rows for name in _ABILITY):
             out.print(ability)
         for sentence in [*found["findings"], *found["problems"], *([found["note"]] if found["note"] else [])]:
-            out.print(sentence, markup=False)
-        out.print(f"Kept with its replies: {found['path']}", markup=False, soft_wrap=True)
+            out.print(sentence)
+        out.print(f"Kept with its replies: {found['path']}", soft_wrap=True)

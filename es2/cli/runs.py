@@ -25,11 +25,7 @@ if TYPE_CHECKING:
     from es2.prompts.prompt_set import PromptSet
 
 
-LayersOrRecommended = {"layers": "the two that `analyze` recommends"}
-"""What a command does without target layers."""
-
-
-@with_settings(FinetuneConfig, leave_out=("model",), left_open=LayersOrRecommended)
+@with_settings(FinetuneConfig, leave_out=("model",), left_open={"layers": "the two that `analyze` recommends"})
 def finetune(
     model: Model = DEFAULT_MODEL,
     prompts: Prompts = "builtin",
@@ -37,7 +33,7 @@ def finetune(
     settings: dict[str, Any],
     json_: AsJson = False,
 ) -> None:
-    """Fine-tune a model with ES2, compare it with its base on prompts it never saw, and say what became of it."""
+    """Fine-tune a model with ES2, compare it with its base on prompts it never saw, and print the verdict."""
     from es2.jobs.queue import create_job
     from es2.models.catalogue import resolve
     from es2.models.folders import model_folder
@@ -47,13 +43,12 @@ def finetune(
 
     prompt_set = load_prompts(prompts)
     with progress() as report:
-        # Everything is checked before anything heavy is done.
+        # Everything is checked before anything heavy is done, with other layers until there is a recommendation.
         spec = resolve(model)
         n_layers = count_layers(model_folder(spec, report))
         given, first_block = settings["layers"], settings["first_block"]
-        # Stand-ins until there is a recommendation.
-        stand_in = {} if given else {"layers": (0,), "first_block": None}
-        config = FinetuneConfig(**settings | {"model": spec.name} | stand_in)
+        until_then = {} if given else {"layers": (0,), "first_block": None}
+        config = FinetuneConfig(**settings | {"model": spec.name} | until_then)
         config.check(n_layers, prompt_set)
         if not given:
             base = prepare(model, prompt_set, device=config.device, dtype=config.dtype, report=report)
@@ -101,7 +96,7 @@ def import_(
 
 
 def _result_of(run: Job, report: Reporter) -> dict[str, Any]:
-    """Run a job that was laid down, in this process; raises the job's sentence when it comes to no result."""
+    """The result of a created job, run in this process; raises the job's sentence when it comes to none."""
     from es2.jobs.running import result_of, run_job
     from es2.workflow.job_kinds import JOBS
 
@@ -116,7 +111,7 @@ def _help_finetune(config: FinetuneConfig, prompts: PromptSet) -> None:
 
     from es2.training.finetune import finetune as tune
 
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the other process hears it too, and takes this one along
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the other process gets it too, and ends this one
     with tempfile.TemporaryDirectory() as folder:
         tune(config, prompts, Path(folder))
 

@@ -56,8 +56,5 @@ def report(
     from es2.workflow.compared import find_compared
 
     path = write_report(find_compared(run), out_file, force=force)
-    emit(
-        {"run": run, "path": str(path), "bytes": path.stat().st_size},
-        json_,
-        lambda: out.print(f"Report of run {run}: {path}", soft_wrap=True),
-    )
+    document = {"run": run, "path": str(path), "bytes": path.stat().st_size}
+    emit(document, json_, lambda: out.print(f"Report of run {run}: {path}", soft_wrap=True))

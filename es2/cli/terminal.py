@@ -1,7 +1,6 @@
 """What the commands share: options that mean the same everywhere, and how a result and progress are shown.
 
-A terminal obeys what it prints, and Rich has a markup of its own; names, prompts and errors come from anywhere. So the
-consoles here take every string as text, in a table too, and what is to look special is a `Text`.
+A terminal interprets control characters and Rich its own markup, so the consoles here take every string as text.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from es2.report.labels import plain
 
 
 class PlainConsole(Console):
-    """A console on which a string is what it reads like: no markup, no emoji codes, no control characters."""
+    """A console that prints strings literally: no markup, no emoji codes, no control characters."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **settings)

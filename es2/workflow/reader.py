@@ -1,9 +1,7 @@
-"""A process that keeps a model in memory and reads single prompts on request.
+"""A job that keeps a model in memory and reads single prompts on request, so that the model is loaded once.
 
-Loading a model takes seconds and a prompt a tenth of one, so whoever types prompts to see where they land should wait
-for the model once. The reader is a job like any other: it takes requests from files in its folder and answers with
-files, needs no port and no password, and is seen, cancelled and cleaned up like every job. Nobody has to remember to
-stop it: it ends by itself when it was not asked for a while, and gives the memory back.
+It takes requests from files in its folder and answers with files, without a port or a password, and ends by itself
+after a while without a request.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 
 KIND = "read"
 IDLE_SECONDS = 300.0
-"""So long after the last request the model is let go of."""
+"""Time after the last request at which the reader ends."""
 
 _POLL_SECONDS = 0.05
 _QUESTIONS, _ANSWERS = "questions", "answers"
@@ -52,7 +50,7 @@ class PromptEmbeddings:
         text: the prompt.
         base: by position, its embedding after every block under the base model.
         tuned: the same under the run's tuned model; None without a run.
-        n_tokens: how many tokens it has, the chat template's included.
+        n_tokens: number of tokens, the chat template's included.
     """
 
     text: str
@@ -75,7 +73,7 @@ def open_reader(model: str, run: str | None = None) -> Job:
 
 
 def ask(reader: Job, text: str) -> str:
-    """Put a prompt to a reader; the answer comes under the returned id.
+    """The id under which the reader will answer a prompt, which this writes for it.
 
     Raises:
         InputError: for an empty or a very long prompt.
@@ -127,11 +125,7 @@ def answer(reader: Job, id: str) -> PromptEmbeddings | None:
 
 
 def read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
-    """The job: load the models, answer until nobody asked for `IDLE_SECONDS`.
-
-    Returns:
-        How many questions were answered.
-    """
+    """The job: load the models and answer until `IDLE_SECONDS` pass without a request; returns how many it answered."""
     report("load", 0, 1)
     files = model_folder(resolve(config["model"]), report)
     tokenizer = load_tokenizer(files)
@@ -142,17 +136,15 @@ def read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str
     report("load", 1, 1)
     for name in (_QUESTIONS, _ANSWERS):
         (folder / name).mkdir(exist_ok=True)
-    answered, last = 0, time.monotonic()
-    told = 0.0
+    answered, last, reported = 0, time.monotonic(), 0.0
     while time.monotonic() - last < IDLE_SECONDS:
-        waiting = sorted((folder / _QUESTIONS).glob("*.json"))
-        for question in waiting:
+        for question in sorted((folder / _QUESTIONS).glob("*.json")):
             _answer(bridges, tokenizer, question, folder / _ANSWERS)
             answered += 1
             last = time.monotonic()
-        if time.monotonic() - told >= 1:
-            report("idle", 0, 0)  # raises when somebody asked the reader to stop
-            told = time.monotonic()
+        if time.monotonic() - reported >= 1:
+            report("idle", 0, 0)  # raises when the reader was cancelled
+            reported = time.monotonic()
         time.sleep(_POLL_SECONDS)
     return {"answered": answered}
 

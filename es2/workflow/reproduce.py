@@ -1,8 +1,7 @@
 """The paper's protocol from end to end: capture and analyse, fine-tune, evaluate base against tuned, one table.
 
-Nothing is computed here. Every step is what `es2 analyze`, `es2 finetune` and `es2 evaluate` do, with settings from one
-TOML file, and is looked for on disk first: an interrupted reproduction goes on where it was, and one that was finished
-is read. What the file leaves out is a shipped default, so the file says what a reproduction means and nothing else.
+Every step is that of `es2 analyze`, `es2 finetune` or `es2 evaluate`, with settings from one TOML file. Each is looked
+for on disk first, so an interrupted reproduction goes on where it was.
 """
 
 from __future__ import annotations
@@ -58,14 +57,7 @@ class Sources(Settings):
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a config file says.
-
-    Attributes:
-        name: the file, or one of `SHIPPED`.
-        sources: which models and prompts.
-        finetune: settings of the fine-tune; without layers, those that the analysis of the base recommends.
-        evaluate: settings of the evaluations.
-    """
+    """The content of a config file; a fine-tune without layers has those that the analysis of the base recommends."""
 
     name: str
     sources: Sources
@@ -90,11 +82,9 @@ def protocol_for(model: str) -> Protocol:
 
 
 def read_protocol(source: str) -> Protocol:
-    """Read a config.
+    """The protocol in one of `SHIPPED`, or in a TOML file.
 
-    Args:
-        source: one of `SHIPPED`, or the path of a TOML file: settings of `Sources`, and the tables `finetune` and
-            `evaluate` with settings of `FinetuneConfig` and `EvaluateConfig`.
+    The file has settings of `Sources`, and the tables `finetune` and `evaluate` with those of the two configs.
 
     Raises:
         InputError: when it cannot be read, or a setting is unknown or cannot be.
@@ -141,12 +131,7 @@ def _read(settings: type[S], table: Mapping[str, Any], where: str) -> S:
 
 
 def reproduce(protocol: Protocol, model: str, report: Reporter = silent) -> dict[str, Any]:
-    """Go through the protocol with one model.
-
-    Args:
-        protocol: what to do.
-        model: a catalogue name, a Hub id, a folder or a `.gguf` file.
-        report: told about progress of every step; it may raise to stop.
+    """Go through the protocol with one model; `report` may raise to stop.
 
     Returns:
         JSON values: the run with its verdict, and `evaluations`, one for each source of prompts: its `table`

@@ -1,7 +1,6 @@
-"""Fine-tuning runs as others use them: found by id, asked for their weights, exported.
+"""Fine-tuning runs as others use them: found by id, with their weights, exported.
 
-A run is a job whose folder also holds what it trained. This module knows the folder and nothing of training, so the
-command line can list, show and export runs without importing torch (except to merge).
+A run is a job whose folder also holds what it trained. This module imports torch only to merge.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 from safetensors import SafetensorError
@@ -40,13 +38,9 @@ from es2.models.loading import load_tokenizer, load_tuned
 from es2.models.model_files import save_tokenizer
 from es2.training.config import FinetuneConfig
 
-if TYPE_CHECKING:
-    from es2.training.config import FinetuneConfig
-
-
 KIND = "finetune"
 SHOWCASE = "showcase"
-"""What the shipped run is called in links and commands, whatever its id."""
+"""The name of the shipped run in links and commands."""
 ADAPTER, WEIGHTS = "adapter", "weights.safetensors"
 
 

@@ -1,12 +1,7 @@
 """The showcase: a small real before and after that a fresh clone opens on, without a model, a download or a job.
 
-Someone who has just cloned the project should see a true comparison within seconds, so one is committed: the default
-model, the built-in prompts, the shipped settings. It is an ordinary run with ordinary activation sets, kept in the
-same two folders as any other, below a root of its own that is only read (`es2.core.files.shipped`): what opens a run
-opens it. Two things are less than usual. The run's weights are left out. And since embeddings of all measured prompts
-would be too much for a repository, the sets hold those of a part, in half precision; their `meta.json` says of which
-set they are a `part_of`. The part is chosen by hash, not by looks. The analysis beside it is the one of all measured
-prompts, and the UMAP was fitted on all of them.
+It is an ordinary run without weights, below a read-only root (`es2.core.files.shipped`). Its activation sets hold a
+part of the prompts, chosen by hash, in half precision; the analysis and the UMAP are of all measured prompts.
 """
 
 from __future__ import annotations
@@ -49,7 +44,7 @@ if TYPE_CHECKING:
 NAME = "Showcase"
 POSITION = "last"
 LIMIT_BYTES = 19_500_000
-"""Of everything in the folder. The promise is 20 MB; a repository keeps every version for ever."""
+"""Of everything in the folder; a repository keeps every version for ever."""
 
 _HALF_BELOW = 3e4
 _MARGIN_BYTES = 2**16  # headers, digests and meta data of a few files
@@ -67,7 +62,7 @@ def build(
     limit: int = LIMIT_BYTES,
     report: Reporter = silent,
 ) -> Compared:
-    """Make the showcase anew and put it in the place of the old one, which stays until the new one is whole.
+    """Make the showcase anew; the old one stays until the new one is whole. Returns what `find_compared` reads from it.
 
     Args:
         run: a finished run to take, of this model, these prompts and these settings; without it one is made.
@@ -75,11 +70,8 @@ def build(
         prompts: the source of the prompts, as `load_prompts` takes it.
         settings: of the fine-tune, all but `layers` and `model`; the shipped ones if not given. The target layers are
             those that the analysis of the base recommends.
-        limit: bytes that the folder may take.
-        report: told about progress.
-
-    Returns:
-        What `find_compared` reads from the new folder, `shipped()`.
+        limit: number of bytes that the folder may take.
+        report: takes the progress.
 
     Raises:
         InputError: for a run that is another one or has no result, or when not even one pair of each split fits.
@@ -154,17 +146,17 @@ def write(
     umap: UmapCoordinates,
     limit: int = LIMIT_BYTES,
 ) -> None:
-    """Fill a folder with all of a run that is shipped.
+    """Fill the empty folder `new` with all of a run that is shipped.
 
     Args:
-        new: the folder, empty.
+        new: the folder.
         run: the run, with a result.
-        config: what its `config.json` is to say of its settings.
+        config: the settings for its `config.json`.
         measured: its measured prompts.
         models: their embeddings under base and tuned.
         analysis: of both.
         umap: of both in common maps.
-        limit: bytes that the folder may take.
+        limit: number of bytes that the folder may take.
 
     Raises:
         InputError: when not even one pair of each split fits.
@@ -193,7 +185,7 @@ def write(
 
 
 def _write_run(folder: Path, run: Job, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a run's folder without weights and without what tells of the machine; returns what `result.json` says."""
+    """Write a run's folder without weights and without names of the machine; returns the content of `result.json`."""
     end, events = read_json(run.path / "result.json"), run.events()[0]
     if end is None or end.get("result") is None:
         raise InputError(f"Run {run.id} was removed; leave --run away and `es2 showcase` makes one.")
@@ -211,8 +203,7 @@ def _write_run(folder: Path, run: Job, config: Mapping[str, Any]) -> dict[str, A
 def choose_pairs(prompts: PromptSet, n_prompts: int) -> Bool[np.ndarray, "prompt"]:
     """Whole pairs of `test` and `probe`, at most `n_prompts` prompts, each split in proportion to its size.
 
-    Within a split pairs come in the order of their stable hash, so a smaller part lies within a larger one and nobody
-    has picked them.
+    Within a split pairs come in the order of their stable hash, so a smaller part lies within a larger one.
 
     Raises:
         InputError: when there is no room for a pair of each split.
