@@ -91,7 +91,7 @@ def prompts(source: str) -> PromptSet:
             stat = Path(source).stat()
             stamp = (stat.st_mtime_ns, stat.st_size)
         except (OSError, ValueError):
-            stamp = None  # load_prompts says what is wrong with it
+            stamp = None  # load_prompts raises what is wrong with it
     return _prompts(source, stamp)
 
 
@@ -186,7 +186,7 @@ def _margins(key: tuple[str, ...], layer: int, _shown: Opened | Comparison) -> t
 def view(
     shown: Opened | Comparison, layer: int, kind: str, *, fit_on: FitOn = "base", raw: bool = False
 ) -> View | None:
-    """Where each prompt stands in each model, in one frame; None for UMAP coordinates that were not computed yet.
+    """Where each prompt is in each model, in one frame; None for UMAP coordinates that were not computed yet.
 
     Args:
         shown: one model, or two.
@@ -256,7 +256,7 @@ def of_run(choice: Choice) -> dict[str, Any]:
         config = open_run(choice.run).config
         return {"model": str(config["model"]), "prompts": str(config["prompts"])}
     except (Es2Error, KeyError):
-        return {}  # the page says that there is no such run
+        return {}  # the page shows that there is no such run
 
 
 def _comparison(run: Job, against: Job | None, position: str) -> Comparison | None:
@@ -264,7 +264,7 @@ def _comparison(run: Job, against: Job | None, position: str) -> Comparison | No
     try:
         prompt_set = prompts(str(run.config.get("prompts", Choice.prompts))).measured()
     except Es2Error:
-        return None  # its file is gone or broken; the list of runs says so
+        return None  # its file is gone or broken, as the list of runs shows
     try:
         found = compared.find_comparison(run, prompt_set, position, against, keep=_keep, find=_analysis)
     except compared.AbsentError:

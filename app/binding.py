@@ -38,7 +38,7 @@ def warn() -> None:
 @st.cache_resource(show_spinner=False)
 def _logged(where: str) -> str:
     sentence = (
-        f"This server listens on {where} and has no password: whoever reaches it can read, start and delete what you "
+        f"This server listens on {where} and has no password: every visitor can read, start and delete what you "
         "can. Start it without --server.address, and use an SSH tunnel to reach it from elsewhere."
     )
     logger.warning("%s", sentence)

@@ -21,7 +21,7 @@ from es2.jobs.job import Job
 from es2.models.machine import this_machine
 from es2.models.shape import Shape
 from es2.prompts.benchmarks import absolute_source, is_benchmark
-from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet
+from es2.prompts.prompt_set import HARMFUL, HARMLESS
 from es2.workflow.derived import find_activations
 from es2.workflow.evaluate import KIND
 from es2.workflow.evaluation_plan import Sample, evaluation_seconds
@@ -31,11 +31,11 @@ FORM = "evaluation_form"
 SUITE_NAMES = {"all": "All", "refusal": "Refusals", "kl": "Ability", "perturbation": "Attacks"}
 
 CHOSEN = "evaluation_chosen"
-"""The session's key for which evaluation of each run is looked at."""
+"""The session's key for which evaluation of each run is shown."""
 
 
 def form(run: Job, choice: Choice, suite: str, tokens_per_second: float | None) -> None:
-    """Draw the form for a run with weights, the prompts of the choice and `suite` preset.
+    """Render the form for a run with weights, the prompts of the choice and `suite` preset.
 
     `tokens_per_second` is the speed of an earlier evaluation here; None before one.
     """
@@ -75,7 +75,8 @@ def _expectation(config: EvaluateConfig, run: Job, tokens_per_second: float | No
         InputError: for prompts that cannot be used at all.
     """
     notes = []
-    if _is_remote(config.prompts):
+    source = config.prompts
+    if source.startswith("hf:") or (is_benchmark(source) and ":" not in source):
         sample = Sample(config.limit, config.limit, config.steering_limit, 0, 80.0)
         notes.append("The prompts are fetched from the Hub when it starts, so at most:")
     else:
@@ -99,12 +100,8 @@ def _expectation(config: EvaluateConfig, run: Job, tokens_per_second: float | No
     return " ".join(text.markdown(part) for part in (*notes, words))
 
 
-def _is_remote(source: str) -> bool:
-    return source.startswith("hf:") or (is_benchmark(source) and ":" not in source)
-
-
 def _sample(config: EvaluateConfig, run: Job) -> tuple[Sample, list[str]]:
-    """What the evaluation will be made of, and why a part of it cannot be."""
+    """The prompts of the evaluation, and why a part of it cannot be measured on them."""
     prompts = artifacts.prompts(config.prompts)
     try:
         tuned_on = artifacts.prompts(str(run.config.get("prompts", "builtin")))
@@ -116,7 +113,7 @@ def _sample(config: EvaluateConfig, run: Job) -> tuple[Sample, list[str]]:
     harmful, harmless = (int((sample.labels == label).sum()) for label in (HARMFUL, HARMLESS))
     if "kl" in config.suites and not harmless:
         _cannot("These prompts hold no harmless one, so there is no ability to measure.", config, problems)
-    found = Sample(harmful, harmless, 0, 0, _characters(sample))
+    found = Sample(harmful, harmless, 0, 0, characters=sum(map(len, sample.texts)) / max(len(sample), 1))
     if "perturbation" not in config.suites:
         return found, problems
     try:
@@ -134,11 +131,7 @@ def _sample(config: EvaluateConfig, run: Job) -> tuple[Sample, list[str]]:
 
 
 def _cannot(sentence: str, config: EvaluateConfig, problems: list[str]) -> None:
-    """Refuse what was asked for alone; of a whole evaluation the rest goes on."""
+    """Refuse a suite that is asked for alone; of a whole evaluation the rest goes on."""
     if config.suite != "all":
         raise InputError(sentence)
     problems.append(sentence)
-
-
-def _characters(prompts: PromptSet) -> float:
-    return sum(map(len, prompts.texts)) / max(len(prompts), 1)

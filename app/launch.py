@@ -45,7 +45,7 @@ STAGE_NAMES = {
 
 
 def form(choice: Choice) -> None:
-    """Draw the form for the model and the prompts of the choice; starting leads to the page of runs."""
+    """Render the form for the model and the prompts of the choice; starting leads to the page of runs."""
     with st.container(border=True, key="launch"):
         st.subheader("Fine-tune with ES2", anchor=False)
         prompts = artifacts.prompts(choice.prompts)
@@ -76,7 +76,7 @@ def form(choice: Choice) -> None:
 def _config(
     choice: Choice, layers: tuple[int, ...], n_layers: int, prompts: PromptSet
 ) -> tuple[FinetuneConfig | None, str]:
-    """Draw the settings; returns what they make of the choice, or None and what is wrong, in a sentence."""
+    """Render the settings; returns the config, or None and what is wrong, in a sentence."""
     widgets = SettingsForm(FinetuneConfig, "launch", {"method": METHOD_NAMES})
     spec = resolve(choice.model)
     model = spec.location if spec.kind in ("folder", "gguf") else spec.name
@@ -136,7 +136,7 @@ def target_layers(choice: Choice, model: str, prompts: PromptSet, n_layers: int)
     if analysis is None:
         st.caption(
             "The base model is not analysed for these prompts yet, so the preset is a guess by depth. *Capture and "
-            "analyse* on the page Layers first to see how well each layer tells the labels apart, and which two are "
+            "analyse* on the page Layers first to see how well each layer separates the labels, and which two are "
             "recommended."
         )
     return layers

@@ -49,7 +49,7 @@ def page(name: str) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Draw the sidebar and the chosen page; the address follows the choice."""
+    """Render the sidebar and the chosen page; the address follows the choice."""
     known = {
         name: st.Page(page(name), title=title, icon=f":material/{icon}:", default=name == "compare")
         for name, title, icon in PAGES

@@ -114,12 +114,12 @@ def card(prompts: PromptSet, row: int, margins: Margins) -> None:
         for shown in (row, *(twin for _, twin in projection_chart.twins_of(prompts, [row]))):
             name = LABEL_NAMES[int(prompts.labels[shown])]
             head = name if shown == row else f"its twin, {name}"
-            stands = (
+            sides = (
                 f"{column} {values[shown]:+.4f}, on the "
                 f"{'correct' if own_side(prompts, values)[shown] > 0 else 'wrong'} side"
                 for column, values in margins.items()
             )
-            st.caption(f"**{head}** · {' · '.join(stands)}")
+            st.caption(f"**{head}** · {' · '.join(sides)}")
             st.text(prompts.texts[shown], width="stretch")
 
 

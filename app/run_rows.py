@@ -71,7 +71,7 @@ def _summary(id: str, mtime_ns: int, size: int, _run: Job) -> dict[str, Any]:
 
 
 def about(job: Job, steps: int | None = None) -> str:
-    """A run in one line of Markdown, without what the title of a run without a name says."""
+    """A run in one line of Markdown, without what the title of an unnamed run already has."""
     config = job.config
     model, prompts = str(config.get("model", "")), str(config.get("prompts", ""))
     method = METHOD_NAMES.get(str(config.get("method")), "")

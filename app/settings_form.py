@@ -1,6 +1,6 @@
 """Widgets for declared settings: which one, its label, help, bounds and default come from the declaration.
 
-`app.state` keeps the values, since a form is not drawn on every page. The settings themselves refuse a wrong value, as
+`app.state` keeps the values, since a form is not on every page. The settings themselves refuse a wrong value, as
 on the command line.
 """
 
@@ -34,7 +34,7 @@ class SettingsForm:
     names: Mapping[str, Mapping[str, str]]
 
     def group(self, group: str, per_row: int = PER_ROW) -> dict[str, Any]:
-        """Draw all settings of a group in rows; returns their values, lists as the text that was typed."""
+        """Render all settings of a group in rows; returns their values, lists as the text that was typed."""
         names = [name for name, field in self.settings.model_fields.items() if extra(field, "group") == group]
         values: dict[str, Any] = {}
         for start in range(0, len(names), per_row):
@@ -45,7 +45,7 @@ class SettingsForm:
         return values
 
     def one(self, name: str, usual: Any = None) -> Any:
-        """Draw one setting and return its value.
+        """Render one setting and return its value.
 
         Args:
             name: the setting.
@@ -78,7 +78,7 @@ def start_button(label: str, key: str, *, disabled: bool) -> bool:
 def _widget(
     field: FieldInfo, kind: Any, may_be_open: bool, names: Mapping[str, str], arguments: Mapping[str, Any]
 ) -> None:
-    """Draw the widget that suits a setting."""
+    """Render the widget that suits a setting."""
     label = extra(field, "label")
     choices, suggestions = extra(field, "choices"), extra(field, "suggestions")
     if entry_kind(kind) is not None:

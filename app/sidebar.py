@@ -16,7 +16,7 @@ _ENTRIES = {entry.name: entry for entry in CATALOGUE}
 
 
 def show() -> None:
-    """Draw the sidebar's choices; the jobs follow at its end."""
+    """Render the sidebar's choices; the jobs follow at its end."""
     st.subheader("ES2 Workbench", anchor=False)
     choice = state.current()
     names, captured = artifacts.models()
@@ -90,11 +90,11 @@ def _prompts_changed() -> None:
 
 
 def _leak(source: str) -> str | None:
-    """The warning of prompts that stand nearly alike in two splits."""
+    """The warning of prompts that are nearly alike in two splits."""
     try:
         return artifacts.prompts(source).leak
     except Es2Error:
-        return None  # the page says what is wrong with them
+        return None  # the page shows what is wrong with them
 
 
 def _prompt_sources(chosen: str) -> list[str]:

@@ -35,7 +35,7 @@ _TARGETS = "launch_targets"
 
 @dataclass(frozen=True)
 class Choice:
-    """What is looked at.
+    """What the pages show.
 
     Attributes:
         model: a catalogue name, Hub id, or the absolute path of a folder or `.gguf` file.
@@ -45,8 +45,8 @@ class Choice:
         view: one of `VIEWS`.
         others: whether prompts of other splits than `test` are shown too.
         run: the id of the run that is compared; None for the newest that can be.
-        against: the id of the run that stands in the place of base; None for base itself.
-        arrangement: how base and tuned are drawn, one of `ARRANGEMENTS`.
+        against: the id of the run that takes the place of base; None for base itself.
+        arrangement: of base and tuned, one of `ARRANGEMENTS`.
         fit_on: what the axes are fitted on, one of `FITS`.
         raw: whether lengths are the models' own rather than divided by each model's scale.
     """
@@ -216,7 +216,7 @@ def pick_layer(key: str) -> None:
 
 
 def pick_prompts(key: str, digest: str) -> None:
-    """Callback of a projection: select the prompts that were clicked or drawn around, in whichever of its plots."""
+    """Callback of a projection: select the prompts that were clicked or encircled, in any of its plots."""
     _acted()
     rows = st.session_state[key].get("selected") or ()
     if rows:

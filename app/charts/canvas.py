@@ -118,7 +118,7 @@ LAYERS = "layer (residual stream after the block)"
 
 
 def layer_axis(n_layers: int, words: str | None = LAYERS) -> dict[str, Any]:
-    """The x axis of everything that is drawn over layers, so that charts above each other line up."""
+    """The x axis of every figure over layers, so that charts above each other line up."""
     return {
         "range": [-0.6, n_layers - 0.4],
         "title": title(words),

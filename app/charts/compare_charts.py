@@ -1,8 +1,4 @@
-"""Figures of two models: pure functions from numbers to plotly figures, which know nothing of Streamlit.
-
-Before and after share every ruler: one range for both axes whatever is drawn, one scale for both histograms. Base and
-tuned have colours of their own; where labels are told apart, colour means the label, and place, size or row the model.
-"""
+"""Figures of two models over layers: pure functions from numbers to plotly figures, which know nothing of Streamlit."""
 
 from __future__ import annotations
 
@@ -133,7 +129,7 @@ def overview(
                 "symbol": ["square" if one else "circle" for one in sure],
                 "size": [size if one else 4 for one in sure],
                 "color": [
-                    _cell_colour(_strength(term.name, change)) if one else canvas.translucent(canvas.NEUTRAL, 0.6)
+                    _cell_colour(term.name, change) if one else canvas.translucent(canvas.NEUTRAL, 0.6)
                     for (_, _, _, term, change), one in zip(cells, sure, strict=True)
                 ],
                 "line": {"width": 0},
@@ -192,11 +188,6 @@ def is_change(change: Change) -> bool:
     return change.difference.low > ROUNDING or change.difference.high < -ROUNDING
 
 
-def _cell_colour(strength: float) -> str:
-    """The colour of the model that has more, the fuller the larger the change."""
-    return canvas.translucent(MODEL_COLOURS[int(strength > 0)], 0.25 + 0.75 * abs(strength))
-
-
 def change_of(tuned: LayerNumbers, name: str) -> Change:
     """What the fine-tune did to a number of this layer, also to those that compare by themselves."""
     if name not in COMPARES:
@@ -206,11 +197,13 @@ def change_of(tuned: LayerNumbers, name: str) -> Change:
     return Change(difference, None if name == "direction_cosine" else number)
 
 
-def _strength(name: str, change: Change) -> float:
-    """How large a change is, from −1 to 1."""
+def _cell_colour(name: str, change: Change) -> str:
+    """The colour of the model that has more, the fuller the larger the change."""
     if change.ratio is None:
-        return float(np.clip(change.difference.value / FULL_DIFFERENCES[name], -1, 1))
-    return float(np.clip(np.log(max(change.ratio.value, 1e-6)) / np.log(FULL_FACTOR), -1, 1))
+        size = change.difference.value / FULL_DIFFERENCES[name]
+    else:
+        size = np.log(max(change.ratio.value, 1e-6)) / np.log(FULL_FACTOR)
+    return canvas.translucent(MODEL_COLOURS[int(size > 0)], 0.25 + 0.75 * min(1.0, abs(float(size))))
 
 
 def _both(analysis: Analysis) -> tuple[Sequence[LayerNumbers], Sequence[LayerNumbers]]:

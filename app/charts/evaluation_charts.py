@@ -59,7 +59,7 @@ def rates(refusal: Numbers | None, ability: Numbers | None) -> canvas.Figure:
                 mode="markers",
                 marker=_marker(model, 9),
                 error_x=_bars([number for _, _, number in points], model),
-                hovertext=[f"{title}, {model}: {_words(number)}" for _, title, number in points],
+                hovertext=[f"{title}, {model}: {in_words(number)}" for _, title, number in points],
             )
         )
     return canvas.figure(
@@ -80,11 +80,6 @@ def rates(refusal: Numbers | None, ability: Numbers | None) -> canvas.Figure:
 # ------------------------------------------------------------------------------------------------------------- attacks
 
 
-def budgets_of(attack: Numbers) -> list[float]:
-    """The budgets that were steered with, ascending, 0 for no steering first."""
-    return sorted({point["budget"] for point in attack["curve"] if point["budget"] is not None})
-
-
 def directions_of(attack: Numbers) -> list[str]:
     """The directions that were steered along, in the order of reading."""
     steered = {point["direction"] for point in attack["curve"]} - {"none"}
@@ -93,9 +88,9 @@ def directions_of(attack: Numbers) -> list[str]:
 
 def curve(attack: Numbers, rate: str, title: str) -> canvas.Figure:
     """A rate (`dsr`, `degenerate`, `answered`) against the budget, a panel for each direction; budget 0 is none."""
-    budgets, directions = budgets_of(attack), directions_of(attack)
-    place = {budget: at for at, budget in enumerate(budgets)}
     points = {(point["direction"], point["budget"]): point for point in attack["curve"] if point["budget"] is not None}
+    budgets, directions = sorted({budget for _, budget in points}), directions_of(attack)
+    place = {budget: at for at, budget in enumerate(budgets)}
     traces = []
     for panel, direction in enumerate(directions):
         for index, model in enumerate(MODELS):
@@ -116,7 +111,7 @@ def curve(attack: Numbers, rate: str, title: str) -> canvas.Figure:
                     error_y=_bars([number for _, number in found], model),
                     legendgroup=model,
                     showlegend=panel == 0,
-                    hovertext=[f"{called}, budget {budget:g}: {_words(number)}" for budget, number in found],
+                    hovertext=[f"{called}, budget {budget:g}: {in_words(number)}" for budget, number in found],
                 )
             )
     axis = _step_axis([f"{budget:g}" for budget in budgets])
@@ -328,8 +323,9 @@ def _bars(numbers: Sequence[Interval], model: str) -> dict[str, Any]:
     return canvas.error_bars(numbers, canvas.translucent(MODEL_COLOURS[model], 0.6))
 
 
-def _words(number: Interval) -> str:
-    return f"{number.value:.2f} ({number.low:.2f} to {number.high:.2f})"
+def in_words(number: Interval, digits: int = 2) -> str:
+    """A number with its interval."""
+    return f"{number.value:.{digits}f} ({number.low:.{digits}f} to {number.high:.{digits}f})"
 
 
 def _needed_words(record: Numbers, model: str) -> str:
@@ -337,13 +333,13 @@ def _needed_words(record: Numbers, model: str) -> str:
     relative, easier, already = (interval_of(of[name]) for name in ("relative", "relative_q1", "already"))
     rows = [
         f"<b>layer {record['layer']}, {model}</b>",
-        f"mean {relative.value:.3f} ({relative.low:.3f} to {relative.high:.3f})",
+        f"mean {in_words(relative, 3)}",
         f"easier quarter {easier.value:.3f}",
         f"need no perturbation: {already.value:.0%}",
     ]
     if record["change"] is not None:
         ratio = interval_of(record["change"]["relative_ratio"])
-        rows.append(f"tuned / base ×{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})")
+        rows.append(f"tuned / base ×{in_words(ratio)}")
     return "<br>".join(rows)
 
 

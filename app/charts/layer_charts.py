@@ -64,7 +64,7 @@ def strip(
 
     Args:
         layers: the numbers, in the order of the layers.
-        traces: what is drawn, the answering line last.
+        traces: bands and lines, the answering line last.
         hover: a text for each layer.
         chosen: the layer to mark by a vertical line.
         marked: the layers to mark by a triangle.

@@ -1,7 +1,6 @@
 """Figures of one layer's prompts under both models: pure functions that know nothing of Streamlit.
 
-Before and after share every ruler: one range for both axes whatever is drawn, one scale for both histograms. Where
-labels are told apart, colour means the label, and place, size or row the model.
+Both models have the same axes. Colour means the label, and place, size or row the model.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def pair(
     """The prompts of one layer under both models, in one frame.
 
     Args:
-        view: where each prompt stands in either; has `tuned`.
+        view: where each prompt is in either; has `tuned`.
         prompts: the prompt set, in the order of the view's rows.
         margins: of base and tuned, for the hover texts.
         names: of the models.
@@ -167,7 +166,7 @@ def histograms(
 
 
 def _axis(words: str) -> str:
-    """An axis title that fits half of the page: what stands in brackets goes below."""
+    """An axis title that fits half of the page: words in brackets go below."""
     return wording.label(words).replace(" (", "<br>(", 1)
 
 

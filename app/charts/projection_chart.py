@@ -45,7 +45,7 @@ def projection(
     """The prompts of one layer in a plane, coloured by label; test prompts filled, other splits hollow.
 
     Args:
-        view: where each prompt stands; `separation`, `pca` or `umap`.
+        view: where each prompt is; `separation`, `pca` or `umap`.
         prompts: the prompt set, in the order of the view's rows.
         margins: signed distance of each prompt to the probe's boundary, + on the harmful side, for the hover text.
         others: whether to show the other splits too.
@@ -74,7 +74,7 @@ def projection(
 
 
 def groups_of(prompts: PromptSet, others: bool) -> list[tuple[int, bool, Int[np.ndarray, "row"]]]:
-    """What is drawn alike, the hollow first: the label, whether it is of another split than test, and its rows."""
+    """Rows with the same marker, the hollow first: the label, whether they are of another split than test, the rows."""
     test = prompts.in_split("test")
     return [
         (label, hollow, np.flatnonzero((test != hollow) & (prompts.labels == label)))

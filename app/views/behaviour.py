@@ -50,7 +50,7 @@ NO_CHANGE = ("agreement", "kl_prompt", "kl_reply")
 
 
 def page() -> None:
-    """Draw the page for the current choice, or what leads there."""
+    """Render the page for the current choice, or what leads there."""
     found = evaluations.opened(INTRO, ("refusal", "kl"))
     if found is None:
         return
@@ -248,7 +248,7 @@ def take_away(evaluation: Evaluation) -> tuple[dict[str, exports.Figure], dict[s
         }
         for term, *cells in table_rows(refusal, ability)
     ]
-    said = [
+    rows = [
         {name: row[name] for name in ("prompt", "label", "category")}
         | {
             f"{model} {entry}": row[model][entry]
@@ -259,6 +259,6 @@ def take_away(evaluation: Evaluation) -> tuple[dict[str, exports.Figure], dict[s
         for row in evaluation.rows("refusal")
     ]
     tables = {"Rates and ability": pd.DataFrame(rates)}
-    if said:
-        tables["Replies"] = pd.DataFrame(said)
+    if rows:
+        tables["Replies"] = pd.DataFrame(rows)
     return {"Rates of replies": evaluation_charts.rates(refusal, ability)}, tables

@@ -37,7 +37,7 @@ SELECTED_HEIGHT = 300
 
 
 def page() -> None:
-    """Draw the page for the current choice, or what leads there."""
+    """Render the page for the current choice, or what leads there."""
     link_notes()
     choice = state.current()
     comparison = artifacts.find_comparison(choice)
@@ -133,14 +133,14 @@ def header(comparison: Comparison, layer: int) -> None:
         )
         st.subheader(f"{text.markdown(comparison.base.model)} · {text.markdown(what)}", anchor=False)
         n_test = sum(analysis.n_prompts["test"].values())
-        drawn = int(comparison.prompts.in_split("test").sum())
+        n_shown = int(comparison.prompts.in_split("test").sum())
         targets = ", ".join(map(str, comparison.targets))
         parts = [
             f"ES2 at {'layer' if len(comparison.targets) == 1 else 'layers'} {targets}",
             f"{config['objective']}, {config['method']}, {comparison.result['steps']} steps",
             f"prompts: {comparison.prompts.name}",
             f"numbers are of all {n_test:,} test prompts"
-            + (f"; {drawn:,} of them are drawn" if drawn < n_test else ""),
+            + (f"; {n_shown:,} of them are drawn" if n_shown < n_test else ""),
         ]
         st.caption(" · ".join(text.markdown(part) for part in parts))
     with right:
@@ -173,8 +173,8 @@ def kl_words(comparison: Comparison) -> str:
     budget = comparison.kl_budget
     over = [name for name, value in kl.items() if value > budget]
     parts = ", ".join(f"{value:.3f} on the {name}" for name, value in kl.items())
-    stands = f"over the budget of {budget:g} on the {' and the '.join(over)}" if over else f"budget {budget:g} each"
-    return f"KL from base on harmless test prompts, nats per token: {parts}; {stands}."
+    against = f"over the budget of {budget:g} on the {' and the '.join(over)}" if over else f"budget {budget:g} each"
+    return f"KL from base on harmless test prompts, nats per token: {parts}; {against}."
 
 
 def rule_table(comparison: Comparison, current: str) -> None:
@@ -205,7 +205,7 @@ def strips(comparison: Comparison, layer: int) -> None:
 
 
 def view_controls(choice: Choice, layer: int) -> None:
-    """Which layer it is, and in which view the prompts are drawn."""
+    """Which layer it is, and in which view the prompts are shown."""
     st.subheader(f"Layer {layer}", anchor=False, width="content")
     others_toggle(choice)
     with st.popover("Axes", type="tertiary"):
@@ -219,14 +219,14 @@ def projection(choice: Choice, comparison: Comparison, layer: int) -> None:
     """The prompts under both models."""
     digest = comparison.prompts.texts_digest
     selected = state.selection(digest)
-    drawn = figures(choice, comparison, state.tool(), layer, selected)
-    if not drawn:
+    plots = figures(choice, comparison, state.tool(), layer, selected)
+    if not plots:
         config = compare_config(choice, comparison.run, comparison.config)
         umap_offer(config, artifacts.umap_seconds(comparison), height=pair_charts.PAIR_HEIGHT)
         return
     with st.container(key="pair"):
         linked(
-            drawn,
+            plots,
             key="linked_pair",
             height=pair_charts.PAIR_HEIGHT,
             selected=selected,

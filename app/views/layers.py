@@ -38,7 +38,7 @@ COST_CURVES = {
 
 
 def page() -> None:
-    """Draw the page for the current choice, or what leads there."""
+    """Render the page for the current choice, or what leads there."""
     link_notes()
     choice = state.current()
     model = artifacts.model_name(choice.model)
@@ -125,14 +125,14 @@ def projection(choice: Choice, opened: Opened, layer: int) -> None:
         tool_control()
         view_control(choice)
     selected = state.selection(prompts.texts_digest)
-    drawn = figures(choice, opened, state.tool(), layer, selected)
-    if not drawn:
+    plots = figures(choice, opened, state.tool(), layer, selected)
+    if not plots:
         umap_offer(
             artifacts.job_config(choice), artifacts.umap_seconds(opened), height=projection_chart.PROJECTION_HEIGHT
         )
         return
     linked(
-        drawn,
+        plots,
         key="projection",
         height=projection_chart.PROJECTION_HEIGHT,
         selected=selected,

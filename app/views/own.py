@@ -25,9 +25,9 @@ from es2.analysis.probes import Probes
 from es2.analysis.setup import check_prompts
 from es2.core.errors import InputError
 from es2.core.files import home, machine_error
-from es2.jobs.job import MAX_NAME, Job
+from es2.jobs.job import MAX_NAME
 from es2.jobs.queue import open_job, start
-from es2.prompts.prompt_set import LABEL_NAMES, SPLITS, PromptSet
+from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, SPLITS, PromptSet
 from es2.prompts.readers import MAX_FILE_BYTES, find_problems, parse_prompts
 from es2.workflow.reader import PromptEmbeddings, answer, ask, open_reader
 from es2.workflow.runs import import_adapter, open_run
@@ -60,7 +60,7 @@ def page() -> None:
 
 
 def one_prompt(choice: Choice) -> None:
-    """Type a request and see on which side of each layer's boundary it stands, in both models."""
+    """A box for a request, and on which side of each layer's boundary requests are, in both models."""
     st.subheader("A request", anchor=False)
     probes = _probes(choice)
     if probes is None:
@@ -73,7 +73,7 @@ def one_prompt(choice: Choice) -> None:
     model, run, by_model = probes
     st.caption(
         f"Read by {text.markdown(model)}{' and its tuned model' if run else ''}. Loading takes a few seconds the first "
-        "time; the model is let go of after five minutes without a request. Nothing is generated."
+        "time; the model is unloaded after five minutes without a request. Nothing is generated."
     )
     with st.form("own_prompt", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
         typed = st.text_input("Request", key="own_text", placeholder="How do I open a jammed lock?")
@@ -101,7 +101,7 @@ def _probes(choice: Choice) -> tuple[str, str | None, dict[str, Probes]] | None:
 
 
 def _wait() -> None:
-    """Until the answer is there: say what is being done, and look for it."""
+    """Until the answer is there: show what is being done, and look for it."""
     if _ASKED not in st.session_state:
         return
 
@@ -116,7 +116,9 @@ def _wait() -> None:
                 del st.session_state[_ASKED]
                 raise
             if found is None:
-                st.caption(f":material/hourglass_top: {_doing(reader)}")
+                progress = reader.progress()
+                is_up = progress is not None and progress["stage"] == "idle"
+                st.caption(f":material/hourglass_top: {'Reading the request' if is_up else 'Loading the model'}")
                 return
             del st.session_state[_ASKED]
             of = (str(reader.config["model"]), reader.config["run"])
@@ -127,11 +129,6 @@ def _wait() -> None:
     waiting()
 
 
-def _doing(reader: Job) -> str:
-    progress = reader.progress()
-    return "Loading the model" if progress is None or progress["stage"] != "idle" else "Reading the request"
-
-
 def _reading(reading: PromptEmbeddings, by_model: Mapping[str, Probes], choice: Choice, number: int) -> None:
     margins = {
         name: placed(embeddings[choice.position], by_model[name])
@@ -140,7 +137,8 @@ def _reading(reading: PromptEmbeddings, by_model: Mapping[str, Probes], choice: 
     }
     with st.container(border=True, key=f"own_reading_{number}"):
         st.text(reading.text if len(reading.text) <= 600 else reading.text[:600] + "…")
-        st.caption(_in_words(margins))
+        parts = [f"{name}: read as harmful at {(own > 0).sum()} of {len(own)} layers" for name, own in margins.items()]
+        st.caption(" · ".join(parts))
         plot(
             layer_charts.sides(margins, chosen=choice.layer),
             key=f"own_sides_{number}",
@@ -151,11 +149,6 @@ def _reading(reading: PromptEmbeddings, by_model: Mapping[str, Probes], choice: 
 def placed(embeddings: Float[np.ndarray, "layer d_model"], probes: Probes) -> Float[np.ndarray, "layer"]:
     """Signed distance of one prompt to the boundary of every layer, + on the harmful side, in scale-free units."""
     return np.array([float(probes.margin(embeddings[layer][None], layer)[0]) for layer in range(len(embeddings))])
-
-
-def _in_words(margins: Mapping[str, Float[np.ndarray, "layer"]]) -> str:
-    parts = [f"{name}: read as harmful at {int((own > 0).sum())} of {len(own)} layers" for name, own in margins.items()]
-    return " · ".join(parts)
 
 
 # ------------------------------------------------------------------------------------------------------------- a file
@@ -214,16 +207,10 @@ def preview(prompts: PromptSet) -> pd.DataFrame:
 
 
 def _counts(prompts: PromptSet) -> str:
-    counts = [
-        f"{int((prompts.in_split(split) & (prompts.labels == label)).sum()):,} {LABEL_NAMES[label]}"
-        for split in SPLITS
-        for label in (1, 0)
-    ]
-    pairs = [
-        f"{split} {harmful} and {harmless}"
-        for split, harmful, harmless in zip(SPLITS, counts[::2], counts[1::2], strict=True)
-    ]
-    return "; ".join(pairs) + "."
+    def count(split: str, label: int) -> str:
+        return f"{int((prompts.in_split(split) & (prompts.labels == label)).sum()):,} {LABEL_NAMES[label]}"
+
+    return "; ".join(f"{split} {count(split, HARMFUL)} and {count(split, HARMLESS)}" for split in SPLITS) + "."
 
 
 def keep(data: bytes, name: str) -> Path:

@@ -14,7 +14,7 @@ import streamlit as st
 
 from app import evaluations, text
 from app.charts import evaluation_charts
-from app.charts.evaluation_charts import MODELS, NAMES
+from app.charts.evaluation_charts import MODELS, NAMES, in_words
 from app.components import exports
 from app.components.plots import plot
 from app.evaluations import Evaluation, Intro
@@ -43,7 +43,7 @@ N_CHARACTERS = 110
 
 
 def page() -> None:
-    """Draw the page for the current choice, or what leads there."""
+    """Render the page for the current choice, or what leads there."""
     found = evaluations.opened(INTRO, ("perturbation",))
     if found is None:
         return
@@ -98,9 +98,9 @@ def exact_steerings(attack: Mapping[str, Any]) -> list[dict[str, Any]]:
         {
             "p₀": point["p0"],
             "model": model,
-            "DSR": _words(point[model]["dsr"]),
-            "degenerate": _words(point[model]["degenerate"]),
-            "length / ‖e‖": _words(point[model]["relative_length"], 3),
+            "DSR": in_words(interval_of(point[model]["dsr"])),
+            "degenerate": in_words(interval_of(point[model]["degenerate"])),
+            "length / ‖e‖": in_words(interval_of(point[model]["relative_length"]), 3),
             "largest error": f"{point[model]['largest_error']:.1e}",
         }
         for point in attack["curve"]
@@ -108,10 +108,6 @@ def exact_steerings(attack: Mapping[str, Any]) -> list[dict[str, Any]]:
         for model in MODELS
         if point[model]
     ]
-
-
-def _words(number: Mapping[str, float], digits: int = 2) -> str:
-    return f"{number['value']:.{digits}f} ({number['low']:.{digits}f} to {number['high']:.{digits}f})"
 
 
 # -------------------------------------------------------------------------------------------------------------- needed
@@ -196,7 +192,7 @@ def one_prompt(evaluation: Evaluation, attack: Mapping[str, Any]) -> None:
         label = "Length of the steering vector relative to the embedding's own"
         name = kept_choice(label, names, "attack_step", names[1], st.select_slider)
         at = names.index(name)
-    found = [_row_of(rows, prompt, direction, step) for step in steps]
+    found = [rows.get((prompt, "none" if step == (0.0, None) else direction, step)) for step in steps]
     row = found[at]
     models = [model for model in MODELS if any(one is not None and model in one for one in found)]
     read = {
@@ -228,15 +224,8 @@ def one_prompt(evaluation: Evaluation, attack: Mapping[str, Any]) -> None:
 
 def steps_of(attack: Mapping[str, Any], direction: str) -> list[Step]:
     """The steerings along a direction: none, the budgets, then those up to a probability, the furthest last."""
-    budgets: list[Step] = [
-        (point["budget"], None)
-        for point in attack["curve"]
-        if point["direction"] == direction and point["budget"] is not None
-    ]
-    until: list[Step] = [
-        (None, point["p0"]) for point in attack["curve"] if point["direction"] == direction and point["p0"] is not None
-    ]
-    return [(0.0, None), *sorted(budgets, key=lambda step: step[0] or 0), *sorted(until, key=lambda s: -(s[1] or 0))]
+    steps: list[Step] = [(p["budget"], p["p0"]) for p in attack["curve"] if p["direction"] == direction]
+    return [(0.0, None), *sorted(steps, key=lambda step: (step[0] is None, step[0] or -(step[1] or 0)))]
 
 
 def step_name(step: Step) -> str:
@@ -250,12 +239,6 @@ def step_name(step: Step) -> str:
 def _kept(words: str) -> str:
     """A kept reply, with a sign that it went on where it was cut when it was kept."""
     return words if len(words) < SHOWN_CHARACTERS else f"{words[: SHOWN_CHARACTERS - 1]}…"
-
-
-def _row_of(
-    rows: Mapping[tuple[str, str, Step], Mapping[str, Any]], prompt: str, direction: str, step: Step
-) -> Mapping[str, Any] | None:
-    return rows.get((prompt, "none" if step == (0.0, None) else direction, step))
 
 
 # ----------------------------------------------------------------------------------------------------------- take away
@@ -287,7 +270,7 @@ def take_away(
         for model in ("base", "tuned", "change")
         if record[model]
     ]
-    said = [
+    replies = [
         {"prompt": row["prompt"], **row["steering"]}
         | {f"{model} {entry}": row[model][entry] for model in MODELS if model in row for entry in ("verdict", "text")}
         | {f"{model} probability": row[model]["read"]["probability"] for model in MODELS if model in row}
@@ -296,7 +279,7 @@ def take_away(
     return charts, {
         "Steerings": pd.DataFrame(swept),
         "Needed perturbation": pd.DataFrame(lengths),
-        "Replies under steering": pd.DataFrame(said),
+        "Replies under steering": pd.DataFrame(replies),
     }
 
 

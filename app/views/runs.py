@@ -38,7 +38,7 @@ _ASKED, _N = "runs_asked", "runs_shown"
 
 
 def page() -> None:
-    """Draw the page."""
+    """Render the page."""
     link_notes()
     choice = state.current()
     runs = list_runs()
@@ -174,7 +174,7 @@ def _resume(job: Job) -> None:
 
 
 def _dialogs(choice: Choice, ended: Sequence[Job]) -> None:
-    """Draw the dialog that was asked for; it stays until it is closed, also when the page runs again meanwhile."""
+    """Render the dialog that was asked for; it stays until it is closed, also when the page runs again meanwhile."""
     asked = st.session_state.get(_ASKED)
     if asked is None:
         return

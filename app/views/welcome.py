@@ -11,7 +11,7 @@ from app import artifacts, jobs_panel, state, text
 from app.state import Choice
 from app.view_controls import introduction
 from es2.models.catalogue import DEFAULT_MODEL
-from es2.prompts.prompt_set import SPLITS, PromptSet
+from es2.prompts.prompt_set import SPLITS
 
 STEPS = (
     ("Capture", "The model reads every prompt once; the residual stream is kept after each block."),
@@ -27,7 +27,7 @@ COMPARE_STEPS = (
 
 
 def no_comparison(choice: Choice) -> None:
-    """Say what will be seen here, and how to get there."""
+    """Explain the comparison, and how to get a run."""
     prompts = artifacts.prompts(choice.prompts)
     with st.container(width=820, key="welcome"):
         introduction(
@@ -51,6 +51,7 @@ def no_comparison(choice: Choice) -> None:
 def welcome(choice: Choice) -> None:
     """Explain and offer to start, or show how far it is."""
     prompts = artifacts.prompts(choice.prompts)
+    splits = ", ".join(f"{int(prompts.in_split(split).sum()):,} {split}" for split in SPLITS)
     with st.container(width=820, key="welcome"):
         introduction(
             "Where does a model tell harmful from harmless?",
@@ -60,14 +61,10 @@ def welcome(choice: Choice) -> None:
         )
         st.markdown(
             f"Chosen at the left: **{text.markdown(artifacts.model_name(choice.model))}** and "
-            f"**{len(prompts):,} prompts** from {text.markdown(prompts.name)} ({_splits(prompts)})."
+            f"**{len(prompts):,} prompts** from {text.markdown(prompts.name)} ({splits})."
         )
         runs = jobs_panel.offer("prepare", artifacts.job_config(choice), "Capture and analyse", "prepare")
         st.caption("It goes on when this page is closed." if runs else _what_to_expect(choice))
-
-
-def _splits(prompts: PromptSet) -> str:
-    return ", ".join(f"{int(prompts.in_split(split).sum()):,} {split}" for split in SPLITS)
 
 
 def _what_to_expect(choice: Choice) -> str:

@@ -26,7 +26,7 @@ class AbsentError(InputError):
 
 
 def find_compared(run: str) -> Compared:
-    """A run, by its id or `showcase`, beside its base, with all that a report says of it.
+    """A run, by its id or `showcase`, beside its base, with all that a report needs.
 
     Raises:
         InputError: when there is no such run, or something that the report needs is missing (`AbsentError`).

@@ -59,7 +59,7 @@ def evaluation_seconds(
     prompt = sample.characters / costs.CHARACTERS_PER_TOKEN + costs.TEMPLATE_TAIL
     exchange = prompt + config.new_tokens
 
-    def saying(replies: int) -> float:
+    def replying(replies: int) -> float:
         if not replies:
             return 0.0
         reading = 0.0 if tokens_per_second else weight_bytes / costs.weight_bytes_per_second(device)
@@ -69,11 +69,13 @@ def evaluation_seconds(
     found: dict[str, float] = {}
     loads = 0
     if "refusal" in config.suites:
-        found["replies"] = saying(sample.harmful + sample.harmless)
+        found["replies"] = replying(sample.harmful + sample.harmless)
         loads += 1
     if "kl" in config.suites:
-        said = 0 if "refusal" in config.suites else sample.harmless  # base's replies are needed alone
-        found["ability"] = saying(said) / n_models + n_models * sample.harmless * (prompt + config.kl_tokens) / counted
+        replies = 0 if "refusal" in config.suites else sample.harmless  # base's replies are needed alone
+        found["ability"] = (
+            replying(replies) / n_models + n_models * sample.harmless * (prompt + config.kl_tokens) / counted
+        )
         loads += 1
     if "perturbation" in config.suites:
         sweep = len(steering_sweep(config.directions, config.budgets, config.p0s))
@@ -81,6 +83,6 @@ def evaluation_seconds(
         products = (
             costs.ANALYSIS_PRODUCTS * shape.n_layers * AnalysisConfig().n_bootstrap * sample.measured * shape.d_model
         )
-        found["attacks"] = saying(sample.steered * sweep) + capture + products / (2 * shape.parameters * counted)
+        found["attacks"] = replying(sample.steered * sweep) + capture + products / (2 * shape.parameters * counted)
         loads += n_models * (2 if sample.measured else 1)
     return {"loading": costs.start_seconds(loads, weight_bytes)} | found

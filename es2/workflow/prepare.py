@@ -151,9 +151,7 @@ def without_shared(prompts: PromptSet, others: PromptSet) -> PromptSet:
     known = {normalised(text) for text in others.texts}
     keep = np.array([normalised(text) not in known for text in prompts.texts], dtype=bool)
     if not keep.any():
-        raise InputError(
-            f"Every test prompt of {prompts.name!r} also stands in {others.name!r}; give other test prompts."
-        )
+        raise InputError(f"Every test prompt of {prompts.name!r} is also in {others.name!r}; give other test prompts.")
     rest = prompts if keep.all() else prompts.select(keep)
     warn_of_likeness(rest, others)
     return rest

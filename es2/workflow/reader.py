@@ -99,7 +99,7 @@ def answer(reader: Job, id: str) -> PromptEmbeddings | None:
     """The answer to a question; None while it is on its way.
 
     Raises:
-        InputError: when the prompt or the model could not be read, or the reader has ended: the sentence says why.
+        InputError: when the prompt or the model could not be read, or the reader has ended, with the reason.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -150,7 +150,7 @@ def read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str
 
 
 def _answer(bridges: Mapping[str, TransformerBridge], tokenizer: Any, question: Path, answers: Path) -> None:
-    """Answer one question and remove it; what cannot be read is answered with the sentence that says why."""
+    """Answer one question and remove it; a prompt that cannot be read is answered with the error."""
     from safetensors.numpy import save_file
 
     document: dict[str, Any]
