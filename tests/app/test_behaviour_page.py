@@ -136,11 +136,11 @@ class TestBehaviour:
             "degenerate": 2,
         }
         for name, reply in (("refused", REFUSAL), ("degenerate", BABBLE)):
-            at.session_state["choice_habits"] = {"filter": name}
+            at.session_state["choice_habits"] = {"reply_filter": name}
             at.run()
             assert texts(at).count(reply) == 2
             assert len([text for text in texts(at) if "lock number" in text]) == len(found[name])
-        at.session_state["choice_habits"] = {"filter": "answered"}
+        at.session_state["choice_habits"] = {"reply_filter": "answered"}
         at.run()
         assert texts(at) == []
         assert "None." in captions(at)
