@@ -66,7 +66,7 @@ def _form() -> None:
     from app.settings_form import SettingsForm
     from es2.training.config import FinetuneConfig
 
-    form = SettingsForm(FinetuneConfig, "launch", {}, lambda name, value: None, {})
+    form = SettingsForm(FinetuneConfig, "launch", {})
     st.json(sorted({**form.group("main"), **form.group("advanced")}))
 
 
