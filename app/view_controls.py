@@ -45,7 +45,7 @@ def kept_buttons(
 
 
 def others_toggle(choice: Choice) -> None:
-    """Whether the prompts of the probe split are shown too."""
+    """The switch for the prompts of the probe split."""
     st.session_state["others"] = choice.others
     st.toggle(
         "Probe split",
@@ -57,12 +57,12 @@ def others_toggle(choice: Choice) -> None:
 
 
 def tool_control() -> None:
-    """What a press of the mouse does."""
+    """The buttons for what a press of the mouse does."""
     kept_buttons("Select by", list(projection_chart.TOOLS), "tool", state.tool(), TOOL_ICONS.__getitem__)
 
 
 def view_control(choice: Choice) -> None:
-    """Which plane is shown."""
+    """The buttons for which plane is shown."""
     choice_control(choice, "view", state.VIEWS, VIEW_NAMES)
 
 

@@ -10,13 +10,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from es2.analysis.results import AnalysisConfig
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.steering import steering_sweep
 from es2.models import costs
 from es2.models.batching import usual_reply_tokens
 from es2.models.machine import Machine
 from es2.models.shape import Shape
+from es2.workflow.plan import analysis_products
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,7 @@ def evaluation_seconds(
     if "perturbation" in config.suites:
         sweep = len(steering_sweep(config.directions, config.budgets, config.p0s))
         capture = n_models * sample.measured * prompt / counted
-        products = (
-            costs.ANALYSIS_PRODUCTS * shape.n_layers * AnalysisConfig().n_bootstrap * sample.measured * shape.d_model
-        )
-        found["attacks"] = replying(sample.steered * sweep) + capture + products / (2 * shape.parameters * counted)
+        analysis = analysis_products(shape, sample.measured) / (2 * shape.parameters * counted)
+        found["attacks"] = replying(sample.steered * sweep) + capture + analysis
         loads += n_models * (2 if sample.measured else 1)
     return {"loading": costs.start_seconds(loads, weight_bytes)} | found

@@ -112,14 +112,14 @@ def plan(
     own = [length + costs.TEMPLATE_TAIL for length in lengths]
     products, idle = _work(config, prompts, shape, own, weight_bytes, machine)
     measured = prompts.in_split("probe") | prompts.in_split("test")
+    n_measured = int(measured.sum())
     tokens = sum(length for length, keep in zip(own, measured.tolist(), strict=True) if keep)
     captured = 2.0 * tokens * shape.n_layers * shape.block_parameters
     known = find_activations(resolve(config.model).name, prompts.measured(), "last", store)
-    resamples = AnalysisConfig().n_bootstrap
     products |= {
         "base capture": 0.0 if known else captured,
         "tuned capture": captured,
-        "analysis": float(costs.ANALYSIS_PRODUCTS * shape.n_layers * resamples * int(measured.sum()) * shape.d_model),
+        "analysis": analysis_products(shape, n_measured),
     }
     idle["start"] = costs.start_seconds(2 if known else 3, weight_bytes)
     rate = machine.flops * costs.FINETUNE_EFFICIENCY
@@ -128,7 +128,6 @@ def plan(
     rates |= dict.fromkeys(("base capture", "tuned capture"), machine.flops * costs.CAPTURE_EFFICIENCY)
     if machine.device != "cpu":
         rates["analysis"] = ASSUMED_CPU_FLOPS * costs.FINETUNE_EFFICIENCY
-    n_measured = int(measured.sum())
     launch = ALONE if machine.n_devices == 1 else TOGETHER
     of_parts = needs(config, shape, own, n_measured, machine, launch)
     fetch = 0.0 if folder is not None else shape.parameters * DTYPES["bfloat16"] / 1e9
@@ -150,6 +149,11 @@ def plan(
         commands=tuple(commands),
         advice=tuple(advice),
     )
+
+
+def analysis_products(shape: Shape, n_measured: int) -> float:
+    """Number of floating-point operations of an analysis with its resamples."""
+    return float(costs.ANALYSIS_PRODUCTS * shape.n_layers * AnalysisConfig().n_bootstrap * n_measured * shape.d_model)
 
 
 def _free_disk() -> int:

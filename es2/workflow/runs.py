@@ -129,14 +129,14 @@ def import_adapter(
     device: str | None = None,
     dtype: str | None = None,
 ) -> Job:
-    """Lay down a run whose adapter was made elsewhere; run as a job, it captures the tuned model and compares it.
+    """Create a run whose adapter was made elsewhere; run as a job, it captures the tuned model and compares it.
 
     Args:
         adapter: the folder that peft wrote: `adapter_config.json` and `adapter_model.safetensors`, which are copied.
         model: the model it is for.
         prompts: the source of the prompts to compare on.
         layers: its target layers, if it had any; else those that the base's analysis recommends.
-        name: what to call the run.
+        name: of the run.
         device: where the model runs.
         dtype: the model's number format.
 

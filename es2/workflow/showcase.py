@@ -146,17 +146,14 @@ def write(
     umap: UmapCoordinates,
     limit: int = LIMIT_BYTES,
 ) -> None:
-    """Fill the empty folder `new` with all of a run that is shipped.
+    """Fill the empty folder `new` with all of a run that is shipped, in at most `limit` bytes.
 
     Args:
         new: the folder.
         run: the run, with a result.
         config: the settings for its `config.json`.
         measured: its measured prompts.
-        models: their embeddings under base and tuned.
-        analysis: of both.
-        umap: of both in common maps.
-        limit: number of bytes that the folder may take.
+        models: their embeddings under base and tuned; `analysis` and `umap` are of both.
 
     Raises:
         InputError: when not even one pair of each split fits.
