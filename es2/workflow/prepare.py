@@ -98,20 +98,22 @@ def prepare(
             analysis = analyze(prompts, own.base, own.tuned, test=source, config=config, report=report)
             with holder.write_derived(key) as folder:
                 analysis.save(folder)
-        key = views_key(own.base, prompts, config, own.tuned)
-        if test is None and are_worthwhile(len(prompts), own.base.d_model) and holder.derived(key) is None:
-            views = render_layers(
-                prompts,
-                own.base,
-                analysis.base_probes,
-                own.tuned,
-                analysis.tuned_probes,
-                position=config.position,
-                report=report,
-            )
-            with holder.write_derived(key) as folder:
-                views.save(folder)
+        if test is None and are_worthwhile(len(prompts), own.base.d_model):
+            write_views(prompts, own.base, own.tuned, analysis, report)
     return Prepared(own.base, own.tuned, analysis)
+
+
+def write_views(
+    prompts: PromptSet, base: ActivationSet, tuned: ActivationSet | None, analysis: Analysis, report: Reporter = silent
+) -> None:
+    """Compute the views of all layers that belong to an analysis, unless they exist."""
+    holder, position = tuned or base, analysis.config.position
+    key = views_key(base, prompts, analysis.config, tuned)
+    if holder.derived(key) is None:
+        probes, tuned_probes = analysis.base_probes, analysis.tuned_probes
+        views = render_layers(prompts, base, probes, tuned, tuned_probes, position=position, report=report)
+        with holder.write_derived(key) as folder:
+            views.save(folder)
 
 
 def _captured(

@@ -107,15 +107,15 @@ def test_the_page_reads_them_instead_of_embeddings(tmp_path: Path, monkeypatch: 
     assert comparison is not None
     assert opened is not None
     for kind in RENDERS:
-        pair, alone = reading.pair_view(comparison, 2, kind), reading.view(opened, 2, kind)
+        pair, alone = reading.view(comparison, 2, kind), reading.view(opened, 2, kind)
         assert pair is not None
         assert alone is not None
         np.testing.assert_allclose(pair.tuned, expected[kind].tuned, atol=1e-6)
         np.testing.assert_allclose(alone.base, expected[kind].base, atol=1e-6)
-    before, after = reading.pair_margins(comparison, 2)
+    before, after = reading.margins(comparison, 2)
     np.testing.assert_allclose(before, expected["separation"].base[:, 0], atol=1e-6)
     np.testing.assert_allclose(after, expected["separation"].tuned[:, 0], atol=1e-6)
-    np.testing.assert_allclose(reading.margins(opened, 2), before, atol=1e-6)
+    np.testing.assert_allclose(reading.margins(opened, 2)[0], before, atol=1e-6)
 
 
 @pytest.mark.parametrize("choice", [{"raw": True}, {"fit_on": "both"}])
@@ -126,7 +126,7 @@ def test_other_axes_are_still_made_when_somebody_looks(
     write_views(compared.artifacts.prompts, compared.artifacts.activations, compared.tuned, compared.analysis)
     comparison = reading.find_comparison(Choice(run=compared.run.id))
     assert comparison is not None
-    usual, other = (reading.pair_view(comparison, 2, "pca", **chosen) for chosen in ({}, choice))
+    usual, other = (reading.view(comparison, 2, "pca", **chosen) for chosen in ({}, choice))
     assert usual is not None
     assert other is not None
     assert not np.allclose(usual.base, other.base, rtol=1e-3)
