@@ -14,7 +14,7 @@ import streamlit as st
 from pydantic.fields import FieldInfo
 
 from app import state, text
-from es2.core.settings import Settings, entry_kind, extra, kind_of
+from es2.core.settings import Settings, entry_kind, extra, kind_of, label_of
 
 PER_ROW = 4
 
@@ -65,7 +65,7 @@ class SettingsForm:
             "help": text.markdown(str(field.description)),
             "on_change": lambda: state.take_setting(self.prefix, name, st.session_state[key]),
         }
-        _widget(field, kind, may_be_open, self.names.get(name, {}), arguments)
+        _widget(label_of(name, field), field, kind, may_be_open, self.names.get(name, {}), arguments)
         value = st.session_state[key]
         return None if may_be_open and value == "" else value
 
@@ -76,10 +76,14 @@ def start_button(label: str, key: str, *, disabled: bool) -> bool:
 
 
 def _widget(
-    field: FieldInfo, kind: Any, may_be_open: bool, names: Mapping[str, str], arguments: Mapping[str, Any]
+    label: str,
+    field: FieldInfo,
+    kind: Any,
+    may_be_open: bool,
+    names: Mapping[str, str],
+    arguments: Mapping[str, Any],
 ) -> None:
     """Render the widget that suits a setting."""
-    label = extra(field, "label")
     choices, suggestions = extra(field, "choices"), extra(field, "suggestions")
     if entry_kind(kind) is not None:
         st.text_input(label, placeholder="automatic" if may_be_open else None, **arguments)

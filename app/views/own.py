@@ -24,7 +24,7 @@ from app.text import sentences
 from es2.analysis.probes import Probes
 from es2.analysis.setup import check_prompts
 from es2.core.errors import InputError
-from es2.core.files import home, machine_error
+from es2.core.files import home, writing
 from es2.jobs.job import MAX_NAME
 from es2.jobs.queue import open_job, start
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, SPLITS, PromptSet
@@ -222,13 +222,11 @@ def keep(data: bytes, name: str) -> Path:
     stem = re.sub(r"[^a-z0-9]+", "-", Path(name).stem.lower()).strip("-")[:40] or "prompts"
     suffix = Path(name).suffix.lower()
     path = home() / "uploads" / f"{stem}-{hashlib.blake2b(data, digest_size=4).hexdigest()}{suffix}"
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
         temporary.write_bytes(data)
         temporary.replace(path)
-    except OSError as error:
-        raise machine_error(error, path) from error
     return path
 
 

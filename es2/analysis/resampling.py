@@ -67,9 +67,7 @@ def canonical(prompts: PromptSet, split: str | None = None) -> tuple[Int[np.ndar
     """The rows of a split (of the whole set without one) ordered by pair, label and text, and the prompts at them."""
     found = range(len(prompts)) if split is None else np.flatnonzero(prompts.in_split(split)).tolist()
     rows = sorted(found, key=lambda row: (prompts.pairs[row], int(prompts.labels[row]), prompts.texts[row]))
-    columns = (prompts.texts, prompts.categories, prompts.pairs, prompts.splits)
-    texts, *others = (tuple(column[row] for row in rows) for column in columns)
-    return np.array(rows, dtype=np.int64), PromptSet(prompts.name, texts, prompts.labels[rows], *others)
+    return np.array(rows, dtype=np.int64), prompts.take(rows)
 
 
 def _members(pairs: Sequence[str]) -> dict[str, list[int]]:

@@ -74,10 +74,7 @@ class AnalysisConfig(Settings):
     confidence: float = setting(0.95, "Of the intervals.", gt=0)
     seed: int = setting(0, "Of the resamples and the shuffles.", ge=0)
     position: str = setting(
-        "last",
-        "last (last prompt token) or last_instruction (last token of the request).",
-        label="Position",
-        choices=POSITIONS,
+        "last", "last (last prompt token) or last_instruction (last token of the request).", choices=POSITIONS
     )
 
     def model_post_init(self, _: Any) -> None:

@@ -56,7 +56,7 @@ class CaptureRequest:
         key: of the activation set to be written.
         folder, adapter: of the model, and of the adapter to merge, if any.
         device: a torch device, or `auto` for all GPUs.
-        dtype: one of `es2.models.number_formats.DTYPES`.
+        dtype: one of `es2.models.costs.DTYPES`.
         into: the file of the embeddings; None keeps them in memory.
     """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from es2.core.settings import Settings, setting
 from es2.models.catalogue import DEFAULT_MODEL
-from es2.models.number_formats import DTYPES
+from es2.models.costs import DTYPES
 from es2.store.sources import POSITIONS
 
 

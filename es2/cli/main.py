@@ -57,8 +57,8 @@ app = typer.Typer(
 def models(json_: AsJson = False) -> None:
     """Known models with their sizes, and which of them are on this machine."""
     from es2.models.catalogue import CATALOGUE, resolve
+    from es2.models.costs import DTYPES
     from es2.models.folders import is_cached
-    from es2.models.number_formats import DTYPES
 
     rows = [
         entry.to_dict()

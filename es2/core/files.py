@@ -135,17 +135,20 @@ def output_path(path: Path) -> Path:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a JSON file by rename, so that readers see the old content or the new.
+    """Write a JSON file as `write_text` does; raises `ValueError` for NaN and infinities, too."""
+    write_text(path, json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a file by rename, so that readers see the old content or the new.
 
     Raises:
         OSError: as the machine gives it; nothing is left behind.
-        ValueError: for NaN and infinities, which JSON does not have.
     """
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
-    text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        with temporary.open("w", encoding="utf-8", errors=errors) as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

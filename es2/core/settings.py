@@ -67,7 +67,7 @@ class Settings(BaseModel):
             choices, value = extra(field, "choices"), getattr(self, name)
             entries = value if isinstance(value, tuple) else (value,)
             if choices and (wrong := [entry for entry in entries if entry is not None and entry not in choices]):
-                label = str(extra(field, "of" if isinstance(value, tuple) else "label") or name).lower()
+                label = extra(field, "of") if isinstance(value, tuple) else label_of(name, field).lower()
                 raise InputError(f"Unknown {label} {wrong[0][:40]!r}; one of {', '.join(choices)}.")
 
     @model_validator(mode="before")
@@ -141,6 +141,11 @@ def option_words(values: Mapping[str, Any]) -> list[str]:
         if value is not True:
             words.append(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
     return words
+
+
+def label_of(name: str, field: FieldInfo) -> str:
+    """What a form calls a setting: its declared label, or its name."""
+    return str(extra(field, "label") or name.replace("_", " ").capitalize())
 
 
 def extra(field: FieldInfo, name: str) -> Any:

@@ -10,7 +10,7 @@ from es2.evaluation.judge import KEY_VARIABLE, check_endpoint
 from es2.evaluation.robustness import DIRECTIONS, P0, logit
 from es2.evaluation.steering import BUDGETS, steering_sweep
 from es2.models.catalogue import DEFAULT_MODEL
-from es2.models.number_formats import DTYPES
+from es2.models.costs import DTYPES
 
 SUITES = ("refusal", "kl", "perturbation")
 
@@ -26,7 +26,6 @@ class EvaluateConfig(Settings):
         "builtin, a CSV, JSONL or Parquet file, hf:<dataset>[:split], or a benchmark: advbench, harmbench, "
         "jailbreakbench, strongreject, xstest, do-not-answer, or-bench, alpaca, mt-bench, with :PATH for its published "
         "file. Of the prompts that the run was tuned on only the test split counts.",
-        label="Prompts",
         group="own",
     )
     run: str | None = setting(None, "A fine-tuning run (`es2 runs`) to compare with its base.", group="own")
@@ -34,7 +33,6 @@ class EvaluateConfig(Settings):
         "all",
         "refusal (what both models reply), kl (KL, perplexity and agreement on harmless prompts), perturbation "
         "(attacks: replies while embeddings are steered towards harmless), or all.",
-        label="Suite",
         choices=(*SUITES, "all"),
         group="own",
     )
@@ -66,16 +64,14 @@ class EvaluateConfig(Settings):
         label="Steered layers",
         of="layer",
     )
-    directions: tuple[str, ...] = setting(
-        DIRECTIONS, "Directions of the sweep.", label="Directions", of="direction", choices=DIRECTIONS
-    )
+    directions: tuple[str, ...] = setting(DIRECTIONS, "Directions of the sweep.", of="direction", choices=DIRECTIONS)
     budgets: tuple[float, ...] = setting(
-        BUDGETS, "Lengths of a steering vector relative to the embedding's own.", label="Budgets", of="budget"
+        BUDGETS, "Lengths of a steering vector relative to the embedding's own.", of="budget"
     )
     p0s: tuple[float, ...] = setting(
         P0, "Probabilities of harmful that SCAV's steerings reach.", label="Probabilities to reach", of="probability"
     )
-    seed: int = setting(0, "Of the random directions and the resamples.", label="Seed", ge=0)
+    seed: int = setting(0, "Of the random directions and the resamples.", ge=0)
     judge_url: str | None = setting(
         None, "An OpenAI-compatible endpoint to ask for a second opinion; replies are sent there.", label="Judge's URL"
     )
@@ -85,7 +81,7 @@ class EvaluateConfig(Settings):
     )
     judge_folder: str | None = setting(None, "A local text classifier to ask instead.", label="Judge's folder")
     judge_label: str | None = setting(None, "The classifier's class that means refusal.", label="Class of refusals")
-    device: str | None = setting(None, "cuda, mps or cpu. Automatic: the best there is.", label="Device")
+    device: str | None = setting(None, "cuda, mps or cpu. Automatic: the best there is.")
     dtype: str | None = setting(
         None,
         "The model's number format. Automatic: bfloat16 on a CUDA device, else float32.",

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from es2.core.files import machine_error, parse_json, unreadable, verify_checksum, with_checksum
+from es2.core.files import parse_json, unreadable, verify_checksum, with_checksum, writing
 
 
 class ReplyLog:
@@ -48,14 +48,12 @@ class ReplyLog:
         """Append records in one piece and flush them to the disk; raises `MachineError` when it refuses."""
         records = list(records)
         lines = b"".join(json.dumps(with_checksum(record), ensure_ascii=False).encode() + b"\n" for record in records)
-        try:
+        with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 file.write((b"" if self._ends_whole else b"\n") + lines)
                 file.flush()
                 os.fsync(file.fileno())
-        except OSError as error:
-            raise machine_error(error, self.path) from error
         self._ends_whole = True
         self._records.update({record["key"]: record for record in records})
 

@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from es2.core.errors import InputError
 from es2.core.files import expanded
-from es2.models.costs import BATCH_BYTES, WORKING_SHARE, runtime_bytes
-from es2.models.number_formats import DTYPES
+from es2.models.costs import BATCH_BYTES, DTYPES, WORKING_SHARE, runtime_bytes
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 

@@ -6,14 +6,9 @@ alone: 312 s, of which captures 38 and 49 s, base 49 s, steps and validations 15
 
 from __future__ import annotations
 
-# ------------------------------------------------------------------------------------------------------------ tokens
-
 CHARACTERS_PER_TOKEN = 4  # of English, where no tokenizer is at hand; assumed
 TEMPLATE_PREFIX = 24  # tokens before the user's text, which are run once for all prompts; assumed
 TEMPLATE_TAIL = 8  # tokens after it, of every prompt; assumed
-
-
-# ------------------------------------------------------------------------------------------------------------- bytes
 
 BATCH_BYTES = 3.5e8  # of a batch that is captured: 0.9 GB with the runtime on the default model, rounded up to 1.0
 FOUR_BIT_BYTES = 4 / 8 + 4 / 64  # of one weight in NF4: four bits, and a float32 scale for 64 of them
@@ -30,8 +25,6 @@ def runtime_bytes(device: str) -> float:
     """Bytes of a process before any weight: interpreter, torch, TransformerLens; of a GPU (assumed) its context."""
     return 6.5e8 if device == "cpu" else 1e9
 
-
-# ----------------------------------------------------------------------------------------------------------- seconds
 
 # Chosen together: the default run starts and loads three times in about 17 s.
 START_SECONDS = 8.0  # of a process: interpreter, imports, set-up
@@ -54,3 +47,7 @@ def weight_bytes_per_second(device: str) -> float:
 def start_seconds(loads: int, weight_bytes: float) -> float:
     """Seconds of a process's start, with this many loads of a model."""
     return START_SECONDS + loads * (LOAD_SECONDS + weight_bytes / LOAD_BYTES_PER_SECOND)
+
+
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""The number formats a model may run in, and the bytes of one weight in each."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from es2.core.progress import Reporter, silent
 from es2.models.catalogue import DEFAULT_MODEL, ModelSpec
-from es2.models.costs import WORKING_SHARE
+from es2.models.costs import DTYPES, WORKING_SHARE
 from es2.models.device import require_memory
 from es2.models.model_files import (
     convert_gguf,
@@ -18,7 +18,6 @@ from es2.models.model_files import (
     make_default,
     make_folder,
 )
-from es2.models.number_formats import DTYPES
 
 
 def is_cached(spec: ModelSpec) -> bool:

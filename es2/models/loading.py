@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from es2.core.errors import InputError, MachineError
 from es2.models.adapters import ADAPTER_CONFIG, apply_finetune
-from es2.models.costs import FOUR_BIT_BYTES, WORKING_SHARE
+from es2.models.costs import DTYPES, FOUR_BIT_BYTES, WORKING_SHARE
 from es2.models.device import check_device, choose_device, choose_dtype, is_out_of_memory, require_memory, too_large
 from es2.models.model_files import first_line, weight_files
-from es2.models.number_formats import DTYPES
 from es2.models.placement import AUTO, all_or_none, free_bytes, map_to_devices, quantized, shard
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 
 from es2.core.errors import InputError
-from es2.core.files import content_key, machine_error, read_json, user_cache, write_json
+from es2.core.files import content_key, read_json, user_cache, write_json, writing
 from es2.models.device import choose_dtype
 
 _ASSUMED_FLOPS = 1e14  # of a GPU that is elsewhere: between a card of 24 GB and one of 80
@@ -73,11 +73,9 @@ def this_machine(device: str | None = None) -> Machine:
     known = float(remembered) if isinstance(remembered, (int, float)) and remembered > 0 else 0.0
     if not known or time.time() - memo.stat().st_mtime > _REMEMBERED_SECONDS:
         known = max(known, _measure_cpu() if device == "cpu" else _measure_torch(device))
-        try:
+        with writing(memo):
             memo.parent.mkdir(parents=True, exist_ok=True)
             write_json(memo, {"flops": known, "device": device})
-        except OSError as error:
-            raise machine_error(error, memo) from error
     if device == "cpu":
         return Machine(device, known, psutil.virtual_memory().available / 1e9)
     free = _free_on_gpus() if device.startswith("cuda") else []

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from es2.core.errors import InputError, MachineError
-from es2.core.files import file_digest, lock, machine_error, new_folder, numbered, user_cache
+from es2.core.files import file_digest, lock, new_folder, numbered, user_cache, writing
 from es2.core.progress import Reporter
 
 if TYPE_CHECKING:
@@ -95,10 +95,8 @@ def make_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     parent = folder.parent
-    try:
+    with writing(parent):
         parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise machine_error(error, parent) from error
     with lock(parent, folder.name):
         if not folder.is_dir():  # another process may have made it while this one waited
             with new_folder(parent, parent, folder.name) as made:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import psutil
 
 from es2.core.errors import Es2Error, InputError, MachineError
-from es2.core.files import machine_error, user_cache
+from es2.core.files import user_cache, writing
 from es2.models.costs import LEFT_FREE
 
 if TYPE_CHECKING:
@@ -74,11 +74,9 @@ def map_to_devices(needed: float, name: str) -> dict[str, Any]:
             )
         return {"device_map": AUTO, "max_memory": of_gpus}
     offload = user_cache() / "offload"
-    try:
+    with writing(offload):
         offload.mkdir(parents=True, exist_ok=True)
         folder = TemporaryDirectory(dir=offload)
-    except OSError as error:
-        raise machine_error(error, offload) from error
     free = int(free_bytes("cpu") * (1 - LEFT_FREE))
     return {"device_map": AUTO, "max_memory": {"cpu": free}, "offload_folder": folder}
 

@@ -6,8 +6,10 @@ shipped, and columns of answers, targets or attack strings are not read.
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -54,114 +56,18 @@ class Benchmark:
     gated: bool = False
 
 
-BENCHMARKS = (
-    Benchmark(
-        "advbench",
-        "AdvBench harmful behaviors",
-        ("goal", "prompt"),
-        "harmful",
-        "MIT",
-        "Zou et al., Universal and Transferable Adversarial Attacks on Aligned Language Models, arXiv 2307.15043",
-        "github.com/llm-attacks/llm-attacks: data/advbench/harmful_behaviors.csv",
-        hub="walledai/AdvBench",
-        gated=True,
-    ),
-    Benchmark(
-        "harmbench",
-        "HarmBench text behaviors",
-        ("behavior", "prompt"),
-        "harmful",
-        "MIT",
-        "Mazeika et al., HarmBench, arXiv 2402.04249",
-        "github.com/centerforaisafety/HarmBench: data/behavior_datasets/harmbench_behaviors_text_all.csv",
-        category=("semanticcategory", "category"),
-        context="contextstring",
-        hub="walledai/HarmBench",
-        hub_folders=("standard/train",),
-        gated=True,
-    ),
-    Benchmark(
-        "jailbreakbench",
-        "JailbreakBench JBB-Behaviors",
-        ("goal",),
-        "file",
-        "MIT",
-        "Chao et al., JailbreakBench, arXiv 2404.01318",
-        "huggingface.co/datasets/JailbreakBench/JBB-Behaviors: data/harmful-behaviors.csv, data/benign-behaviors.csv",
-        pair="index",
-        harmless_files=("benign",),
-        harmful_files=("harmful",),
-        hub="JailbreakBench/JBB-Behaviors",
-        hub_folders=("behaviors/harmful", "behaviors/benign"),
-    ),
-    Benchmark(
-        "strongreject",
-        "StrongREJECT",
-        ("forbidden_prompt", "prompt"),
-        "harmful",
-        "MIT",
-        "Souly et al., A StrongREJECT for Empty Jailbreaks, arXiv 2402.10260",
-        "github.com/alexandrasouly/strongreject: strongreject_dataset/strongreject_dataset.csv",
-        hub="walledai/StrongREJECT",
-        gated=True,
-    ),
-    Benchmark(
-        "xstest",
-        "XSTest",
-        ("prompt",),
-        "xstest",
-        "CC BY 4.0",
-        "Röttger et al., XSTest, NAACL 2024, arXiv 2308.01263",
-        "github.com/paul-rottger/exaggerated-safety: xstest_prompts.csv (earlier: xstest_v2_prompts.csv)",
-        category=("type",),
-        hub="walledai/XSTest",
-        gated=True,
-    ),
-    Benchmark(
-        "do-not-answer",
-        "Do-Not-Answer",
-        ("question", "prompt"),
-        "harmful",
-        "CC BY-NC-SA 4.0",
-        "Wang et al., Do-Not-Answer, arXiv 2308.13387",
-        "github.com/Libr-AI/do-not-answer: datasets/Instruction/do_not_answer_en.csv",
-        category=("risk_area",),
-        hub="LibrAI/do-not-answer",
-    ),
-    Benchmark(
-        "or-bench",
-        "OR-Bench (hard 1k and toxic)",
-        ("prompt",),
-        "file",
-        "CC BY 4.0",
-        "Cui et al., OR-Bench, arXiv 2405.20947",
-        "huggingface.co/datasets/bench-llm/or-bench: or-bench-hard-1k.csv, or-bench-toxic.csv, or-bench-80k.csv",
-        harmless_files=("hard", "80k"),
-        harmful_files=("toxic",),
-        hub="bench-llm/or-bench",
-        hub_folders=("or-bench-hard-1k/train", "or-bench-toxic/train"),
-    ),
-    Benchmark(
-        "alpaca",
-        "Alpaca instructions",
-        ("instruction",),
-        "harmless",
-        "CC BY-NC 4.0",
-        "Taori et al., Stanford Alpaca, 2023",
-        "github.com/tatsu-lab/stanford_alpaca: alpaca_data.json",
-        hub="tatsu-lab/alpaca",
-    ),
-    Benchmark(
-        "mt-bench",
-        "MT-Bench, first turns",
-        ("turns", "prompt"),
-        "harmless",
-        "Apache-2.0",
-        "Zheng et al., Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena, arXiv 2306.05685",
-        "github.com/lm-sys/FastChat: fastchat/llm_judge/data/mt_bench/question.jsonl",
-        hub="HuggingFaceH4/mt_bench_prompts",
-    ),
-)
+def _known() -> tuple[Benchmark, ...]:
+    """The benchmarks of `es2/data/benchmarks.toml`, in their order."""
+    entries: Any
+    text = (resources.files("es2") / "data" / "benchmarks.toml").read_text(encoding="utf-8")
+    entries = (
+        {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+        for entry in tomllib.loads(text)["benchmark"]
+    )
+    return tuple(Benchmark(**entry) for entry in entries)
+
+
+BENCHMARKS = _known()
 """Licences are as the publishers state them; the files decide."""
 
 _BY_NAME: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in BENCHMARKS}

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -94,13 +95,13 @@ class PromptSet:
 
     def select(self, keep: Bool[np.ndarray, "prompt"]) -> PromptSet:
         """The prompts for which `keep` holds, in the same order."""
-        rows = np.flatnonzero(keep)
+        return self.take(np.flatnonzero(keep).tolist())
 
-        def pick(column: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(column[row] for row in rows)
-
-        others = (pick(column) for column in (self.categories, self.pairs, self.splits))
-        return PromptSet(self.name, pick(self.texts), self.labels[rows], *others)
+    def take(self, rows: Sequence[int]) -> PromptSet:
+        """The prompts at `rows`, in that order."""
+        columns = (self.texts, self.categories, self.pairs, self.splits)
+        texts, *others = (tuple(column[row] for row in rows) for column in columns)
+        return PromptSet(self.name, texts, self.labels[list(rows)], *others)
 
 
 def _digest(value: object) -> str:

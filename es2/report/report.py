@@ -5,12 +5,10 @@ The page itself is made in `es2.report.page`.
 
 from __future__ import annotations
 
-import os
-import secrets
 from pathlib import Path
 
 from es2.core.errors import InputError
-from es2.core.files import machine_error, output_path
+from es2.core.files import output_path, write_text, writing
 from es2.report.page import Compared, report_html
 
 
@@ -27,16 +25,7 @@ def write_report(compared: Compared, out: Path, *, force: bool = False) -> Path:
     if out.exists() and not force:
         raise InputError(f"{str(out)!r} exists; give another name, or --force to replace it.")
     page = report_html(compared)
-    temporary = out.with_name(f".tmp-{out.name}-{secrets.token_hex(4)}")
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(out)
-    except OSError as error:
-        raise machine_error(error, out) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_text(out, page, errors="replace")
     return out

@@ -36,7 +36,6 @@ class FinetuneConfig(Settings):
         "fisher",
         "What is made larger: distance (the paper's form, which a longer residual stream also raises), anchored "
         "(harmless embeddings stay), fisher, margin (both scale-free), or a mixture such as 1.0*margin+0.5*fisher.",
-        label="Objective",
         suggestions=OBJECTIVES,
         group="main",
     )
@@ -44,12 +43,11 @@ class FinetuneConfig(Settings):
         "lora",
         "lora trains a small adapter on the blocks up to the last target layer, full those blocks themselves, which "
         "takes more memory.",
-        label="Method",
         choices=("lora", "full"),
         group="main",
     )
     steps: int = setting(
-        16, "Optimizer steps. Time grows with them; so does what is moved.", label="Steps", group="main", step=5, ge=1
+        16, "Optimizer steps. Time grows with them; so does what is moved.", group="main", step=5, ge=1
     )
     kl_weight: float = setting(
         10.0,
@@ -63,22 +61,15 @@ class FinetuneConfig(Settings):
     learning_rate: float = setting(
         1e-3,
         "Its peak, after the warm-up; from there it follows a cosine down to a tenth.",
-        label="Learning rate",
         group="main",
         step=1e-4,
         format="%.1e",
         gt=0,
     )
     seed: int = setting(
-        0,
-        "Of the adapter's first weights and of the batches. The same seed repeats the same run.",
-        label="Seed",
-        group="main",
-        ge=0,
+        0, "Of the adapter's first weights and of the batches. The same seed repeats the same run.", group="main", ge=0
     )
-    pairs_per_step: int = setting(
-        16, "Harmful prompts, and as many harmless ones, in every step.", label="Pairs per step", step=4, ge=2
-    )
+    pairs_per_step: int = setting(16, "Harmful prompts, and as many harmless ones, in every step.", step=4, ge=2)
     kl_prompts: int = setting(
         4,
         "Harmless prompts of a step whose logits are held to the base's; all have their embeddings moved. Logits cost "
@@ -101,16 +92,9 @@ class FinetuneConfig(Settings):
         format="%.2f",
         gt=0,
     )
-    reply_tokens: int = setting(
-        32, "Tokens of the base's own greedy reply that the second KL covers.", label="Reply tokens", step=8, ge=1
-    )
+    reply_tokens: int = setting(32, "Tokens of the base's own greedy reply that the second KL covers.", step=8, ge=1)
     margin_target: float = setting(
-        MARGIN_TARGET,
-        "Where the margin term stops, in scale-free units.",
-        label="Margin target",
-        step=0.1,
-        format="%.2f",
-        gt=0,
+        MARGIN_TARGET, "Where the margin term stops, in scale-free units.", step=0.1, format="%.2f", gt=0
     )
     validate_every: int = setting(
         8, "Steps between two validations; also between two checkpoints.", label="Steps between validations", ge=1
@@ -118,14 +102,15 @@ class FinetuneConfig(Settings):
     validation_prompts: int = setting(
         64,
         "Prompts of each label that a validation reads at most, and harmless test prompts whose KL is measured.",
-        label="Held-out prompts",
         step=8,
         ge=2,
     )
     accumulate: int = setting(
-        1, "Parts that a step is worked through in: more parts need less memory and more time.",
-        label="Parts of a step", ge=1
-    )  # fmt: skip
+        1,
+        "Parts that a step is worked through in: more parts need less memory and more time.",
+        label="Parts of a step",
+        ge=1,
+    )
     first_block: int | None = setting(
         None,
         "First trained block; the last is the last target layer. Automatic: block 4, or the first target layer where "
@@ -133,10 +118,8 @@ class FinetuneConfig(Settings):
         label="First trained block",
         step=1,
     )
-    gradient_checkpointing: bool = setting(
-        False, "Recompute blocks in the backward pass: less memory, more time.", label="Gradient checkpointing"
-    )
-    device: str | None = setting(None, "cuda, mps or cpu. Automatic: the best there is.", label="Device")
+    gradient_checkpointing: bool = setting(False, "Recompute blocks in the backward pass: less memory, more time.")
+    device: str | None = setting(None, "cuda, mps or cpu. Automatic: the best there is.")
     dtype: str | None = setting(
         None,
         "Number format of the frozen weights. Automatic: bfloat16 on a CUDA device, else float32.",

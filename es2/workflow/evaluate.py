@@ -13,7 +13,7 @@ from typing import Any
 
 from es2.analysis.results import AnalysisConfig
 from es2.core.errors import InputError
-from es2.core.files import content_key, expanded, machine_error, with_checksum, write_json
+from es2.core.files import content_key, expanded, with_checksum, write_json, writing
 from es2.core.former import former_names
 from es2.core.progress import Reporter, silent
 from es2.evaluation.attack import perturbation
@@ -119,12 +119,10 @@ def evaluate(
         "generated": work.generated
         | {"tokens_per_second": work.generated["tokens"] / max(work.generated["seconds"], 1e-9)},
     }
-    try:
+    with writing(place):
         place.mkdir(parents=True, exist_ok=True)
         kept = {"format": EVALUATION_FORMAT, "created": time.time()} | document | {"rows": rows}
         write_json(path, with_checksum(kept))
-    except OSError as error:
-        raise machine_error(error, place) from error
     return document
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from es2.models import costs
 from es2.models.batching import REPLIES_AT_ONCE, usual_tokens
-from es2.models.number_formats import DTYPES
+from es2.models.costs import DTYPES
 
 if TYPE_CHECKING:
     from es2.models.machine import Machine

@@ -20,8 +20,8 @@ from es2.core.files import home
 from es2.models import costs
 from es2.models.batching import REPLIES_AT_ONCE, usual_tokens
 from es2.models.catalogue import resolve
+from es2.models.costs import DTYPES
 from es2.models.machine import ASSUMED_CPU_FLOPS, Machine, this_machine
-from es2.models.number_formats import DTYPES
 from es2.models.shape import Shape
 from es2.prompts.prompt_set import PromptSet
 from es2.store.store import Store

@@ -17,7 +17,7 @@ import numpy as np
 
 from es2.capture.residuals import capture_residuals
 from es2.core.errors import Es2Error, InputError, one_line
-from es2.core.files import machine_error, parse_json, read_json, write_json
+from es2.core.files import parse_json, read_json, write_json, writing
 from es2.core.progress import Reporter
 from es2.jobs.job import Job
 from es2.jobs.queue import launch, list_jobs, open_job
@@ -87,11 +87,9 @@ def ask(reader: Job, text: str) -> str:
             f"The prompt has {len(text):,} characters, at most {MAX_PROMPT_CHARACTERS:,} are read; shorten it."
         )
     id = f"{time.time_ns():020d}-{secrets.token_hex(4)}"
-    try:
+    with writing(reader.path):
         (reader.path / _QUESTIONS).mkdir(exist_ok=True)
         write_json(reader.path / _QUESTIONS / f"{id}.json", {"text": text})
-    except OSError as error:
-        raise machine_error(error, reader.path) from error
     return id
 
 
