@@ -6,7 +6,6 @@ them is a job in a process of its own (`es2.jobs.queue`), and this side reads th
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,13 +38,26 @@ PAGES = (
 
 
 def page(name: str) -> Callable[[], None]:
-    """Draws a page, which is imported on its first visit: the first visitor waits for one page, not for six."""
+    """Renders a page, which is imported on its first visit: the first visitor waits for one page, not for six."""
 
-    def draw() -> None:
-        importlib.import_module(f"app.views.{name}").page()
+    def render() -> None:
+        match name:
+            case "compare":
+                from app.views.compare import page as show
+            case "layers":
+                from app.views.layers import page as show
+            case "runs":
+                from app.views.runs import page as show
+            case "behaviour":
+                from app.views.behaviour import page as show
+            case "robustness":
+                from app.views.robustness import page as show
+            case "own":
+                from app.views.own import page as show
+        show()
 
-    draw.__name__ = name
-    return draw
+    render.__name__ = name
+    return render
 
 
 def main() -> None:

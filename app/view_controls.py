@@ -8,7 +8,7 @@ from typing import Any
 
 import streamlit as st
 
-from app import state, text
+from app import jobs_panel, state, text
 from app.charts import projection_chart
 from app.state import Choice
 from es2.report.glossary import Term
@@ -101,3 +101,15 @@ def _row(term: Term, cells: Sequence[str]) -> str:
     first = f'<th scope="row" title="{tip}">{html.escape(term.title)}</th>'
     kind = "" if term.scale_free else ' class="raw"'
     return f"<tr{kind}>{first}{''.join(f'<td>{one}</td>' for one in cells)}</tr>"
+
+
+def umap_offer(config: Mapping[str, str], seconds: float, *, height: int) -> None:
+    """Say what UMAP needs, and start its job or show how far it is; `height` is that of the chart it replaces."""
+    with st.container(border=True, height=height, key="umap_missing", vertical_alignment="center"):
+        st.markdown("**UMAP is computed once for all layers and kept on disk.**")
+        st.markdown(
+            "It places prompts that are near each other in the model's space near each other in the plane. That "
+            "takes a while, so it runs in the background; the other views stay usable meanwhile."
+        )
+        label = f"Compute UMAP for all layers (about {text.duration(seconds)})"
+        jobs_panel.offer("project", config, label, "compute_umap", icon=None)

@@ -17,8 +17,15 @@ from app.components import exports, other_layers
 from app.components.plots import let_draw, linked, plot
 from app.layer_control import layer_control, with_layer
 from app.state import Choice
-from app.umap_offer import umap_offer
-from app.view_controls import VIEW_NAMES, choice_control, link_notes, others_toggle, tool_control, view_control
+from app.view_controls import (
+    VIEW_NAMES,
+    choice_control,
+    link_notes,
+    others_toggle,
+    tool_control,
+    umap_offer,
+    view_control,
+)
 from app.views.welcome import no_comparison
 from es2.analysis.comparison import Comparison
 from es2.analysis.projection import View

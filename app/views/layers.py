@@ -20,8 +20,7 @@ from app.components import exports, other_layers
 from app.components.plots import linked, plot
 from app.layer_control import layer_control, with_layer
 from app.state import Choice
-from app.umap_offer import umap_offer
-from app.view_controls import VIEW_NAMES, link_notes, others_toggle, tool_control, view_control
+from app.view_controls import VIEW_NAMES, link_notes, others_toggle, tool_control, umap_offer, view_control
 from app.views.welcome import welcome
 from es2.analysis.results import Analysis, LayerNumbers
 from es2.report.glossary import BY_NAME, TERMS, TWO_MARGINS

@@ -22,8 +22,5 @@ class CaptureConfig(Settings):
     )
     device: str | None = setting(None, "cuda, mps or cpu, or auto (all GPUs). Automatic: the best there is.")
     dtype: str | None = setting(
-        None,
-        "The model's number format. Automatic: bfloat16 on a CUDA device, else float32.",
-        choices=tuple(DTYPES),
-        label="Number format",
+        None, "The model's number format. Automatic: bfloat16 on a CUDA device, else float32.", choices=tuple(DTYPES)
     )

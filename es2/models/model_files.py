@@ -69,9 +69,6 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-# ------------------------------------------------------------------------------------------- made folders, atomically
-
-
 def default_folder() -> Path:
     """Where the converted default model lies, or will lie."""
     return user_cache() / "models" / f"smollm2-135m-instruct-v{_CONVERSION}"
@@ -102,9 +99,6 @@ def make_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
             with new_folder(parent, parent, folder.name) as made:
                 fill(made)
     return folder
-
-
-# -------------------------------------------------------------------------------------------------- the default model
 
 
 def make_default(folder: Path, report: Reporter) -> None:
@@ -227,9 +221,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except Exception as error:
         raise numbered(error, folder) from error
-
-
-# ------------------------------------------------------------------------------------------------------------ the Hub
 
 
 def find_snapshot(hub_id: str) -> Path | None:

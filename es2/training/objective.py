@@ -59,9 +59,6 @@ def measure_base(harmful: Float[Tensor, "harmful d_model"], harmless: Float[Tens
     )
 
 
-# ------------------------------------------------------------------------------------------------------- the terms
-
-
 def distance(
     harmful: Float[Tensor, "harmful d_model"], harmless: Float[Tensor, "harmless d_model"], base: BaseLayer
 ) -> Float[Tensor, ""]:
@@ -145,9 +142,6 @@ def running_direction(
     scale = _squared_scale(harmful, harmless).clamp_min(_NOTHING**2).sqrt()
     difference = (harmful.mean(dim=0) - harmless.mean(dim=0)) / scale
     return _MOMENTUM * previous + (1 - _MOMENTUM) * difference
-
-
-# ------------------------------------------------------------------------------------------------------- their sum
 
 
 def separation(

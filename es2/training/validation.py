@@ -121,9 +121,6 @@ def _ratio(after: float, before: float) -> float:
     return after / before
 
 
-# -------------------------------------------------------------------------------------------------------- the rule
-
-
 @dataclass(frozen=True)
 class Decision:
     """The consequences of all measurements so far.
