@@ -19,6 +19,7 @@ import pytest
 def pytest_configure() -> None:
     """Before any fixture, and inherited by every process that a test starts."""
     os.environ["ES2_SHOWCASE"] = str(Path(__file__).with_name("no-showcase"))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny models threads only wait for each other
 
 
 @pytest.fixture(scope="module")
