@@ -122,10 +122,10 @@ def finetune(
         Cancelled: when `report` raised it; the state is in `checkpoint/` by then.
     """
     started = time.perf_counter()
+    _check_launcher(config)
     spec = resolve(config.model)
     model_files = model_folder(spec, report)
     config.check(count_layers(model_files), prompts)
-    _check_launcher(config)
     plan = make_schedule(
         prompts, config.pairs_per_step, config.steps, config.seed, config.validation_prompts, config.kl_prompts
     )
