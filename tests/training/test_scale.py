@@ -90,12 +90,12 @@ class TestCapture:
         script = tmp_path / "script.py"
         script.write_text(
             "import os, sys\n"
-            "from es2.capture.capture import Reading\n"
+            "from es2.capture.capture import CaptureRequest\n"
             "from es2.cli.main import main\n"
             "def fail(self, report):\n"
             f"    {what}\n"
             f"if os.environ['RANK'] == '{failing}':\n"
-            "    Reading.read = fail\n"
+            "    CaptureRequest.read = fail\n"
             "main()\n"
         )
         done = in_two_processes(tmp_path, script, "capture", "--model", folder, "--prompts", prompts, "--json")
