@@ -26,6 +26,7 @@ plotly_library.begin()
 from app import artifacts, binding, sidebar, state  # noqa: E402
 from app.text import sentences  # noqa: E402
 
+# The module below `app.views`, which is also the address; the title; the icon. Not a docstring: Streamlit would show it.
 PAGES = (
     ("compare", "Compare", "compare"),
     ("layers", "Layers", "layers"),
@@ -34,7 +35,6 @@ PAGES = (
     ("robustness", "Robustness", "shield"),
     ("own", "Your own", "edit_note"),
 )
-"""The module below `app.views`, which is also the address; the title; the icon."""
 
 
 def page(name: str) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -415,3 +416,9 @@ print("heavy:", heavy)
         cwd=Path(MAIN).parents[1],
     )
     assert "heavy: []" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_entry_holds_no_string_that_streamlit_would_show() -> None:
+    """Streamlit writes bare expressions of the script it runs on the page, a constant's docstring too."""
+    statements = ast.parse(Path(MAIN).read_text(encoding="utf-8")).body
+    assert not [node for node in statements[1:] if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
