@@ -26,7 +26,7 @@ plotly_library.begin()
 from app import artifacts, binding, sidebar, state  # noqa: E402
 from app.text import sentences  # noqa: E402
 
-# The module below `app.views`, which is also the address; the title; the icon. Not a docstring: Streamlit would show it.
+# The module below `app.views` (also the address), the title, the icon. No docstring: Streamlit would show it.
 PAGES = (
     ("compare", "Compare", "compare"),
     ("layers", "Layers", "layers"),
