@@ -6,6 +6,7 @@ frozen blocks; the adapter is whole in every process, so steps and checkpoints k
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from tempfile import TemporaryDirectory
@@ -40,9 +41,16 @@ def processes_of_launch(device: str | None, **settings: Any) -> PartialState:
     import torch
     from accelerate import PartialState
 
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return PartialState(cpu=device == "cpu", **settings)
+    # Imported once the group exists, it keeps the group in its functions' defaults, and with it threads that outlive
+    # the interpreter: now and then the process then aborts at its end (torch 2.13).
+    import torch.distributed.nn
+
     # Left to itself accelerate takes processes without a GPU for processes that are alone.
-    without_gpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-    return PartialState(cpu=device == "cpu" or without_gpu, **settings)
+    processes = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), **settings)
+    atexit.register(processes.destroy_process_group)
+    return processes
 
 
 def free_bytes(device: str) -> int:

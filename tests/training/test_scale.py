@@ -80,6 +80,23 @@ class TestCapture:
         again = in_two_processes(tmp_path, "-m", "es2", "capture", "--model", folder, "--prompts", prompts, "--json")
         assert json.loads(again.stdout)["computed"] is False
 
+    def test_no_thread_of_the_group_outlives_it(self, folder: Path, prompts: Path, tmp_path: Path) -> None:
+        # One that does may find the interpreter gone, and the process aborts at its end.
+        script = tmp_path / "script.py"
+        script.write_text(
+            "import atexit, sys\n"
+            "from pathlib import Path\n"
+            "from es2.cli.main import main\n"
+            "@atexit.register\n"
+            "def tell():\n"
+            "    names = [path.read_text().strip() for path in Path('/proc/self/task').glob('*/comm')]\n"
+            "    print('threads of gloo:', names.count('pt_gloo_runloop'), file=sys.stderr)\n"
+            "main()\n"
+        )
+        done = in_two_processes(tmp_path, script, "capture", "--model", folder, "--prompts", prompts, "--json")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("threads of gloo: 0") == 2, done.stderr
+
     @pytest.mark.parametrize(
         ("failing", "what", "sentence"),
         [(1, "raise MemoryError", "Process 1 of 2 failed: MemoryError"), (0, "os.kill(os.getpid(), 9)", "")],
