@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,12 @@ from es2.analysis.layer_views import RENDERS, LayerViews
 from es2.analysis.projection import FitOn, View
 from es2.analysis.results import Analysis
 from es2.core.errors import Es2Error
+from es2.core.files import files_below
 from es2.jobs.job import Job
 from es2.models.catalogue import CATALOGUE, resolve
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
-from es2.store.activation_set import ActivationSet
+from es2.store.activation_set import ACTIVATIONS, META, TEXTS, ActivationSet
 from es2.store.store import Store
 from es2.workflow import compared
 from es2.workflow.derived import find_activations, find_analysis_folder, find_umap, find_views_folder
@@ -39,6 +41,11 @@ if TYPE_CHECKING:
 ENDED = ("done", "stopped")
 _AHEAD = ThreadPoolExecutor(1, thread_name_prefix="ahead")
 _waiting: list[Future[object]] = []
+
+_Stamps = tuple[tuple[str, int, int], ...]
+_found: dict[tuple[object, ...], tuple[Comparison, _Stamps | None]] = {}
+"""What `_comparison` has found, and the files it was read from; at most `_FOUND` of them, the newest last."""
+_FOUND = 8
 
 UMAP_START_SECONDS = 25.0
 UMAP_SECONDS_PER_PROMPT = 2.5e-3
@@ -265,13 +272,36 @@ def _comparison(run: Job, against: Job | None, position: str) -> Comparison | No
         prompt_set = prompts(str(run.config.get("prompts", Choice.prompts))).measured()
     except Es2Error:
         return None  # its file is gone or broken, as the list of runs shows
-    try:
-        found = compared.find_comparison(run, prompt_set, position, against, keep=_keep, find=_analysis)
-    except compared.AbsentError:
-        if run.is_shipped:
-            raise
-        return None
+    asked = (run.path, against and against.path, position, prompt_set.digest)
+    found, read_at = _found.get(asked, (None, None))
+    stamps = _stamps(run, against, found) if found is not None else None
+    if found is None or stamps != read_at:
+        try:
+            found = compared.find_comparison(run, prompt_set, position, against, keep=_keep, find=_analysis)
+        except compared.AbsentError:
+            _found.pop(asked, None)
+            if run.is_shipped:
+                raise
+            return None
+        # Only what lay still while it was read counts as read.
+        _found[asked] = (found, stamps if stamps == _stamps(run, against, found) else None)
+        for oldest in list(_found)[:-_FOUND]:
+            _found.pop(oldest, None)
     return replace(found, names=(run_title(against), run_title(run))) if against is not None else found
+
+
+def _stamps(run: Job, against: Job | None, found: Comparison) -> _Stamps:
+    """Which files a comparison is read from, and when each was written; those that are gone are left out."""
+    files = [job.path / "result.json" for job in (run, against) if job is not None]
+    files += [found.base.path / name for name in (META, ACTIVATIONS, TEXTS)]
+    with suppress(OSError):
+        files += files_below(found.tuned.path)
+    stamps = []
+    for file in files:
+        with suppress(OSError):
+            stat = file.stat()
+            stamps.append((str(file), stat.st_ino, stat.st_mtime_ns))
+    return tuple(stamps)
 
 
 def make_ready(work: Callable[[int], object], layer: int, n_layers: int) -> None:

@@ -90,6 +90,10 @@ class PromptSet:
 
     def measured(self) -> PromptSet:
         """The prompts that an analysis reads: `probe`, which fits the probes, and `test`, which gives the numbers."""
+        return self._measured
+
+    @cached_property
+    def _measured(self) -> PromptSet:
         keep = self.in_split("probe") | self.in_split("test")
         return self if keep.all() else self.select(keep)
 

@@ -113,6 +113,27 @@ class TestComparison:
         assert found.analysis.config == config
         assert len(pair(open_compare(made.link(layer="2")))) == 2
 
+    def test_is_read_once_until_one_of_its_files_changes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = write_comparison(tmp_path, 40)
+        monkeypatch.setenv("ES2_HOME", str(tmp_path))
+        choice = state.Choice(run=made.run.id)
+        reading.find_comparison(choice)  # what is remembered lay still while it was read
+        first = reading.find_comparison(choice)
+        assert first is not None
+        assert reading.find_comparison(choice) is first
+
+        base, prompts = made.artifacts.activations, made.artifacts.prompts
+        config = AnalysisConfig(n_bootstrap=200)
+        with made.tuned.write_derived(analysis_key(base, prompts, config, tuned=made.tuned)) as folder:
+            analyze(prompts, base, made.tuned, config=config).save(folder)
+        newer = reading.find_comparison(choice)
+        assert newer is not None
+        assert newer.analysis.config == config
+
+        result = made.run.path / "result.json"
+        result.unlink()
+        assert reading.find_comparison(choice) is None
+
     def test_opens_at_a_target_layer_and_a_link_reopens_another(self, home: Path, compared: Compared) -> None:
         at = open_compare(compared.link())
         assert at.slider(key="layer").value == TARGETS[-1]
