@@ -23,7 +23,7 @@ from es2.analysis.layer_views import RENDERS, LayerViews
 from es2.analysis.projection import FitOn, View
 from es2.analysis.results import Analysis
 from es2.core.errors import Es2Error
-from es2.core.files import files_below
+from es2.core.files import files_below, stamp_of
 from es2.jobs.job import Job
 from es2.models.catalogue import CATALOGUE, resolve
 from es2.prompts.loading import load_prompts
@@ -42,8 +42,7 @@ ENDED = ("done", "stopped")
 _AHEAD = ThreadPoolExecutor(1, thread_name_prefix="ahead")
 _waiting: list[Future[object]] = []
 
-_Stamps = tuple[tuple[str, int, int], ...]
-_found: dict[tuple[object, ...], tuple[Comparison, _Stamps | None]] = {}
+_found: dict[tuple[object, ...], tuple[Comparison, tuple[object, ...] | None]] = {}
 """What `_comparison` has found, and the files it was read from; at most `_FOUND` of them, the newest last."""
 _FOUND = 8
 
@@ -92,18 +91,12 @@ def existing(choice: Choice) -> tuple[Choice, list[str]]:
 
 def prompts(source: str) -> PromptSet:
     """The prompt set of `source`, read again when its file changes. Raises as `load_prompts` does."""
-    stamp = None
-    if source != "builtin" and not source.startswith("hf:"):
-        try:
-            stat = Path(source).stat()
-            stamp = (stat.st_mtime_ns, stat.st_size)
-        except (OSError, ValueError):
-            stamp = None  # load_prompts raises what is wrong with it
-    return _prompts(source, stamp)
+    is_file = source != "builtin" and not source.startswith("hf:")
+    return _prompts(source, stamp_of(Path(source)) if is_file else None)
 
 
 @st.cache_resource(max_entries=8, show_spinner="Reading the prompts")
-def _prompts(source: str, stamp: tuple[int, int] | None) -> PromptSet:
+def _prompts(source: str, stamp: object) -> PromptSet:
     return load_prompts(source)
 
 
@@ -290,18 +283,13 @@ def _comparison(run: Job, against: Job | None, position: str) -> Comparison | No
     return replace(found, names=(run_title(against), run_title(run))) if against is not None else found
 
 
-def _stamps(run: Job, against: Job | None, found: Comparison) -> _Stamps:
-    """Which files a comparison is read from, and when each was written; those that are gone are left out."""
+def _stamps(run: Job, against: Job | None, found: Comparison) -> tuple[object, ...]:
+    """The stamps of the files that a comparison is read from."""
     files = [job.path / "result.json" for job in (run, against) if job is not None]
     files += [found.base.path / name for name in (META, ACTIVATIONS, TEXTS)]
     with suppress(OSError):
         files += files_below(found.tuned.path)
-    stamps = []
-    for file in files:
-        with suppress(OSError):
-            stat = file.stat()
-            stamps.append((str(file), stat.st_ino, stat.st_mtime_ns))
-    return tuple(stamps)
+    return tuple(map(stamp_of, files))
 
 
 def make_ready(work: Callable[[int], object], layer: int, n_layers: int) -> None:

@@ -19,6 +19,7 @@ from app.state import Choice
 from app.text import sentences
 from app.view_controls import introduction, link_notes
 from es2.core.errors import Es2Error
+from es2.core.files import stamp_of
 from es2.evaluation.config import SUITES
 from es2.evaluation.results import find_evaluations, read_evaluation
 from es2.jobs.job import Job
@@ -88,16 +89,15 @@ def of_run(run: Job, suites: Sequence[str]) -> list[Evaluation]:
     found = []
     for path in find_evaluations(run):
         with sentences():
-            stat = path.stat()
-            one = Evaluation(path, _read(str(path), stat.st_mtime_ns, stat.st_size))
+            one = Evaluation(path, _read(path, stamp_of(path)))
             if any(suite in one.document["suite"] for suite in suites):
                 found.append(one)
     return found
 
 
 @st.cache_resource(max_entries=32, show_spinner="Reading the evaluation")
-def _read(path: str, mtime_ns: int, size: int) -> Mapping[str, Any]:
-    return read_evaluation(Path(path))
+def _read(path: Path, stamp: object) -> Mapping[str, Any]:
+    return read_evaluation(path)
 
 
 def opened(intro: Intro, suites: Sequence[str]) -> tuple[Job, Evaluation] | None:
@@ -210,8 +210,7 @@ def _rate(run: Job) -> float | None:
     """Tokens per second of the newest evaluation that generated enough of them to tell."""
     for path in find_evaluations(run):
         try:
-            stat = path.stat()
-            generated = _read(str(path), stat.st_mtime_ns, stat.st_size)["generated"]
+            generated = _read(path, stamp_of(path))["generated"]
         except (Es2Error, OSError):
             continue
         if generated["tokens"] >= 1000:

@@ -13,6 +13,7 @@ from typing import Any
 import streamlit as st
 
 from app import text
+from es2.core.files import stamp_of
 from es2.jobs.job import Job
 
 METHOD_NAMES = {"lora": "LoRA", "full": "Full"}
@@ -40,10 +41,9 @@ class Row:
 
 def row(run: Job) -> Row:
     """A run's entry in the list; its result is read once."""
-    try:
-        stat = (run.path / "result.json").stat()
-        summary = _summary(run.id, stat.st_mtime_ns, stat.st_size, run)
-    except FileNotFoundError:
+    if (stamp := stamp_of(run.path / "result.json")) is not None:
+        summary = _summary(run.id, stamp, run)
+    else:
         summary = {"status": run.status(), "error": run.error(), "comparable": False}
     result = summary.get("result", {})
     return Row(
@@ -59,7 +59,7 @@ def row(run: Job) -> Row:
 
 
 @st.cache_data(max_entries=1024, show_spinner=False)
-def _summary(id: str, mtime_ns: int, size: int, _run: Job) -> dict[str, Any]:
+def _summary(id: str, stamp: object, _run: Job) -> dict[str, Any]:
     """The few words of a result that the list needs."""
     result = _run.result() or {}
     names = ("verdict", "verdict_reason", "steps", "kl_harmless_test", "activations")

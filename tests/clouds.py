@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from es2.analysis.probes import Probes
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet, own_pair
 
 if TYPE_CHECKING:
@@ -91,3 +92,11 @@ def rotation(d_model: int, seed: int = 0) -> Float[np.ndarray, "d_model d_model"
     """A random orthogonal matrix."""
     matrix, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(d_model, d_model)))
     return matrix
+
+
+def probability(
+    probes: Probes, embeddings: Float[np.ndarray, "prompt d_model"], layer: int
+) -> Float[np.ndarray, "prompt"]:
+    """The probability of harmful that the probe of a layer gives, by its definition: sigmoid(w·z + b)."""
+    logits = probes.frame(layer).normalise(embeddings) @ probes.weights[layer] + probes.bias[layer]
+    return np.exp(-np.logaddexp(0, -logits))

@@ -65,17 +65,6 @@ class Probes:
         distances = [signed_distance(frame.normalise(part), weights, bias) for part in parts_of(embeddings)]
         return np.concatenate(distances)
 
-    def mean_difference_margin(
-        self, embeddings: Float[np.ndarray, "prompt d_model"], layer: int
-    ) -> Float[np.ndarray, "prompt"]:
-        """Signed distance from the midpoint along the mean-difference direction, scale-free, + towards harmful."""
-        return self.frame(layer).normalise(embeddings) @ self.direction[layer]
-
-    def probability(self, embeddings: Float[np.ndarray, "prompt d_model"], layer: int) -> Float[np.ndarray, "prompt"]:
-        """The probability of harmful that layer `layer`'s probe gives, sigmoid(w·z + b)."""
-        logits = self.frame(layer).normalise(embeddings) @ self.weights[layer] + self.bias[layer]
-        return np.exp(-np.logaddexp(0, -logits))
-
 
 def signed_distance(
     z: Float[np.ndarray, "prompt d_model"], weights: Float[np.ndarray, "d_model"], bias: float

@@ -217,6 +217,15 @@ def content_key(parts: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
+def stamp_of(path: Path) -> tuple[int, int, int] | None:
+    """Inode, modification time and size, which tell a file from its successor; None where there is none to be read."""
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):  # a name that no file can have is a ValueError
+        return None
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+
+
 def file_digest(path: Path) -> str:
     """The BLAKE2b digest (64 hexadecimal characters) of a file's bytes. Raises `OSError`.
 

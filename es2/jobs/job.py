@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from es2.core.errors import InputError
-from es2.core.files import is_shipped, read_json, verify_checksum, way_out, with_checksum, write_json, writing
+from es2.core.files import is_shipped, read_json, stamp_of, verify_checksum, way_out, with_checksum, write_json, writing
 from es2.core.former import todays_names
 from es2.core.progress import seconds_left
 from es2.core.versions import format_of
@@ -127,11 +127,9 @@ class Job:
         It is shared until the file changes, so callers must not change it.
         """
         path = self.path / "result.json"
-        try:
-            stat = path.stat()
-        except OSError:
-            return _result.__wrapped__(path)  # absent, or an error that reading raises
-        return _result(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        if (stamp := stamp_of(path)) is None:
+            return _result.__wrapped__(path, stamp)  # absent, or an error that reading raises
+        return _result(path, stamp)
 
     def error(self) -> str | None:
         """One sentence on why it failed, stopped or was interrupted; None otherwise."""
@@ -225,11 +223,8 @@ class Job:
     def _end(self) -> tuple[str | None, str | None]:
         """Status and error in `result.json`; None twice when it is absent, damaged or of a newer format."""
         path = self.path / "result.json"
-        try:
-            stat = path.stat()
-        except OSError:
-            return None, None
-        return _ending(path, stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        stamp = stamp_of(path)
+        return _ending(path, stamp) if stamp is not None else (None, None)
 
     def _why_no_end(self) -> str:
         path = self.path / "result.json"
@@ -323,15 +318,15 @@ def _read_end(path: Path) -> dict[str, Any] | None:
 
 
 @lru_cache(maxsize=16)
-def _result(path: Path, *stamp: int) -> dict[str, Any] | None:
-    """The result in a file with this inode, time and size: a page asks at every click, and reading takes a while."""
+def _result(path: Path, stamp: object) -> dict[str, Any] | None:
+    """The result in a file with this stamp: a page asks at every click, and reading takes a while."""
     result = (_read_end(path) or {}).get("result")
     return result if isinstance(result, dict) else None
 
 
 @lru_cache(maxsize=1024)
-def _ending(path: Path, *stamp: int) -> tuple[str | None, str | None]:
-    """Status and error of a file with this inode, time and size: lists of jobs ask often, and results are large."""
+def _ending(path: Path, stamp: object) -> tuple[str | None, str | None]:
+    """Status and error of a file with this stamp: lists of jobs ask often, and results are large."""
     end = _read_end(path) or {}
     status, error = end.get("status"), end.get("error")
     return status if status in STATUSES else None, error if isinstance(error, str) else None

@@ -37,10 +37,6 @@ class CatalogueEntry:
     gated: bool = False
     paper: bool = False
 
-    def weights_gb(self, dtype: str = "float32") -> float:
-        """Size of the weights in GB (10⁹ bytes) in one of `DTYPES`."""
-        return self.parameters * DTYPES[dtype] / 1e9
-
     def memory_gb(self, dtype: str = "float32") -> float:
         """Memory in GB (10⁹ bytes) that loading it and capturing with it takes, about."""
         return (self.parameters * DTYPES[dtype] * WORKING_SHARE + runtime_bytes("cpu") + BATCH_BYTES) / 1e9

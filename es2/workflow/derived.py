@@ -5,7 +5,6 @@ Nothing here needs weights, a tokenizer or torch, so the app opens at once, also
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +13,7 @@ from es2.analysis.layer_views import VIEWS_FORMAT
 from es2.analysis.projection import PROJECTION_FORMAT, UmapCoordinates
 from es2.analysis.results import ANALYSIS_FORMAT, Analysis, AnalysisConfig
 from es2.core.errors import InputError
-from es2.core.files import content_key, read_json
+from es2.core.files import content_key, read_json, stamp_of
 from es2.core.former import former_names
 from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import ActivationSet
@@ -89,12 +88,10 @@ def find_analysis_folder(
 ) -> Path | None:
     """Where `find_analysis` reads: a folder under the key of these embeddings and prompts and of its own settings."""
     holder = tuned or activations
-    stats = {}
-    for file in (holder.path / "derived").glob("*/analysis.json"):
-        with suppress(OSError):  # removed a moment ago
-            stats[file] = file.stat()
-    for file in sorted(stats, key=lambda file: -stats[file].st_mtime_ns):
-        config = _config_in(file, stats[file].st_ino, stats[file].st_mtime_ns)
+    files = (holder.path / "derived").glob("*/analysis.json")
+    stamps = {file: stamp for file in files if (stamp := stamp_of(file)) is not None}
+    for file in sorted(stamps, key=lambda file: -stamps[file][1]):
+        config = _config_in(file, stamps[file])
         if config is not None and config.position == position:
             key = analysis_key(activations, prompts, config, tuned=tuned)
             if key == file.parent.name and (folder := holder.derived(key)) is not None:
@@ -104,7 +101,7 @@ def find_analysis_folder(
 
 
 @lru_cache(maxsize=256)
-def _config_in(file: Path, inode: int, mtime_ns: int) -> AnalysisConfig | None:
+def _config_in(file: Path, stamp: object) -> AnalysisConfig | None:
     """The settings in an `analysis.json`; None where they cannot be read."""
     try:
         return AnalysisConfig.read((read_json(file) or {})["config"], str(file))

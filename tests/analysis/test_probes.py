@@ -25,7 +25,7 @@ from es2.analysis.probes import (
 )
 from es2.analysis.resampling import resample_pairs, shuffled_labels
 from es2.core.errors import InputError
-from tests.clouds import clouds, paired_prompts, rotation, single_prompts
+from tests.clouds import clouds, paired_prompts, probability, rotation, single_prompts
 
 COSTS = tuple(10.0**power for power in range(-4, 5))
 
@@ -112,11 +112,10 @@ def test_probes_measure_in_scale_free_units() -> None:
     weights, bias = fit_path(frame.normalise(embeddings), labels, (10.0,))
     probes = Probes(weights, bias, frame.centre[None], np.array([frame.scale]), np.array([10.0]), frame.direction[None])
     np.testing.assert_allclose(probes.margin(embeddings, 0), np.array([2, 2, -2, -2]) / frame.scale, rtol=1e-6)
-    np.testing.assert_allclose(probes.mean_difference_margin(embeddings, 0), np.array([2, 2, -2, -2]) / frame.scale)
     np.testing.assert_allclose(probes.normal(0), [1, 0], atol=1e-9)
     reference = sklearn_fit(frame.normalise(embeddings), labels, 10.0)
     np.testing.assert_allclose(
-        probes.probability(embeddings, 0), reference.predict_proba(frame.normalise(embeddings))[:, 1], rtol=1e-5
+        probability(probes, embeddings, 0), reference.predict_proba(frame.normalise(embeddings))[:, 1], rtol=1e-5
     )
     assert probes.n_layers == 1
 

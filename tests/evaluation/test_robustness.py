@@ -31,6 +31,7 @@ from es2.models.replies import greedy_replies
 from es2.prompts.prompt_set import HARMFUL, PromptSet
 from es2.store.sources import ArrayLayers
 from tests.builders import save_tiny_model, tiny_prompts
+from tests.clouds import probability
 
 D = 12
 
@@ -65,9 +66,9 @@ class TestAnalytic:
         plane = hyperplane(probes, 1)
         shift = plane.signed_shift(embeddings, p0)
         moved = embeddings + shift[:, None] * plane.normal
-        np.testing.assert_allclose(probes.probability(moved, 1), p0, atol=1e-9)
+        np.testing.assert_allclose(probability(probes, moved, 1), p0, atol=1e-9)
         length, relative = needed_perturbation(embeddings, probes, 1, p0)
-        needs = probes.probability(embeddings, 1) > p0
+        needs = probability(probes, embeddings, 1) > p0
         assert 0 < needs.sum() < 20
         np.testing.assert_allclose(length, np.where(needs, -shift, 0), atol=1e-9)
         np.testing.assert_allclose(relative, length / np.linalg.norm(embeddings, axis=1))
@@ -82,7 +83,7 @@ class TestAnalytic:
         probes = some_probes()
         embeddings = 100 * np.random.default_rng(3).normal(size=(5, D))
         found = hyperplane(probes, 0).logits(embeddings)
-        np.testing.assert_allclose(1 / (1 + np.exp(-found)), probes.probability(embeddings, 0))
+        np.testing.assert_allclose(1 / (1 + np.exp(-found)), probability(probes, embeddings, 0))
 
     def test_a_probe_that_reads_nothing_and_impossible_probabilities_are_refused(self) -> None:
         blank = some_probes()
@@ -214,7 +215,7 @@ class TestPushed:
     def test_where_no_push_is_asked_for_the_probe_reads_what_was_captured(self, attacked: Attacked) -> None:
         rows = list(range(6))
         replies, seen = attacked.reply([(row, Steering("none", 0.0)) for row in rows])
-        expected = [attacked.probes.probability(attacked.source.layer(layer)[:6], layer) for layer in (0, 2)]
+        expected = [probability(attacked.probes, attacked.source.layer(layer)[:6], layer) for layer in (0, 2)]
         np.testing.assert_allclose(seen.probability, np.mean(expected, axis=0), atol=1e-4)
         plain = dict(self_replies(attacked, rows))
         assert replies == [plain[row] for row in rows]
