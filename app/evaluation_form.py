@@ -16,6 +16,7 @@ from app.state import Choice
 from es2.analysis.setup import check_prompts
 from es2.core.errors import Es2Error, InputError
 from es2.evaluation.config import EvaluateConfig
+from es2.evaluation.results import KIND
 from es2.evaluation.suites import choose_prompts, held_out
 from es2.jobs.job import Job
 from es2.models.machine import this_machine
@@ -23,7 +24,6 @@ from es2.models.shape import Shape
 from es2.prompts.benchmarks import absolute_source, is_benchmark
 from es2.prompts.prompt_set import HARMFUL, HARMLESS
 from es2.workflow.derived import find_activations
-from es2.workflow.evaluate import KIND
 from es2.workflow.evaluation_plan import Sample, evaluation_seconds
 
 FORM = "evaluation_form"

@@ -21,10 +21,9 @@ from app.view_controls import introduction, link_notes
 from es2.core.errors import Es2Error
 from es2.core.files import stamp_of
 from es2.evaluation.config import SUITES
-from es2.evaluation.results import find_evaluations, read_evaluation
+from es2.evaluation.results import KIND, find_evaluations, read_evaluation
 from es2.jobs.job import Job
 from es2.jobs.queue import list_jobs, reopen, start
-from es2.workflow.evaluate import KIND
 from es2.workflow.runs import open_run, tuned_weights
 
 SHOWN_CHARACTERS = 200

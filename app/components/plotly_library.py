@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from streamlit.components.v2.types import ComponentRenderer
 
 
+# Or streamlit's `inspect.getmodule` resolves the paths of a thousand modules to find this one, 0.06 s.
+inspect.modulesbyfile[__file__] = __name__
 # Never mounted: declaring it makes the server offer the files of its folder.
 _PACKAGE = declare_component("plotly", path=Path(plotly.__file__).with_name("package_data"))
 

@@ -19,7 +19,7 @@ from app.components import exports
 from app.components.plots import plot
 from app.evaluations import Evaluation, Intro
 from app.view_controls import kept_buttons, kept_choice
-from es2.evaluation.attack import SHOWN_CHARACTERS
+from es2.evaluation.results import SHOWN_CHARACTERS
 from es2.report import findings
 from es2.report.findings import DIRECTION_NAMES, interval_of
 from es2.report.labels import shortened

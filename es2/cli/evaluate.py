@@ -33,7 +33,8 @@ def evaluate(settings: dict[str, Any], json_: AsJson = False) -> None:
         check_run(run, config.model)
         tuned_weights(run)
     load_prompts(config.prompts)
-    from es2.workflow.evaluate import KIND, unfinished_job
+    from es2.evaluation.results import KIND
+    from es2.workflow.evaluate import unfinished_job
 
     with progress() as report:
         result = run_here(KIND, config.to_dict(), unfinished_job(config), report)

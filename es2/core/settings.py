@@ -56,7 +56,7 @@ def setting(
 class Settings(BaseModel):
     """Everything that decides one kind of work. Frozen; impossible values raise `InputError`."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     def __init__(self, **values: Any) -> None:
         try:

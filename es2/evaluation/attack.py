@@ -16,6 +16,7 @@ from es2.analysis.resampling import interval, resample_pairs
 from es2.analysis.results import Analysis
 from es2.evaluation.behaviour import rate_interval
 from es2.evaluation.refusal import RULES_VERSION, judge_reply
+from es2.evaluation.results import SHOWN_CHARACTERS
 from es2.evaluation.robustness import Attacker, make_attacker, needed_by_layer
 from es2.evaluation.steering import Steering, steered, steering_sweep
 from es2.evaluation.suites import BOOTSTRAP, Work, choose_prompts, generate, rendered
@@ -24,8 +25,6 @@ from es2.models.loading import load_bridge, load_tokenizer
 from es2.models.replies import ReplyBatch
 from es2.prompts.prompt_set import HARMFUL, PromptSet
 from es2.store.sources import LayerSource
-
-SHOWN_CHARACTERS = 200  # kept of a reply to a steered request
 
 
 def perturbation(

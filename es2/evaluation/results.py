@@ -12,7 +12,9 @@ from es2.core.former import todays_names
 from es2.core.versions import format_of
 from es2.jobs.job import Job
 
+KIND = "evaluate"  # of its jobs
 EVALUATION_FORMAT = 1
+SHOWN_CHARACTERS = 200  # kept of a reply to a steered request
 
 _LAST_SECOND = 2**37  # years from now, before what a calendar can say
 FOLDER, LOG = "evaluation", "replies.jsonl"

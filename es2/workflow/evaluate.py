@@ -20,7 +20,7 @@ from es2.evaluation.attack import perturbation
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.judge import Judge, classifier_judge, endpoint_judge
 from es2.evaluation.reply_log import ReplyLog
-from es2.evaluation.results import EVALUATION_FORMAT, FOLDER, LOG, read_evaluation
+from es2.evaluation.results import EVALUATION_FORMAT, FOLDER, KIND, LOG, read_evaluation
 from es2.evaluation.suites import Work, behaviour, held_out
 from es2.jobs.job import Job
 from es2.jobs.queue import find_jobs
@@ -33,8 +33,6 @@ from es2.prompts.prompt_set import PromptSet
 from es2.store.store import Store
 from es2.workflow.prepare import prepare
 from es2.workflow.runs import check_run, config_of, tuned_weights
-
-KIND = "evaluate"
 
 
 def evaluate(
