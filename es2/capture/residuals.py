@@ -18,6 +18,7 @@ from es2.core.errors import InputError, MachineError
 from es2.core.malloc import keep_freed_memory
 from es2.core.progress import Reporter, silent
 from es2.models.batching import (
+    ROUNDING,
     KeysAndValues,
     PrefixTree,
     batches_by_length,
@@ -48,7 +49,6 @@ logger = logging.getLogger(__name__)
 _SHARING_WORTHWHILE = 4  # shared tokens that pay for an extra pass
 _ROW = 128  # tokens of a row of prompts: longer rows share more, but attention grows with their square
 _CPU_TOKENS = 1280  # at once: half of that took 9 % longer, twice that no less
-_EXACT = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}  # differences, relative to ‖e‖, that are rounding
 
 
 def capture_residuals(
@@ -190,7 +190,7 @@ def _ways(bridge: TransformerBridge, rendered: Rendered, columns: np.ndarray) ->
     plain = [_run_batch(bridge, [_alone(row, tried[row])], own_columns, "right", [], False) for row in order]
     expected = np.concatenate(plain, axis=1)
     error_found = np.linalg.norm(found - expected, axis=-1)
-    limit = _EXACT[str(model.dtype).removeprefix("torch.")] * np.linalg.norm(expected, axis=-1)
+    limit = ROUNDING[str(model.dtype).removeprefix("torch.")] * np.linalg.norm(expected, axis=-1)
     return (n_shared, True) if bool((error_found <= limit).all()) else (0, False)
 
 

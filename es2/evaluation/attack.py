@@ -18,11 +18,10 @@ from es2.evaluation.behaviour import rate_interval
 from es2.evaluation.refusal import RULES_VERSION, judge_reply
 from es2.evaluation.results import SHOWN_CHARACTERS
 from es2.evaluation.robustness import Attacker, make_attacker, needed_by_layer
-from es2.evaluation.steering import Steering, steered, steering_sweep
-from es2.evaluation.suites import BOOTSTRAP, Work, choose_prompts, generate, rendered
+from es2.evaluation.steering import Steered, Steering, steering_sweep
+from es2.evaluation.suites import BOOTSTRAP, Work, choose_prompts, generate, load, rendered
 from es2.models.chat_template import template_prefix
-from es2.models.loading import load_bridge, load_tokenizer
-from es2.models.replies import ReplyBatch
+from es2.models.loading import load_tokenizer
 from es2.prompts.prompt_set import HARMFUL, PromptSet
 from es2.store.sources import LayerSource
 
@@ -109,36 +108,29 @@ def _reply_steered(
     prefix: tuple[int, ...],
     sweep: Sequence[Steering],
 ) -> list[list[dict[str, Any]]]:
-    """The log's record of every steering (outer) and prompt (inner); all steerings share batches."""
+    """The log's record of every steering (outer) and prompt (inner): a row each of the same passes."""
     cases = [(steering, row) for steering in sweep for row in range(len(sample))]
     fixed = {"attacker": attacker.digest, "seed": work.config.seed, "rules": RULES_VERSION}
     keys = [work.key(name, tokens[row], push=steering.to_dict(), **fixed) for steering, row in cases]
     if any(key not in work.log for key in keys):
-        work.report("load", 0, 1)
-        adapter = work.weights if name == "tuned" else None
-        bridge = load_bridge(work.folder, adapter=adapter, dtype=work.dtype, device=work.device)
-        work.report("load", 1, 1)
-        model: Any = bridge.original_model
+        model = load(work, name)
+        texts = [sample.texts[row] for _, row in cases]
+        steered = Steered(model, attacker, [steering for steering, _ in cases], texts, work.config.seed)
 
-        def around(batch: list[int]) -> Any:
-            chosen = [cases[index] for index in batch]
-            texts = [sample.texts[row] for _, row in chosen]
-            return steered(bridge, attacker, [steering for steering, _ in chosen], texts, work.config.seed)
-
-        def entries(batch: ReplyBatch, place: int, text: str) -> dict[str, Any]:
-            steering, row = cases[batch.rows[place]]
+        def entries(index: int, reply: tuple[int, ...], text: str) -> dict[str, Any]:
             return {
-                "prompt": sample.texts[row],
-                "steering": steering.to_dict(),
+                "prompt": texts[index],
+                "steering": cases[index][0].to_dict(),
                 "verdict": judge_reply(text),
                 "text": text[:SHOWN_CHARACTERS],
-                "read": batch.seen.of(place),
+                "read": steered.read.of(index),
             }
 
         every = [tokens[row] for _, row in cases]
-        stage = f"steer {name}"
-        generate(work, model, name, tokenizer, every, prefix, keys, entries, stage=stage, around=around)
-        del bridge, model
+        with steered:
+            stage = f"steer {name}"
+            generate(work, model, name, tokenizer, every, prefix, keys, entries, stage=stage, steering=steered)
+        del model, steered
         gc.collect()
     records = [work.log[key] for key in keys]
     return [records[start : start + len(sample)] for start in range(0, len(records), len(sample))]

@@ -6,9 +6,9 @@ shifts its outputs), where the probe is read again after steering. Each row of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from es2.core.errors import InputError
 from es2.evaluation.robustness import DIRECTIONS, P0, Attacker, logit
 
 if TYPE_CHECKING:
+    import torch
     from jaxtyping import Float
-    from transformer_lens.model_bridge import TransformerBridge
+    from torch import Tensor
 
 
 BUDGETS = (0.1, 0.2, 0.4, 0.8)  # lengths of the shift relative to the embedding's own
@@ -61,21 +62,27 @@ def steering_sweep(
 
 @dataclass
 class ReadBack:
-    """Readings of the hooks while a batch was steered, one entry per prompt.
+    """Readings of the hooks while prompts were steered, one entry per prompt.
 
     Attributes:
         probability: the probe's probability at the last prompt token, after steering, the mean over layers.
         worst: the largest |P − p₀| after steering up to p₀, over layers and decoding steps; 0 where nothing was
             steered.
         highest: the largest probability after steering, over layers and decoding steps.
-        relative: length of the steering vector relative to ‖e‖, the mean over layers and steps.
+        lengths: of the steering vectors relative to ‖e‖, the mean over layers, summed over steps.
+        steps: number of decoding steps.
     """
 
     probability: Float[np.ndarray, "prompt"]
     worst: Float[np.ndarray, "prompt"]
     highest: Float[np.ndarray, "prompt"]
-    relative: Float[np.ndarray, "prompt"]
-    steps: int = field(default=0, repr=False)
+    lengths: Float[np.ndarray, "prompt"]
+    steps: Float[np.ndarray, "prompt"]
+
+    @property
+    def relative(self) -> Float[np.ndarray, "prompt"]:
+        """The length of the steering vector relative to ‖e‖, the mean over layers and steps."""
+        return self.lengths / np.maximum(self.steps, 1)
 
     def of(self, row: int) -> dict[str, float]:
         """The readings of one prompt."""
@@ -83,80 +90,109 @@ class ReadBack:
         return {name: float(getattr(self, name)[row]) for name in names}
 
 
-@contextmanager
-def steered(
-    bridge: TransformerBridge, attacker: Attacker, batch: Sequence[Steering], texts: Sequence[str], seed: int = 0
-) -> Iterator[ReadBack]:
-    """A context in which every forward pass has its last token steered at the attacker's layers, each row its own way.
+class Steered:
+    """A context in which forward passes of a model have each row's last token steered in its own way.
 
-    Two hooks at each layer's `hook_out`: the first steers, the second reads the probe's probability of what the next
-    block gets.
+    Two hooks at the output of each of the attacker's blocks, which is `blocks.{l}.hook_out`: the first steers, the
+    second reads the probe's probability of what the next block gets.
 
     Args:
-        attacker: made from the embeddings of the model of `bridge`.
-        batch, texts: the steering and the prompt of each row.
+        model: a plain transformers model, with or without an adapter inside.
+        attacker: made from this model's embeddings.
+        cases, texts: the steering and the prompt of each row that may come.
+        seed: of random directions.
 
-    Yields:
-        The readings, complete when the context ends.
+    Attributes:
+        read: the readings, by case.
     """
+
+    def __init__(
+        self, model: Any, attacker: Attacker, cases: Sequence[Steering], texts: Sequence[str], seed: int = 0
+    ) -> None:
+        self.attacker = attacker
+        self.read = ReadBack(*np.zeros((5, len(cases))))
+        from es2.models.forward import find_blocks
+
+        self._blocks = find_blocks(model)[1]
+        self._rows: Sequence[int] | None = None
+        self._cases = list(cases)
+        # One vector for all cases that share it: a direction, or a random one for each prompt.
+        named = [
+            (case.direction, text if case.direction == "random" else "")
+            for case, text in zip(cases, texts, strict=True)
+        ]
+        distinct = sorted({name for name in named if name[0] != "none"})
+        self._vectors = np.zeros((len(attacker.layers), len(distinct) + 1, len(attacker.planes[0].normal)))
+        for number, (direction, text) in enumerate(distinct, 1):
+            self._vectors[:, number] = attacker.vectors(direction, [text], seed)[:, 0]
+        numbers = {name: number for number, name in enumerate(distinct, 1)}
+        self._which = np.array([numbers.get(name, 0) for name in named], dtype=np.int64)
+        self._budgets = np.array([case.budget or 0.0 for case in cases])
+        self._until = np.array([case.p0 is not None for case in cases])
+        self._goals = np.array([logit(case.p0) if case.p0 is not None else 0.0 for case in cases])
+        self._reached = np.array([case.p0 if case.p0 is not None else 0.0 for case in cases])
+        self._shifts: dict[int, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Steered:
+        for index, layer in enumerate(self.attacker.layers):
+            block = self._blocks[layer]
+            self._handles.append(block.register_forward_hook(partial(self._steer, index)))
+            self._handles.append(block.register_forward_hook(partial(self._read_back, index)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def at(self, rows: Sequence[int] | None) -> None:
+        """The cases of the next pass's rows; None for passes to leave alone."""
+        self._rows = rows
+
+    def _steer(self, index: int, block: Any, inputs: Any, output: Any) -> Any:
+        """The block's output with the last token of every row steered."""
+        if self._rows is None:
+            return None
+        activation = output[0] if isinstance(output, tuple) else output
+        rows, plane = list(self._rows), self.attacker.planes[index]
+        last = activation[:, -1].to(_exact(activation))
+        norms = last.norm(dim=1)
+        score = last @ _like(last, plane.normal) * plane.slope + plane.offset
+        needed = ((score - _like(last, self._goals[rows])) / plane.slope).clamp(min=0)
+        until = _like(last, self._until[rows]).bool()
+        length = needed.where(until, _like(last, self._budgets[rows]) * norms)
+        self._shifts[index] = length
+        self.read.lengths[rows] += (length / norms.clamp(min=1e-12)).cpu().numpy() / len(self.attacker.layers)
+        moved = activation.clone()
+        away = -_like(last, self._vectors[index, self._which[rows]])
+        moved[:, -1] = (last + length[:, None] * away).to(activation.dtype)
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    def _read_back(self, index: int, block: Any, inputs: Any, output: Any) -> None:
+        """Record what the probe says of the block's output as the next block gets it."""
+        if self._rows is None:
+            return
+        activation = output[0] if isinstance(output, tuple) else output
+        rows, plane, read = list(self._rows), self.attacker.planes[index], self.read
+        last = activation[:, -1].to(_exact(activation))
+        found = (last @ _like(last, plane.normal) * plane.slope + plane.offset).sigmoid().cpu().numpy()
+        steered = self._until[rows] & (self._shifts[index] > 0).cpu().numpy()
+        read.worst[rows] = np.maximum(read.worst[rows], np.where(steered, np.abs(found - self._reached[rows]), 0))
+        read.highest[rows] = np.maximum(read.highest[rows], found)
+        read.probability[rows] += np.where(read.steps[rows] == 0, found / len(self.attacker.layers), 0)
+        if index == len(self.attacker.layers) - 1:
+            read.steps[rows] += 1
+
+
+def _exact(activation: Tensor) -> torch.dtype:
+    """The precision of the steering: double, where the device has it."""
     import torch
 
-    model: Any = bridge.original_model
-    device: torch.device = model.device
-    exact = torch.float32 if device.type == "mps" else torch.float64
-    n_layers = len(attacker.layers)
-    record = ReadBack(*np.zeros((4, len(batch))))
+    return torch.float32 if activation.device.type == "mps" else torch.float64
 
-    def tensor(values: Any) -> torch.Tensor:
-        return torch.tensor(np.asarray(values), dtype=exact, device=device)
 
-    budgets = tensor([steering.budget or 0.0 for steering in batch])
-    until = torch.tensor([steering.p0 is not None for steering in batch], device=device)
-    goals = tensor([logit(steering.p0) if steering.p0 is not None else 0.0 for steering in batch])
-    reached = tensor([steering.p0 if steering.p0 is not None else 0.0 for steering in batch])
-    towards = np.zeros((n_layers, len(batch), len(attacker.planes[0].normal)))
-    for name in {steering.direction for steering in batch} - {"none"}:
-        rows = [row for row, steering in enumerate(batch) if steering.direction == name]
-        towards[:, rows] = attacker.vectors(name, [texts[row] for row in rows], seed)
-    shifts: dict[int, Any] = {}
+def _like(tensor: Tensor, values: np.ndarray) -> Tensor:
+    """An array as a tensor of this one's precision, where this one is."""
+    import torch
 
-    def steer_at(index: int) -> Any:
-        plane, away = attacker.planes[index], tensor(-towards[index])
-        normal = tensor(plane.normal)
-
-        def hook(activation: torch.Tensor, hook: Any) -> torch.Tensor:
-            last = activation[:, -1].to(exact)
-            norms = last.norm(dim=1)
-            excess = (last @ normal * plane.slope + plane.offset - goals) / plane.slope
-            length = torch.where(until, excess.clamp(min=0), budgets * norms)
-            shifts[index] = length
-            record.relative += (length / norms.clamp(min=1e-12)).cpu().numpy() / n_layers
-            moved = activation.clone()
-            moved[:, -1] = (last + length[:, None] * away).to(activation.dtype)
-            return moved
-
-        return hook
-
-    def read_at(index: int) -> Any:
-        plane = attacker.planes[index]
-        normal = tensor(plane.normal)
-
-        def hook(activation: torch.Tensor, hook: Any) -> None:
-            found = torch.sigmoid(activation[:, -1].to(exact) @ normal * plane.slope + plane.offset)
-            error = torch.where(until & (shifts[index] > 0), (found - reached).abs(), torch.zeros_like(found))
-            np.maximum(record.worst, error.cpu().numpy(), out=record.worst)
-            np.maximum(record.highest, found.cpu().numpy(), out=record.highest)
-            if record.steps == 0:
-                record.probability += found.cpu().numpy() / n_layers
-            if index == n_layers - 1:
-                record.steps += 1
-
-        return hook
-
-    hooks = []
-    for index, layer in enumerate(attacker.layers):
-        name = f"blocks.{layer}.hook_out"
-        hooks += [(name, steer_at(index)), (name, read_at(index))]
-    with bridge.hooks(fwd_hooks=hooks):
-        yield record
-    record.relative /= max(record.steps, 1)
+    return torch.as_tensor(values).to(tensor.device, tensor.dtype)

@@ -27,7 +27,7 @@ from es2.models.adapters import apply_finetune
 from es2.models.batching import end_tokens
 from es2.models.chat_template import render, template_prefix
 from es2.models.loading import load_model, load_tokenizer
-from es2.models.replies import Around, ReplyBatch, exchange_states, greedy_replies
+from es2.models.replies import Steering, exchange_states, greedy_replies
 from es2.models.shape import context_length
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, normalised, stable_hash, warn_of_likeness
 from es2.store.store import Store
@@ -148,14 +148,13 @@ def behaviour(
         keys = [work.key(name, prompt) for prompt in tokens]
         missing = name in needed and any(key not in work.log for key in keys)
         if model is None and (missing or suite == "kl"):
-            model = _load(work, name)
+            model = load(work, name)
         elif model is not None and name == "tuned" and work.weights is not None:
             apply_finetune(model, work.weights)
         if missing:
 
-            def entries(batch: ReplyBatch, place: int, text: str) -> dict[str, Any]:
-                prompt = sample.texts[batch.rows[place]]
-                return {"prompt": prompt, "tokens": list(batch.replies[place]), "text": text}
+            def entries(index: int, reply: tuple[int, ...], text: str) -> dict[str, Any]:
+                return {"prompt": sample.texts[index], "tokens": list(reply), "text": text}
 
             generate(work, model, name, tokenizer, tokens, prefix, keys, entries, stage=f"reply {name}")
         if suite == "kl":
@@ -194,7 +193,7 @@ def behaviour(
     return result, rows
 
 
-def _load(work: Work, name: str) -> Any:
+def load(work: Work, name: str) -> Any:
     """The plain model; with the fine-tune as `tuned`, where base's replies are all logged."""
     work.report("load", 0, 1)
     model = load_model(work.folder, dtype=work.dtype, device=work.device).requires_grad_(False)
@@ -217,10 +216,10 @@ def generate(
     tokens: Sequence[tuple[int, ...]],
     prefix: tuple[int, ...],
     keys: Sequence[str],
-    entries: Callable[[ReplyBatch, int, str], dict[str, Any]],
+    entries: Callable[[int, tuple[int, ...], str], dict[str, Any]],
     *,
     stage: str,
-    around: Around | None = None,
+    steering: Steering | None = None,
 ) -> None:
     """Generate and log the replies whose key is not in the log yet; `entries` gives what a record holds of its own.
 
@@ -228,19 +227,19 @@ def generate(
         name: `base` or `tuned`.
         tokens, keys: of every reply.
         prefix: the tokens that all prompts begin with.
-        entries: called with a batch, a place in it and the text of the reply there.
+        entries: called with a prompt's index, the reply to it, and that as text.
+        steering: hooks that are in the model.
     """
     done = {index for index, key in enumerate(keys) if key in work.log}
     n_tokens, ends = work.config.new_tokens, end_tokens(model)
     begun = time.perf_counter()
     for batch in greedy_replies(
-        model, tokens, n_tokens, ends, prefix=prefix, done=done, around=around, report=work.report, stage=stage
+        model, tokens, n_tokens, ends, prefix=prefix, done=done, steering=steering, report=work.report, stage=stage
     ):
-        texts = [tokenizer.decode(reply, skip_special_tokens=True) for reply in batch.replies]
         shared = {"model": name, "run": work.config.run if name == "tuned" else None}
         work.log.add(
-            {"key": keys[index]} | shared | entries(batch, place, texts[place])
-            for place, index in enumerate(batch.rows)
+            {"key": keys[index]} | shared | entries(index, reply, tokenizer.decode(reply, skip_special_tokens=True))
+            for index, reply in zip(batch.rows, batch.replies, strict=True)
         )
         now = time.perf_counter()
         work.generated["tokens"] += sum(map(len, batch.replies)) + sum(len(tokens[i]) - len(prefix) for i in batch.rows)

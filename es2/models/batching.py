@@ -5,16 +5,20 @@ The prefix that all prompts share is run once; every batch then attends to its k
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     import torch
     from jaxtyping import Int
     from torch import Tensor
 
+
+logger = logging.getLogger(__name__)
 
 Tokens = Sequence[int]
 
@@ -24,12 +28,59 @@ KeysAndValues = list[tuple["torch.Tensor", "torch.Tensor"]]
 SHARING_VERIFIED = ("llama", "mistral", "qwen2", "gpt2", "gpt_neox", "gemma")
 """Architectures (`model_type`) for which running a shared prefix once was tested to change nothing."""
 
+ROUNDING = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""Differences of states or logits, relative to their size, that are rounding."""
+
+_tried: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+REPLY_BYTES = 900_000_000
+"""Of keys and values on a CPU."""
+
 REPLIES_AT_ONCE = 3  # times as many prompts of a fine-tune reply together: a token at a time costs less for each
 
 
 def is_verified(model: Any) -> bool:
-    """Whether prompts of this transformers model may follow a shared prefix that was run once."""
+    """Whether prompts of this transformers model may follow a shared prefix that was run once, as tests have shown."""
     return model.config.model_type in SHARING_VERIFIED
+
+
+def may_share(model: Any) -> bool:
+    """Whether prompts may follow a shared prefix that was run once, and be padded on the right.
+
+    An architecture without tests is tried out, once a model.
+    """
+    if is_verified(model):
+        return True
+    if model not in _tried:
+        _tried[model] = _sharing_is_exact(model)
+    return _tried[model]
+
+
+def _sharing_is_exact(model: Any) -> bool:
+    """Whether the final states of two prompts are the same, to rounding, alone and after a prefix that is run once."""
+    import torch
+
+    size = model.get_input_embeddings().weight.shape[0]
+    tokens = [(37 * place + 11) % size for place in range(24)]
+    prompts = [(*tokens[:12], *tokens[12:17]), (*tokens[:12], *tokens[17:])]
+    try:
+        with torch.inference_mode():
+            plain = [
+                model.base_model(torch.tensor([prompt], device=model.device), use_cache=False) for prompt in prompts
+            ]
+            shared = keys_and_values(model.base_model, tokens[:12], model.device)
+            own, mask = pad([prompt[12:] for prompt in prompts], n_before=12)
+            inputs = {"attention_mask": mask.to(model.device), "past_key_values": cache_before(shared)}
+            found = model.base_model(own.to(model.device), use_cache=True, **inputs).last_hidden_state
+            errors = [
+                (found[row, : len(prompt) - 12] - alone.last_hidden_state[0, 12:]).norm()
+                / alone.last_hidden_state.norm()
+                for row, (prompt, alone) in enumerate(zip(prompts, plain, strict=True))
+            ]
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+        logger.debug("Prompts of a %s model share nothing: %s", model.config.model_type, error)
+        return False
+    return all(float(error) <= ROUNDING[str(model.dtype).removeprefix("torch.")] for error in errors)
 
 
 def may_pad(model: Any, longest: int) -> bool:
@@ -38,7 +89,7 @@ def may_pad(model: Any, longest: int) -> bool:
     Not so where a sliding window would count padding or tokens of another prompt.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
-    return is_verified(model) and (window is None or longest <= window)
+    return (window is None or longest <= window) and may_share(model)
 
 
 def usual_tokens(device: str) -> int:
@@ -49,6 +100,15 @@ def usual_tokens(device: str) -> int:
 def usual_reply_tokens(device: str) -> int:
     """As `usual_tokens`, where prompts are replied to: tokens of prompts and replies together."""
     return 9_600 if device == "cpu" else 16_384  # on a CPU a hundred short exchanges, about 0.5 GB of keys
+
+
+def rows_that_fit(device: str, bytes_per_row: int) -> int:
+    """How many prompts reply at a time, by the memory of a row's keys and values; more gain nothing on a CPU."""
+    from es2.models.placement import free_bytes
+
+    free = free_bytes(device)
+    room = min(REPLY_BYTES, free // 4) if device == "cpu" else free // 3
+    return max(1, min(512, room // bytes_per_row))
 
 
 def batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

@@ -25,9 +25,9 @@ from es2.models.batching import (
     batches_by_length,
     cache_before,
     cache_of,
-    is_verified,
     keys_and_values,
     may_pad,
+    may_share,
     n_tokens_of,
     pad,
     reply_batches,
@@ -121,7 +121,7 @@ class FinetuneForward:
         self.template_prefix = tuple(template_prefix)
         self.in_step = isinstance(self.blocks[0], FSDPModule)
         # Shards are gone by the time that gradients come back through keys and values alone.
-        shares = is_verified(model) and not gradient_checkpointing and not self.in_step
+        shares = not gradient_checkpointing and not self.in_step and may_share(model)
         self._n_shared = len(self.template_prefix) if shares else 0
         self._deep = model.base_model
         self._shallow = _first_blocks(model.base_model, self.list_name, self.layers[-1] + 1)

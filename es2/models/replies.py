@@ -1,25 +1,27 @@
-"""Greedy replies of a model, in batches of like length after a prefix that is run once."""
+"""Greedy replies of a model, as many at a time as fit, after a prefix that is run once."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from es2.core.errors import MachineError
+from es2.core.malloc import keep_freed_memory
 from es2.core.progress import Reporter, silent
 from es2.models.batching import (
+    ROUNDING,
+    KeysAndValues,
     Tokens,
     batches_by_length,
-    cache_of,
     is_verified,
     keys_and_values,
-    may_pad,
     pad,
     positions_of,
     reply_batches,
+    rows_that_fit,
     until_end,
     usual_reply_tokens,
     usual_tokens,
@@ -30,19 +32,25 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Around = Callable[[list[int]], AbstractContextManager[Any]]
-"""Given the rows of a batch, a context to reply in; the batch carries what it yields."""
+logger = logging.getLogger(__name__)
+
+_REFILL = 8  # rows are added once an eighth of them is free
+_TRIED = 3  # tokens of a trial
+
+
+class Steering(Protocol):
+    """Hooks in a model that steer the rows of its passes."""
+
+    def at(self, rows: Sequence[int] | None) -> None:
+        """The prompts of the next pass's rows, whose last token is steered; None for passes to leave alone."""
 
 
 @dataclass(frozen=True)
 class ReplyBatch:
-    """Replies that were generated together: indices of the prompts, their replies (end token included), and what
-    `around` yielded.
-    """
+    """Replies that ended together: indices of the prompts, and their replies, end token included."""
 
     rows: tuple[int, ...]
     replies: tuple[tuple[int, ...], ...]
-    seen: Any = None
 
 
 def greedy_replies(
@@ -53,23 +61,25 @@ def greedy_replies(
     *,
     prefix: Tokens = (),
     done: Container[int] = (),
-    around: Around | None = None,
-    tokens_at_once: int | None = None,
+    steering: Steering | None = None,
+    rows_at_once: int | None = None,
     report: Reporter = silent,
     stage: str = "reply",
 ) -> Iterator[ReplyBatch]:
-    """Batches of greedy replies, each as soon as it is complete.
+    """Greedy replies, each as soon as it has ended.
+
+    A reply that has ended leaves its row to the next prompt, and equal prompts are read once. Where that would change a
+    number (a recurrent state), prompts of equal length reply together.
 
     Args:
-        model: a transformers causal language model, with or without an adapter inside; also a bridge's own
-            `original_model`, under whose hooks `around` may steer.
-        prompts: rendered prompts.
+        model: a transformers causal language model, with or without an adapter inside.
+        prompts: rendered prompts; equal ones are variants that `steering` tells apart.
         n_tokens: of the longest reply.
         end_tokens: each ends a reply.
-        prefix: the tokens that every prompt begins with; run once where that was verified to change nothing.
-        done: indices of prompts that need no reply any more. Which prompts share a batch does not depend on it.
-        around: given the rows of a batch, a context to reply in; the batch carries what it yields.
-        tokens_at_once: of prompts and replies in one batch, at least one prompt; by default what suits the device.
+        prefix: the tokens that every prompt begins with; run once where that changes nothing.
+        done: indices of prompts that need no reply any more.
+        steering: hooks that steer a row by its prompt's index.
+        rows_at_once: number of replies at a time; by default as many as fit. Halved whenever memory runs out.
         report: called at every token with `stage`; it may raise to stop.
 
     Raises:
@@ -77,53 +87,162 @@ def greedy_replies(
     """
     import torch
 
-    pads = may_pad(model, max(map(len, prompts), default=0) + n_tokens)
-    n_shared = len(prefix) if is_verified(model) else 0
-    budget = tokens_at_once or usual_reply_tokens(model.device.type)
-    waiting = [
-        [row for row in batch if row not in done]
-        for batch in reply_batches([len(prompt) + n_tokens for prompt in prompts], budget, pads)
-    ]
-    waiting = [batch for batch in waiting if batch]
-    total = n_tokens * sum(map(len, waiting))
-    finished = 0
+    waiting = [row for row in range(len(prompts)) if row not in done]
+    waiting.sort(key=lambda row: (-len(prompts[row]), tuple(prompts[row]), row))
+    total = n_tokens * len(waiting)
     report(stage, 0, total)
     if not waiting:
         return
+    keep_freed_memory()
+    prefix = prefix[: min(len(prompts[row]) for row in waiting) - 1]
+    chosen = [tuple(prompts[row]) for row in waiting]
+    if is_verified(model) or _rows_are_exact(model, [chosen[0], chosen[-1]], prefix):
+        with torch.inference_mode():
+            shared = keys_and_values(model.base_model, prefix, model.device)
+        found = _reply_in_rows(model, chosen, n_tokens, end_tokens, shared, steering, waiting, rows_at_once)
+    else:
+        found = _reply_in_batches(model, chosen, n_tokens, end_tokens, steering, waiting, rows_at_once)
+    finished = 0
+    for rows, replies, n_unfinished in found:
+        finished += n_tokens * len(rows)
+        report(stage, min(total, finished + n_unfinished), total)
+        if rows:
+            yield ReplyBatch(tuple(waiting[row] for row in rows), replies)
+
+
+_Ended = tuple[Sequence[int], tuple[tuple[int, ...], ...], int]
+"""Which prompts' replies have ended, these replies, and the number of tokens of those that have not."""
+
+
+def _reply_in_rows(
+    model: Any,
+    prompts: Sequence[tuple[int, ...]],
+    n_tokens: int,
+    end_tokens: frozenset[int],
+    shared: KeysAndValues,
+    steering: Steering | None,
+    names: Sequence[int],
+    rows_at_once: int | None,
+) -> Iterator[_Ended]:
+    """Replies in rows that are filled again as they become free; the longest prompts come first."""
+    import torch
+
+    from es2.models.row_cache import Rows, key_bytes
+
+    def steer(rows: Sequence[int] | None) -> None:
+        if steering is not None:
+            steering.at(rows if rows is None else [names[row] for row in rows])
+
+    width = len(prompts[0]) + n_tokens - 1
     with torch.inference_mode():
-        shared = keys_and_values(model.base_model, prefix[:n_shared], model.device)
-        while waiting:
-            batch = waiting.pop(0)
-            sequences = [tuple(prompts[row][n_shared:]) for row in batch]
+        steer(None)
+        room = rows_at_once or rows_that_fit(str(model.device), width * key_bytes(model, shared))
+    waiting = list(range(len(prompts)))
+    rows: Rows | None = None
+    replies: dict[int, list[int]] = {}
+    while waiting or replies:
+        try:
+            if rows is None:
+                rows = Rows(model, min(room, len(waiting)), width, shared)
+            if waiting and (rows.n_free * _REFILL >= room or not replies):
+                steer(None)
+                chosen, waiting = waiting[: rows.n_free], waiting[rows.n_free :]
+                replies |= {row: [] for row in chosen}
+                rows.add([(row, prompts[row]) for row in chosen])
+            steer(rows.indices)
+            tokens = rows.step().argmax(dim=-1).tolist()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if room == 1:
+                raise MachineError(
+                    "Memory ran out while replying to a single prompt; use bfloat16, a smaller model or shorter "
+                    "replies."
+                ) from error
+            waiting, replies, rows = sorted({*waiting, *replies}), {}, None
+            room = max(1, min(room, len(waiting)) // 2)
+            logger.warning("Memory ran out; %d prompts are replied to at a time.", room)
+            continue
+        ended = []
+        for place, (row, token) in enumerate(zip(rows.indices, tokens, strict=True)):
+            replies[row].append(token)
+            if token in end_tokens or len(replies[row]) == n_tokens:
+                ended.append(place)
+        rows.go_on(tokens)
+        gone = [rows.indices[place] for place in ended]
+        if ended:
+            rows.drop(ended)
+        complete = tuple(tuple(replies.pop(row)) for row in gone)
+        yield gone, complete, sum(map(len, replies.values()))
 
-            def step(count: int, size: int = len(batch), before: int = finished) -> None:
-                report(stage, before + min(count, n_tokens - 1) * size, total)
 
-            try:
-                with around(batch) if around else nullcontext() as seen:
-                    replies = decode(
-                        _next_tokens(model, cache_of(shared, len(batch))),
-                        sequences,
-                        n_tokens,
-                        end_tokens,
-                        pads=pads,
-                        device=model.device,
-                        n_before=n_shared,
-                        step=step,
-                    )
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(batch) == 1:
-                    raise MachineError(
-                        "Memory ran out while replying to a single prompt; use bfloat16, a smaller model or shorter "
-                        "replies."
-                    ) from error
-                waiting[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-                continue
-            finished += n_tokens * len(batch)
-            report(stage, finished, total)
-            yield ReplyBatch(tuple(batch), tuple(replies), seen)
+def _rows_are_exact(model: Any, prompts: Sequence[tuple[int, ...]], prefix: Tokens) -> bool:
+    """Whether rows give the logits of whole prompts run alone, tried on prompts and the first tokens of replies."""
+    import torch
+
+    from es2.models.row_cache import Rows
+
+    limit = ROUNDING[str(model.dtype).removeprefix("torch.")]
+    try:
+        with torch.inference_mode():
+            shared = keys_and_values(model.base_model, prefix, model.device)
+            rows = Rows(model, len(prompts), max(map(len, prompts)) + _TRIED, shared)
+            rows.add(list(enumerate(prompts)))
+            whole = [list(prompt) for prompt in prompts]
+            for _ in range(_TRIED):
+                found = rows.step()
+                for logits, tokens in zip(found, whole, strict=True):
+                    expected = model(torch.tensor([tokens], device=model.device), use_cache=False).logits[0, -1]
+                    if not (logits - expected).abs().max() <= limit * expected.abs().max():
+                        return False
+                    tokens.append(int(expected.argmax()))
+                rows.go_on([tokens[-1] for tokens in whole])
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+        logger.debug("A %s model does not reply in rows: %s", model.config.model_type, error)
+        return False
+    return True
+
+
+def _reply_in_batches(
+    model: Any,
+    prompts: Sequence[tuple[int, ...]],
+    n_tokens: int,
+    end_tokens: frozenset[int],
+    steering: Steering | None,
+    names: Sequence[int],
+    rows_at_once: int | None,
+) -> Iterator[_Ended]:
+    """Replies to prompts of equal length, a batch after the other, by the model's own kind of cache."""
+    import torch
+
+    lengths = [len(prompt) + n_tokens for prompt in prompts]
+    budget = rows_at_once * lengths[0] if rows_at_once else usual_reply_tokens(model.device.type)
+    waiting = list(reply_batches(lengths, budget, False))
+    while waiting:
+        batch = waiting.pop(0)
+        if steering is not None:
+            steering.at([names[row] for row in batch])
+        try:
+            with torch.inference_mode():
+                replies = decode(
+                    _next_tokens(model),
+                    [prompts[row] for row in batch],
+                    n_tokens,
+                    end_tokens,
+                    pads=False,
+                    device=model.device,
+                )
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise MachineError(
+                    "Memory ran out while replying to a single prompt; use bfloat16, a smaller model or shorter "
+                    "replies."
+                ) from error
+            waiting[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+            continue
+        yield batch, tuple(replies), 0
 
 
 def decode(
@@ -174,12 +293,17 @@ def decode(
     return [until_end(reply, end_tokens) for reply in replies]
 
 
-def _next_tokens(model: Any, cache: Any) -> Callable[[Tensor, dict[str, Tensor]], list[int]]:
-    """Reads the most likely next tokens off a model's own logits, adding to the cache."""
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+def _next_tokens(model: Any) -> Callable[[Tensor, dict[str, Tensor]], list[int]]:
+    """Reads the most likely next tokens off a model's own logits, and keeps the cache that the model makes itself."""
+    accepted = inspect.signature(model.forward).parameters
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    name = "cache_params" if "cache_params" in accepted else "past_key_values"
+    cache: Any = None
 
     def run(latest: Tensor, inputs: dict[str, Tensor]) -> list[int]:
-        output = model(latest, past_key_values=cache, use_cache=True, **last_only, **inputs)
+        nonlocal cache
+        output = model(latest, use_cache=True, **{name: cache}, **last_only, **inputs)
+        cache = getattr(output, name, None)
         chosen: list[int] = output.logits[:, -1].argmax(dim=-1).tolist()
         return chosen
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.steering import steering_sweep
 from es2.models import costs
-from es2.models.batching import usual_reply_tokens
+from es2.models.batching import rows_that_fit
 from es2.models.machine import Machine
 from es2.models.shape import Shape
 from es2.workflow.plan import analysis_products
@@ -56,6 +56,7 @@ def evaluation_seconds(
     device = machine.device if machine else "cpu"
     n_models = 1 if config.run is None else 2
     weight_bytes = 4 * shape.parameters
+    key_bytes = 4 * 2 * shape.d_kv * shape.n_layers
     prompt = sample.characters / costs.CHARACTERS_PER_TOKEN + costs.TEMPLATE_TAIL
     exchange = prompt + config.new_tokens
 
@@ -63,7 +64,8 @@ def evaluation_seconds(
         if not replies:
             return 0.0
         reading = 0.0 if tokens_per_second else weight_bytes / costs.weight_bytes_per_second(device)
-        batches = math.ceil(replies * exchange / usual_reply_tokens(device))
+        rows = rows_that_fit(device, int(exchange * key_bytes))
+        batches = math.ceil(replies / rows)
         return n_models * (replies * exchange / counted + batches * config.new_tokens * reading)
 
     found: dict[str, float] = {}

@@ -1,6 +1,6 @@
 """How fast it is, beside what it is to reach; `docs/performance.md` holds what this prints.
 
-    python -m tests.benchmarks [capture|step|analysis|app|growth …] [--prompts 200] [--repeats 3] [--out FILE] [--busy]
+    python -m tests.benchmarks [NAME …] [--prompts 200] [--repeats 3] [--out FILE] [--busy]
 
 A table on stderr as soon as a benchmark is done, one JSON document on stdout. Nothing here fails for being slow.
 """
@@ -16,7 +16,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-NAMES = ("capture", "step", "analysis", "app", "growth")
+NAMES = ("capture", "step", "analysis", "replies", "app", "growth")
 
 
 def main() -> None:

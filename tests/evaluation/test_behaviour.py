@@ -67,7 +67,7 @@ def test_batched_replies_are_the_single_ones(architecture: str, load: Loader) ->
     assert len(set(expected)) > 3
     assert all_replies(model, tokens, prefix=head) == expected
     assert all_replies(model, tokens) == expected
-    assert all_replies(model, tokens, prefix=head, tokens_at_once=1) == expected
+    assert all_replies(model, tokens, prefix=head, rows_at_once=1) == expected
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])

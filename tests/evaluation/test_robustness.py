@@ -23,10 +23,10 @@ from es2.evaluation.robustness import (
     needed_perturbation,
     reading_vector,
 )
-from es2.evaluation.steering import ReadBack, Steering, steered, steering_sweep
+from es2.evaluation.steering import ReadBack, Steered, Steering, steering_sweep
 from es2.models.batching import end_tokens
 from es2.models.chat_template import render, template_prefix
-from es2.models.loading import load_bridge, load_tokenizer
+from es2.models.loading import load_bridge, load_model, load_tokenizer
 from es2.models.replies import greedy_replies
 from es2.prompts.prompt_set import HARMFUL, PromptSet
 from es2.store.sources import ArrayLayers
@@ -169,12 +169,12 @@ class Attacked:
     def __init__(self, folder: Path, architecture: str) -> None:
         save_tiny_model(folder, architecture)
         tokenizer = load_tokenizer(folder)
-        self.bridge = load_bridge(folder, device="cpu")
+        self.model = load_model(folder, device="cpu")
         self.prompts = with_splits(tiny_prompts(16), ("probe", "probe", "test"))
         rendered = render(tokenizer, self.prompts.texts)
         self.tokens = list(rendered.token_ids)
         self.head = template_prefix(tokenizer, self.tokens)
-        self.source = ArrayLayers(capture_residuals(self.bridge, rendered, ("last",))["last"])
+        self.source = ArrayLayers(capture_residuals(load_bridge(folder, device="cpu"), rendered, ("last",))["last"])
         config = AnalysisConfig(n_bootstrap=20, n_shuffles=1, Cs=(1.0, 100.0))
         self.probes = analyze(self.prompts, self.source, config=config).base_probes
         self.attacker = make_attacker(self.prompts, self.source, self.probes, (2, 0))
@@ -182,19 +182,13 @@ class Attacked:
     def reply(self, cases: list[tuple[int, Steering]], n_tokens: int = 5) -> tuple[list[tuple[int, ...]], ReadBack]:
         """Replies to (row, steering), in one batch."""
         texts = [self.prompts.texts[row] for row, _ in cases]
-        (batch,) = greedy_replies(
-            self.bridge.original_model,
-            [self.tokens[row] for row, _ in cases],
-            n_tokens,
-            end_tokens(self.bridge.original_model),
-            prefix=self.head,
-            around=lambda rows: steered(
-                self.bridge, self.attacker, [cases[i][1] for i in rows], [texts[i] for i in rows]
-            ),
-        )
-        order = np.argsort(batch.rows)
-        seen = ReadBack(*(getattr(batch.seen, name)[order] for name in ("probability", "worst", "highest", "relative")))
-        return [batch.replies[i] for i in order], seen
+        steered = Steered(self.model, self.attacker, [steering for _, steering in cases], texts)
+        with steered:
+            tokens = [self.tokens[row] for row, _ in cases]
+            ends = end_tokens(self.model)
+            found = list(greedy_replies(self.model, tokens, n_tokens, ends, prefix=self.head, steering=steered))
+        replies = dict(pair for batch in found for pair in zip(batch.rows, batch.replies, strict=True))
+        return [replies[row] for row in range(len(cases))], steered.read
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2"])
@@ -254,7 +248,7 @@ class TestPushed:
 
 def self_replies(attacked: Attacked, rows: list[int]) -> list[tuple[int, tuple[int, ...]]]:
     """Replies without any hook."""
-    model = attacked.bridge.original_model
+    model = attacked.model
     tokens = [attacked.tokens[row] for row in rows]
     found = []
     for batch in greedy_replies(model, tokens, 5, end_tokens(model), prefix=attacked.head):

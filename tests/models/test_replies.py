@@ -1,0 +1,117 @@
+"""Replies in rows that are filled again: the tokens of plain greedy decoding, whatever the architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from es2.models import replies as replying
+from es2.models.batching import may_share
+from es2.models.replies import _rows_are_exact, greedy_replies
+from es2.models.row_cache import Rows
+from tests.builders import tiny_model
+
+PREFIX = tuple(range(5, 17))
+PROMPTS = [
+    (*PREFIX, *((7 * place * (row + 3) + row) % 300 + 3 for place in range(1 + row % 5 * 3 + row % 2)))
+    for row in range(14)
+]
+N_TOKENS = 9
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+HEADS = {"num_key_value_heads": 2, "head_dim": 16}
+NEWER: dict[str, dict[str, Any]] = {
+    "qwen3": HEADS,
+    "gemma3_text": HEADS | {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "phi3": {"num_key_value_heads": 2},
+    "olmo2": {"num_key_value_heads": 2},
+    "gpt_oss": HEADS | EXPERTS | {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "qwen3_moe": HEADS | EXPERTS,
+}
+"""Architectures that no list names, with sliding windows shorter than every prompt."""
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def newer(architecture: str) -> Any:
+    n_layers = 4 if "layer_types" in NEWER.get(architecture, {}) else 3
+    return tiny_model(architecture, n_layers=n_layers, **NEWER.get(architecture, {}))
+
+
+def alone(model: Any, prompt: tuple[int, ...], ends: frozenset[int] = frozenset()) -> tuple[int, ...]:
+    """Plain greedy decoding: every token from a pass over the whole sequence, without a cache."""
+    reply: list[int] = []
+    with torch.no_grad():
+        while len(reply) < N_TOKENS and not (reply and reply[-1] in ends):
+            logits = model(torch.tensor([[*prompt, *reply]]), use_cache=False).logits
+            reply.append(int(logits[0, -1].argmax()))
+    return tuple(reply)
+
+
+def together(model: Any, prompts: list[tuple[int, ...]], **settings: Any) -> list[tuple[int, ...]]:
+    ends = settings.pop("ends", frozenset())
+    found: dict[int, tuple[int, ...]] = {}
+    for batch in greedy_replies(model, prompts, N_TOKENS, ends, prefix=PREFIX, **settings):
+        assert not found.keys() & set(batch.rows), "every prompt once"
+        found |= dict(zip(batch.rows, batch.replies, strict=True))
+    return [found[row] for row in range(len(prompts))]
+
+
+@pytest.mark.parametrize("rows", [1, 3, None])
+def test_a_row_that_ended_is_taken_by_the_next_prompt(rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    whole = [alone(model, prompt) for prompt in PROMPTS]
+    ends = frozenset({whole[2][2], whole[5][0], whole[9][4]})  # some replies end early, one at once
+    expected = [alone(model, prompt, ends) for prompt in PROMPTS]
+    assert len({len(reply) for reply in expected}) > 2
+    sizes: list[int] = []
+    step = Rows.step
+
+    def counted(self: Rows) -> Any:
+        sizes.append(len(self.indices))
+        return step(self)
+
+    monkeypatch.setattr(Rows, "step", counted)
+    assert together(model, PROMPTS, ends=ends, rows_at_once=rows) == expected
+    assert max(sizes) == (rows or len(PROMPTS))
+    assert sum(sizes) == sum(map(len, expected)), "a token of a reply costs a row of a pass, and nothing else does"
+
+
+def test_variants_of_a_prompt_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    read: list[tuple[int, ...]] = []
+    own = Rows._read
+
+    def noted(self: Rows, prompts: Any) -> Any:
+        read.extend(prompts)
+        return own(self, prompts)
+
+    monkeypatch.setattr(Rows, "_read", noted)
+    expected = [alone(model, prompt) for prompt in PROMPTS]
+    assert together(model, PROMPTS * 5, rows_at_once=16) == expected * 5
+    assert set(read) == set(PROMPTS)
+    assert len(read) <= len(PROMPTS) + 5, "but for those whose variants are cut by a refill"
+
+
+@pytest.mark.parametrize("architecture", NEWER)
+def test_an_architecture_that_no_list_names_replies_in_rows(architecture: str) -> None:
+    model = newer(architecture)
+    assert may_share(model)
+    assert _rows_are_exact(model, [PROMPTS[4], PROMPTS[0]], PREFIX)
+    assert together(model, PROMPTS, rows_at_once=6) == [alone(model, prompt) for prompt in PROMPTS]
+
+
+def test_a_window_that_prompts_outgrow_is_kept() -> None:
+    model = tiny_model("mistral", sliding_window=6)
+    assert together(model, PROMPTS) == [alone(model, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "jamba"])
+def test_a_recurrent_state_is_left_out(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = {"num_key_value_heads": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}
+    settings: dict[str, dict[str, Any]] = {"mamba": {"state_size": 8}, "jamba": attention}
+    model = tiny_model(architecture, **settings[architecture])
+    assert not _rows_are_exact(model, [PROMPTS[4], PROMPTS[0]], PREFIX)
+    monkeypatch.setattr(replying, "_reply_in_rows", lambda *given: pytest.fail("in rows"))
+    assert together(model, PROMPTS) == [alone(model, prompt) for prompt in PROMPTS]
