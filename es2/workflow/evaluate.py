@@ -74,14 +74,18 @@ def evaluate(
             note = f"The run's own prompts cannot be read, so none of them was left out here ({error})"
     judge = _make_judge(config)
     model_files = model_folder(spec, report)
-    device = config.device or choose_device()
+    identity = fingerprint(model_files, weights).to_dict()
     place = (run.path if run is not None else folder) / FOLDER
+    path = _kept_at(place, config, prompts, identity)
+    if (kept := _kept(path)) is not None:
+        return kept | {"path": str(path), "seconds": time.perf_counter() - begun}
+    device = config.device or choose_device()
     work = Work(
         config=config,
         run=run,
         weights=weights,
         folder=model_files,
-        identity=fingerprint(model_files, weights).to_dict(),
+        identity=identity,
         device=device,
         dtype=config.dtype or choose_dtype(device),
         log=ReplyLog(place / LOG),
@@ -104,7 +108,6 @@ def evaluate(
             suite[name] = {"problem": str(error)}
     if all("problem" in part for part in suite.values()):
         raise InputError(suite["refusal"]["problem"])
-    path = _kept_at(place, config, prompts, work.identity)
     document = {
         "suite": suite,
         "model": spec.name,
@@ -122,6 +125,21 @@ def evaluate(
         kept = {"format": EVALUATION_FORMAT, "created": time.time()} | document | {"rows": rows}
         write_json(path, with_checksum(kept))
     return document
+
+
+def _kept(path: Path) -> dict[str, Any] | None:
+    """What `evaluate` returned when it made this file; None where it is absent or damaged, or a part had a problem."""
+    try:
+        found = read_evaluation(path) if path.is_file() else None
+    except InputError:
+        return None
+    if found is None or any("problem" in part for part in found["suite"].values()):
+        return None
+    if (found["suite"].get("refusal", {}).get("judge") or {}).get("problem") is not None:
+        return None
+    left_out = ("format", "created", "rows", "digest")
+    nothing = {"tokens": 0, "seconds": 0.0, "replies": 0, "tokens_per_second": 0.0}
+    return {name: entry for name, entry in found.items() if name not in left_out} | {"generated": nothing}
 
 
 def _attacked(work: Work, prompts: PromptSet) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from es2.models import replies as replying
-from es2.models.batching import may_share
+from es2.models.batching import end_tokens, may_share
+from es2.models.catalogue import DEFAULT_MODEL, resolve
+from es2.models.chat_template import render, template_prefix
+from es2.models.folders import model_folder
+from es2.models.loading import load_model, load_tokenizer
 from es2.models.replies import _rows_are_exact, greedy_replies
 from es2.models.row_cache import Rows
+from es2.prompts.loading import load_prompts
 from tests.builders import tiny_model
 
 PREFIX = tuple(range(5, 17))
@@ -115,3 +120,31 @@ def test_a_recurrent_state_is_left_out(architecture: str, monkeypatch: pytest.Mo
     assert not _rows_are_exact(model, [PROMPTS[4], PROMPTS[0]], PREFIX)
     monkeypatch.setattr(replying, "_reply_in_rows", lambda *given: pytest.fail("in rows"))
     assert together(model, PROMPTS) == [alone(model, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.real
+@pytest.mark.long
+def test_the_default_model_replies_as_it_does_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ES2_CACHE", raising=False)  # where it lies, once fetched
+    folder = model_folder(resolve(DEFAULT_MODEL))
+    model, tokenizer = load_model(folder, device="cpu"), load_tokenizer(folder)
+    tokens = list(render(tokenizer, load_prompts("builtin").texts[:40]).token_ids)
+    n_tokens, ends = 25, end_tokens(model)
+    found: dict[int, tuple[int, ...]] = {}
+    for batch in greedy_replies(model, tokens, n_tokens, ends, prefix=template_prefix(tokenizer, tokens)):
+        found |= dict(zip(batch.rows, batch.replies, strict=True))
+    ties = 0
+    for row, prompt in enumerate(tokens):
+        with torch.no_grad():
+            alone = model.generate(torch.tensor([prompt]), max_new_tokens=n_tokens, do_sample=False)[0, len(prompt) :]
+        expected = tuple(alone.tolist())
+        if found[row] == expected:
+            continue
+        ties += 1
+        place = next(i for i, (one, other) in enumerate(zip(found[row], expected, strict=False)) if one != other)
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *expected[:place]]]), use_cache=False).logits[0, -1]
+        gap = logits[expected[place]] - logits[found[row][place]]
+        assert gap <= 1e-4 * logits.abs().max(), f"prompt {row} parts at token {place} beyond rounding"
+    n_replied = sum(map(len, found.values()))
+    assert ties <= n_replied / 2000, f"{ties} of {n_replied} tokens were ties"

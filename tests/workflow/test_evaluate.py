@@ -168,7 +168,7 @@ def test_an_adapter_without_target_layers_is_attacked_at_the_recommended_ones(
 def test_killed_and_resumed_generates_nothing_twice_and_ends_alike(
     model: Path, run: Job, tmp_path: Path, shared_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replies, "usual_reply_tokens", lambda device: 150)  # many batches
+    monkeypatch.setattr(replies, "rows_that_fit", lambda device, bytes_per_row: 3)
     config = EvaluateConfig(model=str(model), run=run.id, **SMALL)
     whole = evaluate(config, other_prompts(), tmp_path / "job", run=run, store=shared_store)
     log = run.path / "evaluation" / "replies.jsonl"
