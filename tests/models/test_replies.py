@@ -128,7 +128,7 @@ def test_the_default_model_replies_as_it_does_alone(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("ES2_CACHE", raising=False)  # where it lies, once fetched
     folder = model_folder(resolve(DEFAULT_MODEL))
     model, tokenizer = load_model(folder, device="cpu"), load_tokenizer(folder)
-    tokens = list(render(tokenizer, load_prompts("builtin").texts[:40]).token_ids)
+    tokens = list(render(tokenizer, load_prompts("builtin").texts[:24]).token_ids)
     n_tokens, ends = 25, end_tokens(model)
     found: dict[int, tuple[int, ...]] = {}
     for batch in greedy_replies(model, tokens, n_tokens, ends, prefix=template_prefix(tokenizer, tokens)):
