@@ -7,17 +7,10 @@ from pathlib import Path
 from es2.core.progress import Reporter, silent
 from es2.models.catalogue import DEFAULT_MODEL, ModelSpec
 from es2.models.costs import DTYPES, WORKING_SHARE
+from es2.models.default_model import default_folder, make_default
 from es2.models.device import require_memory
-from es2.models.model_files import (
-    convert_gguf,
-    count_gguf_parameters,
-    default_folder,
-    fetch_snapshot,
-    find_snapshot,
-    gguf_folder,
-    make_default,
-    make_folder,
-)
+from es2.models.gguf_files import convert_gguf, count_gguf_parameters, gguf_folder
+from es2.models.model_files import fetch_snapshot, find_snapshot, make_folder
 
 
 def is_cached(spec: ModelSpec) -> bool:

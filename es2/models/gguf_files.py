@@ -1,0 +1,173 @@
+"""`.gguf` files: the parts of a split one found and joined, and their tensors read into a model, none of them missing.
+
+transformers reads one file, and gives random weights to what that file lacks.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from es2.core.errors import InputError
+from es2.core.files import content_key, file_digest, user_cache
+from es2.core.progress import Reporter
+from es2.models.model_files import CONVERSION, first_line, save_tokenizer
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
+
+
+def gguf_parts(gguf: Path) -> list[Path]:
+    """The files of a model of which one is given: its parts in their order, or itself alone.
+
+    Raises:
+        InputError: when a part is not beside it.
+    """
+    named = _PART.fullmatch(gguf.name)
+    if named is None or int(named["count"]) < 2:
+        return [gguf]
+    count = int(named["count"])
+    parts = [gguf.with_name(f"{named['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    absent = [part.name for part in parts if not part.is_file()]
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise InputError(
+            f"{gguf.name!r} is one of {count} parts of a model, and {absent[0]!r}{more} is not in "
+            f"{str(gguf.parent)!r}; put all parts there."
+        )
+    return parts
+
+
+def gguf_folder(gguf: Path) -> Path:
+    """Where the converted model of a `.gguf` file lies, or will lie, by its content.
+
+    Raises:
+        InputError: when it is unreadable, or a part is missing.
+    """
+    parts = gguf_parts(gguf)
+    try:
+        digests = [file_digest(part) for part in parts]
+    except OSError as error:
+        raise InputError(f"{str(gguf)!r} cannot be read ({error.strerror}); check its permissions.") from error
+    key = digests[0][:24] if len(digests) == 1 else content_key({"parts": digests})
+    return user_cache() / "models" / f"gguf-{key}-v{CONVERSION}"
+
+
+def count_gguf_parameters(gguf: Path) -> int:
+    """The number of weights in a `.gguf` file and its other parts; takes seconds to read the vocabulary.
+
+    Raises:
+        InputError: when it is no GGUF file, or a part is missing.
+    """
+    return sum(int(tensor.n_elements) for reader in _read(gguf_parts(gguf)) for tensor in reader.tensors)
+
+
+def _read(parts: Sequence[Path]) -> list[GGUFReader]:
+    """The parts opened, which together hold every tensor that the first says there are."""
+    from gguf import GGUFReader
+
+    try:
+        readers = [GGUFReader(part) for part in parts]
+        n_parts, n_tensors = (_number(readers[0], f"split.{name}") for name in ("count", "tensors.count"))
+    except (OSError, ValueError, LookupError, OverflowError, MemoryError) as error:
+        raise InputError(
+            f"{parts[0].name!r} is not a GGUF file, or damaged ({first_line(error)}); download it again."
+        ) from error
+    found = sum(len(reader.tensors) for reader in readers)
+    if n_parts is not None and n_parts != len(parts):
+        raise InputError(
+            f"{parts[0].name!r} is one of {n_parts} parts of a model and is named as if it were the whole; give the "
+            "parts their own names (…-00001-of-00002.gguf), side by side."
+        )
+    if n_tensors is not None and n_tensors != found:
+        raise InputError(f"{parts[0].name!r} lacks {n_tensors - found} of its {n_tensors} tensors; download it again.")
+    return readers
+
+
+def _number(reader: GGUFReader, name: str) -> int | None:
+    field = reader.get_field(name)
+    return None if field is None else int(field.contents())
+
+
+def _join(readers: Sequence[GGUFReader], target: Path) -> None:
+    """Write the tensors of all parts into one file, with what the first says of the model."""
+    from gguf import GGUFValueType, GGUFWriter
+
+    first = readers[0]
+    architecture = first.get_field("general.architecture")
+    writer = GGUFWriter(target, str(architecture.contents()) if architecture is not None else "")
+    for field in first.fields.values():
+        if field.name.startswith(("GGUF.", "split.")) or field.name == "general.architecture":
+            continue
+        kind = field.types[0]
+        inner = field.types[-1] if kind == GGUFValueType.ARRAY else None
+        writer.add_key_value(field.name, field.contents(), kind, sub_type=inner)
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    for tensor in tensors:
+        data: Any = tensor.data
+        writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        writer.write_tensor_data(tensor.data)
+    writer.close()
+
+
+def convert_gguf(gguf: Path, folder: Path, report: Reporter) -> None:
+    """Write the float32 weights, the configuration and the tokenizer of a `.gguf` file into `folder`.
+
+    Raises:
+        InputError: when the file is damaged or lacks tensors, or is of an architecture that transformers cannot read.
+    """
+    parts = gguf_parts(gguf)
+    readers = _read(parts)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        whole = gguf
+        if len(parts) > 1:
+            whole = Path(scratch) / "model.gguf"
+            _join(readers, whole)
+        names = {tensor.name for reader in readers for tensor in reader.tensors}
+        del readers
+        _convert(whole, gguf.name, names, folder, report)
+
+
+def _convert(gguf: Path, name: str, tensors: set[str], folder: Path, report: Reporter) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    report("convert", 0, 2)
+    try:
+        source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype=torch.float32, output_loading_info=True, **source
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"The GGUF file {name!r} cannot be converted ({first_line(error)}): it is damaged, or of a kind that "
+            "transformers does not read; use the model's safetensors folder or Hub id instead."
+        ) from error
+    model, loading = loaded
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise InputError(
+            f"The GGUF file {name!r} lacks {len(missing)} of the model's weights (the first: {missing[0]}); "
+            "download it again, with all of its parts."
+        )
+    report("convert", 1, 2)
+    # A model read from GGUF counts as quantised and refuses to be saved; a plain one takes over its weights.
+    del model.config.quantization_config
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    report("convert", 2, 2)
