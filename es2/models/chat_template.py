@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from es2.core.errors import InputError
 from es2.models.batching import n_alike
@@ -78,12 +78,8 @@ def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Rendered
     if templated:
         template = _pinned_template(tokenizer)
         mark = "(the user's text)"
-        prefix, found, tail = _apply(tokenizer, template, mark).partition(mark)
-        if not found or mark in tail:
-            raise InputError(
-                "This model's chat template does not show the user's text exactly once; use another model."
-            )
-        strings = [_apply(tokenizer, template, text) for text in texts]
+        prefix, tail, in_parts = _around(tokenizer, template, mark)
+        strings = [_apply(tokenizer, template, text, in_parts, f"fails on the prompt {shown(text)}") for text in texts]
     encoded = tokenizer(strings, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False)
     last_instruction = []
     for text, string, spans in zip(texts, strings, encoded["offset_mapping"], strict=True):
@@ -92,6 +88,11 @@ def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Rendered
         covering = [i for i, (start, end) in enumerate(spans) if start <= last_character < end]
         if not (string.startswith(prefix) and string.endswith(tail) and own and covering):
             raise InputError(f"The model's chat template or tokenizer swallows the prompt {shown(text)}; remove it.")
+        if own.strip() != text.strip():
+            raise InputError(
+                f"The model's chat template rewrites the prompt {shown(text)}, so the model would read another one; "
+                "remove it, or use another model."
+            )
         last_instruction.append(covering[-1])
     return Rendered(tuple(map(tuple, encoded["input_ids"])), tuple(last_instruction), templated)
 
@@ -109,31 +110,50 @@ def _pinned_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
     Templates cannot be given a function: transformers replaces everything but plain data.
     """
-    directives = {f"%{letter}": PINNED_DATE.strftime(f"%{letter}") for letter in "aAbBdmyYjHIMSpfwUW"}
+    letters = [*"aAbBcCdDeFgGhHIjmMnpPrRSTuUVwWxXyYf", *(f"-{letter}" for letter in "dejmyHIMS")]
+    directives = {f"%{letter}": PINNED_DATE.strftime(f"%{letter}") for letter in letters}
     replaced = "".join(f" | replace('{directive}', '{value}')" for directive, value in directives.items())
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(map(repr, tokenizer.chat_template))
+        raise InputError(
+            f"This model has the chat templates {names} and none called 'default', so it is unclear which is meant; "
+            "name one of them 'default' in its tokenizer_config.json."
+        )
     # The newline is swallowed (trim_blocks), so the template begins at the start of a line, as it does by itself.
     return (
         f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{tokenizer.get_chat_template()}"
     )
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, template: str, text: str) -> str:
+def _around(tokenizer: PreTrainedTokenizerBase, template: str, mark: str) -> tuple[str, str, bool]:
+    """What stands before and after a user's text, and whether the template takes it in a list of parts only."""
+    refused: InputError | None = None
+    for in_parts in (False, True):
+        try:
+            what = "refuses a conversation of one user's message"
+            prefix, found, tail = _apply(tokenizer, template, mark, in_parts, what).partition(mark)
+        except InputError as error:
+            refused = refused or error
+            continue
+        if found and mark not in tail:
+            return prefix, tail, in_parts
+    raise refused or InputError(
+        "This model's chat template does not show the user's text exactly once; use another model."
+    )
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, template: str, text: str, in_parts: bool, what: str) -> str:
+    """The rendered text; an error says `what` the template does."""
     from jinja2 import TemplateError
 
+    content = [{"type": "text", "text": text}] if in_parts else text
+    message: dict[str, Any] = {"role": "user", "content": content}
     try:
         return str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}],
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=True,
-                date_string=PINNED_DATE.strftime("%d %b %Y"),
-            )
+            tokenizer.apply_chat_template([message], chat_template=template, tokenize=False, add_generation_prompt=True)
         )
     except (TemplateError, ValueError, TypeError) as error:
-        raise InputError(
-            f"The model's chat template fails on the prompt {shown(text)} ({first_line(error)}); use another model."
-        ) from error
+        raise InputError(f"The model's chat template {what} ({first_line(error)}); use another model.") from error
 
 
 def shown(text: str) -> str:

@@ -175,12 +175,14 @@ def test_plain_text_is_tokenised_as_the_tokenizer_does() -> None:
     assert [list(tokens) for tokens in render(tokenizer, TEXTS).token_ids] == tokenizer(list(TEXTS))["input_ids"]
 
 
-@pytest.mark.parametrize("wanted", ["%d %b %Y", "%Y-%m-%d", "%A, %B %d at %H:%M", "%y%j"])
+@pytest.mark.parametrize(
+    "wanted", ["%d %b %Y", "%Y-%m-%d", "%A, %B %d at %H:%M", "%y%j", "%-d/%-m", "%F %T", "%B %e", "%D %R"]
+)
 def test_templates_are_told_the_pinned_date_in_their_own_format(wanted: str) -> None:
     template = "{{ strftime_now('" + wanted + "') }} {{ date_string }}: {{ messages[0]['content'] }}"
     tokenizer = tiny_tokenizer(chat_template=template)
     tokens = render(tokenizer, ["Hello"]).token_ids[0]
-    assert tokenizer.decode(tokens) == f"{PINNED_DATE.strftime(wanted)} 26 Jul 2024: Hello"
+    assert tokenizer.decode(tokens) == f"{PINNED_DATE.strftime(wanted)} : Hello", "no date where it has none"
     assert datetime(2024, 7, 26) == PINNED_DATE
 
 
@@ -201,6 +203,58 @@ def test_a_template_that_swallows_one_text_names_it() -> None:
     template = "{{ messages[0]['content'] | replace('bread', '') }}."
     with pytest.raises(InputError, match="'bread'"):
         render(tiny_tokenizer(chat_template=template), ["Tell me a joke", "bread"])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (" | replace('\n\n', '\n')", "One line.\n\nAnother line."),
+        (".split('</think>')[-1]", "What does </think> mean?"),
+        (" | lower", "Tell me a joke"),
+    ],
+)
+def test_a_template_that_rewrites_a_text_is_refused(change: str, text: str) -> None:
+    tokenizer = tiny_tokenizer(chat_template="<user>{{ messages[0]['content']" + change + " }}</user>")
+    render(tokenizer, ["why?"])
+    with pytest.raises(InputError, match="rewrites the prompt"):
+        render(tokenizer, ["why?", text])
+
+
+def test_a_template_may_trim_a_text() -> None:
+    tokenizer = tiny_tokenizer(chat_template="<user>{{ messages[0]['content'] | trim }}</user>")
+    assert tokenizer.decode(render(tokenizer, [" why? "]).token_ids[0]) == "<user>why?</user>"
+
+
+def test_a_template_that_wants_a_list_of_parts_gets_one() -> None:
+    parts = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
+    tokenizer = tiny_tokenizer(chat_template="<user>" + parts + "</user>")
+    assert tokenizer.decode(render(tokenizer, ["Hello"]).token_ids[0]) == "<user>Hello</user>"
+
+
+def test_templates_without_a_default_are_named() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"chat": "{{ messages[0]['content'] }}", "rag": "{{ messages[0]['content'] }}."}
+    with pytest.raises(InputError, match="'chat', 'rag' and none called 'default'"):
+        render(tokenizer, ["Hello"])
+
+
+def test_a_refusal_quotes_no_prompt_that_nobody_wrote() -> None:
+    tokenizer = tiny_tokenizer(chat_template="{{ raise_exception('no users here') }}")
+    with pytest.raises(InputError) as refused:
+        render(tokenizer, ["Hello"])
+    assert "the user's text" not in str(refused.value)
+
+
+def test_a_template_in_a_processors_file_is_applied(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", chat_template=None)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "<user>{{ messages[0]['content'] }}"}))
+    tokenizer = load_tokenizer(folder)
+    rendered = render(tokenizer, ["Hello"])
+    assert rendered.templated
+    assert tokenizer.decode(rendered.token_ids[0]) == "<user>Hello"
+    (folder / "chat_template.json").write_text("{}")
+    with pytest.raises(InputError, match="holds no chat template"):
+        load_tokenizer(folder)
 
 
 def test_the_digest_tells_tokens_and_positions_apart() -> None:
