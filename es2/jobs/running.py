@@ -104,8 +104,8 @@ def _attempt(job: Job, tasks: Mapping[str, Task], life: _Life) -> tuple[dict[str
             return {"status": "failed", "result": None, "error": str(error)}, error.exit_code
         logger.exception("Job %s failed unexpectedly.", job.id)
         what = one_line(f"{type(error).__name__}: {error}")
-        log = job.path / "log.txt"  # of a process of its own; in the foreground the terminal has it
-        details = f"; {log} has the details" if log.is_file() else ", as logged above"
+        log = job.path / "log.txt"  # of a process of its own; in the foreground stderr has it
+        details = f"; {log} has the details" if log.is_file() else ""
         sentence = f"The {job.kind} job failed unexpectedly ({what}){details}."
         return {"status": "failed", "result": None, "error": sentence}, 1
 
