@@ -149,6 +149,11 @@ class Steered:
         """The cases of the next pass's rows; None for passes to leave alone."""
         self._rows = rows
 
+    def forget(self, rows: Sequence[int]) -> None:
+        """Cases whose replies begin anew."""
+        for readings in (self.read.probability, self.read.worst, self.read.highest, self.read.lengths, self.read.steps):
+            readings[list(rows)] = 0
+
     def _steer(self, index: int, block: Any, inputs: Any, output: Any) -> Any:
         """The block's output with the last token of every row steered."""
         if self._rows is None:

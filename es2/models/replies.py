@@ -44,6 +44,9 @@ class Steering(Protocol):
     def at(self, rows: Sequence[int] | None) -> None:
         """The prompts of the next pass's rows, whose last token is steered; None for passes to leave alone."""
 
+    def forget(self, rows: Sequence[int]) -> None:
+        """Prompts whose replies begin anew."""
+
 
 @dataclass(frozen=True)
 class ReplyBatch:
@@ -94,6 +97,8 @@ def greedy_replies(
     if not waiting:
         return
     keep_freed_memory()
+    if steering is not None:
+        steering.at(None)
     prefix = prefix[: min(len(prompts[row]) for row in waiting) - 1]
     chosen = [tuple(prompts[row]) for row in waiting]
     if is_verified(model) or _rows_are_exact(model, [chosen[0], chosen[-1]], prefix):
@@ -135,7 +140,6 @@ def _reply_in_rows(
 
     width = len(prompts[0]) + n_tokens - 1
     with torch.inference_mode():
-        steer(None)
         room = rows_at_once or rows_that_fit(str(model.device), width * key_bytes(model, shared))
     waiting = list(range(len(prompts)))
     rows: Rows | None = None
@@ -159,6 +163,8 @@ def _reply_in_rows(
                     "Memory ran out while replying to a single prompt; use bfloat16, a smaller model or shorter "
                     "replies."
                 ) from error
+            if steering is not None:
+                steering.forget([names[row] for row in replies])
             waiting, replies, rows = sorted({*waiting, *replies}), {}, None
             room = max(1, min(room, len(waiting)) // 2)
             logger.warning("Memory ran out; %d prompts are replied to at a time.", room)
@@ -240,6 +246,8 @@ def _reply_in_batches(
                     "Memory ran out while replying to a single prompt; use bfloat16, a smaller model or shorter "
                     "replies."
                 ) from error
+            if steering is not None:
+                steering.forget([names[row] for row in batch])
             waiting[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
             continue
         yield batch, tuple(replies), 0

@@ -28,6 +28,7 @@ from es2.models.batching import end_tokens
 from es2.models.chat_template import render, template_prefix
 from es2.models.loading import load_bridge, load_model, load_tokenizer
 from es2.models.replies import greedy_replies
+from es2.models.row_cache import Rows
 from es2.prompts.prompt_set import HARMFUL, PromptSet
 from es2.store.sources import ArrayLayers
 from tests.builders import save_tiny_model, tiny_prompts
@@ -239,6 +240,26 @@ class TestPushed:
             assert alone[0] == together[index]
             assert own.relative[0] == pytest.approx(seen.relative[index], rel=1e-4)
         assert together[0] != together[1]  # as long a steering as that changes what is said
+
+    def test_memory_that_runs_out_in_a_pass_changes_no_reading(
+        self, attacked: Attacked, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cases = [(row, Steering("scav", p0=0.01)) for row in range(4)] + [(0, Steering("random", 0.5))]
+        replies, seen = attacked.reply(cases)
+        step, calls = Rows.step, [0]
+
+        def short(self: Rows) -> Any:
+            logits = step(self)
+            calls[0] += 1
+            if calls[0] == 2:
+                raise MemoryError
+            return logits
+
+        monkeypatch.setattr(Rows, "step", short)
+        again, read = attacked.reply(cases)
+        assert again == replies
+        for row in range(len(cases)):
+            assert read.of(row) == pytest.approx(seen.of(row), rel=1e-6, abs=1e-8)
 
     def test_hooks_are_gone_afterwards(self, attacked: Attacked) -> None:
         before = dict(self_replies(attacked, [0, 2]))
