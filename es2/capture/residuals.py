@@ -184,7 +184,7 @@ def _ways(bridge: TransformerBridge, rendered: Rendered, columns: np.ndarray) ->
         trees = pack_shared_prefixes([tokens[n_shared:] for tokens in tried], sum(map(len, tried)))
         order = [row for tree in trees for row in tree.slots]
         found = _run_batch(bridge, trees, own_columns - n_shared, "right", shared, True)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
         logger.debug("Prompts of a %s model do not share rows: %s", model.config.model_type, error)
         return 0, False
     plain = [_run_batch(bridge, [_alone(row, tried[row])], own_columns, "right", [], False) for row in order]

@@ -77,7 +77,7 @@ def _sharing_is_exact(model: Any) -> bool:
                 / alone.last_hidden_state.norm()
                 for row, (prompt, alone) in enumerate(zip(prompts, plain, strict=True))
             ]
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
         logger.debug("Prompts of a %s model share nothing: %s", model.config.model_type, error)
         return False
     return all(float(error) <= ROUNDING[str(model.dtype).removeprefix("torch.")] for error in errors)

@@ -203,7 +203,7 @@ def _rows_are_exact(model: Any, prompts: Sequence[tuple[int, ...]], prefix: Toke
                         return False
                     tokens.append(int(expected.argmax()))
                 rows.go_on([tokens[-1] for tokens in whole])
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
         logger.debug("A %s model does not reply in rows: %s", model.config.model_type, error)
         return False
     return True

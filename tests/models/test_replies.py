@@ -122,6 +122,14 @@ def test_a_recurrent_state_is_left_out(architecture: str, monkeypatch: pytest.Mo
     assert together(model, PROMPTS) == [alone(model, prompt) for prompt in PROMPTS]
 
 
+def test_a_kind_of_layer_that_has_no_mask_here_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = newer("gemma3_text")
+    expected = [alone(model, prompt) for prompt in PROMPTS]
+    masks = Rows._masks
+    monkeypatch.setattr(Rows, "_masks", lambda self, end: {"full_attention": masks(self, end)["full_attention"]})
+    assert together(model, PROMPTS) == expected
+
+
 @pytest.mark.real
 @pytest.mark.long
 def test_the_default_model_replies_as_it_does_alone(monkeypatch: pytest.MonkeyPatch) -> None:
