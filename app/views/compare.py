@@ -68,6 +68,8 @@ def page() -> None:
         view_controls(choice, layer)
     with top:
         header(comparison, layer)
+        for sentence in comparison.result.get("warnings", ()):
+            st.warning(text.markdown(str(sentence)))
         summary(comparison, verdicts, layer)
     with above:
         strips(comparison, layer)

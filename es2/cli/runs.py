@@ -130,8 +130,9 @@ def _show_run(result: Mapping[str, Any]) -> None:
     kl = result["kl_harmless_test"] or {}
     out.print(f"KL on harmless test prompts, nats per token: {', '.join(f'{k} {v:.3f}' for k, v in kl.items())}")
     out.print(f"{result['verdict']}. {result['verdict_reason']}")
-    if result["reason"]:
-        out.print(result["reason"])
+    for sentence in (result["reason"], *result.get("warnings", ())):
+        if sentence:
+            out.print(sentence)
     out.print(f"Run {result['run']}: {result['path']}", soft_wrap=True)
 
 

@@ -5,6 +5,8 @@ peft allocates what an adapter's configuration states before it opens the weight
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from es2.core.files import read_json
 from es2.models.device import is_out_of_memory
 from es2.models.model_files import first_line
 from es2.models.tensors import load_tensors
+
+_NUMBER = re.compile(r"\.(\d+)\.")  # of a block, in a weight's name
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA")
@@ -88,6 +92,7 @@ def apply_finetune(model: Any, finetune: Path, *, merge: bool = False) -> None:
     from peft import PeftModel
 
     check_adapter(finetune)
+    _check_homes(model, finetune, merge)
     try:
         adapted: Any = PeftModel.from_pretrained(model, str(finetune)).eval()
         if merge:
@@ -99,6 +104,64 @@ def apply_finetune(model: Any, finetune: Path, *, merge: bool = False) -> None:
             f"The adapter {str(finetune)!r} does not fit the model ({first_line(error)}); "
             "give the model it was trained on."
         ) from error
+
+
+def _check_homes(model: Any, folder: Path, merge: bool) -> None:
+    """Refuse an adapter with weights that no module of the model takes, which peft passes over, or cannot merge."""
+    modules = dict(model.named_modules())
+    names = _weight_names(folder)
+    homes = {name: home for name in names if (home := _home(name, modules)) is not None}
+    homeless = [name for name in names if name not in homes and not name.startswith("base_model.vera_")]
+    if homeless:
+        base = (read_json(folder / ADAPTER_CONFIG) or {}).get("base_model_name_or_path")
+        made_for = f" It names {str(base)[:100]!r} as its base." if base else ""
+        raise InputError(
+            f"The adapter {str(folder)!r} does not fit the model: {len(homeless)} of its {len(names)} weights have no "
+            f"module there (the first: {homeless[0]}); give the model it was trained on.{made_for}"
+        )
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if merge and None not in ends and ends[0].weight is ends[1].weight:
+        tied = next((home for name, home in homes.items() if "lora_" in name and modules[home] in ends), None)
+        if tied is not None:
+            raise InputError(
+                f"The adapter {str(folder)!r} changes {tied}, whose weights are the model's input embeddings and its "
+                "LM head at once, so merging it would change both; train it without, or untie the embeddings first."
+            )
+
+
+def _home(name: str, modules: Mapping[str, Any]) -> str | None:
+    """The module that a weight of an adapter belongs to: `….q_proj` of `base_model.model.….q_proj.lora_A.weight`."""
+    parts = name.removeprefix("base_model.model.").split(".")
+    return next((home for cut in (1, 2) if (home := ".".join(parts[:-cut])) and home in modules), None)
+
+
+def _weight_names(folder: Path) -> list[str]:
+    """The names of an adapter's weights, layers in their order."""
+    from safetensors import safe_open
+
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="numpy") as weights:
+        names = list(weights.keys())
+    return sorted(names, key=lambda name: (int(found[1]) if (found := _NUMBER.search(name)) else -1, name))
+
+
+def doubts(folder: Path, model: str, n_layers: int) -> list[str]:
+    """Sentences on an adapter that fits a model of `n_layers` blocks and may still be another one, or a part of one."""
+    config = read_json(folder / ADAPTER_CONFIG) or {}
+    found = []
+    own = sorted({int(number) for name in _weight_names(folder) for number in _NUMBER.findall(name)[:1]})
+    asked = config.get("layers_to_transform")
+    wanted = list(range(n_layers)) if asked is None else sorted({asked} if isinstance(asked, int) else {*asked})
+    names_layers = any(character.isdigit() for character in str(config.get("target_modules")))
+    if own and own != wanted and not names_layers:
+        have, want = (", ".join(map(str, layers)) for layers in (own, wanted))
+        found.append(
+            f"The adapter has weights in layers {have} alone, while its configuration asks for {want}: it may be a "
+            "part of one."
+        )
+    base = str(config.get("base_model_name_or_path") or "").rstrip("/")
+    if base and Path(base).name.lower() != Path(model).name.lower():
+        found.append(f"The adapter names {base[:100]!r} as its base, not {model[:100]!r}.")
+    return found
 
 
 def _copy_blocks(model: Any, weights: Path) -> None:

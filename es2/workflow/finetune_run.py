@@ -12,11 +12,12 @@ from es2.analysis.verdict import layer_verdict, run_verdict
 from es2.core.files import DamagedError
 from es2.core.progress import Reporter, silent
 from es2.jobs.queue import open_job
+from es2.models.adapters import doubts
 from es2.prompts.prompt_set import PromptSet
 from es2.store.store import Store
 from es2.training.finetune import finetune
 from es2.workflow.prepare import prepare
-from es2.workflow.runs import tuned_weights, weights_digest
+from es2.workflow.runs import ADAPTER, tuned_weights, weights_digest
 
 if TYPE_CHECKING:
     from es2.training.config import FinetuneConfig
@@ -52,7 +53,8 @@ def imported_run(
     """As `finetune_run`, of an adapter that was made elsewhere: nothing is trained and no KL is measured."""
     nothing: dict[str, Any] = {"steps": 0, "best_step": 0, "seconds": 0.0, "seconds_per_step": 0.0, "validations": []}
     result = nothing | {"status": "done", "reason": None, "trained_parameters": None, "kl_test": None}
-    return _compared(config, prompts, folder, result, report, store)
+    compared = _compared(config, prompts, folder, result, report, store)
+    return compared | {"warnings": doubts(folder / ADAPTER, config.model, len(compared["before"]))}
 
 
 def _compared(
