@@ -108,7 +108,7 @@ def rows_that_fit(device: str, bytes_per_row: int) -> int:
 
     free = free_bytes(device)
     room = min(REPLY_BYTES, free // 4) if device == "cpu" else free // 3
-    return max(1, min(512, room // bytes_per_row))
+    return max(1, min(512, room // max(1, bytes_per_row)))
 
 
 def batches_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
