@@ -36,6 +36,9 @@ _tried: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 REPLY_BYTES = 900_000_000
 """Of keys and values on a CPU."""
 
+_WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
+"""What configurations call the length that some layers attend to."""
+
 REPLIES_AT_ONCE = 3  # times as many prompts of a fine-tune reply together: a token at a time costs less for each
 
 
@@ -64,7 +67,7 @@ def _sharing_is_exact(model: Any) -> bool:
     tokens = [(37 * place + 11) % size for place in range(24)]
     prompts = [(*tokens[:12], *tokens[12:17]), (*tokens[:12], *tokens[17:])]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # what a model keeps of a pass in inference mode could not be trained through
             plain = [
                 model.base_model(torch.tensor([prompt], device=model.device), use_cache=False) for prompt in prompts
             ]
@@ -88,8 +91,9 @@ def may_pad(model: Any, longest: int) -> bool:
 
     Not so where a sliding window would count padding or tokens of another prompt.
     """
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    return (window is None or longest <= window) and may_share(model)
+    config = model.config.get_text_config()
+    windows = [window for name in _WINDOWS if isinstance(window := getattr(config, name, None), int)]
+    return all(longest <= window for window in windows) and may_share(model)
 
 
 def usual_tokens(device: str) -> int:

@@ -101,7 +101,9 @@ def greedy_replies(
         steering.at(None)
     prefix = prefix[: min(len(prompts[row]) for row in waiting) - 1]
     chosen = [tuple(prompts[row]) for row in waiting]
-    if is_verified(model) or _rows_are_exact(model, [chosen[0], chosen[-1]], prefix):
+    # The trial is as long as the longest reply: a window may matter there alone.
+    longest = (*chosen[0], *(chosen[0] * n_tokens)[: max(0, n_tokens - _TRIED)])
+    if is_verified(model) or _rows_are_exact(model, [longest, chosen[-1]], prefix):
         with torch.inference_mode():
             shared = keys_and_values(model.base_model, prefix, model.device)
         found = _reply_in_rows(model, chosen, n_tokens, end_tokens, shared, steering, waiting, rows_at_once)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from es2.models import replies as replying
-from es2.models.batching import end_tokens, may_share
+from es2.models.batching import end_tokens, may_pad, may_share
 from es2.models.catalogue import DEFAULT_MODEL, resolve
 from es2.models.chat_template import render, template_prefix
 from es2.models.folders import model_folder
@@ -118,6 +118,16 @@ def test_a_recurrent_state_is_left_out(architecture: str, monkeypatch: pytest.Mo
     settings: dict[str, dict[str, Any]] = {"mamba": {"state_size": 8}, "jamba": attention}
     model = tiny_model(architecture, **settings[architecture])
     assert not _rows_are_exact(model, [PROMPTS[4], PROMPTS[0]], PREFIX)
+    monkeypatch.setattr(replying, "_reply_in_rows", lambda *given: pytest.fail("in rows"))
+    assert together(model, PROMPTS) == [alone(model, prompt) for prompt in PROMPTS]
+
+
+def test_a_window_under_another_name_is_found_by_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    types = [[["global", "local"], 2]]
+    model = tiny_model("gpt_neo", n_layers=4, num_layers=4, num_heads=4, window_size=28, attention_types=types)
+    longest = max(map(len, PROMPTS))
+    assert longest < 28 < longest + N_TOKENS, "replies alone leave the window of some prompts"
+    assert not may_pad(model, longest + N_TOKENS)
     monkeypatch.setattr(replying, "_reply_in_rows", lambda *given: pytest.fail("in rows"))
     assert together(model, PROMPTS) == [alone(model, prompt) for prompt in PROMPTS]
 
