@@ -6,7 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from es2.core.errors import MachineError
 from es2.core.malloc import keep_freed_memory
@@ -38,6 +38,7 @@ _REFILL = 8  # rows are added once an eighth of them is free
 _TRIED = 3  # tokens of a trial
 
 
+@runtime_checkable
 class Steering(Protocol):
     """Hooks in a model that steer the rows of its passes."""
 
