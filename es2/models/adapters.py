@@ -131,7 +131,8 @@ def _check_homes(model: Any, folder: Path, merge: bool) -> None:
 
 def _home(name: str, modules: Mapping[str, Any]) -> str | None:
     """The module that a weight of an adapter belongs to: `….q_proj` of `base_model.model.….q_proj.lora_A.weight`."""
-    parts = name.removeprefix("base_model.model.").split(".")
+    # Several adapted parameters of one module (fused experts) are wrappers in each other.
+    parts = [part for part in name.removeprefix("base_model.model.").split(".") if part != "base_layer"]
     return next((home for cut in (1, 2) if (home := ".".join(parts[:-cut])) and home in modules), None)
 
 

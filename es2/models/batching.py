@@ -272,11 +272,14 @@ def keys_and_values(decoder: Any, tokens: Sequence[int], device: torch.device) -
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def cache_of(shared: KeysAndValues, n_prompts: int) -> Any:
-    """A transformers cache that holds `shared` for each of `n_prompts` prompts; what follows is appended to it."""
+def cache_of(shared: KeysAndValues, n_prompts: int, config: Any = None) -> Any:
+    """A transformers cache that holds `shared` for each of `n_prompts` prompts; what follows is appended to it.
+
+    Where nothing is shared, a model's `config` gives it the kinds of layers that hybrids need.
+    """
     from transformers import DynamicCache
 
-    cache = DynamicCache()
+    cache = DynamicCache(config=None if shared else config)
     for layer, (keys, values) in enumerate(shared):
         cache.update(keys.expand(n_prompts, -1, -1, -1), values.expand(n_prompts, -1, -1, -1), layer)
     return cache

@@ -213,7 +213,7 @@ class FinetuneForward:
     ) -> tuple[list[tuple[int, ...]], Tensor, Tensor, Tensor | None]:
         """One batch's replies, embeddings at `last`, and states of the prompts and of the replies, on the CPU."""
         lengths = torch.tensor([len(tokens) for tokens in sequences])
-        cache = cache_of(shared, len(sequences))
+        cache = cache_of(shared, len(sequences), self.model.config)
         embeddings = torch.empty(0)
         read: list[Tensor] = []
 

@@ -60,6 +60,15 @@ def test_every_weight_has_a_home(change: Callable[[str], str], merge: bool, fold
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
+def test_parameters_that_share_a_module_have_a_home(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    moe = save_tiny_model(tmp_path / "moe", "qwen3_moe", num_key_value_heads=2, head_dim=16, **experts)
+    settings = LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    get_peft_model(load_model(moe, device="cpu"), settings).save_pretrained(tmp_path / "adapter")
+    assert any(".base_layer." in name for name in names_in(tmp_path / "adapter"))
+    apply_finetune(load_model(moe, device="cpu"), tmp_path / "adapter", merge=True)
+
+
 @pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
 def test_an_end_that_is_tied_is_not_merged(end: str, tmp_path: Path) -> None:
     tied = save_tiny_model(tmp_path / "tied", tie_word_embeddings=True)

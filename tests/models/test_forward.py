@@ -15,7 +15,7 @@ from es2.models.batching import batches_by_length, end_tokens
 from es2.models.chat_template import render
 from es2.models.forward import BaseReply, FinetuneForward, find_blocks
 from es2.models.loading import load_model, load_tokenizer
-from tests.builders import ARCHITECTURES, TEXTS, save_tiny_model
+from tests.builders import ARCHITECTURES, TEXTS, save_tiny_model, tiny_model
 
 LAYERS = (0, 1)
 REPLY = 6
@@ -222,3 +222,15 @@ def test_a_bridge_sees_the_same_layers(load: Callable[[str], Any], tmp_path: Pat
         found = passes.embed(rendered.token_ids)
     for index, layer in enumerate((0, 2)):
         torch.testing.assert_close(found[:, index], torch.from_numpy(captured[layer]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_hybrid_replies_by_a_cache_of_its_own_kinds() -> None:
+    attention = {"num_key_value_heads": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}
+    model = tiny_model("jamba", n_layers=4, **attention)
+    prompts = [tuple(range(5, 5 + length)) for length in (9, 9, 14)]
+    passes = FinetuneForward(model, template_prefix=(), layers=(1, 2))
+    with torch.no_grad():
+        for row, reply, embedding in passes.reply(prompts, REPLY, frozenset()):
+            expected = model.generate(torch.tensor([prompts[row]]), max_new_tokens=REPLY, do_sample=False)
+            assert list(reply.reply) == expected[0, len(prompts[row]) :].tolist()
+            torch.testing.assert_close(embedding, plain(model, prompts[row], (1, 2))[0], rtol=1e-4, atol=1e-4)
