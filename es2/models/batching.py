@@ -12,6 +12,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
+from es2.models.placement import free_bytes
+
 if TYPE_CHECKING:
     import torch
     from jaxtyping import Int
@@ -108,8 +110,6 @@ def usual_reply_tokens(device: str) -> int:
 
 def rows_that_fit(device: str, bytes_per_row: int) -> int:
     """How many prompts reply at a time, by the memory of a row's keys and values; more gain nothing on a CPU."""
-    from es2.models.placement import free_bytes
-
     free = free_bytes(device)
     room = min(REPLY_BYTES, free // 4) if device == "cpu" else free // 3
     return max(1, min(512, room // max(1, bytes_per_row)))

@@ -159,13 +159,7 @@ def _reply_in_rows(
             steer(rows.indices)
             tokens = rows.step().argmax(dim=-1).tolist()
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if room == 1:
-                raise MachineError(
-                    "Memory ran out while replying to a single prompt; use bfloat16, a smaller model or shorter "
-                    "replies."
-                ) from error
+            _check_divisible(error, room)
             if steering is not None:
                 steering.forget([names[row] for row in replies])
             waiting, replies, rows = sorted({*waiting, *replies}), {}, None
@@ -183,6 +177,16 @@ def _reply_in_rows(
             rows.drop(ended)
         complete = tuple(tuple(replies.pop(row)) for row in gone)
         yield gone, complete, sum(map(len, replies.values()))
+
+
+def _check_divisible(error: Exception, n_prompts: int) -> None:
+    """Raise what went wrong with prompts that replied together, unless memory ran out and fewer may fit."""
+    if not is_out_of_memory(error):
+        raise error
+    if n_prompts == 1:
+        raise MachineError(
+            "Memory ran out while replying to a single prompt; use bfloat16, a smaller model or shorter replies."
+        ) from error
 
 
 def _rows_are_exact(model: Any, prompts: Sequence[tuple[int, ...]], prefix: Tokens) -> bool:
@@ -242,13 +246,7 @@ def _reply_in_batches(
                     device=model.device,
                 )
         except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(batch) == 1:
-                raise MachineError(
-                    "Memory ran out while replying to a single prompt; use bfloat16, a smaller model or shorter "
-                    "replies."
-                ) from error
+            _check_divisible(error, len(batch))
             if steering is not None:
                 steering.forget([names[row] for row in batch])
             waiting[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]

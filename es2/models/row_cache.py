@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-from es2.models.batching import KeysAndValues, batches_by_length, cache_of, n_tokens_of, pad, usual_tokens
+from es2.models.batching import KeysAndValues, batches_by_length, cache_of, n_tokens_of, pad, positions_of, usual_tokens
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -126,8 +126,8 @@ class Rows:
             cache: Any = cache_of(self._shared, len(batch))
             if own[batch[0]]:
                 tokens, mask = pad([own[row] for row in batch], n_before=self._n_shared)
-                inputs = {"attention_mask": mask.to(device), "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-                inputs["position_ids"] = inputs["position_ids"][:, -tokens.shape[1] :].to(device)
+                positions = positions_of(mask)[:, -tokens.shape[1] :]
+                inputs = {"attention_mask": mask.to(device), "position_ids": positions.to(device)}
                 self.model.base_model(tokens.to(device), past_key_values=cache, use_cache=True, **inputs)
             layers = [(layer.keys, layer.values) for layer in cache.layers]
             found |= {prompts[row]: (layers, place) for place, row in enumerate(batch)}
