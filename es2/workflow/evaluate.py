@@ -77,7 +77,7 @@ def evaluate(
     identity = fingerprint(model_files, weights).to_dict()
     place = (run.path if run is not None else folder) / FOLDER
     path = _kept_at(place, config, prompts, identity)
-    if (kept := _kept(path)) is not None:
+    if (kept := _kept(path)) is not None and kept.get("note") == note:  # else other prompts were left out
         return kept | {"path": str(path), "seconds": time.perf_counter() - begun}
     device = config.device or choose_device()
     work = Work(
