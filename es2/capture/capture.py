@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,15 @@ from es2.capture.residuals import capture_residuals
 from es2.core.errors import InputError
 from es2.core.files import content_key, is_key, read_json, user_cache, write_json
 from es2.core.progress import Reporter, silent
+from es2.models.batching import SHARING_VERIFIED
+from es2.models.blocks import BlockHooks
 from es2.models.catalogue import resolve
 from es2.models.chat_template import Rendered, render, shown
 from es2.models.device import choose_device, choose_dtype
 from es2.models.fingerprint import fingerprint
 from es2.models.folders import model_folder
 from es2.models.loading import load_bridge, load_tokenizer
-from es2.models.model_files import read_config
+from es2.models.model_files import model_type, read_config
 from es2.models.placement import AUTO
 from es2.models.shape import context_length
 from es2.prompts.prompt_set import PromptSet
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _RENDERING = 1  # raise it when the same texts would be rendered into other tokens than before
 _ATTENTION = "eager"  # what the numbers are those of; fused attention gives the same to rounding
+_AS_LOADED = "as loaded"  # of architectures whose bridges are tried out against it first
 _HALF_LIMIT = 3e4  # embeddings below this are stored as float16, which ends at 65504
 _ROUNDING_PROMPTS = 4  # of a half-precision capture, whose difference from float32 is measured
 
@@ -58,6 +61,7 @@ class CaptureRequest:
         device: a torch device, or `auto` for all GPUs.
         dtype: one of `es2.models.costs.DTYPES`.
         into: the file of the embeddings; None keeps them in memory.
+        learned: what the set's `meta.json` says of how it was read; filled by `read`.
     """
 
     key: str
@@ -68,12 +72,14 @@ class CaptureRequest:
     device: str | None
     dtype: str
     into: Path | None = None
+    learned: dict[str, str] = field(default_factory=dict)
 
     def read(self, report: Reporter = silent) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
         """The embeddings by position, from a newly loaded model; errors as of `load_bridge` and `capture_residuals`."""
         report("load", 0, 1)
         bridge = load_bridge(self.folder, adapter=self.adapter, dtype=self.dtype, device=self.device, may_spread=True)
         report("load", 1, 1)
+        self.learned["hooks"] = "transformers" if isinstance(bridge, BlockHooks) else "transformer-lens"
         return capture_residuals(bridge, self.rendered, self.positions, into=self.into, report=report)
 
 
@@ -101,7 +107,13 @@ class CaptureResult:
 
     def to_dict(self) -> dict[str, Any]:
         sizes = {name: getattr(self.activations, name) for name in ("n_prompts", "n_layers", "d_model")}
-        own = {"computed": self.computed, "seconds": self.seconds, "tokens": self.tokens, "rounding": self.rounding}
+        own: dict[str, Any] = {
+            "computed": self.computed,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "rounding": self.rounding,
+        }
+        own["hooks"] = self.activations.hooks
         return {"key": self.activations.key, "path": str(self.activations.path)} | sizes | own
 
 
@@ -170,7 +182,7 @@ def capture(
         "format": FORMAT_VERSION,
         "weights": identity.weights,
         "adapter": identity.adapter,
-        "attention": _ATTENTION,
+        "attention": _ATTENTION if model_type(folder) in SHARING_VERIFIED else _AS_LOADED,
         "texts": prompts.texts_digest,
         "tokens": rendered.digest,
         "positions": positions,
@@ -193,7 +205,7 @@ def capture(
         if source is not None:
             row_of = {text: row for row, text in enumerate(source.texts)}
             rows = [row_of[text] for text in prompts.texts]
-            with store.new_set(key, meta | {"from": source.key}, prompts.texts) as file:
+            with store.new_set(key, meta | {"from": source.key, "hooks": source.hooks}, prompts.texts) as file:
                 shape = (source.n_layers, len(rows), source.d_model)
                 kind = "float16" if source.meta["dtype"] == "float16" else "float32"
                 for position, embeddings in lay_out(file, positions, shape, kind).items():
@@ -206,6 +218,7 @@ def capture(
                 arrays = read(reading, report)
                 if dtype != "float32" and device in (None, "cpu") and choose_device() == "cpu":
                     meta["rounding"] = _rounding(reading, arrays)
+                meta |= reading.learned
                 meta["seconds"] = time.perf_counter() - started
                 fits = _fits_half(arrays, dtype)
                 del arrays

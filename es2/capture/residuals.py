@@ -33,6 +33,7 @@ from es2.models.batching import (
     positions_of,
     usual_tokens,
 )
+from es2.models.blocks import BlockHooks, decoder_of
 from es2.models.chat_template import Rendered
 from es2.models.device import is_out_of_memory
 from es2.store.embeddings import lay_out, release_pages
@@ -52,7 +53,7 @@ _CPU_TOKENS = 1280  # at once: half of that took 9 % longer, twice that no less
 
 
 def capture_residuals(
-    bridge: TransformerBridge,
+    bridge: TransformerBridge | BlockHooks,
     rendered: Rendered,
     positions: Sequence[str] = POSITIONS,
     *,
@@ -109,7 +110,7 @@ def capture_residuals(
         try:
             if shared is None:
                 with torch.inference_mode():
-                    shared = keys_and_values(model.base_model, rendered.token_ids[0][:n_shared], model.device)
+                    shared = keys_and_values(decoder_of(model), rendered.token_ids[0][:n_shared], model.device)
             block = _run_batch(bridge, batch, columns - n_shared, padding, shared, packed)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -161,7 +162,7 @@ def _shared_tokens(rendered: Rendered, columns: np.ndarray) -> int:
     return min(n_alike(first, last), int(columns.min()))
 
 
-def _ways(bridge: TransformerBridge, rendered: Rendered, columns: np.ndarray) -> tuple[int, bool]:
+def _ways(bridge: TransformerBridge | BlockHooks, rendered: Rendered, columns: np.ndarray) -> tuple[int, bool]:
     """The length of the prefix that runs once, and whether prompts share rows, as far as both are exact here.
 
     An architecture without tests is tried out on the longest prompt and on one more.
@@ -180,7 +181,7 @@ def _ways(bridge: TransformerBridge, rendered: Rendered, columns: np.ndarray) ->
     tried, own_columns = [rendered.token_ids[row] for row in rows], columns[rows]
     try:
         with torch.inference_mode():
-            shared = keys_and_values(model.base_model, tried[0][:n_shared], model.device)
+            shared = keys_and_values(decoder_of(model), tried[0][:n_shared], model.device)
         trees = pack_shared_prefixes([tokens[n_shared:] for tokens in tried], sum(map(len, tried)))
         order = [row for tree in trees for row in tree.slots]
         found = _run_batch(bridge, trees, own_columns - n_shared, "right", shared, True)
@@ -195,7 +196,7 @@ def _ways(bridge: TransformerBridge, rendered: Rendered, columns: np.ndarray) ->
 
 
 def _run_batch(
-    bridge: TransformerBridge,
+    bridge: TransformerBridge | BlockHooks,
     trees: Sequence[PrefixTree],
     columns: Int[np.ndarray, "prompt position"],
     padding: Literal["right", "left"],
@@ -251,7 +252,7 @@ def _run_batch(
     if lean:
         hooks = _last_mlp_hooks(len(names) - 1, (len(trees), width), rows, places) + hooks
     with torch.inference_mode(), bridge.hooks(fwd_hooks=hooks), _plain_blocks(bridge) if lean else nullcontext():
-        model.base_model(**inputs, use_cache=bool(shared))
+        decoder_of(model)(**inputs, use_cache=bool(shared))
     if silent_hooks := [name for name in names if name not in fired]:
         raise InputError(
             f"TransformerLens hooks did not fire for {silent_hooks[0]} ({len(silent_hooks)} of {len(names)}), so this "
@@ -286,7 +287,7 @@ def _last_mlp_hooks(layer: int, shape: tuple[int, int], rows: Any, places: Any) 
 
 
 @contextmanager
-def _plain_blocks(bridge: TransformerBridge) -> Iterator[None]:
+def _plain_blocks(bridge: Any) -> Iterator[None]:
     """Run the parts of blocks that have no hooks as transformers does, with fused attention: a sixth of the time.
 
     A bridge computes every norm twice and holds all attention scores, for hooks inside a block. The blocks themselves

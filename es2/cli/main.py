@@ -127,6 +127,8 @@ def capture(
         how = f"captured in {captured.seconds:.1f} s" if captured.computed else "already cached"
         if captured.rounding is not None:
             how += f"; {100 * captured.rounding:.2g} % away from float32 on average"
+        if activations.hooks != "transformer-lens":
+            how += "; by hooks on the model's own blocks, since TransformerLens has none that fit"
         out.print(
             f"{activations.n_prompts} prompts × {activations.n_layers} layers × {activations.d_model} dimensions "
             f"({how}): {activations.path}",

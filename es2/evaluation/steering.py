@@ -111,7 +111,7 @@ class Steered:
     ) -> None:
         self.attacker = attacker
         self.read = ReadBack(*np.zeros((5, len(cases))))
-        from es2.models.forward import find_blocks
+        from es2.models.blocks import find_blocks
 
         self._blocks = find_blocks(model)[1]
         self._rows: Sequence[int] | None = None

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
+from es2.models.blocks import decoder_of
 from es2.models.placement import free_bytes
 
 if TYPE_CHECKING:
@@ -71,12 +72,12 @@ def _sharing_is_exact(model: Any) -> bool:
     try:
         with torch.no_grad():  # what a model keeps of a pass in inference mode could not be trained through
             plain = [
-                model.base_model(torch.tensor([prompt], device=model.device), use_cache=False) for prompt in prompts
+                decoder_of(model)(torch.tensor([prompt], device=model.device), use_cache=False) for prompt in prompts
             ]
-            shared = keys_and_values(model.base_model, tokens[:12], model.device)
+            shared = keys_and_values(decoder_of(model), tokens[:12], model.device)
             own, mask = pad([prompt[12:] for prompt in prompts], n_before=12)
             inputs = {"attention_mask": mask.to(model.device), "past_key_values": cache_before(shared)}
-            found = model.base_model(own.to(model.device), use_cache=True, **inputs).last_hidden_state
+            found = decoder_of(model)(own.to(model.device), use_cache=True, **inputs).last_hidden_state
             errors = [
                 (found[row, : len(prompt) - 12] - alone.last_hidden_state[0, 12:]).norm()
                 / alone.last_hidden_state.norm()
@@ -262,7 +263,7 @@ def group_by_prefix(prompts: Sequence[Sequence[int]], width: int) -> list[tuple[
 
 
 def keys_and_values(decoder: Any, tokens: Sequence[int], device: torch.device) -> KeysAndValues:
-    """Keys and values of shared tokens in every block of a decoder (`model.base_model`); empty for no tokens."""
+    """Keys and values of shared tokens in every block of a decoder (of `decoder_of`); empty for no tokens."""
     import torch
 
     if not tokens:

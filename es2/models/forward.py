@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from es2.core.errors import InputError
 from es2.models.batching import (
     REPLIES_AT_ONCE,
     KeysAndValues,
@@ -33,6 +32,7 @@ from es2.models.batching import (
     reply_batches,
     usual_tokens,
 )
+from es2.models.blocks import decoder_of, find_blocks, output_of
 from es2.models.kl import LmHead, read_lm_head, token_kl
 from es2.models.replies import decode
 
@@ -77,17 +77,6 @@ class HarmlessPass:
     kl_reply: Float[Tensor, ""]
 
 
-def find_blocks(model: Any) -> tuple[str, nn.ModuleList]:
-    """The name of the list of blocks in `model.base_model`, and the list; `InputError` when there is none."""
-    n_layers = model.config.get_text_config().num_hidden_layers
-    for name, child in model.base_model.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) == n_layers:
-            return name, child
-    raise InputError(
-        f"The blocks of the {model.config.model_type!r} model cannot be found; use a decoder-only architecture."
-    )
-
-
 class FinetuneForward:
     """A causal language model, with or without an adapter inside, as the fine-tune runs it.
 
@@ -117,14 +106,14 @@ class FinetuneForward:
         self.layers = tuple(layers)
         self.device: torch.device = model.device
         self.head: LmHead = read_lm_head(model)
+        self._deep = decoder_of(model)
         self.list_name, self.blocks = find_blocks(model)
         self.template_prefix = tuple(template_prefix)
         self.in_step = isinstance(self.blocks[0], FSDPModule)
         # Shards are gone by the time that gradients come back through keys and values alone.
         shares = not gradient_checkpointing and not self.in_step and may_share(model)
         self._n_shared = len(self.template_prefix) if shares else 0
-        self._deep = model.base_model
-        self._shallow = _first_blocks(model.base_model, self.list_name, self.layers[-1] + 1)
+        self._shallow = _first_blocks(self._deep, self.list_name, self.layers[-1] + 1)
         self._tokens_at_once = tokens_at_once or usual_tokens(self.device.type)
         self._dtype = model.dtype
         self._checkpoints = gradient_checkpointing
@@ -306,7 +295,7 @@ class FinetuneForward:
         kept: dict[int, Tensor] = {}
 
         def keep(layer: int, block: nn.Module, inputs: Any, output: Any) -> None:
-            kept[layer] = output[0] if isinstance(output, tuple) else output
+            kept[layer] = output_of(output)
 
         handles = [self.blocks[layer].register_forward_hook(partial(keep, layer)) for layer in self.layers]
         try:

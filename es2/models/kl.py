@@ -6,8 +6,9 @@ only scales it: exact, with one application of the head where checkpointing need
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from es2.core.errors import InputError
+from es2.models.blocks import decoder_of
 from es2.models.costs import LOGITS_AT_ONCE
 
 if TYPE_CHECKING:
@@ -23,14 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LmHead:
-    """The frozen LM head: logits = cap · tanh((W · state + bias) / cap), without the tanh where there is no cap.
+    """The frozen LM head: logits = cap · tanh(scale · (W · state + bias) / cap), without a cap just the product.
 
-    `weight` is often the embedding matrix itself; `softcap` is Gemma 2's `final_logit_softcapping`.
+    `weight` is often the embedding matrix itself; `softcap` is Gemma 2's `final_logit_softcapping`, `scale` Cohere's
+    `logit_scale` or its like.
     """
 
     weight: Float[Tensor, "vocab d_model"]
     bias: Float[Tensor, "vocab"] | None = None
     softcap: float | None = None
+    scale: float = 1.0
 
     def logits(self, states: Float[Tensor, "token d_model"]) -> Float[Tensor, "token vocab"]:
         """Logits in float32 at least, from a product in the head's own dtype whatever autocast says."""
@@ -39,6 +43,8 @@ class LmHead:
             logits = product if product.dtype.itemsize >= 4 else product.float()
             if self.bias is not None:
                 logits = logits + self.bias
+            if self.scale != 1:
+                logits = logits * self.scale
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     @torch.no_grad()
@@ -58,7 +64,9 @@ def read_lm_head(model: Any) -> LmHead:
     tokens = torch.arange(4, device=layer.weight.device)[None] + 5
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits[0].float()
-        found = head.logits(model.base_model(tokens, use_cache=False).last_hidden_state[0])
+        states = decoder_of(model)(tokens, use_cache=False).last_hidden_state[0]
+        head = replace(head, scale=_scale(expected, replace(head, softcap=None).logits(states), softcap))
+        found = head.logits(states)
     tolerance = 1e-2 if layer.weight.dtype.itemsize < 4 else 1e-4
     if not torch.allclose(found, expected, atol=tolerance * float(expected.abs().max()), rtol=tolerance):
         raise InputError(
@@ -66,6 +74,15 @@ def read_lm_head(model: Any) -> LmHead:
             "use another architecture."
         )
     return head
+
+
+def _scale(expected: Tensor, product: Tensor, softcap: float | None) -> float:
+    """The number by which a model multiplies the head's product: architectures have many names for it."""
+    wanted, product = expected.double(), product.double()
+    if softcap is not None:
+        wanted = softcap * (wanted / softcap).atanh()
+    scale = float((wanted * product).sum() / product.square().sum())
+    return scale if math.isfinite(scale) and abs(scale - 1) > 1e-3 else 1.0
 
 
 def token_kl(
@@ -120,6 +137,8 @@ class _TokenKL(torch.autograd.Function):
                 by_logits = found.log_tuned.exp_().sub_(found.p_base)
                 if head.softcap is not None:
                     by_logits *= 1 - (found.tuned_logits / head.softcap).square()
+                if head.scale != 1:
+                    by_logits *= head.scale
                 gradients.append((by_logits.to(head.weight.dtype) @ head.weight).to(tuned.dtype))
             del found  # before the next chunk's logits are made
         if gradients:

@@ -6,21 +6,29 @@ Imports no torch before a model is loaded.
 
 from __future__ import annotations
 
+import logging
 import os
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from es2.core.errors import InputError, MachineError
 from es2.models.adapters import ADAPTER_CONFIG, apply_finetune
+from es2.models.batching import ROUNDING, is_verified
+from es2.models.blocks import BlockHooks, find_blocks
 from es2.models.costs import DTYPES, FOUR_BIT_BYTES, WORKING_SHARE
 from es2.models.device import check_device, choose_device, choose_dtype, is_out_of_memory, require_memory, too_large
 from es2.models.model_files import first_line, read_config, weight_files
 from es2.models.placement import AUTO, all_or_none, free_bytes, map_to_devices, quantized, shard
 
 if TYPE_CHECKING:
+    import torch
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -150,8 +158,6 @@ def load_sharded(folder: Path, dtype: str | None, device: str) -> PreTrainedMode
     from accelerate import PartialState, init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from es2.models.forward import find_blocks
-
     dtype = dtype or choose_dtype(device)
 
     def load() -> Any:
@@ -174,20 +180,36 @@ def load_bridge(
     dtype: str | None = None,
     device: str | None = None,
     may_spread: bool = False,
-) -> TransformerBridge:
+) -> TransformerBridge | BlockHooks:
     """A TransformerLens bridge over the model of a folder, its adapter merged into its weights.
 
-    The bridge computes what transformers computes (no weight processing), with eager attention. With `may_spread` its
-    blocks, and so the outputs of its hooks, may lie on several devices.
+    The bridge computes what transformers computes (no weight processing), with eager attention. An architecture without
+    tests is tried out: where TransformerLens has no bridge for it, or one that fails or computes another model, hooks
+    on the model's own blocks serve instead. With `may_spread` blocks, and so the outputs of hooks, may lie on several
+    devices.
 
     Raises:
-        InputError, MachineError: as `load_model`; also when the adapter does not fit the model, and when
-            TransformerLens does not know the architecture.
+        InputError, MachineError: as `load_model`; also when the adapter does not fit the model, and when its blocks
+            cannot be found.
     """
+    # Merged before the bridge: once wrapped, a model takes no adapter any more.
+    load = partial(load_tuned, folder, adapter, dtype=dtype, device=device, may_spread=may_spread)
+    model: Any = load()
+    expected = None if is_verified(model) else _block_outputs(BlockHooks(model))
+    bridge, reason = _boot(folder, model, expected)
+    if bridge is None:
+        del model  # before it is loaded again: a bridge that failed leaves it changed
+        logger.info("%s Hooks on the model's own blocks are used.", reason)
+        return BlockHooks(load())
+    bridge.eval()
+    return bridge
+
+
+def _boot(folder: Path, model: Any, expected: list[torch.Tensor] | None) -> tuple[Any, str]:
+    """A bridge whose blocks give the `expected` outputs; without one, None and a sentence that says why."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    # Merged before the bridge: once wrapped, a model takes no adapter any more.
-    model = load_tuned(folder, adapter, dtype=dtype, device=device, may_spread=may_spread)
+    kind = model.config.model_type
     try:
         bridge = TransformerBridge.boot_transformers(
             str(folder),
@@ -196,13 +218,35 @@ def load_bridge(
             dtype=model.dtype,
             device=str(model.device),
         )
-    except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
-        raise InputError(
-            f"TransformerLens cannot hook the {model.config.model_type!r} model in {str(folder)!r} "
-            f"({first_line(error)}); use a decoder-only architecture that it supports."
-        ) from error
-    bridge.eval()
-    return bridge
+        found = expected and _block_outputs(bridge)
+    except Exception as error:  # a bridge without tests may fail with anything, and own hooks need none
+        if is_out_of_memory(error):
+            raise MachineError(f"{too_large(folder.name)}.") from error
+        return None, f"TransformerLens cannot hook the {kind!r} model ({first_line(error)})."
+    if found and expected:
+        limit = ROUNDING[str(model.dtype).removeprefix("torch.")]
+        apart = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+        if not apart <= limit:
+            return None, f"The {kind!r} model through TransformerLens is another one (apart by {apart:.2g})."
+    return bridge, ""
+
+
+def _block_outputs(hooked: Any) -> list[torch.Tensor]:
+    """The output of every block for a few tokens, under hooks."""
+    import torch
+
+    model = hooked.original_model
+    size = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.tensor([[(37 * place + 11) % size for place in range(16)]], device=model.device)
+    found: list[torch.Tensor] = []
+    names = [f"blocks.{layer}.hook_out" for layer in range(hooked.cfg.n_layers)]
+
+    def keep(activation: torch.Tensor, hook: Any) -> None:
+        found.append(activation[0].float().cpu().clone())
+
+    with torch.inference_mode(), hooked.hooks(fwd_hooks=[(name, keep) for name in names]):
+        model(tokens, use_cache=False)
+    return found
 
 
 def load_tuned(

@@ -40,6 +40,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
+def model_type(folder: Path) -> str | None:
+    """What transformers calls the architecture of the model in a folder; raises as `read_config`."""
+    return read_config(folder / "config.json").get("model_type")
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers would read, by name; `InputError` if one is missing."""
     index = folder / "model.safetensors.index.json"

@@ -26,6 +26,7 @@ from es2.models.batching import (
     usual_reply_tokens,
     usual_tokens,
 )
+from es2.models.blocks import decoder_of
 from es2.models.device import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def greedy_replies(
     longest = (*chosen[0], *(chosen[0] * n_tokens)[: max(0, n_tokens - _TRIED)])
     if is_verified(model) or _rows_are_exact(model, [longest, chosen[-1]], prefix):
         with torch.inference_mode():
-            shared = keys_and_values(model.base_model, prefix, model.device)
+            shared = keys_and_values(decoder_of(model), prefix, model.device)
         found = _reply_in_rows(model, chosen, n_tokens, end_tokens, shared, steering, waiting, rows_at_once)
     else:
         found = _reply_in_batches(model, chosen, n_tokens, end_tokens, steering, waiting, rows_at_once)
@@ -198,7 +199,7 @@ def _rows_are_exact(model: Any, prompts: Sequence[tuple[int, ...]], prefix: Toke
     limit = ROUNDING[str(model.dtype).removeprefix("torch.")]
     try:
         with torch.inference_mode():
-            shared = keys_and_values(model.base_model, prefix, model.device)
+            shared = keys_and_values(decoder_of(model), prefix, model.device)
             rows = Rows(model, len(prompts), max(map(len, prompts)) + _TRIED, shared)
             rows.add(list(enumerate(prompts)))
             whole = [list(prompt) for prompt in prompts]
@@ -342,7 +343,7 @@ def exchange_states(
     for batch in batches_by_length([len(sequence) for sequence in sequences], budget):
         tokens, mask = pad([sequences[row] for row in batch])
         with torch.inference_mode():
-            output = model.base_model(
+            output = decoder_of(model)(
                 tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False
             ).last_hidden_state
             for index, row in enumerate(batch):

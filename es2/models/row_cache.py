@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from es2.models.batching import KeysAndValues, batches_by_length, cache_of, n_tokens_of, pad, positions_of, usual_tokens
+from es2.models.blocks import decoder_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -128,7 +129,7 @@ class Rows:
                 tokens, mask = pad([own[row] for row in batch], n_before=self._n_shared)
                 positions = positions_of(mask)[:, -tokens.shape[1] :]
                 inputs = {"attention_mask": mask.to(device), "position_ids": positions.to(device)}
-                self.model.base_model(tokens.to(device), past_key_values=cache, use_cache=True, **inputs)
+                decoder_of(self.model)(tokens.to(device), past_key_values=cache, use_cache=True, **inputs)
             layers = [(layer.keys, layer.values) for layer in cache.layers]
             found |= {prompts[row]: (layers, place) for place, row in enumerate(batch)}
         return found
@@ -189,5 +190,5 @@ def key_bytes(model: Any, shared: KeysAndValues) -> int:
     if shared:
         return sum(one[:, :, 0].numel() * one.element_size() for pair in shared for one in pair)
     cache: Any = DynamicCache()
-    model.base_model(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
+    decoder_of(model)(torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True)
     return sum(one.numel() * one.element_size() for layer in cache.layers for one in (layer.keys, layer.values))

@@ -89,6 +89,11 @@ class ActivationSet:
         return (self.run, *(id for id in self.meta.get("other_runs") or () if isinstance(id, str)))
 
     @property
+    def hooks(self) -> str:
+        """Whose hooks read it: `transformer-lens`, or `transformers` for hooks on the model's own blocks."""
+        return str(self.meta.get("hooks", "transformer-lens"))
+
+    @property
     def whole(self) -> str:
         """The key of the set that this one is a part of, or its own key. All numbers are computed from the whole."""
         return str(self.meta.get("part_of", self.key))

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from transformer_lens.model_bridge import TransformerBridge
 
+    from es2.models.blocks import BlockHooks
+
 
 KIND = "read"
 IDLE_SECONDS = 300.0
@@ -147,7 +149,9 @@ def read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str
     return {"answered": answered}
 
 
-def _answer(bridges: Mapping[str, TransformerBridge], tokenizer: Any, question: Path, answers: Path) -> None:
+def _answer(
+    bridges: Mapping[str, TransformerBridge | BlockHooks], tokenizer: Any, question: Path, answers: Path
+) -> None:
     """Answer one question and remove it; a prompt that cannot be read is answered with the error."""
     from safetensors.numpy import save_file
 

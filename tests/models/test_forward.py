@@ -12,8 +12,9 @@ from torch import Tensor
 
 from es2.core.errors import InputError
 from es2.models.batching import batches_by_length, end_tokens
+from es2.models.blocks import find_blocks
 from es2.models.chat_template import render
-from es2.models.forward import BaseReply, FinetuneForward, find_blocks
+from es2.models.forward import BaseReply, FinetuneForward
 from es2.models.loading import load_model, load_tokenizer
 from tests.builders import ARCHITECTURES, TEXTS, save_tiny_model, tiny_model
 

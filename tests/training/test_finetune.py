@@ -28,8 +28,8 @@ import torch
 from es2.core.errors import InputError, MachineError
 from es2.core.progress import Cancelled
 from es2.models.adapters import apply_finetune
+from es2.models.blocks import find_blocks
 from es2.models.chat_template import render
-from es2.models.forward import find_blocks
 from es2.models.loading import load_model, load_tokenizer
 from es2.models.shape import count_layers
 from es2.models.tensors import load_tensors, save_tensors

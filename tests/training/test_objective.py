@@ -314,9 +314,20 @@ class TestKL:
         )  # fmt: skip
         assert read_lm_head(Gemma2ForCausalLM(config).eval()).softcap == 3.0
 
+    def test_a_scale_is_found_and_the_gradient_has_it(self) -> None:
+        model: Any = tiny_model("cohere", logit_scale=0.3, num_key_value_heads=2)
+        head = read_lm_head(model)
+        assert head.scale == pytest.approx(0.3)
+        base, tuned = torch.randn(2, 5, 32)
+        tuned.requires_grad_(True)
+        (found,) = torch.autograd.grad(token_kl(tuned, base, head).sum(), tuned)
+        log_base, log_tuned = ((0.3 * (states @ head.weight.T)).log_softmax(dim=-1) for states in (base, tuned))
+        (expected,) = torch.autograd.grad((log_base.exp() * (log_base - log_tuned)).sum(), tuned)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
     def test_a_model_that_changes_its_logits_is_refused(self) -> None:
         model: Any = tiny_model()
-        model.lm_head.register_forward_hook(lambda layer, inputs, output: 2 * output)
+        model.lm_head.register_forward_hook(lambda layer, inputs, output: output.sin())
         with pytest.raises(InputError, match="changes its logits"):
             read_lm_head(model)
 
