@@ -16,7 +16,7 @@ from app import text
 from es2.core.files import stamp_of
 from es2.jobs.job import Job
 
-METHOD_NAMES = {"lora": "LoRA", "full": "Full"}
+METHOD_NAMES = {"lora": "LoRA", "full": "Full", "experts": "LoRA, experts too"}
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,8 @@ def _show_run(result: Mapping[str, Any]) -> None:
     for sentence in (result["reason"], *result.get("warnings", ())):
         if sentence:
             out.print(sentence)
+    if result.get("trained"):
+        out.print(f"Trained: {result['trained']['sentence']}")
     out.print(f"Run {result['run']}: {result['path']}", soft_wrap=True)
 
 

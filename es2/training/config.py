@@ -42,8 +42,8 @@ class FinetuneConfig(Settings):
     method: str = setting(
         "lora",
         "lora trains a small adapter on the blocks up to the last target layer, full those blocks themselves, which "
-        "takes more memory.",
-        choices=("lora", "full"),
+        "takes more memory; experts is lora on the experts of these blocks, too, where the model is a mixture of them.",
+        choices=("lora", "full", "experts"),
         group="main",
     )
     steps: int = setting(

@@ -6,6 +6,7 @@ takes the separation's gradient by each of them, and sends every part's share of
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from es2.training.workload import Workload
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class FinetuneResult:
     """The result of a fine-tune. The tuned weights lie in the run folder.
@@ -57,6 +61,7 @@ class FinetuneResult:
         kl_test: `prompt` and `reply` KL of the kept weights on harmless `test` prompts; `None` without such prompts.
         output: the folder of the adapter, or the file of the changed blocks.
         trained_parameters: number of trained weights.
+        trained: what they are (`es2.training.trainable.describe_trained`).
         seconds: of the whole call.
         seconds_per_step: of the optimizer steps alone.
     """
@@ -70,6 +75,7 @@ class FinetuneResult:
     kl_test: dict[str, float] | None
     output: Path
     trained_parameters: int
+    trained: dict[str, Any]
     seconds: float
     seconds_per_step: float
 
@@ -132,7 +138,7 @@ def finetune(
 
     import torch
 
-    from es2.training.trainable import make_trainable
+    from es2.training.trainable import describe_trained, make_trainable
     from es2.training.workload import Workload
 
     # The base is measured before the adapter goes in, from the same weights: there is no second model.
@@ -146,6 +152,9 @@ def finetune(
 
     # What is trained, an adapter or blocks, and everything that the steps will change.
     trained, write_output = make_trainable(network, config, spec.location)
+    description = describe_trained(network, config, trained)
+    if description["experts"] == "frozen":
+        logger.warning("%s", description["sentence"])
     state = State(
         trained=trained,
         best=copies(trained),
@@ -193,7 +202,7 @@ def finetune(
             raise Cancelled
 
     assign(trained, state.best)
-    output = folder / ("adapter" if config.method == "lora" else "weights.safetensors")
+    output = folder / ("weights.safetensors" if config.method == "full" else "adapter")
     workload.on_main(lambda: write_output(output))
     return FinetuneResult(
         status="done" if reason is None else "stopped",
@@ -205,6 +214,7 @@ def finetune(
         kl_test=workload.measure_kl(),
         output=output,
         trained_parameters=sum(parameter.numel() for parameter in trained.values()),
+        trained=description,
         seconds=time.perf_counter() - started,
         seconds_per_step=stepping / max(1, state.step - first_step),
     )
@@ -295,7 +305,7 @@ def _check_launcher(config: FinetuneConfig) -> None:
             )
     if is_sharded_launch() and (config.method != "lora" or config.quantize):
         raise InputError(
-            "Under FSDP the weights lie in shards and only an adapter is trained; leave out --method full and "
+            "Under FSDP the weights lie in shards and only an adapter is trained; leave out --method and "
             "--quantize, or launch it with `accelerate launch --multi_gpu`."
         )
 

@@ -7,19 +7,27 @@ Trained weights are float32 whatever the model runs in: steps of a thousandth of
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
+from es2.core.errors import InputError
 from es2.core.files import write_json
 from es2.models.adapters import ADAPTER_CONFIG
+from es2.models.batching import is_verified
 from es2.models.forward import FinetuneForward
 from es2.models.tensors import disk_refused, save_tensors
 from es2.training.config import FinetuneConfig
+
+PEFT_REFUSES = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("out_proj", "conv1d"))
+"""Names of modules that peft 0.21 does not adapt, by architecture: fused kernels read their weights directly."""
 
 
 def make_trainable(
@@ -30,6 +38,9 @@ def make_trainable(
     Returns:
         The trained weights by name, and a function that writes them as they are to `adapter/` (a folder) or
         `weights.safetensors` (a file), atomically; it raises `MachineError`.
+
+    Raises:
+        InputError: when nothing in the blocks can be adapted, or there are no experts to train.
     """
     model = network.model
     if config.method == "full":
@@ -41,17 +52,19 @@ def make_trainable(
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
-    maps = {
-        name.rpartition(".")[2]: module
-        for name, module in network.blocks.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D))
-    }
+    experts = find_experts(network) if config.method == "experts" else {}
+    wanted = [name for block, names in experts.items() if block in config.blocks for name in names]
+    if config.method == "experts" and not wanted:
+        raise InputError(
+            f"The {model.config.model_type!r} model has no experts in blocks {config.blocks[0]} to "
+            f"{config.blocks[-1]} that an adapter can change; use --method lora."
+        )
+    maps = find_maps(network)
     settings = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
-        target_modules=sorted(maps),
-        layers_to_transform=list(config.blocks),
-        layers_pattern=[network.list_name],
+        **_targets(network, config, maps),
+        target_parameters=wanted or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in maps.values()),
         task_type="CAUSAL_LM",
     )
@@ -79,3 +92,130 @@ def make_trainable(
             shutil.rmtree(temporary, ignore_errors=True)
 
     return {name: weight for name, weight in adapted.named_parameters() if weight.requires_grad}, write
+
+
+def describe_trained(
+    network: FinetuneForward, config: FinetuneConfig, trained: Mapping[str, torch.nn.Parameter]
+) -> dict[str, Any]:
+    """What a fine-tune trains, as JSON values: modules, the blocks' share of all weights, what of experts, a sentence.
+
+    Args:
+        network: before or after `make_trainable`.
+        trained: what that returned.
+    """
+    n_experts = sum(map(len, find_experts(network).values()))
+    experts = "none" if not n_experts else "frozen" if config.method == "lora" else "trained"
+    modules = sorted({_leaf(name.partition(".lora_")[0].replace(".base_layer", "")) for name in trained})
+    total = sum(weight.numel() for weight in network.model.parameters())
+    share = sum(weight.numel() for weight in trained.values()) / total
+    where = (
+        f"blocks {config.blocks[0]} to {config.blocks[-1]}" if len(config.blocks) > 1 else f"block {config.blocks[0]}"
+    )
+    what = f"All weights of {where}" if config.method == "full" else f"LoRA on {', '.join(modules)} of {where}"
+    of_experts = {
+        "none": "",
+        "frozen": "; the experts are not trained (--method experts)",
+        "trained": ", experts included",
+    }
+    sentence = f"{what} ({100 * share:.2g} % of the weights){of_experts[experts]}."
+    return {"modules": modules, "share": share, "experts": experts, "sentence": sentence}
+
+
+def find_maps(network: FinetuneForward) -> dict[str, torch.nn.Module]:
+    """The linear maps of all blocks that an adapter can change, by their full names; `InputError` if there are none.
+
+    Left out are those that peft refuses or renames to the experts of every block, and those whose weights a block reads
+    without calling them: an adapter would have no effect, and one when merged.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    model, blocks = network.model, set(network.blocks.modules())
+    maps: dict[str, torch.nn.Module] = {
+        name: module
+        for name, module in model.named_modules()
+        if module in blocks and isinstance(module, (torch.nn.Linear, Conv1D))
+    }
+    if is_verified(model):
+        return maps
+    left_out = {*PEFT_REFUSES.get(model.config.model_type, ()), *_renamed_by_peft(model)}
+    called = _called(network, maps)
+    usable = {name: module for name, module in maps.items() if _leaf(name) in called - left_out}
+    if not usable:
+        raise InputError(
+            f"The blocks of the {model.config.model_type!r} model have no linear maps that an adapter can change; "
+            "use --method full."
+        )
+    return usable
+
+
+def find_experts(network: FinetuneForward) -> dict[int, list[str]]:
+    """The fused experts' weights `[expert, …, …]` by block, by their full names."""
+    numbers = {block: number for number, block in enumerate(network.blocks)}
+    fused = {
+        weight
+        for block in numbers
+        for part in block.modules()
+        if not isinstance(part, torch.nn.Conv1d)
+        for weight in part.parameters(recurse=False)
+        if weight.ndim == 3
+    }
+    names = {weight: name for name, weight in network.model.named_parameters() if weight in fused}
+    return {
+        number: own
+        for block, number in numbers.items()
+        if (own := [names[w] for w in block.parameters() if w in fused])
+    }
+
+
+def _targets(network: FinetuneForward, config: FinetuneConfig, maps: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
+    """peft's settings for the maps of the trained blocks: by short names if these mean no other modules."""
+    chosen = {module for block in config.blocks for module in network.blocks[block].modules()}
+    wanted = {name for name, module in maps.items() if module in chosen}
+    short = sorted({_leaf(name) for name in maps})
+    place = re.compile(rf"(?:^|.*?\.){network.list_name}\.(\d+)\.")  # where peft finds a block's number
+    meant = {
+        name
+        for name, _ in network.model.named_modules()
+        if _leaf(name) in short and (found := place.match(name)) and int(found[1]) in config.blocks
+    }
+    if meant != wanted:
+        return {"target_modules": sorted(wanted)}
+    return {
+        "target_modules": short,
+        "layers_to_transform": list(config.blocks),
+        "layers_pattern": [network.list_name],
+    }
+
+
+def _called(network: FinetuneForward, maps: Mapping[str, torch.nn.Module]) -> set[str]:
+    """The names, without the path, of the maps that a forward pass calls in any block."""
+    called: set[str] = set()
+
+    def note(name: str, *_: Any) -> None:
+        called.add(_leaf(name))
+
+    handles = [module.register_forward_hook(partial(note, name)) for name, module in maps.items()]
+    try:
+        with torch.no_grad():
+            network.model(torch.arange(8, device=network.device)[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called
+
+
+def _renamed_by_peft(model: Any) -> set[str]:
+    """The names that peft takes for those of fused experts in this architecture, in every block at once."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    renamed = set()
+    for names in (["gate"], ["gate_proj", "up_proj"], ["down_proj"], ["w1", "w3"], ["w2"]):
+        settings = LoraConfig(target_modules=names)
+        convert_peft_config_for_transformers(settings, model, None)
+        renamed |= set(names) - set(settings.target_modules or ())
+    return renamed
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -52,7 +52,7 @@ def imported_run(
 ) -> dict[str, Any]:
     """As `finetune_run`, of an adapter that was made elsewhere: nothing is trained and no KL is measured."""
     nothing: dict[str, Any] = {"steps": 0, "best_step": 0, "seconds": 0.0, "seconds_per_step": 0.0, "validations": []}
-    result = nothing | {"status": "done", "reason": None, "trained_parameters": None, "kl_test": None}
+    result = nothing | {"status": "done", "reason": None, "kl_test": None, "trained_parameters": None, "trained": None}
     compared = _compared(config, prompts, folder, result, report, store)
     return compared | {"warnings": doubts(folder / ADAPTER, config.model, len(compared["before"]))}
 
@@ -77,6 +77,7 @@ def _compared(
     tuned_layers = analysis.tuned_layers or ()
     own = ("status", "reason", "steps", "best_step", "seconds", "seconds_per_step", "trained_parameters", "validations")
     return {name: result[name] for name in own} | {
+        "trained": result.get("trained"),
         "run": run.id,
         "path": str(folder),
         "target_layers": list(targets),
