@@ -24,6 +24,7 @@ from es2.models.batching import SHARING_VERIFIED
 from es2.models.blocks import BlockHooks
 from es2.models.catalogue import resolve
 from es2.models.chat_template import Rendered, render, shown
+from es2.models.checked import refuse_failed
 from es2.models.device import choose_device, choose_dtype
 from es2.models.fingerprint import fingerprint
 from es2.models.folders import model_folder
@@ -158,6 +159,7 @@ def capture(
     store = store or Store()
     spec = resolve(model)
     folder = model_folder(spec, report)
+    refuse_failed(folder, adapter, "capture")
     identity = fingerprint(folder, adapter)
     request = {
         "model": identity.to_dict(),

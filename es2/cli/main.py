@@ -19,6 +19,7 @@ from rich.table import Table
 
 from es2.analysis.results import AnalysisConfig
 from es2.capture.config import CaptureConfig
+from es2.cli import check as cli_check
 from es2.cli import evaluate as cli_evaluate
 from es2.cli import plan as cli_plan
 from es2.cli import reproduce as cli_reproduce
@@ -193,6 +194,7 @@ def analyze(
     emit(document, json_, show)
 
 
+app.command()(cli_check.check)
 app.command()(cli_evaluate.evaluate)
 app.command()(cli_plan.plan)
 app.command()(cli_runs.finetune)

@@ -36,6 +36,7 @@ def finetune(
     """Fine-tune a model with ES2, compare it with its base on prompts it never saw, and print the verdict."""
     from es2.jobs.queue import create_job
     from es2.models.catalogue import resolve
+    from es2.models.checked import refuse_untunable
     from es2.models.folders import model_folder
     from es2.prompts.benchmarks import absolute_source
     from es2.prompts.loading import load_prompts
@@ -45,11 +46,13 @@ def finetune(
     with progress() as report:
         # Everything is checked before anything heavy is done, with other layers until there is a recommendation.
         spec = resolve(model)
-        n_layers = count_layers(model_folder(spec, report))
+        model_files = model_folder(spec, report)
+        n_layers = count_layers(model_files)
         given, first_block = settings["layers"], settings["first_block"]
         until_then = {} if given else {"layers": (0,), "first_block": None}
         config = FinetuneConfig(**settings | {"model": spec.name} | until_then)
         config.check(n_layers, prompt_set)
+        refuse_untunable(model_files)
         if not given:
             base = prepare(model, prompt_set, device=config.device, dtype=config.dtype, report=report)
             config = config.replace(layers=base.analysis.recommended, first_block=first_block)

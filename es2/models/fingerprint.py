@@ -57,9 +57,11 @@ def _chat_template_digest(folder: Path) -> str | None:
     own = folder / "chat_template.jinja"
     if own.is_file():
         return file_digest(own)
-    settings = folder / "tokenizer_config.json"
-    template = read_config(settings).get("chat_template") if settings.is_file() else None
-    return None if template is None else _digest(template)
+    for name in ("tokenizer_config.json", "chat_template.json"):  # the second where the first has none
+        template = read_config(folder / name).get("chat_template") if (folder / name).is_file() else None
+        if template is not None:
+            return _digest(template)
+    return None
 
 
 def _digest(value: object) -> str:

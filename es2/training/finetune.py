@@ -22,6 +22,7 @@ from es2.core.former import former_names
 from es2.core.progress import Cancelled, Reporter, silent
 from es2.models.catalogue import resolve
 from es2.models.chat_template import render, template_prefix
+from es2.models.checked import refuse_untunable
 from es2.models.device import is_out_of_memory
 from es2.models.folders import model_folder
 from es2.models.loading import load_model, load_sharded, load_tokenizer
@@ -132,6 +133,7 @@ def finetune(
     spec = resolve(config.model)
     model_files = model_folder(spec, report)
     config.check(count_layers(model_files), prompts)
+    refuse_untunable(model_files)
     plan = make_schedule(
         prompts, config.pairs_per_step, config.steps, config.seed, config.validation_prompts, config.kl_prompts
     )

@@ -25,6 +25,7 @@ from es2.evaluation.suites import Work, behaviour, held_out
 from es2.jobs.job import Job
 from es2.jobs.queue import find_jobs
 from es2.models.catalogue import resolve
+from es2.models.checked import refuse_failed
 from es2.models.device import choose_device, choose_dtype
 from es2.models.fingerprint import fingerprint
 from es2.models.folders import model_folder
@@ -74,6 +75,7 @@ def evaluate(
             note = f"The run's own prompts cannot be read, so none of them was left out here ({error})"
     judge = _make_judge(config)
     model_files = model_folder(spec, report)
+    refuse_failed(model_files, weights, "evaluate")
     identity = fingerprint(model_files, weights).to_dict()
     place = (run.path if run is not None else folder) / FOLDER
     path = _kept_at(place, config, prompts, identity)

@@ -20,6 +20,7 @@ from es2.core.files import home
 from es2.models import costs
 from es2.models.batching import REPLIES_AT_ONCE, usual_tokens
 from es2.models.catalogue import resolve
+from es2.models.checked import refuse_untunable
 from es2.models.costs import DTYPES
 from es2.models.machine import ASSUMED_CPU_FLOPS, Machine, this_machine
 from es2.models.shape import Shape
@@ -106,6 +107,8 @@ def plan(
     """
     shape = Shape.of_folder(folder) if folder is not None else Shape.of_model(config.model)
     config.check(shape.n_layers, prompts)
+    if folder is not None:
+        refuse_untunable(folder)
     machine = machine or replace(this_machine(config.device), n_devices=1)
     weight_bytes = shape.parameters * DTYPES[number_format(config, machine)]
     lengths = token_counts(folder, prompts) if lengths is None else lengths

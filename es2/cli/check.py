@@ -1,0 +1,47 @@
+"""The command `check`: whether what is read of a model is what it computes; `es2.cli.main` registers it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from es2.cli.terminal import AsJson, Device, Dtype, Model, Prompts, emit, out, progress
+from es2.models.catalogue import DEFAULT_MODEL
+
+
+def check(
+    model: Model = DEFAULT_MODEL,
+    adapter: Annotated[Path | None, typer.Option(help="The folder of a peft adapter to check on the model.")] = None,
+    prompts: Prompts = "builtin",
+    device: Device = None,
+    dtype: Dtype = None,
+    json_: AsJson = False,
+) -> None:
+    """Hold what the workbench reads of a model against the plain transformers model; exit 1 if anything differs.
+
+    What failed is refused by capture, finetune and evaluate until the model's files change or it is checked again.
+    """
+    from es2.prompts.loading import load_prompts
+    from es2.workflow.check import check as make
+
+    prompt_set = load_prompts(prompts)
+    with progress() as report:
+        result = make(model, prompt_set, adapter=adapter, device=device, dtype=dtype, report=report)
+
+    def show() -> None:
+        table = Table("check", "", "what was found", box=None, pad_edge=False)
+        for one in result.checks:
+            table.add_row(one.name, {True: "ok", False: "FAILED", None: "not tried"}[one.passed], one.sentence)
+        out.print(table)
+        rendered = next(
+            (one.details["rendered"] for one in result.checks if one.name == "positions" and one.details), None
+        )
+        if rendered:
+            out.print(f"A prompt as the model reads it: {rendered[0]!r}")
+
+    emit(result.to_dict(), json_, show)
+    if not result.passed:
+        raise typer.Exit(1)

@@ -1,0 +1,92 @@
+"""What is refused before anything is captured: models whose check failed, and those that cannot be tuned.
+
+What `es2 check` finds is remembered by the model's files and the libraries' versions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from es2.core.errors import InputError
+from es2.core.files import content_key, read_json, user_cache, write_json
+from es2.models.batching import SHARING_VERIFIED
+from es2.models.blocks import find_blocks
+from es2.models.fingerprint import fingerprint
+from es2.models.model_files import first_line, model_type
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = "checks"
+_CHECKS = 1  # raise it when a check would find something else in the same model
+
+_READ = ("weights", "tokens", "template", "positions", "blocks", "embeddings", "adapter")
+CONCERNS = {
+    "capture": _READ,
+    "finetune": (*_READ, "head", "finetune"),
+    "evaluate": (*_READ, "head", "replies"),
+}
+"""By what is about to be done, the checks that it relies on."""
+
+
+def _memo(folder: Path, adapter: Path | None) -> Path:
+    libraries = ("torch", "transformers", "transformer-lens", "peft", "tokenizers")
+    decides = {
+        "checks": _CHECKS,
+        "model": fingerprint(folder, adapter).to_dict(),
+        "versions": {name: version(name) for name in libraries},
+    }
+    return user_cache() / _FOLDER / f"{content_key(decides)}.json"
+
+
+def remember_check(folder: Path, adapter: Path | None, result: Mapping[str, Any]) -> None:
+    """Keep a check's result; one that cannot be kept is a warning."""
+    memo = _memo(folder, adapter)
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memo, dict(result))
+    except OSError as error:
+        logger.warning("%s cannot be written (%s), so nothing is refused by what the check found.", memo, error)
+
+
+def known_check(folder: Path, adapter: Path | None = None) -> dict[str, Any] | None:
+    """The last check of a model folder, with this adapter or without; None if it was not checked."""
+    return read_json(_memo(folder, adapter))
+
+
+def refuse_failed(folder: Path, adapter: Path | None, purpose: str) -> None:
+    """Raise `InputError` where a check found something wrong with a model that `purpose`, of `CONCERNS`, relies on."""
+    if not (user_cache() / _FOLDER).is_dir() or not any(folder.glob("*.safetensors")):
+        return  # nothing was checked here, or there are no weights yet: their digests cost time
+    for part in {None, adapter if adapter is not None and adapter.is_dir() else None}:
+        for found in (known_check(folder, part) or {}).get("checks", ()):
+            if found.get("passed") is False and found.get("name") in CONCERNS[purpose]:
+                raise InputError(
+                    f"`es2 check` found the model in {str(folder)!r} wrong ({found['name']}): "
+                    f"{str(found['sentence']).rstrip('.')}; mend that and check again."
+                )
+
+
+def refuse_untunable(folder: Path) -> None:
+    """Raise `InputError` for a model that a fine-tune could not work with; no weights are read."""
+    refuse_failed(folder, None, "finetune")
+    if model_type(folder) in SHARING_VERIFIED:
+        return
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with init_empty_weights(include_buffers=True):
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
+        raise InputError(
+            f"The model folder {str(folder)!r} holds no causal language model ({first_line(error)}); use another model."
+        ) from error
+    find_blocks(model)
+    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+        raise InputError(f"The {config.model_type!r} model has no plain linear head, so its KL is unknown here.")
