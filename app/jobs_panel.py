@@ -24,6 +24,7 @@ KINDS = {
     "project": "UMAP of every layer",
     "finetune": "ES2 fine-tune",
     "evaluate": "Evaluate",
+    "check": "Check the model",
 }
 STAGES = {
     "wait": ("Waiting for another process that computes the same", None),
@@ -42,6 +43,7 @@ STAGES = {
     "read tuned": ("Tuned reads the replies", "prompts"),
     "steer base": ("Base replies under steering", "tokens"),
     "steer tuned": ("Tuned replies under steering", "tokens"),
+    "check": ("Checking", "checks"),
     "judge": ("Asking the judge", "replies"),
 }
 """By stage, its name and its unit; a percentage, or None where there is nothing worth counting."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from es2.core.errors import InputError
 from es2.evaluation.robustness import DIRECTIONS, P0, Attacker, logit
+from es2.models.blocks import find_blocks, output_of, with_output
 
 if TYPE_CHECKING:
     import torch
@@ -111,8 +112,6 @@ class Steered:
     ) -> None:
         self.attacker = attacker
         self.read = ReadBack(*np.zeros((5, len(cases))))
-        from es2.models.blocks import find_blocks
-
         self._blocks = find_blocks(model)[1]
         self._rows: Sequence[int] | None = None
         self._cases = list(cases)
@@ -158,7 +157,7 @@ class Steered:
         """The block's output with the last token of every row steered."""
         if self._rows is None:
             return None
-        activation = output[0] if isinstance(output, tuple) else output
+        activation = output_of(output)
         rows, plane = list(self._rows), self.attacker.planes[index]
         last = activation[:, -1].to(_exact(activation))
         norms = last.norm(dim=1)
@@ -171,13 +170,13 @@ class Steered:
         moved = activation.clone()
         away = -_like(last, self._vectors[index, self._which[rows]])
         moved[:, -1] = (last + length[:, None] * away).to(activation.dtype)
-        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+        return with_output(output, moved)
 
     def _read_back(self, index: int, block: Any, inputs: Any, output: Any) -> None:
         """Record what the probe says of the block's output as the next block gets it."""
         if self._rows is None:
             return
-        activation = output[0] if isinstance(output, tuple) else output
+        activation = output_of(output)
         rows, plane, read = list(self._rows), self.attacker.planes[index], self.read
         last = activation[:, -1].to(_exact(activation))
         found = (last @ _like(last, plane.normal) * plane.slope + plane.offset).sigmoid().cpu().numpy()

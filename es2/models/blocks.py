@@ -33,15 +33,16 @@ def _find(model: Any) -> tuple[Any, str, nn.ModuleList]:
     from torch import nn
 
     n_layers = model.config.get_text_config().num_hidden_layers
+    base = model.base_model
     # A wrapper's tower for images may have as many blocks as its decoder, so the decoder is asked for first.
-    for start in (model.base_model, model.get_decoder(), model.base_model.get_decoder()):
+    for start, deep in ((base, False), (model.get_decoder(), True), (base.get_decoder(), True), (base, True)):
         waiting = [start]
         while waiting:
             module = waiting.pop(0)
             for name, child in module.named_children():
                 if isinstance(child, nn.ModuleList) and len(child) == n_layers:
                     return module, name, child
-            if module is not model.base_model:
+            if deep:
                 waiting += [child for child in module.children() if not isinstance(child, nn.ModuleList)]
     raise InputError(
         f"The blocks of the {model.config.model_type!r} model cannot be found; use a decoder-only architecture."
@@ -49,9 +50,19 @@ def _find(model: Any) -> tuple[Any, str, nn.ModuleList]:
 
 
 def output_of(output: Any) -> torch.Tensor:
-    """The residual stream in what a block returns."""
-    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    """The residual stream `[row, token, d_model]` in what a block returns; `InputError` where it is none."""
+    states: torch.Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    if states.ndim != 3:
+        raise InputError(
+            f"The blocks of this model return a tensor of {states.ndim} dimensions, no residual stream; use another "
+            "architecture."
+        )
     return states
+
+
+def with_output(output: Any, states: torch.Tensor) -> Any:
+    """What a block returns, with another residual stream in it."""
+    return type(output)([states, *output[1:]]) if isinstance(output, (tuple, list)) else states
 
 
 @dataclass(frozen=True)
@@ -81,9 +92,7 @@ class BlockHooks:
 
         def call(function: Callable[..., Any], name: str, block: Any, inputs: Any, output: Any) -> Any:
             changed = function(output_of(output), hook=SimpleNamespace(name=name))
-            if changed is None:
-                return None
-            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+            return None if changed is None else with_output(output, changed)
 
         blocks = self.blocks
         handles = [

@@ -6,17 +6,19 @@ What `es2 check` finds is remembered by the model's files and the libraries' ver
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from es2.core.errors import InputError
+from es2.core.errors import InputError, MachineError
 from es2.core.files import content_key, read_json, user_cache, write_json
 from es2.models.batching import SHARING_VERIFIED
-from es2.models.blocks import find_blocks
+from es2.models.blocks import find_blocks, output_of
 from es2.models.fingerprint import fingerprint
-from es2.models.model_files import first_line, model_type
+from es2.models.model_files import first_line, model_type, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -71,22 +73,66 @@ def refuse_failed(folder: Path, adapter: Path | None, purpose: str) -> None:
 
 
 def refuse_untunable(folder: Path) -> None:
-    """Raise `InputError` for a model that a fine-tune could not work with; no weights are read."""
+    """Raise `InputError` for a model that a fine-tune could not work with; no weights are read.
+
+    An architecture without tests is looked at once, in a process of its own: the app imports no torch.
+    """
     refuse_failed(folder, None, "finetune")
     if model_type(folder) in SHARING_VERIFIED:
         return
+    config = read_config(folder / "config.json")
+    key = content_key({"config": config, "versions": [version("transformers"), version("torch")]})
+    memo = user_cache() / "structures" / f"{key}.json"
+    known = read_json(memo)
+    if known is None:
+        command = [sys.executable, "-P", "-m", "es2.models.checked", str(folder)]
+        looked = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+        if looked.returncode not in (0, InputError.exit_code):
+            raise MachineError(f"The model in {str(folder)!r} could not be looked at: {looked.stderr.strip()[-300:]}")
+        known = {"refused": looked.stdout.strip()}
+        try:
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memo, known)
+        except OSError as error:
+            logger.warning("%s cannot be written (%s), so the model is looked at again next time.", memo, error)
+    if known["refused"]:
+        raise InputError(str(known["refused"]))
+
+
+def _have_stream(block: Any, inputs: Any, output: Any) -> None:
+    output_of(output)
+
+
+def look_at(folder: Path) -> None:
+    """Raise `InputError` where the model of a folder, built without weights, has no blocks or head for a fine-tune."""
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from es2.models.loading import auto_class
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=True):
-            model: Any = AutoModelForCausalLM.from_config(config)
+            model: Any = auto_class(config).from_config(config)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
         raise InputError(
             f"The model folder {str(folder)!r} holds no causal language model ({first_line(error)}); use another model."
         ) from error
-    find_blocks(model)
+    blocks = find_blocks(model)[1]
+    for block in blocks:
+        block.register_forward_hook(_have_stream)
+    try:
+        model(torch.zeros(1, 4, dtype=torch.long, device="meta"), use_cache=False)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+        logger.debug("The %s model does not run without weights: %s", config.model_type, error)
     if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
         raise InputError(f"The {config.model_type!r} model has no plain linear head, so its KL is unknown here.")
+
+
+if __name__ == "__main__":
+    try:
+        look_at(Path(sys.argv[1]))
+    except InputError as error:
+        sys.stdout.write(str(error))
+        sys.exit(error.exit_code)

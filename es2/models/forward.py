@@ -24,6 +24,7 @@ from es2.models.batching import (
     batches_by_length,
     cache_before,
     cache_of,
+    is_verified,
     keys_and_values,
     may_pad,
     may_share,
@@ -34,7 +35,7 @@ from es2.models.batching import (
 )
 from es2.models.blocks import decoder_of, find_blocks, output_of
 from es2.models.kl import LmHead, read_lm_head, token_kl
-from es2.models.replies import decode
+from es2.models.replies import decode, greedy_replies
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -116,6 +117,7 @@ class FinetuneForward:
         self._shallow = _first_blocks(self._deep, self.list_name, self.layers[-1] + 1)
         self._tokens_at_once = tokens_at_once or usual_tokens(self.device.type)
         self._dtype = model.dtype
+        self._width = model.config.get_text_config().hidden_size  # the head may be narrower
         self._checkpoints = gradient_checkpointing
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -178,6 +180,9 @@ class FinetuneForward:
         self.model.eval()
         with torch.no_grad():
             shared = self.run_template_prefix()
+        if not (is_verified(self.model) or self.in_step):
+            yield from self._reply_and_read(prompts, n_tokens, end_tokens, shared)
+            return
         own = len(self.template_prefix) - self._n_shared
         sequences = [tuple(tokens[self._n_shared :]) for tokens in prompts]
         pads = may_pad(self.model, max(map(len, prompts), default=0) + n_tokens)
@@ -190,6 +195,22 @@ class FinetuneForward:
                 if later is not None:
                     counted = torch.cat([counted, later[i, : len(replies[i]) - 1]])
                 yield row, BaseReply(replies[i], counted.clone()), embeddings[i]
+
+    def _reply_and_read(
+        self, prompts: Sequence[Tokens], n_tokens: int, end_tokens: frozenset[int], shared: KeysAndValues
+    ) -> Iterator[tuple[int, BaseReply, Float[Tensor, "layer d_model"]]]:
+        """As `reply`, by passes over prompts and whole replies: states in a cache may be others than a step's."""
+        own = len(self.template_prefix) - self._n_shared
+        for ended in greedy_replies(self.model, prompts, n_tokens, end_tokens, prefix=self.template_prefix):
+            own_tokens = [tuple(prompts[row][self._n_shared :]) for row in ended.rows]
+            sequences = [(*tokens, *reply[:-1]) for tokens, reply in zip(own_tokens, ended.replies, strict=True)]
+            for batch in batches_by_length([len(tokens) for tokens in sequences], self._tokens_at_once):
+                with torch.no_grad():
+                    last = [len(own_tokens[i]) - 1 for i in batch]
+                    embeddings, states = self._run(self._deep, [sequences[i] for i in batch], last, shared)
+                for place, i in enumerate(batch):
+                    counted = states[place, own : len(sequences[i])].cpu().clone()
+                    yield ended.rows[i], BaseReply(ended.replies[i], counted), embeddings[place].cpu()
 
     @torch.no_grad()
     def _reply(
@@ -285,7 +306,7 @@ class FinetuneForward:
     def _in_order(self, parts: list[Tensor], rows: list[int]) -> Float[Tensor, "prompt layer d_model"]:
         """The embeddings of all batches in the order of the prompts."""
         if not parts:
-            return torch.zeros(0, len(self.layers), self.head.weight.shape[1], device=self.device)
+            return torch.zeros(0, len(self.layers), self._width, device=self.device)
         order = torch.tensor(rows, device=self.device).argsort()
         return torch.cat(parts)[order]
 

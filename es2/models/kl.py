@@ -53,13 +53,17 @@ class LmHead:
         return torch.cat([self.logits(chunk).argmax(dim=-1) for (chunk,) in _chunks(self, states)]).tolist()
 
 
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What configurations call the number between whose negative and itself all logits lie."""
+
+
 def read_lm_head(model: Any) -> LmHead:
     """The LM head of a transformers causal language model; `InputError` when `LmHead` gives other logits than it."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, torch.nn.Linear):
         raise InputError(f"The {model.config.model_type!r} model has no plain linear head, so its KL is unknown here.")
     text_config = model.config.get_text_config()
-    softcap = getattr(text_config, "final_logit_softcapping", None)
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(text_config, name, None))), None)
     head = LmHead(layer.weight.detach(), None if layer.bias is None else layer.bias.detach(), softcap)
     tokens = torch.arange(4, device=layer.weight.device)[None] + 5
     with torch.no_grad():

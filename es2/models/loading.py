@@ -80,7 +80,7 @@ def load_model(
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     dtype = dtype or choose_dtype(choose_device() if device in (None, AUTO) else device)
@@ -109,7 +109,8 @@ def load_model(
     disable_progress_bar()
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # all processes but one would get no weights
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        loaded: Any = auto_class(config).from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             local_files_only=True,
@@ -146,6 +147,16 @@ def load_model(
     return model.eval()
 
 
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a text model, or the wrapper around one that also reads images."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    wraps = type(config) not in AutoModelForCausalLM._model_mapping and (
+        type(config) in AutoModelForImageTextToText._model_mapping
+    )
+    return AutoModelForImageTextToText if wraps else AutoModelForCausalLM
+
+
 def load_sharded(folder: Path, dtype: str | None, device: str) -> PreTrainedModel:
     """A model whose blocks are split over the processes of an FSDP launch; each process calls it with its device.
 
@@ -156,7 +167,7 @@ def load_sharded(folder: Path, dtype: str | None, device: str) -> PreTrainedMode
     """
     import torch
     from accelerate import PartialState, init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     dtype = dtype or choose_dtype(device)
 
@@ -165,7 +176,7 @@ def load_sharded(folder: Path, dtype: str | None, device: str) -> PreTrainedMode
             return load_model(folder, dtype=dtype, device="cpu")
         with init_empty_weights(include_buffers=False):
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            return auto_class(config).from_config(config, dtype=getattr(torch, dtype))
 
     model = all_or_none(load).requires_grad_(False)
     shard(model, find_blocks(model)[1], torch.device(device))
@@ -218,12 +229,14 @@ def _boot(folder: Path, model: Any, expected: list[torch.Tensor] | None) -> tupl
             dtype=model.dtype,
             device=str(model.device),
         )
-        found = expected and _block_outputs(bridge)
+        found = None if expected is None else _block_outputs(bridge)
     except Exception as error:  # a bridge without tests may fail with anything, and own hooks need none
         if is_out_of_memory(error):
             raise MachineError(f"{too_large(folder.name)}.") from error
         return None, f"TransformerLens cannot hook the {kind!r} model ({first_line(error)})."
-    if found and expected:
+    if found is not None and expected is not None:
+        if len(found) != len(expected):
+            return None, f"{len(found)} of {len(expected)} hooks of TransformerLens fired for the {kind!r} model."
         limit = ROUNDING[str(model.dtype).removeprefix("torch.")]
         apart = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
         if not apart <= limit:

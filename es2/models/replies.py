@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from es2.core.errors import MachineError
+from es2.core.errors import InputError, MachineError
 from es2.core.malloc import keep_freed_memory
 from es2.core.progress import Reporter, silent
 from es2.models.batching import (
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _REFILL = 8  # rows are added once an eighth of them is free
 _TRIED = 3  # tokens of a trial
+_CACHES = ("cache_params", "state", "past_key_values")  # what models call what they keep of a pass
 
 
 @runtime_checkable
@@ -110,7 +111,13 @@ def greedy_replies(
             shared = keys_and_values(decoder_of(model), prefix, model.device)
         found = _reply_in_rows(model, chosen, n_tokens, end_tokens, shared, steering, waiting, rows_at_once)
     else:
-        found = _reply_in_batches(model, chosen, n_tokens, end_tokens, steering, waiting, rows_at_once)
+        cached = _cache_is_exact(model, [longest, chosen[-1]])
+        if not cached and steering is not None:
+            raise InputError(
+                f"The {model.config.model_type!r} model computes other tokens from its cache than without, so replies "
+                "under steering are unknown here; leave out the perturbation suite."
+            )
+        found = _reply_in_batches(model, chosen, n_tokens, end_tokens, steering, waiting, rows_at_once, cached)
     finished = 0
     for rows, replies, n_unfinished in found:
         finished += n_tokens * len(rows)
@@ -225,12 +232,14 @@ def _reply_in_batches(
     steering: Steering | None,
     names: Sequence[int],
     rows_at_once: int | None,
+    cached: bool,
 ) -> Iterator[_Ended]:
-    """Replies to prompts of equal length, a batch after the other, by the model's own kind of cache."""
+    """Replies to prompts of equal length, a batch after the other, by the model's own kind of cache or without one."""
     import torch
 
     lengths = [len(prompt) + n_tokens for prompt in prompts]
     budget = rows_at_once * lengths[0] if rows_at_once else usual_reply_tokens(model.device.type)
+    budget = budget if cached else 1  # whole passes of one prompt each
     waiting = list(reply_batches(lengths, budget, False))
     while waiting:
         batch = waiting.pop(0)
@@ -239,7 +248,7 @@ def _reply_in_batches(
         try:
             with torch.inference_mode():
                 replies = decode(
-                    _next_tokens(model),
+                    _next_tokens(_last_logits(model, cached)),
                     [prompts[row] for row in batch],
                     n_tokens,
                     end_tokens,
@@ -303,21 +312,71 @@ def decode(
     return [until_end(reply, end_tokens) for reply in replies]
 
 
-def _next_tokens(model: Any) -> Callable[[Tensor, dict[str, Tensor]], list[int]]:
-    """Reads the most likely next tokens off a model's own logits, and keeps the cache that the model makes itself."""
-    accepted = inspect.signature(model.forward).parameters
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    name = "cache_params" if "cache_params" in accepted else "past_key_values"
-    cache: Any = None
+def _cache_is_exact(model: Any, prompts: Sequence[tuple[int, ...]]) -> bool:
+    """Whether a model's own cache gives two rows the logits of whole prompts alone, tried on some tokens of replies."""
+    import torch
+
+    limit = ROUNDING[str(model.dtype).removeprefix("torch.")]
+    try:
+        with torch.inference_mode():
+            for prompt in prompts:
+                steps: list[tuple[Tensor, Tensor]] = []
+                rows = [(*prompt[shift:], *prompt[:shift]) for shift in (0, 1)]
+                whole = [_last_logits(model, False) for _ in rows]
+                latest = torch.tensor(rows, device=model.device)
+                for _ in range(_TRIED):
+                    alone = torch.cat([run(one[None], {}) for run, one in zip(whole, latest, strict=True)])
+                    steps.append((latest, alone))
+                    latest = alone.argmax(dim=-1)[:, None]
+                cached = _last_logits(model, True)  # afterwards: a state may lie in the model itself
+                for latest, alone in steps:
+                    if not (cached(latest, {}) - alone).abs().max() <= limit * alone.abs().max():
+                        return False
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
+        logger.debug("A %s model does not reply from a cache: %s", model.config.model_type, error)
+        return False
+    return True
+
+
+def _next_tokens(logits: Callable[[Tensor, dict[str, Tensor]], Tensor]) -> Callable[..., list[int]]:
+    """The most likely next tokens by `_last_logits`."""
 
     def run(latest: Tensor, inputs: dict[str, Tensor]) -> list[int]:
-        nonlocal cache
-        output = model(latest, use_cache=True, **{name: cache}, **last_only, **inputs)
-        cache = getattr(output, name, None)
-        chosen: list[int] = output.logits[:, -1].argmax(dim=-1).tolist()
+        chosen: list[int] = logits(latest, inputs).argmax(dim=-1).tolist()
         return chosen
 
     return run
+
+
+def _last_logits(model: Any, cached: bool) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
+    """The model's own logits after the latest tokens of rows: from the cache it makes itself, or from whole passes."""
+    import torch
+
+    accepted = inspect.signature(model.forward).parameters
+    extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    name = next((name for name in _CACHES if name in accepted), "past_key_values")
+    cache: Any = None
+    seen: Tensor | None = None
+    n_seen = 0
+
+    def from_cache(latest: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        nonlocal cache, n_seen
+        own = dict(inputs)
+        if "position_ids" in accepted and "position_ids" not in own:  # some models count from 0 in every pass
+            own["position_ids"] = torch.arange(n_seen, n_seen + latest.shape[1], device=latest.device).expand_as(latest)
+        n_seen += latest.shape[1]
+        output = model(latest, use_cache=True, **{name: cache}, **extra, **own)
+        cache = getattr(output, name, None)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+    def from_the_start(latest: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        nonlocal seen
+        seen = latest if seen is None else torch.cat([seen, latest], dim=1)
+        logits: Tensor = model(seen, use_cache=False, **extra).logits[:, -1]
+        return logits
+
+    return from_cache if cached else from_the_start
 
 
 def exchange_states(

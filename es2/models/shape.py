@@ -91,7 +91,11 @@ def context_length(folder: Path) -> int | None:
 def count_layers(folder: Path) -> int:
     """The number of blocks of the model in a folder; `InputError` when its configuration lacks it."""
     config = read_config(folder / "config.json")
-    n_layers = _first_size(config.get("text_config") or config, "num_hidden_layers", "n_layer", "num_layers")
+    own = config.get("text_config") or config
+    n_layers = _first_size(own, "num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    kinds = own.get("layers_block_type") or own.get("hybrid_override_pattern")
+    if n_layers is None and isinstance(kinds, (list, str)):
+        n_layers = len(kinds)
     if n_layers is None:
         raise InputError(f"The model in {str(folder)!r} does not say how many layers it has; use another model.")
     return n_layers

@@ -103,8 +103,10 @@ def describe_trained(
         network: before or after `make_trainable`.
         trained: what that returned.
     """
-    n_experts = sum(map(len, find_experts(network).values()))
-    experts = "none" if not n_experts else "frozen" if config.method == "lora" else "trained"
+    held = {weight for block in network.blocks for part in _expert_modules(block) for weight in part.parameters()}
+    # A fused weight's adapter is a part of the experts' module, as is one on a linear map in there.
+    moved = any(weight in held for weight in trained.values())
+    experts = "none" if not held else "trained" if moved else "frozen"
     modules = sorted({_leaf(name.partition(".lora_")[0].replace(".base_layer", "")) for name in trained})
     total = sum(weight.numel() for weight in network.model.parameters())
     share = sum(weight.numel() for weight in trained.values()) / total
@@ -112,9 +114,10 @@ def describe_trained(
         f"blocks {config.blocks[0]} to {config.blocks[-1]}" if len(config.blocks) > 1 else f"block {config.blocks[0]}"
     )
     what = f"All weights of {where}" if config.method == "full" else f"LoRA on {', '.join(modules)} of {where}"
+    way = " (--method experts)" if find_experts(network) else ""
     of_experts = {
         "none": "",
-        "frozen": "; the experts are not trained (--method experts)",
+        "frozen": f"; the experts are not trained{way}",
         "trained": ", experts included",
     }
     sentence = f"{what} ({100 * share:.2g} % of the weights){of_experts[experts]}."
@@ -124,22 +127,24 @@ def describe_trained(
 def find_maps(network: FinetuneForward) -> dict[str, torch.nn.Module]:
     """The linear maps of all blocks that an adapter can change, by their full names; `InputError` if there are none.
 
-    Left out are those that peft refuses or renames to the experts of every block, and those whose weights a block reads
-    without calling them: an adapter would have no effect, and one when merged.
+    Left out are those that peft refuses or renames to the experts of every block; those whose weights several blocks
+    share, since an adapter changes one of them and merging all; and those whose weights a block reads without calling
+    them, since an adapter would have no effect, and one when merged.
     """
     from transformers.pytorch_utils import Conv1D
 
     model, blocks = network.model, set(network.blocks.modules())
+    shared = _shared_weights(network)
     maps: dict[str, torch.nn.Module] = {
         name: module
         for name, module in model.named_modules()
-        if module in blocks and isinstance(module, (torch.nn.Linear, Conv1D))
+        if module in blocks and isinstance(module, (torch.nn.Linear, Conv1D)) and module.weight not in shared
     }
     if is_verified(model):
         return maps
     left_out = {*PEFT_REFUSES.get(model.config.model_type, ()), *_renamed_by_peft(model)}
     called = _called(network, maps)
-    usable = {name: module for name, module in maps.items() if _leaf(name) in called - left_out}
+    usable = {name: module for name, module in maps.items() if _pattern(name) in called and _leaf(name) not in left_out}
     if not usable:
         raise InputError(
             f"The blocks of the {model.config.model_type!r} model have no linear maps that an adapter can change; "
@@ -154,8 +159,7 @@ def find_experts(network: FinetuneForward) -> dict[int, list[str]]:
     fused = {
         weight
         for block in numbers
-        for part in block.modules()
-        if not isinstance(part, torch.nn.Conv1d)
+        for part in _expert_modules(block)
         for weight in part.parameters(recurse=False)
         if weight.ndim == 3
     }
@@ -165,6 +169,15 @@ def find_experts(network: FinetuneForward) -> dict[int, list[str]]:
         for block, number in numbers.items()
         if (own := [names[w] for w in block.parameters() if w in fused])
     }
+
+
+def _expert_modules(block: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules of a block that hold experts, by the names that architectures give to paths and classes."""
+    return [
+        part
+        for name, part in block.named_modules()
+        if ".experts" in f".{name}" or "Experts" in type(part).__name__ or "ExpertGLU" in type(part).__name__
+    ]
 
 
 def _targets(network: FinetuneForward, config: FinetuneConfig, maps: Mapping[str, torch.nn.Module]) -> dict[str, Any]:
@@ -187,12 +200,24 @@ def _targets(network: FinetuneForward, config: FinetuneConfig, maps: Mapping[str
     }
 
 
+def _shared_weights(network: FinetuneForward) -> set[torch.nn.Parameter]:
+    """The weights that several blocks have."""
+    seen: set[torch.nn.Parameter] = set()
+    shared: set[torch.nn.Parameter] = set()
+    for block in network.blocks:
+        own = set(block.parameters())
+        shared |= own & seen
+        seen |= own
+    return shared
+
+
 def _called(network: FinetuneForward, maps: Mapping[str, torch.nn.Module]) -> set[str]:
-    """The names, without the path, of the maps that a forward pass calls in any block."""
+    """The `_pattern`s of the maps that a forward pass calls in any block, and that return one tensor."""
     called: set[str] = set()
 
-    def note(name: str, *_: Any) -> None:
-        called.add(_leaf(name))
+    def note(name: str, module: Any, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):  # some routers are linear maps by class, and return more
+            called.add(_pattern(name))
 
     handles = [module.register_forward_hook(partial(note, name)) for name, module in maps.items()]
     try:
@@ -219,3 +244,8 @@ def _renamed_by_peft(model: Any) -> set[str]:
 
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def _pattern(name: str) -> str:
+    """A name without the numbers in its path: the same in every block, and for every expert."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)

@@ -13,11 +13,12 @@ from es2.jobs.job import Job
 from es2.jobs.queue import create_job, open_job, reopen
 from es2.jobs.running import Task, result_of, run_job
 from es2.prompts.loading import load_prompts
+from es2.workflow.check import check
 from es2.workflow.evaluate import evaluate
 from es2.workflow.finetune_run import finetune_run, imported_run
 from es2.workflow.prepare import prepare, project
 from es2.workflow.reader import read_job
-from es2.workflow.runs import config_of
+from es2.workflow.runs import config_of, tuned_weights
 
 
 def _prepare_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
@@ -60,12 +61,20 @@ def _evaluate_job(config: dict[str, Any], report: Reporter, folder: Path) -> dic
     return evaluate(settings, load_prompts(settings.prompts), folder, run=run, report=report)
 
 
+def _check_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
+    run, _ = _runs(config, folder)
+    adapter = tuned_weights(run) if run is not None else None
+    adapter = adapter if adapter is not None and adapter.is_dir() else None
+    return check(config["model"], load_prompts(config["prompts"]), adapter=adapter, report=report).to_dict()
+
+
 JOBS: Mapping[str, Task] = {
     "read": read_job,
     "prepare": _prepare_job,
     "project": _project_job,
     "finetune": _finetune_job,
     "evaluate": _evaluate_job,
+    "check": _check_job,
 }
 """By a job's kind, the function that does it."""
 

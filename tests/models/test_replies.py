@@ -166,3 +166,32 @@ def test_the_default_model_replies_as_it_does_alone(monkeypatch: pytest.MonkeyPa
         assert gap <= 1e-4 * logits.abs().max(), f"prompt {row} parts at token {place} beyond rounding"
     n_replied = sum(map(len, found.values()))
     assert ties <= n_replied / 2000, f"{ties} of {n_replied} tokens were ties"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("rwkv", {"attention_hidden_size": 32, "context_length": 256}),  # its cache is called state
+        ("recurrent_gemma", {"block_types": ("recurrent", "attention"), "lru_width": 32, "num_key_value_heads": 1}),
+        ("mamba", {"state_size": 8}),
+        ("openai-gpt", {}),  # keeps no cache, and its blocks return lists
+    ],
+)
+def test_replies_of_models_whose_cache_is_their_own(architecture: str, settings: dict[str, Any]) -> None:
+    """Token for token those of passes over the whole, also in a fine-tune, whatever a model keeps between passes."""
+    from es2.models.forward import FinetuneForward
+
+    model = tiny_model(architecture, **settings)
+    prefix = tuple(range(5, 15))
+    prompts = [(*prefix, *range(20, 20 + length)) for length in (3, 9, 3, 30)]
+    found = {}
+    for batch in greedy_replies(model, prompts, 6, frozenset(), prefix=prefix):
+        found |= dict(zip(batch.rows, batch.replies, strict=True))
+    for row, prompt in enumerate(prompts):
+        tokens = list(prompt)
+        with torch.no_grad():
+            for _ in range(6):
+                tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+        assert found[row] == tuple(tokens[len(prompt) :])
+    network = FinetuneForward(model, template_prefix=prefix, layers=(1, 2))
+    assert {row: reply.reply for row, reply, _ in network.reply(prompts, 6, frozenset())} == found
