@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_RENDERING = 1  # raise it when the same texts would be rendered into other tokens than before
+_RENDERING = 2  # raise it when the same texts would be rendered into other tokens than before
 _ATTENTION = "eager"  # what the numbers are those of; fused attention gives the same to rounding
 _AS_LOADED = "as loaded"  # of architectures whose bridges are tried out against it first
 _HALF_LIMIT = 3e4  # embeddings below this are stored as float16, which ends at 65504

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from es2.core.errors import InputError
 from es2.models.batching import n_alike
 from es2.models.model_files import first_line
+from es2.models.thinking import Thinking, thinking_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,6 +26,10 @@ if TYPE_CHECKING:
 
 PINNED_DATE = datetime(2024, 7, 26)
 """The date for templates that insert today's: the one that Llama's own template falls back to."""
+
+_MARK = "florp"  # in the place of a user's text: one word in lower case, which no escaping or splitting changes
+_TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, SyntaxError, TypeError, ValueError)
+"""What a template can raise besides jinja's own errors: it divides, indexes, calls and compares."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,27 @@ class Rendered:
         return list(self.last_instruction)
 
 
+@dataclass(frozen=True)
+class PromptFrame:
+    """What a tokenizer puts around every user's text.
+
+    Attributes:
+        prefix, tail: what stands before and after the text; empty for a model without a chat template.
+        template: the chat template, its date pinned; None for a model without one.
+        in_parts: whether the template takes a text in a list of parts only.
+    """
+
+    prefix: str = ""
+    tail: str = ""
+    template: str | None = None
+    in_parts: bool = False
+
+    @property
+    def thinking(self) -> Thinking:
+        """What the end of a prompt does with the model's thinking, as `thinking_of` says."""
+        return thinking_of(self.tail)
+
+
 def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Rendered:
     """Texts as the model reads them: one user message under the chat template, with the generation prompt.
 
@@ -72,27 +100,16 @@ def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Rendered
     """
     if not tokenizer.is_fast:
         raise InputError("This model's tokenizer has no fast version (tokenizer.json); use a model that has one.")
-    templated = tokenizer.chat_template is not None
-    prefix, tail = "", ""
-    strings = list(texts)
-    if templated:
-        template = _pinned_template(tokenizer)
-        mark = "(the user's text)"
-        prefix, tail, in_parts = _around(tokenizer, template, mark)
-        strings = [_apply(tokenizer, template, text, in_parts, f"fails on the prompt {shown(text)}") for text in texts]
+    frame = prompt_frame(tokenizer)
+    strings = [_framed(tokenizer, frame, text) for text in texts]
+    templated = frame.template is not None
     encoded = tokenizer(strings, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False)
     last_instruction = []
-    for text, string, spans in zip(texts, strings, encoded["offset_mapping"], strict=True):
-        own = string[len(prefix) : len(string) - len(tail)].rstrip()
-        last_character = len(prefix) + len(own) - 1
+    for text, whole, spans in zip(texts, strings, encoded["offset_mapping"], strict=True):
+        last_character = len(whole[: len(whole) - len(frame.tail)].rstrip()) - 1
         covering = [i for i, (start, end) in enumerate(spans) if start <= last_character < end]
-        if not (string.startswith(prefix) and string.endswith(tail) and own and covering):
-            raise InputError(f"The model's chat template or tokenizer swallows the prompt {shown(text)}; remove it.")
-        if own.strip() != text.strip():
-            raise InputError(
-                f"The model's chat template rewrites the prompt {shown(text)}, so the model would read another one; "
-                "remove it, or use another model."
-            )
+        if not covering:
+            raise InputError(f"The model's tokenizer swallows the end of the prompt {shown(text)}; remove it.")
         last_instruction.append(covering[-1])
     return Rendered(tuple(map(tuple, encoded["input_ids"])), tuple(last_instruction), templated)
 
@@ -100,9 +117,39 @@ def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Rendered
 def template_prefix(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The shared prefix: the tokens with which every prompt under the chat template begins, whatever its text."""
     # Two texts without a common beginning show where the prefix ends, also when the prompts all begin with one word.
-    every = [*map(tuple, prompts), *render(tokenizer, ("A", "1")).token_ids]
+    frame = prompt_frame(tokenizer)
+    two = [f"{frame.prefix}{text}{frame.tail}" for text in "A1"]
+    unlike = tokenizer(two, add_special_tokens=frame.template is None, verbose=False)["input_ids"]
+    every = [*map(tuple, prompts), *map(tuple, unlike)]
     first, last = min(every), max(every)  # what these two share, all between them share
     return first[: min(n_alike(first, last), min(map(len, every)) - 1)]
+
+
+def prompt_frame(tokenizer: PreTrainedTokenizerBase) -> PromptFrame:
+    """What the tokenizer puts around a user's text.
+
+    Raises:
+        InputError: when its chat template cannot be used for prompts of one user's message.
+    """
+    if tokenizer.chat_template is None:
+        return PromptFrame()
+    template = _pinned_template(tokenizer)
+    refused: InputError | None = None
+    for in_parts in (False, True):
+        try:
+            prefix, found, tail = _apply(tokenizer, template, _MARK, in_parts).partition(_MARK)
+        except _TEMPLATE_ERRORS as error:
+            reason = re.sub(r" at \d+$", "", first_line(error).replace(_MARK, "…"))  # counted from the clock on
+            refused = refused or InputError(
+                f"The model's chat template cannot render one user's message without tools ({reason}); "
+                "use another template or another model."
+            )
+            continue
+        if found and _MARK not in tail:
+            return PromptFrame(prefix, tail, template, in_parts)
+    raise refused or InputError(
+        "This model's chat template does not show the user's text exactly once; use another template or another model."
+    )
 
 
 def _pinned_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -110,40 +157,56 @@ def _pinned_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
     Templates cannot be given a function: transformers replaces everything but plain data.
     """
-    letters = [*"aAbBcCdDeFgGhHIjmMnpPrRSTuUVwWxXyYf", *(f"-{letter}" for letter in "dejmyHIMS")]
-    directives = {f"%{letter}": PINNED_DATE.strftime(f"%{letter}") for letter in letters}
-    replaced = "".join(f" | replace('{directive}', '{value}')" for directive, value in directives.items())
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         names = ", ".join(map(repr, tokenizer.chat_template))
         raise InputError(
             f"This model has the chat templates {names} and none called 'default', so it is unclear which is meant; "
-            "name one of them 'default' in its tokenizer_config.json."
+            "save the one that is meant as chat_template.jinja in the model's folder."
         )
+    flags = [f"{flag}{letter}" for letter in string.ascii_letters if letter != "s" for flag in ("", *"-_0^#")]
+    values = {f"%{flag}": PINNED_DATE.strftime(f"%{flag}") for flag in flags}
+    values = {"%%": "\ue000"} | {flag: value for flag, value in values.items() if value != flag} | {"\ue000": "%"}
+    clock = (
+        "{% macro strftime_now(format) %}{% set shown = namespace(date=format) %}"
+        f"{{% for flag, value in {json.dumps([*values.items()])} %}}"
+        "{% set shown.date = shown.date | replace(flag, value) %}{% endfor %}{{ shown.date }}{% endmacro %}"
+    )
     # The newline is swallowed (trim_blocks), so the template begins at the start of a line, as it does by itself.
-    return (
-        f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{tokenizer.get_chat_template()}"
+    return f"{clock}\n{tokenizer.get_chat_template()}"
+
+
+def _framed(tokenizer: PreTrainedTokenizerBase, frame: PromptFrame, text: str) -> str:
+    """A text under the template, which must leave it as it is, up to white space around it."""
+    if not text.strip():
+        raise InputError(f"The prompt {shown(text)} is blank; remove it.")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError(f"The prompt {shown(text)} holds half of a surrogate pair, which is no character; remove it.")
+    if frame.template is None:
+        return text
+    try:
+        whole = _apply(tokenizer, frame.template, text, frame.in_parts)
+    except _TEMPLATE_ERRORS as error:
+        raise InputError(
+            f"The model's chat template fails on the prompt {shown(text)} ({first_line(error)}); "
+            "remove it, or use another model."
+        ) from error
+    own = whole.removeprefix(frame.prefix).removesuffix(frame.tail)
+    is_framed = f"{frame.prefix}{own}{frame.tail}" == whole
+    if is_framed and own.strip() == text.strip():
+        return whole
+    if is_framed and own.strip():
+        what = f"rewrites the prompt {shown(text)} as {shown(own.strip())}"
+    elif text.strip() in whole:
+        what = f"puts other words around the prompt {shown(text)} (a part of it may be a switch, such as /no_think)"
+    else:
+        what = f"swallows the prompt {shown(text)} or a part of it"
+    raise InputError(
+        f"The model's chat template {what}, so the model would read another one; remove it, or use another model."
     )
 
 
-def _around(tokenizer: PreTrainedTokenizerBase, template: str, mark: str) -> tuple[str, str, bool]:
-    """What stands before and after a user's text, and whether the template takes it in a list of parts only."""
-    refused: InputError | None = None
-    for in_parts in (False, True):
-        try:
-            what = "refuses a conversation of one user's message"
-            prefix, found, tail = _apply(tokenizer, template, mark, in_parts, what).partition(mark)
-        except InputError as error:
-            refused = refused or error
-            continue
-        if found and mark not in tail:
-            return prefix, tail, in_parts
-    raise refused or InputError(
-        "This model's chat template does not show the user's text exactly once; use another model."
-    )
-
-
-def _apply(tokenizer: PreTrainedTokenizerBase, template: str, text: str, in_parts: bool, what: str) -> str:
-    """The rendered text; an error says `what` the template does."""
+def _apply(tokenizer: PreTrainedTokenizerBase, template: str, text: str, in_parts: bool) -> str:
+    """The rendered text; errors are those that a template can cause."""
     from jinja2 import TemplateError
 
     content = [{"type": "text", "text": text}] if in_parts else text
@@ -152,8 +215,8 @@ def _apply(tokenizer: PreTrainedTokenizerBase, template: str, text: str, in_part
         return str(
             tokenizer.apply_chat_template([message], chat_template=template, tokenize=False, add_generation_prompt=True)
         )
-    except (TemplateError, ValueError, TypeError) as error:
-        raise InputError(f"The model's chat template {what} ({first_line(error)}); use another model.") from error
+    except TemplateError as error:
+        raise ValueError(first_line(error)) from error
 
 
 def shown(text: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from es2.core.errors import InputError
 from es2.core.files import file_digest
 from es2.models.adapters import adapter_files
-from es2.models.model_files import first_line, read_config, weight_files
+from es2.models.model_files import PROCESSOR_FILES, first_line, read_config, weight_files
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,14 @@ def fingerprint(folder: Path, adapter: Path | None = None) -> Fingerprint:
 
 
 def _chat_template_digest(folder: Path) -> str | None:
+    """The digest of what `load_tokenizer` takes the template from: its own files, or an entry in one of settings."""
     own = folder / "chat_template.jinja"
+    if further := sorted((folder / "additional_chat_templates").glob("*.jinja")):
+        return _digest([(path.name, file_digest(path)) for path in (own, *further) if path.is_file()])
     if own.is_file():
         return file_digest(own)
-    for name in ("tokenizer_config.json", "chat_template.json"):  # the second where the first has none
-        template = read_config(folder / name).get("chat_template") if (folder / name).is_file() else None
+    for settings in (folder / name for name in ("tokenizer_config.json", *PROCESSOR_FILES)):
+        template = read_config(settings).get("chat_template") if settings.is_file() else None
         if template is not None:
             return _digest(template)
     return None

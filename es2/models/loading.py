@@ -19,7 +19,7 @@ from es2.models.batching import ROUNDING, is_verified
 from es2.models.blocks import BlockHooks, find_blocks
 from es2.models.costs import DTYPES, FOUR_BIT_BYTES, WORKING_SHARE
 from es2.models.device import check_device, choose_device, choose_dtype, is_out_of_memory, require_memory, too_large
-from es2.models.model_files import first_line, read_config, weight_files
+from es2.models.model_files import PROCESSOR_FILES, first_line, read_config, weight_files
 from es2.models.placement import AUTO, all_or_none, free_bytes, map_to_devices, quantized, shard
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-        return _with_template(tokenizer, folder / "chat_template.json")
+        return _with_template(tokenizer, folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"The model folder {str(folder)!r} has no tokenizer that can be read ({first_line(error)}); "
@@ -47,13 +47,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _with_template(tokenizer: PreTrainedTokenizerBase, file: Path) -> PreTrainedTokenizerBase:
+def _with_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
     """A tokenizer with the chat template of a processor's file, which transformers reads for processors alone."""
-    if tokenizer.chat_template is None and file.is_file():
-        template = read_config(file).get("chat_template")
-        if not isinstance(template, str):
-            raise InputError(f"{str(file)!r} holds no chat template; fetch the model again.")
-        tokenizer.chat_template = template
+    for file in (folder / name for name in PROCESSOR_FILES):
+        if tokenizer.chat_template is None and file.is_file():
+            template = read_config(file).get("chat_template")
+            if not isinstance(template, str) and (template is not None or file.name == "chat_template.json"):
+                raise InputError(f"{str(file)!r} holds no chat template; fetch the model again.")
+            tokenizer.chat_template = template
     return tokenizer
 
 

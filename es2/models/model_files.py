@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+PROCESSOR_FILES = ("processor_config.json", "chat_template.json")
+"""Where a processor's chat template may lie, in the order in which transformers prefers them."""
+
 CONVERSION = 1  # raise it when a converted folder would hold other numbers than before
 
 
@@ -116,7 +119,10 @@ def fetch_snapshot(hub_id: str, report: Reporter) -> Path:
         wanted = sorted(
             (file.rfilename.endswith(".safetensors"), file.rfilename, file.size or 0)
             for file in files
-            if re.fullmatch(r"(?!consolidated)[^/]+\.(json|jinja|model|txt|safetensors)", file.rfilename)
+            if re.fullmatch(
+                r"(?!consolidated)[^/]+\.(json|jinja|model|txt|safetensors)|additional_chat_templates/[^/]+\.jinja",
+                file.rfilename,
+            )
         )
         if not any(is_weights for is_weights, _, _ in wanted):
             raise InputError(

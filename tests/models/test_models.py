@@ -616,7 +616,7 @@ def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Simple
         return SimpleNamespace(siblings=files)
 
     def hf_hub_download(hub_id: str, name: str) -> None:
-        state.snapshot.mkdir(exist_ok=True)
+        (state.snapshot / name).parent.mkdir(parents=True, exist_ok=True)
         (state.snapshot / name).write_bytes(state.files[name].read_bytes())
         state.fetched.append(name)
 
@@ -647,6 +647,11 @@ def test_a_hub_model_is_fetched_once(hub: SimpleNamespace, folder: Path) -> None
     assert is_cached(spec)
     hub.error = ConnectionError("no network")
     assert model_folder(spec) == fetched
+
+
+def test_named_chat_templates_are_fetched(hub: SimpleNamespace, folder: Path) -> None:
+    hub.files["additional_chat_templates/rag.jinja"] = folder / "chat_template.jinja"
+    assert set(load_tokenizer(model_folder(resolve("owner/model"))).chat_template) == {"default", "rag"}
 
 
 def test_without_safetensors_nothing_is_fetched(hub: SimpleNamespace) -> None:
