@@ -174,6 +174,7 @@ def _head(intro: Intro, run: Job, choice: Choice, found: Sequence[Evaluation], s
         st.caption(
             ":material/info: Evaluations compare a run with its base; the other run of the comparison plays no part."
         )
+    text.given_as(evaluation.document.get("given_as"))
     if note := evaluation.document.get("note"):
         st.caption(f":material/warning: {text.markdown(str(note))}")
     if not _under_way(run) and is_open:

@@ -27,6 +27,7 @@ class Row:
         steps: number of optimizer steps taken; None where it is unknown.
         kl: KL on harmless `test` prompts in nats per token, by `prompt` and `reply`.
         comparable: whether its tuned model was captured.
+        given_as: how its model was given the prompts; None where that is unknown.
     """
 
     job: Job
@@ -37,6 +38,7 @@ class Row:
     steps: int | None
     kl: dict[str, float]
     comparable: bool
+    given_as: str | None
 
 
 def row(run: Job) -> Row:
@@ -55,6 +57,7 @@ def row(run: Job) -> Row:
         steps=result.get("steps"),
         kl=result.get("kl_harmless_test") or {},
         comparable=bool((result.get("activations") or {}).get("tuned")),
+        given_as=result.get("given_as"),
     )
 
 
@@ -62,7 +65,7 @@ def row(run: Job) -> Row:
 def _summary(id: str, stamp: object, _run: Job) -> dict[str, Any]:
     """The few words of a result that the list needs."""
     result = _run.result() or {}
-    names = ("verdict", "verdict_reason", "steps", "kl_harmless_test", "activations")
+    names = ("verdict", "verdict_reason", "steps", "kl_harmless_test", "activations", "given_as")
     return {
         "status": _run.status(),
         "error": _run.error(),

@@ -1,4 +1,4 @@
-"""Text from outside, made safe where Streamlit reads Markdown; durations in words; errors as sentences.
+"""Text from outside, made safe where Streamlit reads Markdown; durations and notes in words; errors as sentences.
 
 Page, sidebar and fragments each run in a `with sentences():` block, since a fragment that reruns by itself is outside
 of the page's block.
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import streamlit as st
 
 from es2.core.errors import Es2Error
+from es2.store.sources import PLAIN_TEXT, PLAIN_TEXT_NOTE
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~<>$:&^=])")
 _READ_ANYWAY = re.compile(
@@ -33,6 +34,12 @@ def duration(seconds: float) -> str:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def given_as(how: str | None) -> None:
+    """Show that the model was given plain text, where it was; nothing is said of a chat template."""
+    if how == PLAIN_TEXT:
+        st.caption(f":material/info: {PLAIN_TEXT_NOTE}")
 
 
 @contextmanager

@@ -129,6 +129,7 @@ def _listed(run: Row) -> None:
     with what, st.container(gap=None):
         st.markdown(f"**{text.markdown(artifacts.run_title(job))}**")
         st.caption(about(job, run.steps))
+        text.given_as(run.given_as)
     with verdict, st.container(gap="xxsmall"):
         if run.verdict:
             colour = VERDICT_COLOURS.get(run.verdict, "red")

@@ -114,7 +114,7 @@ class CaptureResult:
             "tokens": self.tokens,
             "rounding": self.rounding,
         }
-        own["hooks"] = self.activations.hooks
+        own |= {"hooks": self.activations.hooks, "given_as": self.activations.given_as}
         return {"key": self.activations.key, "path": str(self.activations.path)} | sizes | own
 
 

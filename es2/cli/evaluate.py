@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from es2.cli.options import with_settings
-from es2.cli.terminal import AsJson, emit, interval_cell, out, progress
+from es2.cli.terminal import AsJson, emit, interval_cell, out, progress, show_given_as
 from es2.evaluation.config import EvaluateConfig
 
 
@@ -89,4 +89,5 @@ def _show(result: Mapping[str, Any]) -> None:
         out.print(needs)
     if result["note"]:
         out.print(result["note"])
+    show_given_as(result)
     out.print(f"Kept with its replies: {result['path']}", soft_wrap=True)

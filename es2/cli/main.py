@@ -40,6 +40,7 @@ from es2.cli.terminal import (
     interval_cell,
     out,
     progress,
+    show_given_as,
 )
 from es2.core.errors import Es2Error, InputError, MachineError
 from es2.core.progress import Cancelled
@@ -122,7 +123,7 @@ def capture(
         )
     if captured is None:
         return  # the first process of several reports
-    activations = captured.activations
+    activations, document = captured.activations, captured.to_dict()
 
     def show() -> None:
         how = f"captured in {captured.seconds:.1f} s" if captured.computed else "already cached"
@@ -135,8 +136,9 @@ def capture(
             f"({how}): {activations.path}",
             soft_wrap=True,
         )
+        show_given_as(document)
 
-    emit(captured.to_dict(), json_, show)
+    emit(document, json_, show)
 
 
 @app.command()
@@ -179,7 +181,9 @@ def analyze(
             report=report,
         )
     analysis = prepared.analysis
-    document = {"model": prepared.activations.model, "run": run, "key": prepared.activations.key} | analysis.to_dict()
+    activations = prepared.activations
+    of = {"model": activations.model, "run": run, "key": activations.key, "given_as": activations.given_as}
+    document = of | analysis.to_dict()
 
     def show() -> None:
         columns = ["probe_accuracy", "probe_accuracy_control", "probe_auroc", "margin_mean", "fisher_ratio"]
@@ -190,6 +194,7 @@ def analyze(
             table.add_row(f"{layer['layer']}{mark}", *(interval_cell(layer[column]) for column in columns))
         out.print(table)
         out.print(analysis.reason)
+        show_given_as(document)
 
     emit(document, json_, show)
 
@@ -232,7 +237,13 @@ def project(
         )
     seconds = time.perf_counter() - begun
     path = activations.path / "derived" / key
-    emit({"key": key, "seconds": seconds}, json_, lambda: out.print(f"UMAP of every layer: {path}"))
+    document = {"key": key, "seconds": seconds, "given_as": activations.given_as}
+
+    def show() -> None:
+        out.print(f"UMAP of every layer: {path}")
+        show_given_as(document)
+
+    emit(document, json_, show)
 
 
 @app.command(name="app", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from es2.cli.options import with_settings
-from es2.cli.terminal import AsJson, Device, Dtype, Model, Prompts, emit, out, progress
+from es2.cli.terminal import AsJson, Device, Dtype, Model, Prompts, emit, out, progress, show_given_as
 from es2.core.errors import InputError
 from es2.core.progress import Reporter
 from es2.core.settings import parse_list
@@ -138,6 +138,7 @@ def _show_run(result: Mapping[str, Any]) -> None:
             out.print(sentence)
     if result.get("trained"):
         out.print(f"Trained: {result['trained']['sentence']}")
+    show_given_as(result)
     out.print(f"Run {result['run']}: {result['path']}", soft_wrap=True)
 
 

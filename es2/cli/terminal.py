@@ -19,6 +19,7 @@ from rich.text import Text
 
 from es2.core.progress import Reporter
 from es2.report.labels import plain
+from es2.store.sources import PLAIN_TEXT, PLAIN_TEXT_NOTE
 
 
 class PlainConsole(Console):
@@ -61,6 +62,12 @@ def emit(document: Mapping[str, Any], as_json: bool, show: Callable[[], None]) -
         sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
     else:
         show()
+
+
+def show_given_as(document: Mapping[str, Any]) -> None:
+    """Say so where the model was given plain text; nothing is said of a chat template."""
+    if document.get("given_as") == PLAIN_TEXT:
+        out.print(PLAIN_TEXT_NOTE)
 
 
 def interval_cell(number: Mapping[str, float] | None) -> Text:

@@ -125,6 +125,7 @@ def _head(compared: Compared) -> str:
     facts = [
         ("Model", compared.config.get("model", compared.base.model)),
         ("Prompts", compared.config.get("prompts", compared.prompts.name)),
+        ("Prompts given as", compared.base.given_as),
         ("Compared", f"{left} and {right}"),
         ("Target layers", ", ".join(map(str, compared.targets))),
         ("Objective", compared.config.get("objective", "")),

@@ -29,6 +29,7 @@ from es2.core.files import (
 )
 from es2.core.versions import format_of
 from es2.store.embeddings import STORED_DTYPES
+from es2.store.sources import CHAT_TEMPLATE, PLAIN_TEXT
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
@@ -92,6 +93,11 @@ class ActivationSet:
     def hooks(self) -> str:
         """Whose hooks read it: `transformer-lens`, or `transformers` for hooks on the model's own blocks."""
         return str(self.meta.get("hooks", "transformer-lens"))
+
+    @property
+    def given_as(self) -> str:
+        """How the model was given the prompts: `CHAT_TEMPLATE` or `PLAIN_TEXT`."""
+        return PLAIN_TEXT if self.meta.get("templated") is False else CHAT_TEMPLATE
 
     @property
     def whole(self) -> str:

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 POSITIONS = ("last", "last_instruction")
 """Which token is read: the last prompt token after the chat template, or the last token of the user's own text."""
 
+CHAT_TEMPLATE, PLAIN_TEXT = "chat template", "plain text"
+"""How a model is given a prompt: as a user's message under its chat template, or, for want of one, as it is."""
+
+PLAIN_TEXT_NOTE = f"The model has no chat template, so it was given the prompts as {PLAIN_TEXT}."
+
 
 @runtime_checkable
 class LayerSource(Protocol):

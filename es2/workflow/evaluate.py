@@ -31,6 +31,7 @@ from es2.models.fingerprint import fingerprint
 from es2.models.folders import model_folder
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
+from es2.store.sources import CHAT_TEMPLATE, PLAIN_TEXT
 from es2.store.store import Store
 from es2.workflow.prepare import prepare
 from es2.workflow.runs import check_run, config_of, tuned_weights
@@ -77,10 +78,11 @@ def evaluate(
     model_files = model_folder(spec, report)
     refuse_failed(model_files, weights, "evaluate")
     identity = fingerprint(model_files, weights).to_dict()
+    given_as = CHAT_TEMPLATE if identity["chat_template"] is not None else PLAIN_TEXT
     place = (run.path if run is not None else folder) / FOLDER
     path = _kept_at(place, config, prompts, identity)
     if (kept := _kept(path)) is not None and kept.get("note") == note:  # else other prompts were left out
-        return kept | {"path": str(path), "seconds": time.perf_counter() - begun}
+        return kept | {"given_as": given_as, "path": str(path), "seconds": time.perf_counter() - begun}
     device = config.device or choose_device()
     work = Work(
         config=config,
@@ -115,6 +117,7 @@ def evaluate(
         "model": spec.name,
         "run": config.run,
         "prompts": prompts.name,
+        "given_as": given_as,
         "note": note,
         "settings": config.to_dict(),
         "path": str(path),

@@ -86,6 +86,7 @@ def _compared(
         "verdict": verdict.name,
         "verdict_reason": verdict.reason,
         "verdicts": {str(layer.layer): layer_verdict(layer, kl, config.kl_budget).to_dict() for layer in tuned_layers},
+        "given_as": prepared.activations.given_as,
         "activations": {"base": prepared.activations.key, "tuned": prepared.tuned and prepared.tuned.key},
         "before": {str(layer.layer): _plain(layer) for layer in analysis.base_layers},
         "after": {str(layer.layer): _plain(layer) for layer in tuned_layers},

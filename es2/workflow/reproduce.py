@@ -160,6 +160,7 @@ def reproduce(protocol: Protocol, model: str, report: Reporter = silent) -> dict
         "model": spec.name,
         "config": protocol.name,
         "objective": config.objective,
+        "given_as": prepared.activations.given_as,
         **{name: tuned[name] for name in kept},
         "evaluations": evaluated,
     }

@@ -18,6 +18,7 @@ from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.results import read_evaluation
 from es2.jobs.queue import create_job
 from es2.jobs.running import run_job
+from es2.store.sources import PLAIN_TEXT
 from es2.workflow.job_kinds import JOBS
 from tests.app.test_app import MAIN, captions, has_button
 from tests.builders_evaluation import (
@@ -106,6 +107,15 @@ class TestBehaviour:
         )
         assert "8 harmful and 8 harmless prompts" in captions(at).replace("\\", "")
         assert "steered" not in captions(at)  # that is the other page's
+
+    def test_a_model_without_a_chat_template_is_said_to_have_none(
+        self, home: Path, evaluated: Evaluated, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pages = ("behaviour", "robustness")
+        assert not any("plain text" in captions(open_page(page, evaluated.link())) for page in pages)
+        plain = {"given_as": PLAIN_TEXT}
+        monkeypatch.setattr("app.evaluations._read", lambda path, stamp: read_evaluation(path) | plain)
+        assert all("plain text" in captions(open_page(page, evaluated.link())) for page in pages)
 
     def test_a_defence_with_its_price(self, home: Path, evaluated: Evaluated) -> None:
         at = choose(open_page("behaviour", evaluated.link()), "defence")

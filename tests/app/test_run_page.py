@@ -16,6 +16,7 @@ from es2.cli import main as cli
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job, list_jobs, open_job
 from es2.jobs.running import run_job
+from es2.store.sources import CHAT_TEMPLATE, PLAIN_TEXT
 from es2.training.config import FinetuneConfig
 from es2.workflow.runs import list_runs
 from tests.builders import save_tiny_model, tiny_prompts, write_prompts
@@ -341,6 +342,14 @@ class TestList:
         at.button(key="rename_confirm").click().run()
         assert "at most 80 characters" in shown(at)
         assert open_job(job.id).name == ""
+
+    def test_a_run_of_a_model_without_a_chat_template(
+        self, open_runs: Callable[[], AppTest], model: Path, prompts: Path
+    ) -> None:
+        ended(model, prompts, result(given_as=CHAT_TEMPLATE))
+        assert "plain text" not in shown(open_runs())
+        ended(model, prompts, result(given_as=PLAIN_TEXT))
+        assert "plain text" in shown(open_runs())
 
     def test_the_command_line_renames_too(
         self, model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -70,6 +70,29 @@ class TestResults:
         assert not again["computed"]
         assert again["key"] == first["key"]
 
+    @pytest.mark.parametrize("template", [None, "<user>{{ messages[0].content }}</user>"])
+    def test_a_model_without_a_chat_template_says_so_in_every_output(
+        self, run, template: str | None, tmp_path: Path, prompts: Path
+    ) -> None:
+        folder = save_tiny_model(tmp_path / "model", chat_template=template)
+        common = ("--model", folder, "--prompts", prompts)
+        short = ("--layers", "1,2", "--steps", "2", "--pairs-per-step", "4", "--validate-every", "2")
+        commands = [
+            ("capture", *common),
+            ("analyze", *common),
+            ("finetune", *common, *short),
+            ("evaluate", *common, "--suite", "refusal", "--limit", "2", "--new-tokens", "2"),
+        ]
+        for command in commands:
+            code, out, err = run(*command, "--json")
+            assert code == 0, err
+            assert json.loads(out)["given_as"] == ("plain text" if template is None else "chat template")
+            if command[0] == "finetune":  # what was computed is on disk; a run is shown, not made again
+                command = ("runs", "show", json.loads(out)["run"])
+            code, out, err = run(*command)
+            assert code == 0, err
+            assert ("plain text" in out) == (template is None)
+
     def test_analyze(self, run, model: Path, prompts: Path) -> None:
         code, out, err = run("analyze", "--model", model, "--prompts", prompts, "--json")
         assert code == 0, err

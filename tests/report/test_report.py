@@ -113,6 +113,11 @@ class TestPage:
         assert reproduce(compared.config) in page.text
         assert "umap-learn" in page.text
 
+    def test_says_where_there_was_no_chat_template(self, compared: Compared) -> None:
+        plain = replace(compared.base, meta=compared.base.meta | {"templated": False})
+        assert "plain text" in Page(report_html(replace(compared, base=plain))).text
+        assert "plain text" not in Page(report_html(compared)).text
+
     def test_judges_by_the_runs_own_budget(self, compared: Compared) -> None:
         result = {**compared.result, "kl_harmless_test": {"prompt": 0.45, "reply": 0.2}}
         wide = Page(report_html(replace(compared, result=result, config={**compared.config, "kl_budget": 0.5}))).text
