@@ -22,12 +22,13 @@ from es2.models.adapters import apply_finetune
 from es2.models.batching import ROUNDING, end_tokens
 from es2.models.blocks import BlockHooks, find_blocks, output_of
 from es2.models.catalogue import resolve
-from es2.models.chat_template import Rendered, render, template_prefix
+from es2.models.chat_template import Rendered, prompt_frame, render, template_prefix
 from es2.models.checked import remember_check
 from es2.models.folders import model_folder
 from es2.models.loading import load_bridge, load_model, load_tokenizer, load_tuned
 from es2.models.replies import greedy_replies
 from es2.prompts.prompt_set import PromptSet
+from es2.store.sources import PLAIN_TEXT_NOTE
 from es2.training.config import FinetuneConfig
 from es2.workflow.plan import guessed_layers
 
@@ -187,14 +188,22 @@ def _template(folder: Path, prompts: PromptSet, found: dict[str, Any]) -> tuple[
     found["rendered"] = rendered
     found["prefix"] = template_prefix(tokenizer, rendered.token_ids)
     if not rendered.templated:
-        return "The model has no chat template: prompts are read as plain text.", {"templated": False}
+        return PLAIN_TEXT_NOTE, {"templated": False}
     own = str(tokenizer.chat_template)
     dated = "strftime_now" in own or "date" in own
     if not dated and not all(map(partial(_as_transformers, tokenizer), texts, rendered.token_ids)):
         raise _WrongError("The prompts' tokens are not those of transformers' apply_chat_template")
     tail = tokenizer.decode(list(rendered.token_ids[0][rendered.last_instruction[0] + 1 :]))
-    sentence = f"After the user's text the template puts {tail!r}{'; its date is pinned' if dated else ''}."
-    return sentence, {"templated": True, "tail": tail}
+    thinking = prompt_frame(tokenizer).thinking
+    sentence = f"After the user's text the template puts {tail!r}{'; its date is pinned' if dated else ''}; "
+    return f"{sentence}{_THINKING[thinking]}.", {"templated": True, "tail": tail, "thinking": thinking}
+
+
+_THINKING = {
+    "opened": "the model goes on inside a thinking block",
+    "closed": "a thinking block is closed there",
+    "none": "there is no thinking block",
+}
 
 
 def _as_transformers(tokenizer: Any, text: str, tokens: Sequence[int]) -> bool:

@@ -50,6 +50,21 @@ def test_a_wrapper_without_a_template_passes(tmp_path: Path) -> None:
     assert "plain text" in next(one.sentence for one in result.checks if one.name == "template")
 
 
+@pytest.mark.parametrize(
+    ("end", "thinking", "words"),
+    [
+        ("<think>\n{{ '' }}", "opened", "goes on inside a thinking block"),
+        ("<think></think>", "closed", "a thinking block is closed there"),
+        ("", "none", "there is no thinking block"),
+    ],
+)
+def test_it_says_what_the_template_does_with_the_thinking(end: str, thinking: str, words: str, folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE + end)
+    sentence, details = check_module._template(folder, tiny_prompts(), {})
+    assert details["thinking"] == thinking
+    assert words in sentence
+
+
 def test_an_adapter_passes_and_what_it_moves_is_stated(folder: Path, tmp_path: Path) -> None:
     adapter = save_tiny_adapter(tmp_path / "adapter", folder)
     result = check(str(folder), tiny_prompts(), adapter=adapter, device="cpu")
