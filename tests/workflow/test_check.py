@@ -26,6 +26,12 @@ def outcomes(result: ModelCheck) -> dict[str, bool | None]:
     return {check.name: check.passed for check in result.checks}
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where checks are remembered: planted faults of the tiny model would be refused in other tests."""
+    monkeypatch.setenv("ES2_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return save_tiny_model(tmp_path / "model")
