@@ -9,6 +9,7 @@ import streamlit as st
 
 from app import jobs_panel, text
 from app.state import Choice
+from es2.core.errors import InputError
 from es2.jobs.job import Job
 from es2.models.catalogue import resolve
 from es2.prompts.benchmarks import absolute_source
@@ -18,7 +19,10 @@ _ICONS = {True: ":material/check:", False: ":material/error:", None: ":material/
 
 def button(choice: Choice) -> None:
     """The button that opens the check of the chosen model, and of the chosen run's adapter on it, with its outcome."""
-    spec = resolve(choice.model)
+    try:
+        spec = resolve(choice.model)
+    except InputError:
+        return  # the page shows what is wrong with the name
     model = spec.location if spec.kind in ("folder", "gguf") else spec.name
     config = {"model": model, "prompts": absolute_source(choice.prompts), "run": choice.run}
     job = jobs_panel.latest("check", config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import streamlit as st
 
 from app import artifacts, jobs_panel, model_check, state, text
-from app.text import sentences
 from es2.core.errors import Es2Error, InputError
 from es2.jobs.queue import list_jobs
 from es2.models.catalogue import CATALOGUE, resolve
@@ -65,8 +64,7 @@ def show() -> None:
             f"{entry.parameters / 1e6:,.0f} M weights, {entry.n_layers} layers, {entry.d_model} dimensions, "
             f"{entry.licence}, {access}. Capturing takes about {entry.memory_gb('float32'):.1f} GB of memory on a CPU."
         )
-    with sentences():
-        model_check.button(choice)
+    model_check.button(choice)
     st.markdown("**Jobs**")
     jobs_panel.poll()
 

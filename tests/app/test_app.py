@@ -22,6 +22,7 @@ from es2.analysis.projection import UmapCoordinates
 from es2.analysis.results import AnalysisConfig
 from es2.jobs import queue as jobs
 from es2.jobs.job import Job
+from es2.jobs.running import run_job
 from es2.workflow.derived import analysis_key, umap_key
 from tests.builders_artifacts import BEST_LAYER, DISTANCES, MODEL, Artifacts, write_artifacts
 from tests.figures import charts_of
@@ -279,6 +280,32 @@ class TestEmptyCache:
         assert "about" in button.label
         button.click().run()
         assert launched == [("project", {"model": MODEL, "prompts": str(artifacts.source), "position": "last"})]
+
+
+CHECK = {"model": "smollm2-135m-instruct", "prompts": "builtin", "run": None}
+
+
+class TestCheck:
+    def test_is_started_on_request(self, empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        launched: list[tuple[str, dict[str, str]]] = []
+        monkeypatch.setattr("app.jobs_panel.launch", lambda kind, config: launched.append((kind, dict(config))))
+        at = open_app()
+        assert at.button(key="check_model").label == "Check this model"
+        at.button(key="check_model").click().run()
+        at.button(key="check_model").click()  # AppTest runs all of the page again, where a browser runs the dialog
+        at.button(key="start_check").click().run()
+        assert launched == [("check", CHECK)]
+
+    @pytest.mark.parametrize(("passed", "label"), [(True, "Checked: all as computed"), (False, "Checked: 1 wrong")])
+    def test_its_outcome_stays_in_sight(self, passed: bool, label: str, empty_home: Path) -> None:
+        found = {"checks": [{"name": "head", "passed": passed, "sentence": "The *head* is off.", "details": {}}]}
+        job = jobs.create_job("check", CHECK)
+        assert run_job(job.path, {"check": lambda config, report, folder: found}) == 0
+        at = open_app()
+        assert at.button(key="check_model").label == label
+        assert len(at.error) == (0 if passed else 1)
+        at.button(key="check_model").click().run()
+        assert any("**head**" in line.value for line in at.markdown)
 
 
 FAKE_TASK = """
