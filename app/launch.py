@@ -22,6 +22,7 @@ from app.state import Choice
 from es2.analysis.results import LayerNumbers
 from es2.core.errors import Es2Error, InputError
 from es2.models.catalogue import resolve
+from es2.models.checked import refuse_untunable
 from es2.models.shape import Shape, local_folder
 from es2.prompts.benchmarks import absolute_source
 from es2.prompts.prompt_set import PromptSet
@@ -93,6 +94,8 @@ def _config(
     try:
         config = FinetuneConfig.from_text(values | {"objective": values["objective"] or ""})  # a box may be emptied
         config.check(n_layers, prompts)
+        if (folder := local_folder(config.model)) is not None:
+            refuse_untunable(folder)
     except InputError as error:
         return None, str(error)
     return config, ""

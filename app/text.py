@@ -13,7 +13,8 @@ from contextlib import contextmanager
 import streamlit as st
 
 from es2.core.errors import Es2Error
-from es2.store.sources import PLAIN_TEXT, PLAIN_TEXT_NOTE
+from es2.store.activation_set import ActivationSet
+from es2.store.sources import OWN_HOOKS, OWN_HOOKS_NOTE, PLAIN_TEXT, PLAIN_TEXT_NOTE
 
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+\-.!|~<>$:&^=])")
 _READ_ANYWAY = re.compile(
@@ -40,6 +41,13 @@ def given_as(how: str | None) -> None:
     """Show that the model was given plain text, where it was; nothing is said of a chat template."""
     if how == PLAIN_TEXT:
         st.caption(f":material/info: {PLAIN_TEXT_NOTE}")
+
+
+def how_read(activations: ActivationSet) -> None:
+    """Show how prompts were given and embeddings read, where that is not the usual way."""
+    given_as(activations.given_as)
+    if activations.hooks == OWN_HOOKS:
+        st.caption(f":material/info: {OWN_HOOKS_NOTE}")
 
 
 @contextmanager

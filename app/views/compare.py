@@ -152,7 +152,7 @@ def header(comparison: Comparison, layer: int) -> None:
             + (f"; {n_shown:,} of them are drawn" if n_shown < n_test else ""),
         ]
         st.caption(" · ".join(text.markdown(part) for part in parts))
-        text.given_as(comparison.base.given_as)
+        text.how_read(comparison.base)
     with right:
         layer_control(layer, len(analysis.layers))
     if run.is_shipped:

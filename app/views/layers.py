@@ -82,7 +82,7 @@ def header(opened: Opened, layer: int) -> None:
             f"{activations.d_model:,} dimensions · every number is of the {sum(test.values()):,} prompts of the "
             f"test split, probes are fitted on {sum(opened.analysis.n_prompts['probe'].values()):,} others"
         )
-        text.given_as(activations.given_as)
+        text.how_read(activations)
     with right:
         layer_control(layer, n_layers)
 

@@ -35,7 +35,7 @@ from es2.models.shape import context_length
 from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import FORMAT_VERSION, ActivationSet
 from es2.store.embeddings import lay_out, layers_of, narrow, release_pages
-from es2.store.sources import POSITIONS
+from es2.store.sources import LENS, OWN_HOOKS, POSITIONS
 from es2.store.store import Store
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class CaptureRequest:
         report("load", 0, 1)
         bridge = load_bridge(self.folder, adapter=self.adapter, dtype=self.dtype, device=self.device, may_spread=True)
         report("load", 1, 1)
-        self.learned["hooks"] = "transformers" if isinstance(bridge, BlockHooks) else "transformer-lens"
+        self.learned["hooks"] = OWN_HOOKS if isinstance(bridge, BlockHooks) else LENS
         return capture_residuals(bridge, self.rendered, self.positions, into=self.into, report=report)
 
 

@@ -45,6 +45,7 @@ from es2.cli.terminal import (
 from es2.core.errors import Es2Error, InputError, MachineError
 from es2.core.progress import Cancelled
 from es2.models.catalogue import DEFAULT_MODEL
+from es2.store.sources import OWN_HOOKS, OWN_HOOKS_NOTE
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -129,14 +130,14 @@ def capture(
         how = f"captured in {captured.seconds:.1f} s" if captured.computed else "already cached"
         if captured.rounding is not None:
             how += f"; {100 * captured.rounding:.2g} % away from float32 on average"
-        if activations.hooks != "transformer-lens":
-            how += "; by hooks on the model's own blocks, since TransformerLens has none that fit"
         out.print(
             f"{activations.n_prompts} prompts × {activations.n_layers} layers × {activations.d_model} dimensions "
             f"({how}): {activations.path}",
             soft_wrap=True,
         )
         show_given_as(document)
+        if activations.hooks == OWN_HOOKS:
+            out.print(OWN_HOOKS_NOTE)
 
     emit(document, json_, show)
 

@@ -28,6 +28,7 @@ from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, stable_hash
 from es2.report import figures as report_figures
 from es2.report.glossary import BY_NAME, COMPARED, TERMS, UNITS, Term
 from es2.report.labels import shortened
+from es2.store.sources import OWN_HOOKS
 from es2.training.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ def _head(compared: Compared) -> str:
         ("Model", compared.config.get("model", compared.base.model)),
         ("Prompts", compared.config.get("prompts", compared.prompts.name)),
         ("Prompts given as", compared.base.given_as),
+        ("Hooks", "the model's own blocks" if compared.base.hooks == OWN_HOOKS else "TransformerLens"),
         ("Compared", f"{left} and {right}"),
         ("Target layers", ", ".join(map(str, compared.targets))),
         ("Objective", compared.config.get("objective", "")),

@@ -29,7 +29,7 @@ from es2.core.files import (
 )
 from es2.core.versions import format_of
 from es2.store.embeddings import STORED_DTYPES
-from es2.store.sources import CHAT_TEMPLATE, PLAIN_TEXT
+from es2.store.sources import CHAT_TEMPLATE, LENS, OWN_HOOKS, PLAIN_TEXT
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
@@ -91,8 +91,8 @@ class ActivationSet:
 
     @property
     def hooks(self) -> str:
-        """Whose hooks read it: `transformer-lens`, or `transformers` for hooks on the model's own blocks."""
-        return str(self.meta.get("hooks", "transformer-lens"))
+        """Whose hooks read it: `LENS` or `OWN_HOOKS`."""
+        return OWN_HOOKS if self.meta.get("hooks") == OWN_HOOKS else LENS
 
     @property
     def given_as(self) -> str:

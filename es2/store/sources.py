@@ -26,6 +26,11 @@ POSITIONS = ("last", "last_instruction")
 CHAT_TEMPLATE, PLAIN_TEXT = "chat template", "plain text"
 """How a model is given a prompt: as a user's message under its chat template, or, for want of one, as it is."""
 
+LENS, OWN_HOOKS = "transformer-lens", "transformers"
+"""Whose hooks read embeddings: TransformerLens's, or those on the blocks of the plain transformers model."""
+
+OWN_HOOKS_NOTE = "Embeddings were read by hooks on the model's own blocks, since TransformerLens has none that fit."
+
 PLAIN_TEXT_NOTE = f"The model has no chat template, so it was given the prompts as {PLAIN_TEXT}."
 
 

@@ -6,6 +6,7 @@ The reference is the plain transformers model: hooks of torch on its blocks, one
 from __future__ import annotations
 
 import gc
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,7 @@ from es2.models.folders import model_folder
 from es2.models.loading import load_bridge, load_model, load_tokenizer, load_tuned
 from es2.models.replies import greedy_replies
 from es2.prompts.prompt_set import PromptSet
-from es2.store.sources import PLAIN_TEXT_NOTE
+from es2.store.sources import LENS, OWN_HOOKS, PLAIN_TEXT_NOTE
 from es2.training.config import FinetuneConfig
 from es2.workflow.plan import guessed_layers
 
@@ -190,7 +191,7 @@ def _template(folder: Path, prompts: PromptSet, found: dict[str, Any]) -> tuple[
     if not rendered.templated:
         return PLAIN_TEXT_NOTE, {"templated": False}
     own = str(tokenizer.chat_template)
-    dated = "strftime_now" in own or "date" in own
+    dated = re.search(r"strftime_now|date_string|current_date|todays?_date", own) is not None
     if not dated and not all(map(partial(_as_transformers, tokenizer), texts, rendered.token_ids)):
         raise _WrongError("The prompts' tokens are not those of transformers' apply_chat_template")
     tail = tokenizer.decode(list(rendered.token_ids[0][rendered.last_instruction[0] + 1 :]))
@@ -382,7 +383,7 @@ def _embeddings(
         raise _WrongError(f"Embeddings are not those of the model's blocks: {where} is apart by {worst:.2g}")
     own = isinstance(bridge, BlockHooks)
     how = "hooks on the model's own blocks" if own else "TransformerLens"
-    hooks = "transformers" if own else "transformer-lens"
+    hooks = OWN_HOOKS if own else LENS
     return f"Embeddings of all layers through {how} are apart by {worst:.1g}.", {"apart": worst, "hooks": hooks}
 
 

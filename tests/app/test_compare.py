@@ -18,7 +18,7 @@ from es2.analysis.layers import analyze
 from es2.analysis.projection import UmapCoordinates
 from es2.analysis.results import AnalysisConfig
 from es2.store.activation_set import ActivationSet
-from es2.store.sources import PLAIN_TEXT
+from es2.store.sources import OWN_HOOKS, PLAIN_TEXT
 from es2.workflow.derived import analysis_key, umap_key
 from tests.app.test_app import MAIN, captions, has_button
 from tests.builders_artifacts import (
@@ -89,13 +89,17 @@ class TestComparison:
         assert "**Separated.**" in words(at)
         assert "This layer: **inflated**. Layer 5" in words(at)
 
-    def test_a_model_without_a_chat_template_is_said_to_have_none(
-        self, home: Path, compared: Compared, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("name", "value", "said"),
+        [("given_as", PLAIN_TEXT, "plain text"), ("hooks", OWN_HOOKS, "by hooks on the model's own blocks")],
+    )
+    def test_an_unusual_way_of_reading_is_said(
+        self, name: str, value: str, said: str, home: Path, compared: Compared, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         pages = (compared.link(), compared.artifacts.link())
-        assert not any("plain text" in captions(open_compare(link)) for link in pages)
-        monkeypatch.setattr(ActivationSet, "given_as", property(lambda self: PLAIN_TEXT))
-        assert all("plain text" in captions(open_compare(link)) for link in pages)
+        assert not any(said in captions(open_compare(link)) for link in pages)
+        monkeypatch.setattr(ActivationSet, name, property(lambda self: value))
+        assert all(said in captions(open_compare(link)) for link in pages)
 
     def test_the_budget_is_the_runs_own(self, home: Path, compared: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
         found = reading._comparison(compared.run, None, "last")

@@ -13,6 +13,7 @@ from es2.capture.capture import capture
 from es2.models.blocks import BlockHooks, decoder_of, find_blocks
 from es2.models.chat_template import render
 from es2.models.loading import load_bridge, load_model, load_tokenizer
+from es2.store.sources import LENS, OWN_HOOKS
 from es2.store.store import Store
 from tests.builders import save_tiny_model, tiny_model, tiny_prompts, tiny_tokenizer
 
@@ -92,12 +93,12 @@ def test_where_no_bridge_fits_the_model_s_own_blocks_are_hooked(
     architecture: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     folder = save_tiny_model(tmp_path / "model", architecture, **settings)
-    assert check_capture(folder, Store(tmp_path / "store")) == "transformers"
+    assert check_capture(folder, Store(tmp_path / "store")) == OWN_HOOKS
 
 
 def test_where_a_bridge_fits_it_serves(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model", "qwen3", num_key_value_heads=2, head_dim=8)
-    assert check_capture(folder, Store(tmp_path / "store")) == "transformer-lens"
+    assert check_capture(folder, Store(tmp_path / "store")) == LENS
 
 
 def test_a_wrapper_is_captured(tmp_path: Path) -> None:
