@@ -19,6 +19,7 @@ def evaluate(settings: dict[str, Any], json_: AsJson = False) -> None:
     Interrupted, the same command goes on from the replies that it has.
     """
     from es2.models.catalogue import resolve
+    from es2.models.folders import model_doubts
     from es2.prompts.benchmarks import absolute_source
     from es2.prompts.loading import load_prompts
     from es2.workflow.job_kinds import run_here
@@ -38,6 +39,7 @@ def evaluate(settings: dict[str, Any], json_: AsJson = False) -> None:
 
     with progress() as report:
         result = run_here(KIND, config.to_dict(), unfinished_job(config), report)
+    result["warnings"] = model_doubts(resolve(config.model))
     emit(result, json_, lambda: _show(result))
 
 
@@ -87,7 +89,8 @@ def _show(result: Mapping[str, Any]) -> None:
                 ratio = (record["change"] or {}).get("relative_ratio")
                 needs.add_row(str(record["layer"]), f"{record['p0']:g}", *map(interval_cell, [*lengths, ratio]))
         out.print(needs)
-    if result["note"]:
-        out.print(result["note"])
+    for sentence in (result["note"], *result["warnings"]):
+        if sentence:
+            out.print(sentence)
     show_given_as(result)
     out.print(f"Kept with its replies: {result['path']}", soft_wrap=True)

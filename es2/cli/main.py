@@ -107,6 +107,8 @@ def capture(
     Under `accelerate launch --multi_gpu -m es2 capture …` the processes share the prompts out.
     """
     from es2.capture.ranks import capture_together
+    from es2.models.catalogue import resolve
+    from es2.models.folders import model_doubts
     from es2.prompts.loading import load_prompts
 
     config = CaptureConfig(**settings)
@@ -124,7 +126,8 @@ def capture(
         )
     if captured is None:
         return  # the first process of several reports
-    activations, document = captured.activations, captured.to_dict()
+    activations = captured.activations
+    document = captured.to_dict() | {"warnings": model_doubts(resolve(config.model))}
 
     def show() -> None:
         how = f"captured in {captured.seconds:.1f} s" if captured.computed else "already cached"
@@ -138,6 +141,8 @@ def capture(
         show_given_as(document)
         if activations.hooks == OWN_HOOKS:
             out.print(OWN_HOOKS_NOTE)
+        for sentence in document["warnings"]:
+            out.print(sentence, soft_wrap=True)
 
     emit(document, json_, show)
 

@@ -9,7 +9,7 @@ from es2.models.catalogue import DEFAULT_MODEL, ModelSpec
 from es2.models.costs import DTYPES, WORKING_SHARE
 from es2.models.default_model import default_folder, make_default
 from es2.models.device import require_memory
-from es2.models.gguf_files import convert_gguf, count_gguf_parameters, gguf_folder
+from es2.models.gguf_files import convert_gguf, count_gguf_parameters, gguf_folder, head_doubt
 from es2.models.model_files import fetch_snapshot, find_snapshot, make_folder
 
 
@@ -39,6 +39,15 @@ def model_folder(spec: ModelSpec, report: Reporter = silent) -> Path:
     if spec.name == DEFAULT_MODEL:
         return make_folder(default_folder(), lambda folder: make_default(folder, report))
     return find_snapshot(spec.location) or fetch_snapshot(spec.location, report)
+
+
+def model_doubts(spec: ModelSpec) -> list[str]:
+    """Sentences on a model whose folder is there and that may have lost a part of itself, for all that can be read."""
+    if spec.kind != "gguf":
+        return []
+    gguf = Path(spec.location)
+    doubt = head_doubt(gguf_folder(gguf), gguf.name)
+    return [] if doubt is None else [doubt]
 
 
 def _convert(gguf: Path, folder: Path, report: Reporter) -> None:

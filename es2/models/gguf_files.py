@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from es2.core.errors import InputError
 from es2.core.files import content_key, file_digest, user_cache
 from es2.core.progress import Reporter
-from es2.models.model_files import CONVERSION, first_line, save_tokenizer
+from es2.models.model_files import CONVERSION, TIED, first_line, read_config, save_tokenizer
+from es2.models.weight_checks import check_loaded
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
+_HEAD = "output.weight"
+_NOT_WEIGHTS = re.compile(
+    r"rope_(freqs|factors_long|factors_short)\.weight|blk\.\d+\.nextn\."
+)  # tables, and heads ahead
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
@@ -132,12 +137,56 @@ def convert_gguf(gguf: Path, folder: Path, report: Reporter) -> None:
         if len(parts) > 1:
             whole = Path(scratch) / "model.gguf"
             _join(readers, whole)
-        names = {tensor.name for reader in readers for tensor in reader.tensors}
+        sizes = {tensor.name: int(tensor.n_elements) for reader in readers for tensor in reader.tensors}
+        label = readers[0].get_field("general.size_label")
+        _check_head(gguf.name, sizes, None if label is None else str(label.contents()))
         del readers
-        _convert(whole, gguf.name, names, folder, report)
+        _convert(whole, gguf.name, sizes, folder, report)
 
 
-def _convert(gguf: Path, name: str, tensors: set[str], folder: Path, report: Reporter) -> None:
+def _check_head(name: str, sizes: Mapping[str, int], label: str | None) -> None:
+    """Refuse a file without an LM head of its own whose size, as it says itself, is that of one with it.
+
+    Raises:
+        InputError: when it is. Where a file says nothing of its size, `head_doubt` is all that can be said.
+    """
+    from gguf.utility import model_weight_count_rounded_notation as rounded
+
+    embeddings, total = sizes.get("token_embd.weight", 0), sum(sizes.values())
+    if _HEAD in sizes or label is None or rounded(total) == label:
+        return
+    if rounded(total + embeddings) == label:
+        raise InputError(
+            f"The GGUF file {name!r} lacks the LM head ({_HEAD}): it says that it has {label} weights, and has "
+            f"{rounded(total)}; download it again."
+        )
+
+
+def head_doubt(folder: Path, name: str) -> str | None:
+    """A sentence on a converted file without an LM head of its own, where models of its kind mostly have one."""
+    config = read_config(folder / "config.json")
+    if not config.get("tie_word_embeddings") or config.get("model_type") in TIED:
+        return None
+    return (
+        f"The GGUF file {name!r} has no LM head of its own ({_HEAD}), so its embedding matrix serves as one; if the "
+        "model it was made from has a head, the file has lost it: embeddings are right even so, replies and KL are not."
+    )
+
+
+def _check_all_read(model: Any, name: str, sizes: Mapping[str, int]) -> None:
+    """Refuse a file with weights that transformers passed over, which it does in silence (`InputError`)."""
+    apart = {_HEAD} if model.config.tie_word_embeddings else set()
+    stated = sum(size for tensor, size in sizes.items() if tensor not in apart and not _NOT_WEIGHTS.match(tensor))
+    read = sum(weight.numel() for weight in model.parameters())
+    if stated > read:
+        raise InputError(
+            f"The GGUF file {name!r} has {stated - read:,} weights that transformers does not read in a "
+            f"{model.config.model_type} model, so another model would be captured; use the model's safetensors "
+            "folder or Hub id instead."
+        )
+
+
+def _convert(gguf: Path, name: str, sizes: Mapping[str, int], folder: Path, report: Reporter) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -154,12 +203,8 @@ def _convert(gguf: Path, name: str, tensors: set[str], folder: Path, report: Rep
             "transformers does not read; use the model's safetensors folder or Hub id instead."
         ) from error
     model, loading = loaded
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise InputError(
-            f"The GGUF file {name!r} lacks {len(missing)} of the model's weights (the first: {missing[0]}); "
-            "download it again, with all of its parts."
-        )
+    check_loaded(model, loading, f"The GGUF file {name!r}")
+    _check_all_read(model, name, sizes)
     report("convert", 1, 2)
     # A model read from GGUF counts as quantised and refuses to be saved; a plain one takes over its weights.
     del model.config.quantization_config

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,9 @@ from es2.models.batching import ROUNDING, is_verified
 from es2.models.blocks import BlockHooks, find_blocks
 from es2.models.costs import DTYPES, FOUR_BIT_BYTES, WORKING_SHARE
 from es2.models.device import check_device, choose_device, choose_dtype, is_out_of_memory, require_memory, too_large
-from es2.models.model_files import PROCESSOR_FILES, first_line, read_config, weight_files
+from es2.models.model_files import PROCESSOR_FILES, first_line, read_config
 from es2.models.placement import AUTO, all_or_none, free_bytes, map_to_devices, quantized, shard
+from es2.models.weight_checks import check_loaded, count_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +92,7 @@ def load_model(
             f"The model folder {str(folder)!r} also holds an adapter, so it is unclear which model is meant; move its "
             f"{ADAPTER_CONFIG} elsewhere, and import the adapter as a run if it is to be compared."
         )
-    parameters = _count_parameters(folder)
+    parameters = count_parameters(folder)
     needed = parameters * (FOUR_BIT_BYTES if quantize else DTYPES[dtype]) * WORKING_SHARE
     placed: dict[str, Any] = {}
     if device == AUTO and not may_spread:
@@ -118,6 +118,7 @@ def load_model(
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below, where transformers names them in its log alone
             **placed | ({} if offload is None else {"offload_folder": offload.name}),
         )
         model, loading = loaded
@@ -140,11 +141,7 @@ def load_model(
             f"The model folder {str(folder)!r} cannot be loaded as a causal language model ({first_line(error)}); "
             "fetch it again, or use another model."
         ) from error
-    if loading["missing_keys"]:
-        raise InputError(
-            f"The model folder {str(folder)!r} lacks {len(loading['missing_keys'])} weights "
-            f"(the first: {min(loading['missing_keys'])}); fetch it again."
-        )
+    check_loaded(model, loading, f"The model folder {str(folder)!r}")
     return model.eval()
 
 
@@ -276,19 +273,3 @@ def load_tuned(
     if adapter is not None:
         apply_finetune(model, adapter, merge=True)
     return model
-
-
-def _count_parameters(folder: Path) -> int:
-    """The number of weights in a folder, from the files' headers alone."""
-    from safetensors import SafetensorError, safe_open
-
-    total = 0
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                total += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"The weights {str(file)!r} are damaged ({first_line(error)}); fetch them again."
-            ) from error
-    return total

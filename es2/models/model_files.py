@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 PROCESSOR_FILES = ("processor_config.json", "chat_template.json")
 """Where a processor's chat template may lie, in the order in which transformers prefers them."""
 
+WEIGHTS = "model.safetensors"
+TIED = ("gpt2", "gemma", "gemma2", "gemma3_text", "opt", "bloom")
+"""Kinds of model whose LM head is their embedding matrix where the configuration does not say."""
 CONVERSION = 1  # raise it when a converted folder would hold other numbers than before
 
 
@@ -50,8 +54,8 @@ def model_type(folder: Path) -> str | None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers would read, by name; `InputError` if one is missing."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
+    index = folder / f"{WEIGHTS}.index.json"
+    names = [WEIGHTS]
     if not (folder / names[0]).is_file() and index.is_file():
         parts = read_config(index).get("weight_map")
         names = sorted(set(map(str, parts.values()))) if isinstance(parts, dict) and parts else names
@@ -103,6 +107,30 @@ def find_snapshot(hub_id: str) -> Path | None:
     return folder
 
 
+@contextmanager
+def hub_errors(what: str, hub_id: str) -> Iterator[None]:
+    """Raise what the Hub refuses in a `with` block as `InputError` (unknown, gated, private) or `MachineError`."""
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise InputError(
+            f"The {what} {hub_id!r} is gated: accept its licence on its Hugging Face page, then run `hf auth login`."
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise InputError(
+            f"The Hugging Face Hub has no {what} {hub_id!r} that you may read; "
+            "check the name, or run `hf auth login` if it is a private one."
+        ) from error
+    except (HTTPError, OSError) as error:
+        instead = "use a local folder or the default model" if what == "model" else "use a local folder"
+        raise MachineError(
+            f"The {what} {hub_id!r} cannot be fetched from the Hugging Face Hub ({first_line(error)}); "
+            f"check network and disk, or {instead}."
+        ) from error
+
+
 def fetch_snapshot(hub_id: str, report: Reporter) -> Path:
     """Fetch a model from the Hub into transformers' own cache, file by file so that it can be cancelled between two.
 
@@ -111,9 +139,8 @@ def fetch_snapshot(hub_id: str, report: Reporter) -> Path:
         MachineError: when network or disk refuse.
     """
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
 
-    try:
+    with hub_errors("model", hub_id):
         files = HfApi().model_info(hub_id, files_metadata=True).siblings or []
         # The weights last: a copy whose weights are there is complete.
         wanted = sorted(
@@ -136,20 +163,6 @@ def fetch_snapshot(hub_id: str, report: Reporter) -> Path:
             hf_hub_download(hub_id, name)
             done += size
             report("download", done, total)
-    except GatedRepoError as error:
-        raise InputError(
-            f"The model {hub_id!r} is gated: accept its licence on its Hugging Face page, then run `hf auth login`."
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise InputError(
-            f"The Hugging Face Hub has no model {hub_id!r} that you may read; "
-            "check the name, or run `hf auth login` if it is a private one."
-        ) from error
-    except (HTTPError, OSError) as error:
-        raise MachineError(
-            f"The model {hub_id!r} cannot be fetched from the Hugging Face Hub ({first_line(error)}); "
-            "check network and disk, or use a local folder or the default model."
-        ) from error
     folder = find_snapshot(hub_id)
     if folder is None:
         raise InputError(f"The Hub's {hub_id!r} is incomplete: its index names weight files that are not there.")

@@ -11,10 +11,9 @@ from typing import Any
 from es2.core.errors import InputError
 from es2.models.catalogue import CATALOGUE, resolve
 from es2.models.folders import is_cached, model_folder
-from es2.models.model_files import read_config
+from es2.models.model_files import TIED, read_config
 
 _UNGATED = ("gpt2", "gpt_neox", "gptj", "gpt_neo", "opt", "phi", "bloom", "falcon", "gpt_bigcode", "starcoder2", "mpt")
-_TIED = ("gpt2", "gemma", "gemma2", "gemma3_text", "opt", "bloom")  # where the configuration leaves it out
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Shape:
         attention = 2 * d_model * (d_head * heads + d_kv)
         block = attention + (2 if family in _UNGATED else 3) * d_model * d_ff
         head = vocabulary * d_model
-        tied = whole.get("tie_word_embeddings", config.get("tie_word_embeddings", family in _TIED))
+        tied = whole.get("tie_word_embeddings", config.get("tie_word_embeddings", family in TIED))
         return cls(n_layers, d_model, d_ff, block, head, n_layers * block + (1 if tied else 2) * head, d_kv)
 
     @classmethod

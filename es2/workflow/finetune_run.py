@@ -13,6 +13,8 @@ from es2.core.files import DamagedError
 from es2.core.progress import Reporter, silent
 from es2.jobs.queue import open_job
 from es2.models.adapters import doubts
+from es2.models.catalogue import resolve
+from es2.models.folders import model_doubts
 from es2.prompts.prompt_set import PromptSet
 from es2.store.store import Store
 from es2.training.finetune import finetune
@@ -54,7 +56,8 @@ def imported_run(
     nothing: dict[str, Any] = {"steps": 0, "best_step": 0, "seconds": 0.0, "seconds_per_step": 0.0, "validations": []}
     result = nothing | {"status": "done", "reason": None, "kl_test": None, "trained_parameters": None, "trained": None}
     compared = _compared(config, prompts, folder, result, report, store)
-    return compared | {"warnings": doubts(folder / ADAPTER, config.model, len(compared["before"]))}
+    own = doubts(folder / ADAPTER, config.model, len(compared["before"]))
+    return compared | {"warnings": own + compared["warnings"]}
 
 
 def _compared(
@@ -88,6 +91,7 @@ def _compared(
         "verdicts": {str(layer.layer): layer_verdict(layer, kl, config.kl_budget).to_dict() for layer in tuned_layers},
         "given_as": prepared.activations.given_as,
         "activations": {"base": prepared.activations.key, "tuned": prepared.tuned and prepared.tuned.key},
+        "warnings": model_doubts(resolve(config.model)),
         "before": {str(layer.layer): _plain(layer) for layer in analysis.base_layers},
         "after": {str(layer.layer): _plain(layer) for layer in tuned_layers},
     }

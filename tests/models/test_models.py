@@ -9,15 +9,16 @@ import subprocess
 import sys
 import textwrap
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from gguf.utility import model_weight_count_rounded_notation
 
 from es2.core.errors import InputError, MachineError
 from es2.core.progress import Cancelled
@@ -26,7 +27,7 @@ from es2.models.adapters import apply_finetune
 from es2.models.catalogue import CATALOGUE, DEFAULT_MODEL, ModelSpec, resolve
 from es2.models.device import choose_device, choose_dtype
 from es2.models.fingerprint import fingerprint
-from es2.models.folders import is_cached, model_folder
+from es2.models.folders import is_cached, model_doubts, model_folder
 from es2.models.loading import load_bridge, load_model, load_tokenizer
 from es2.models.shape import context_length
 from tests.builders import CONTEXT_LENGTH, TEXTS, save_tiny_adapter, save_tiny_model, tiny_model, tiny_tokenizer
@@ -246,19 +247,66 @@ def scramble_header(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:8] + b"?" * 50 + weights.read_bytes()[58:])
 
 
-def drop_a_weight(folder: Path) -> None:
+def drop_a_weight(name: str, file: Path | None = None) -> Callable[[Path], None]:
+    from safetensors.numpy import load_file, save_file
+
+    def drop(folder: Path) -> None:
+        where = file or folder / "model.safetensors"
+        weights = load_file(where)
+        del weights[name]
+        save_file(weights, where, metadata={"format": "pt"})
+
+    return drop
+
+
+def add_weights(*names: str) -> Callable[[Path], None]:
+    from safetensors.numpy import load_file, save_file
+
+    def add(folder: Path) -> None:
+        more = {name: np.ones((2, 2), np.float32) for name in names}
+        save_file(
+            load_file(folder / "model.safetensors") | more, folder / "model.safetensors", metadata={"format": "pt"}
+        )
+
+    return add
+
+
+def shard(folder: Path) -> Path:
+    """Split the weights into two files with an index; returns the second, which holds the LM head."""
     from safetensors.numpy import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    parts = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    where = {name: parts[name == "lm_head.weight" or name.startswith("model.layers.2.")] for name in weights}
+    for part in parts:
+        save_file({n: w for n, w in weights.items() if where[n] == part}, folder / part, metadata={"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder / parts[1]
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncate, r"model\.safetensors' are damaged"),
     "header": (scramble_header, r"model\.safetensors' are damaged"),
-    "missing weight": (drop_a_weight, r"lacks 1 weights \(the first: model\.layers\.1\.mlp\.up_proj\.weight\)"),
-    "other shape": (lambda folder: rewrite_config(folder, hidden_size=16), "cannot be loaded"),
+    "missing weight": (
+        drop_a_weight("model.layers.1.mlp.up_proj.weight"),
+        r"lacks 1 of the model's weights \(the first: model\.layers\.1\.mlp\.up_proj\.weight\)",
+    ),
+    "other shape": (
+        lambda folder: rewrite_config(folder, intermediate_size=16),
+        r"has 9 weights of another shape.*the first: model\.layers\.0\.mlp\.down_proj\.weight, \(32, 64\) instead of",
+    ),
+    "weights of no place": (
+        add_weights("model.layers.1.mlp.extra.weight"),
+        r"1 weights that its architecture has no place",
+    ),
+    "more layers": (lambda folder: rewrite_config(folder, num_hidden_layers=2), r"no place for.*model\.layers\.2\."),
+    "no head": (drop_a_weight("lm_head.weight"), r"lacks 1 of the model's weights \(the first: lm_head\.weight\)"),
+    "a shard that is not there": (lambda folder: shard(folder).unlink(), r"lacks the weights 'model-00002-of-00002"),
+    "a shard that lacks weights": (
+        lambda folder: drop_a_weight("lm_head.weight", shard(folder))(folder),
+        r"model-00002-of-00002\.safetensors' lack 1 that the folder's index says.*\(the first: lm_head\.weight\)",
+    ),
     "unknown kind": (lambda folder: rewrite_config(folder, model_type="nonsense"), "cannot be loaded"),
     "no language model": (lambda folder: rewrite_config(folder, model_type="vit"), "cannot be loaded"),
 }
@@ -271,6 +319,16 @@ def test_a_damaged_model_is_one_sentence(damage: str, folder: Path) -> None:
     with pytest.raises(InputError, match=sentence) as raised:
         load_model(folder)
     assert "\n" not in str(raised.value)
+
+
+def test_weights_that_a_language_model_is_whole_without_are_no_error(folder: Path) -> None:
+    before = load_model(folder).state_dict()
+    harmless = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.attention.masked_bias"]
+    harmless += ["vision_tower.encoder.layers.0.mlp.fc1.weight", "model.multi_modal_projector.linear_1.weight"]
+    harmless += ["mtp.layers.0.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"]
+    add_weights(*harmless)(folder)
+    rewrite_config(folder, num_nextn_predict_layers=1)  # whose head the last of them is
+    assert all((values == before[name]).all() for name, values in load_model(folder).state_dict().items())
 
 
 def test_code_that_a_folder_brings_is_not_run(folder: Path, tmp_path: Path) -> None:
@@ -456,10 +514,18 @@ def test_a_download_shows_progress_and_can_be_cancelled(fake_pip: Callable[[str]
         os.kill(int(pid_file.read_text()), 0)
 
 
-def write_gguf(path: Path, *, tensors_per_part: int = 0, without: str = "") -> list[Path]:
+def write_gguf(
+    path: Path,
+    *,
+    tensors_per_part: int = 0,
+    without: str = "",
+    label: str = "",
+    more: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> list[Path]:
     """Write the tiny Llama as llama.cpp would: its own names, and query and key rows in its own rotary order.
 
-    Returns the files: parts of so many tensors, or one. `without` names a tensor that is lost.
+    Returns the files: parts of so many tensors, or one. `without` names a tensor that is lost, `more` are
+    tensors that no Llama has, and `label` is the size that the file states.
     """
     from gguf import GGUFWriter
 
@@ -468,6 +534,10 @@ def write_gguf(path: Path, *, tensors_per_part: int = 0, without: str = "") -> l
     writer = GGUFWriter(path, "llama", split_max_tensors=tensors_per_part)
     add = writer.add_tensor
     writer.add_tensor = lambda name, values: None if name == without else add(name, values)
+    for name, values in more.items():
+        writer.add_tensor(name, values)
+    if label:
+        writer.add_size_label(label)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -580,6 +650,38 @@ def test_a_gguf_without_one_of_its_tensors_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "lacking.gguf", without="blk.1.ffn_up.weight")
     with pytest.raises(InputError, match=r"lacks 1 of the model's weights \(the first: model\.layers\.1\.mlp\.up_proj"):
         model_folder(resolve(str(tmp_path / "lacking.gguf")))
+
+
+def test_a_gguf_that_lost_its_head_is_noticed(tmp_path: Path) -> None:
+    lost, whole = tmp_path / "lost.gguf", tmp_path / "whole.gguf"
+    write_gguf(whole)
+    write_gguf(lost, without="output.weight")
+    doubts = {}
+    for file in (whole, lost):
+        model_folder(resolve(str(file)))
+        doubts[file] = model_doubts(resolve(str(file)))
+    assert doubts[whole] == []
+    (doubt,) = doubts[lost]
+    assert "'lost.gguf' has no LM head of its own (output.weight)" in doubt
+
+    label = model_weight_count_rounded_notation(sum(values.numel() for values in tiny_model().parameters()))
+    write_gguf(tmp_path / "labelled.gguf", label=label)
+    model_folder(resolve(str(tmp_path / "labelled.gguf")))
+    write_gguf(tmp_path / "half.gguf", label=label, without="output.weight")
+    with pytest.raises(
+        InputError, match=rf"'half\.gguf' lacks the LM head.*says that it has {label} weights, and has "
+    ):
+        model_folder(resolve(str(tmp_path / "half.gguf")))
+
+
+def test_a_gguf_with_weights_that_are_not_read_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "biased.gguf", more={"blk.1.attn_q.bias": np.ones(32, np.float32)})
+    with pytest.raises(
+        InputError, match=r"'biased\.gguf' has 32 weights that transformers does not read in a llama model"
+    ):
+        model_folder(resolve(str(tmp_path / "biased.gguf")))
+    write_gguf(tmp_path / "tables.gguf", more={"rope_freqs.weight": np.ones(4, np.float32)})
+    model_folder(resolve(str(tmp_path / "tables.gguf")))
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"GGUF" + bytes(100)])
