@@ -237,15 +237,16 @@ def adapter(choice: Choice) -> None:
     """Bring a peft adapter that was trained elsewhere; it becomes a run and is compared with its base."""
     st.subheader("An adapter made elsewhere", anchor=False)
     st.caption(
-        f"A folder that peft's save_pretrained wrote, for {text.markdown(artifacts.model_name(choice.model))}. It is "
-        "copied, captured and compared with its base on the chosen prompts, like a run of this workbench."
+        f"The folder that peft's save_pretrained wrote, or a Hub id, of an adapter for "
+        f"{text.markdown(artifacts.model_name(choice.model))}. It is copied, captured and compared with its base on "
+        "the chosen prompts, like a run of this workbench."
     )
     with st.form("own_adapter", border=False):
-        folder = st.text_input("Folder", key="own_adapter_folder", placeholder="/path/to/adapter")
+        folder = st.text_input("Folder or Hub id", key="own_adapter_folder", placeholder="/path/to/adapter")
         if st.form_submit_button("Import and compare", icon=":material/compare:") and folder.strip():
             config: dict[str, Any] = artifacts.job_config(choice)
             name = "".join(filter(str.isprintable, Path(folder.strip()).name))[:MAX_NAME]
-            run = import_adapter(Path(folder.strip()), config["model"], config["prompts"], name=name)
+            run = import_adapter(folder.strip(), config["model"], config["prompts"], name=name)
             start(run)
             state.update(run=run.id, against=None)
             state.go("compare")

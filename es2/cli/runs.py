@@ -66,7 +66,10 @@ def finetune(
 
 
 def import_(
-    adapter: Annotated[Path, typer.Option(help="The folder that peft's save_pretrained wrote; it is copied.")],
+    adapter: Annotated[
+        str,
+        typer.Option(help="The folder that peft's save_pretrained wrote, or one that holds it (copied), or a Hub id."),
+    ],
     model: Model = DEFAULT_MODEL,
     prompts: Prompts = "builtin",
     layers: Annotated[

@@ -14,6 +14,7 @@ from es2.core.files import expanded
 from es2.models.costs import BATCH_BYTES, DTYPES, WORKING_SHARE, runtime_bytes
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def resolve(model: str) -> ModelSpec:
         return ModelSpec(str(file), "gguf", str(file))
     if os.path.isfile(path):
         raise InputError(f"{shown} is a file, no model; give a model folder, a .gguf file, a Hub id or a name.")
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) and ".." not in model:
+    if HUB_ID.fullmatch(model) and ".." not in model:
         for entry in CATALOGUE:
             # The default's Hub weights are not those of its name: they were not rounded to four bits.
             if entry.hub_id.lower() == model.lower() and entry.name != DEFAULT_MODEL:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from es2.core.errors import InputError
 from es2.core.files import file_digest
-from es2.models.adapters import adapter_files
+from es2.models.adapter_files import adapter_files
 from es2.models.model_files import PROCESSOR_FILES, first_line, read_config, weight_files
 
 

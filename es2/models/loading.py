@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from es2.core.errors import InputError, MachineError
-from es2.models.adapters import ADAPTER_CONFIG, apply_finetune
+from es2.models.adapter_files import ADAPTER_CONFIG
+from es2.models.adapter_fit import empty_model, fit_adapter
+from es2.models.adapters import apply_finetune
 from es2.models.batching import ROUNDING, is_verified
 from es2.models.blocks import BlockHooks, find_blocks
 from es2.models.costs import DTYPES, FOUR_BIT_BYTES, WORKING_SHARE
@@ -269,6 +271,8 @@ def load_tuned(
     may_spread: bool = False,
 ) -> PreTrainedModel:
     """The model of a folder with a peft adapter or changed blocks merged into its weights; raises as `load_bridge`."""
+    if adapter is not None and not adapter.is_file():
+        fit_adapter(adapter, partial(empty_model, folder))  # before memory is spent
     model = load_model(folder, dtype=dtype, device=device, may_spread=may_spread)
     if adapter is not None:
         apply_finetune(model, adapter, merge=True)

@@ -140,9 +140,10 @@ def _head(compared: Compared) -> str:
         if one != verdict
     )
     stopped = f"<p>{escape(result['reason'])}</p>" if result.get("reason") else ""
+    doubts = "".join(f'<p class="doubt">{escape(str(one))}</p>' for one in result.get("warnings") or ())
     return f"""<header><p class="kind">ES2 report</p><h1>{escape(compared.title)}</h1>
 <p class="verdict"><b>{escape(verdict.name.capitalize())}</b>{escape(verdict.reason)}</p>
-{stopped}<ul>{others}</ul>
+{stopped}{doubts}<ul>{others}</ul>
 <details><summary>The rule behind the verdict</summary><p>Per layer the first line that holds, on paired 95 % intervals
 over test prompts; a run has the gravest verdict of its target layers.</p>{_rows(rule(budget).items())}</details>
 <dl>{"".join(f"<dt>{escape(name)}</dt><dd>{escape(shortened(str(value), 200))}</dd>" for name, value in facts)}</dl>
@@ -317,9 +318,11 @@ const FIGURES = {{
 """
 
 _STYLE = """
-:root { --text: #1d2127; --soft: #5c6470; --line: #d9dde3; --back: #ffffff; --panel: #f5f6f8; --link: #0f6b62; }
+:root { --text: #1d2127; --soft: #5c6470; --line: #d9dde3; --back: #ffffff; --panel: #f5f6f8; --link: #0f6b62;
+  --doubt: #a15c00; }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #e6e8eb; --soft: #a0a7b1; --line: #363c45; --back: #14171c; --panel: #1d2229; --link: #5cc9bd; }
+  :root { --text: #e6e8eb; --soft: #a0a7b1; --line: #363c45; --back: #14171c; --panel: #1d2229; --link: #5cc9bd;
+    --doubt: #e0a040; }
 }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--text);
@@ -331,6 +334,8 @@ h2 { font-size: 19px; margin: 38px 0 8px; padding-top: 14px; border-top: 1px sol
 .verdict { font-size: 17px; background: var(--panel); border-left: 4px solid var(--link); padding: 10px 14px;
   margin: 0; }
 .verdict b { margin-right: .7em; }
+.doubt { background: var(--panel); border-left: 4px solid var(--doubt); padding: 10px 14px; margin: 8px 0 0;
+  overflow-wrap: anywhere; }
 header ul { color: var(--soft); padding-left: 20px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margin: 18px 0 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from es2.core.errors import InputError
 from es2.core.files import write_json
-from es2.models.adapters import ADAPTER_CONFIG
+from es2.models.adapter_files import ADAPTER_CONFIG
 from es2.models.batching import is_verified
 from es2.models.forward import FinetuneForward
 from es2.models.tensors import disk_refused, save_tensors

@@ -12,14 +12,13 @@ from es2.analysis.verdict import layer_verdict, run_verdict
 from es2.core.files import DamagedError
 from es2.core.progress import Reporter, silent
 from es2.jobs.queue import open_job
-from es2.models.adapters import doubts
 from es2.models.catalogue import resolve
 from es2.models.folders import model_doubts
 from es2.prompts.prompt_set import PromptSet
 from es2.store.store import Store
 from es2.training.finetune import finetune
 from es2.workflow.prepare import prepare
-from es2.workflow.runs import ADAPTER, tuned_weights, weights_digest
+from es2.workflow.runs import settle_adapter, tuned_weights, weights_digest
 
 if TYPE_CHECKING:
     from es2.training.config import FinetuneConfig
@@ -52,12 +51,15 @@ def finetune_run(
 def imported_run(
     config: FinetuneConfig, prompts: PromptSet, folder: Path, report: Reporter = silent, store: Store | None = None
 ) -> dict[str, Any]:
-    """As `finetune_run`, of an adapter that was made elsewhere: nothing is trained and no KL is measured."""
+    """As `finetune_run`, of an adapter that was made elsewhere: nothing is trained and no KL is measured.
+
+    Whether the adapter fits the model is found before anything is captured; doubts are `warnings` in the result.
+    """
     nothing: dict[str, Any] = {"steps": 0, "best_step": 0, "seconds": 0.0, "seconds_per_step": 0.0, "validations": []}
     result = nothing | {"status": "done", "reason": None, "kl_test": None, "trained_parameters": None, "trained": None}
+    warnings = settle_adapter(open_job(folder.name, folder.parent), report)
     compared = _compared(config, prompts, folder, result, report, store)
-    own = doubts(folder / ADAPTER, config.model, len(compared["before"]))
-    return compared | {"warnings": own + compared["warnings"]}
+    return compared | {"warnings": warnings + compared["warnings"]}
 
 
 def _compared(

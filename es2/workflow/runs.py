@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -28,10 +29,20 @@ from es2.core.files import (
     quarantine,
     shipped,
     unreadable,
+    writing,
 )
+from es2.core.progress import Reporter, silent
 from es2.jobs.job import Job, read_job
 from es2.jobs.queue import create_job, list_jobs, open_job
-from es2.models.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from es2.models.adapter_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    check_adapter,
+    fetch_adapter,
+    find_adapter,
+    is_hub_adapter,
+)
+from es2.models.adapter_fit import empty_model, fit_adapter, write_renamed
 from es2.models.catalogue import resolve
 from es2.models.folders import model_folder
 from es2.models.loading import load_tokenizer, load_tuned
@@ -42,6 +53,8 @@ KIND = "finetune"
 SHOWCASE = "showcase"
 """The name of the shipped run in links and commands."""
 ADAPTER, WEIGHTS = "adapter", "weights.safetensors"
+AS_GIVEN = "adapter-as-given"
+"""An imported adapter as it was, where it had to be renamed to fit its model."""
 
 
 def list_runs(root: Path | None = None) -> list[Job]:
@@ -120,7 +133,7 @@ def weights_digest(weights: Path) -> str:
 
 
 def import_adapter(
-    adapter: Path,
+    adapter: str | Path,
     model: str,
     prompts: str,
     layers: Sequence[int] = (),
@@ -132,7 +145,8 @@ def import_adapter(
     """Create a run whose adapter was made elsewhere; run as a job, it captures the tuned model and compares it.
 
     Args:
-        adapter: the folder that peft wrote: `adapter_config.json` and `adapter_model.safetensors`, which are copied.
+        adapter: the folder that peft wrote (`adapter_config.json` and `adapter_model.safetensors`, which are copied),
+            one that holds it, or its Hub id (fetched by the job).
         model: the model it is for.
         prompts: the source of the prompts to compare on.
         layers: its target layers, if it had any; else those that the base's analysis recommends.
@@ -141,20 +155,25 @@ def import_adapter(
         dtype: the model's number format.
 
     Raises:
-        InputError: when the folder holds no such adapter. Whether it fits the model shows when it is loaded. For a name
-            that cannot be one, as `Job.rename`.
+        InputError: when the folder holds no such adapter. Whether it fits the model is found when the job begins. For a
+            name that cannot be one, as `Job.rename`.
         MachineError: when the disk refuses; nothing is left behind.
     """
-    adapter = Path(expanded(adapter)).absolute()
-    check_adapter(adapter)
+    given = str(adapter)
+    found = None if is_hub_adapter(given) else find_adapter(given)
+    if found is not None:
+        check_adapter(found)
+        given = str(Path(expanded(given)).absolute())
     config = FinetuneConfig(layers=tuple(layers), model=model, device=device, dtype=dtype).to_dict()
-    imported = {"prompts": prompts, "imported": str(adapter), "steps": 0, "objective": "imported"}
+    imported = {"prompts": prompts, "imported": str(found or given), "steps": 0, "objective": "imported"}
+    if found is not None and str(found) != given:
+        imported["imported_from"] = given
     run = create_job(KIND, config | imported)
     try:
         if name:
             run.rename(name)
-        (run.path / ADAPTER).mkdir()
-        _copy_adapter(adapter, run.path / ADAPTER)
+        if found is not None:
+            _copy_adapter(found, run.path / ADAPTER)
     except OSError as error:
         shutil.rmtree(run.path, ignore_errors=True)
         raise machine_error(error, run.path) from error
@@ -164,8 +183,41 @@ def import_adapter(
     return run
 
 
+def settle_adapter(run: Job, report: Reporter = silent) -> list[str]:
+    """Fetch an imported run's adapter if it is on the Hub, and rename it where it has to be to fit its model.
+
+    Returns:
+        Sentences on what was done, and on an adapter that fits and may still be another model's, or a part of one.
+
+    Raises:
+        InputError: when it does not fit the model, or cannot be merged into it.
+        MachineError: when network or disk refuse.
+    """
+    adapter, given, temporary = run.path / ADAPTER, run.path / AS_GIVEN, run.path / f".tmp-{ADAPTER}"
+    config = run.config
+    spec = resolve(config["model"])
+    model = model_folder(spec, report)
+    with writing(run.path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not adapter.exists() and not given.exists():
+            _copy_adapter(fetch_adapter(config["imported"], report), temporary)
+            temporary.rename(adapter)
+        source = given if given.exists() else adapter
+        fit = fit_adapter(source, partial(empty_model, model))
+        if fit.renamed:
+            write_renamed(source, fit, temporary)
+            if source == adapter:
+                adapter.rename(given)
+            shutil.rmtree(adapter, ignore_errors=True)
+            temporary.rename(adapter)
+    where = config.get("imported_from")
+    inside = [f"The adapter was found in {config['imported']!r}, the only one in {where!r}."] if where else []
+    return inside + fit.doubts(spec.name, spec.location)
+
+
 def _copy_adapter(source: Path, folder: Path) -> None:
     """Copy an adapter's two files and nothing else: a folder from elsewhere may hold links to what is not its own."""
+    folder.mkdir()
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copyfile(source / name, folder / name)
 
@@ -199,7 +251,6 @@ def export(run: Job, out: Path, *, merged: bool = False) -> Path:
             _write_merged(run, weights, temporary)
         else:
             check_adapter(weights)
-            temporary.mkdir()
             _copy_adapter(weights, temporary)
         if out.is_dir():
             out.rmdir()

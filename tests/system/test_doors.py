@@ -33,7 +33,7 @@ from es2.jobs.job import Job
 from es2.jobs.queue import create_job, open_job
 from es2.jobs.running import run_job
 from es2.models import default_model
-from es2.models.adapters import check_adapter
+from es2.models.adapter_files import check_adapter
 from es2.models.catalogue import resolve
 from es2.models.loading import load_model
 from es2.prompts.readers import find_problems, parse_prompts

@@ -28,7 +28,7 @@ from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.reply_log import ReplyLog
 from es2.jobs.job import HOST, Job
 from es2.jobs.queue import list_jobs
-from es2.models.adapters import check_adapter
+from es2.models.adapter_files import check_adapter
 from es2.prompts.loading import load_prompts
 from es2.prompts.readers import parse_prompts
 from es2.store.store import Store

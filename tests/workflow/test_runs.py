@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from es2.core.errors import InputError, MachineError
 from es2.jobs.job import Job
@@ -27,8 +28,9 @@ from es2.store.store import Store
 from es2.training.config import FinetuneConfig
 from es2.workflow.job_kinds import JOBS
 from es2.workflow.runs import export, import_adapter, list_runs, open_run, tuned_weights, weights_digest
-from tests.builders import N_LAYERS, save_tiny_model, tiny_prompts, write_prompts
+from tests.builders import N_LAYERS, save_tiny_adapter, save_tiny_model, tiny_prompts, write_prompts
 
+WRAPPED = "language_model.model.layers"  # what a multimodal wrapper's adapter has for a text model's `model.layers`
 SHORT = ("--layers", "1,2", "--steps", "4", "--pairs-per-step", "4", "--validate-every", "2")
 
 
@@ -196,6 +198,75 @@ class TestImport:
         comparison = artifacts.find_comparison(Choice(model=config["model"], prompts=config["prompts"]))
         assert comparison is not None, "without being asked for: it is the newest of this model and these prompts"
         assert (comparison.run, comparison.targets) == (imported.id, (1, 2))
+
+    def test_doubts_are_said_everywhere(self, model: Path, prompts: Path, es2, tmp_path: Path) -> None:
+        """A part of an adapter, saved on a wrapper of another name, in a folder that was not given itself."""
+        inside = save_tiny_adapter(tmp_path / "given" / "checkpoint-250", model)
+        weights = load_file(inside / "adapter_model.safetensors")
+        kept = {n.replace("model.layers", WRAPPED): w for n, w in weights.items() if "layers.1." not in n}
+        save_file(kept, inside / "adapter_model.safetensors")
+        config = json.loads((inside / "adapter_config.json").read_text())
+        config |= {"base_model_name_or_path": "owner/<b>wrapper</b>", "init_lora_weights": True}
+        (inside / "adapter_config.json").write_text(json.dumps(config))
+        given = {file.name: file.read_bytes() for file in inside.iterdir()}
+
+        code, document = es2(
+            "import", "--model", model, "--prompts", prompts, "--adapter", tmp_path / "given", "--layers", "1,2"
+        )
+        assert code == 0, document
+        found, changed, part, base = document["warnings"]
+        assert "checkpoint-250', the only one in" in found
+        name = "base_model.model.{}layers.0.mlp.down_proj.lora_A.weight"
+        assert f"{name.format('language_model.model.')} is {name.format('model.')} there" in changed
+        assert "weights in layers 0, 2 alone, while its configuration asks for 0, 1, 2" in part
+        assert "names 'owner/<b>wrapper</b>' as its base" in base
+        assert {file.name: file.read_bytes() for file in inside.iterdir()} == given, "nothing of it is changed"
+
+        run = open_run(document["run"])
+        assert set(load_file(tuned_weights(run) / "adapter_model.safetensors")) <= set(weights)
+        es2("export", "--run", run.id, "--out", tmp_path / "exported")
+        assert load_file(tmp_path / "exported" / "adapter_model.safetensors").keys() <= weights.keys()
+        es2("report", "--run", run.id, "--out", tmp_path / "report.html")
+        page = (tmp_path / "report.html").read_text()
+        assert page.count('<p class="doubt">') == 4
+        assert "<b>wrapper" not in page
+
+        shutil.rmtree(run.path / "adapter")
+        (run.path / "result.json").unlink()
+        reopen(run)
+        assert run_job(run.path, JOBS) == 0, "made again of what was given"
+        assert (run.result() or {})["warnings"] == document["warnings"]
+        assert (run.result() or {})["weights"] == document["weights"]
+
+    def test_of_the_hub_is_fetched_by_the_job(
+        self, model: Path, prompts: Path, es2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from es2.workflow import runs
+
+        given = ("import", "--model", model, "--prompts", prompts, "--adapter", "owner/adapter", "--layers", "1,2")
+        adapter = save_tiny_adapter(tmp_path / "adapter", model)
+        fetched: list[str] = []
+        monkeypatch.setattr(runs, "fetch_adapter", lambda hub_id, report: fetched.append(hub_id) or adapter)
+        code, document = es2(*given)
+        assert (code, fetched, document["warnings"]) == (0, ["owner/adapter"], [])
+        assert open_run(document["run"]).config["imported"] == "owner/adapter"
+
+        def offline(hub_id: str, report: object) -> Path:
+            raise MachineError("The adapter cannot be fetched.")
+
+        monkeypatch.setattr(runs, "fetch_adapter", offline)
+        code, document = es2(*given)
+        assert (code, document["error"]) == (1, "The adapter cannot be fetched.")
+
+    def test_one_that_does_not_fit_is_refused_before_anything_is_captured(
+        self, prompts: Path, es2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own, other = (save_tiny_model(tmp_path / str(size), intermediate_size=size) for size in (48, 96))
+        monkeypatch.setattr("es2.capture.capture.load_bridge", None)
+        adapter = save_tiny_adapter(tmp_path / "adapter", other)
+        code, document = es2("import", "--model", own, "--prompts", prompts, "--adapter", adapter)
+        assert code == 2
+        assert "lora_A.weight has the shape (2, 96), where the model takes (2, 48)" in document["error"]
 
     @pytest.mark.parametrize(
         ("more", "words"),
