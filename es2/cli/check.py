@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ from es2.models.catalogue import DEFAULT_MODEL
 
 def check(
     model: Model = DEFAULT_MODEL,
-    adapter: Annotated[Path | None, typer.Option(help="The folder of a peft adapter to check on the model.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="A peft adapter to check on the model: folder or Hub id.")] = None,
     prompts: Prompts = "builtin",
     device: Device = None,
     dtype: Dtype = None,
@@ -24,12 +23,14 @@ def check(
 
     What failed is refused by capture, finetune and evaluate until the model's files change or it is checked again.
     """
+    from es2.models.adapter_files import adapter_folder
     from es2.prompts.loading import load_prompts
     from es2.workflow.check import check as make
 
     prompt_set = load_prompts(prompts)
     with progress() as report:
-        result = make(model, prompt_set, adapter=adapter, device=device, dtype=dtype, report=report)
+        found = None if adapter is None else adapter_folder(adapter, report)
+        result = make(model, prompt_set, adapter=found, device=device, dtype=dtype, report=report)
 
     def show() -> None:
         table = Table("check", "", "what was found", box=None, pad_edge=False)

@@ -69,6 +69,11 @@ def is_hub_adapter(given: str) -> bool:
     return HUB_ID.fullmatch(given) is not None and ".." not in given and not Path(given).exists()
 
 
+def adapter_folder(given: str, report: Reporter = silent) -> Path:
+    """The folder of an adapter by a path or a Hub id; raises as `find_adapter` and `fetch_adapter`."""
+    return fetch_adapter(given, report) if is_hub_adapter(given) else find_adapter(given)
+
+
 def find_adapter(given: str) -> Path:
     """The folder of an adapter on this machine: the one given, or the only one inside it.
 

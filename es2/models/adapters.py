@@ -78,12 +78,10 @@ def _apply_adapter(model: Any, adapter: Path, merge: bool) -> None:
             "give the model it was trained on."
         ) from error
     difference = float(((merged - beside).norm(dim=-1) / beside.norm(dim=-1)).median())
-    if (
-        difference > _MERGED[str(model.dtype).removeprefix("torch.")]
-    ):  # false where one is not finite, which a capture refuses
+    if difference > _MERGED[str(model.dtype).removeprefix("torch.")]:
         raise InputError(
-            f"The adapter {str(adapter)!r} cannot be merged: merged into the weights, the logits differ by "
-            f"{difference:.1%} from those with the adapter beside them; train one of another kind."
+            f"The adapter {str(adapter)!r} cannot be merged exactly (the logits are {difference:.1%} off those with it "
+            "beside the weights); train one of another kind."
         )
 
 

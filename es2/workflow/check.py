@@ -19,13 +19,14 @@ import numpy as np
 from es2.capture.residuals import capture_residuals
 from es2.core.errors import Es2Error, one_line
 from es2.core.progress import Reporter, silent
+from es2.models.adapter_fit import empty_model, fit_adapter
 from es2.models.adapters import apply_finetune
 from es2.models.batching import ROUNDING, end_tokens
 from es2.models.blocks import BlockHooks, find_blocks, output_of
 from es2.models.catalogue import resolve
 from es2.models.chat_template import Rendered, prompt_frame, render, template_prefix
 from es2.models.checked import remember_check
-from es2.models.folders import model_folder
+from es2.models.folders import model_doubts, model_folder
 from es2.models.loading import load_bridge, load_model, load_tokenizer, load_tuned
 from es2.models.replies import greedy_replies
 from es2.prompts.prompt_set import PromptSet
@@ -147,7 +148,7 @@ def check(
         return checks.add(name, find)
 
     if (
-        step("weights", lambda: _weights(folder, device, dtype, found))
+        step("weights", lambda: _weights(folder, device, dtype, found, model_doubts(spec)))
         and step("template", lambda: _template(folder, prompts, found))
         and step("tokens", lambda: _tokens(found))
     ):
@@ -160,7 +161,7 @@ def check(
             gc.collect()
             step("embeddings", lambda: _embeddings(folder, device, dtype, found))
             if adapter is not None:
-                step("adapter", lambda: _adapter(folder, adapter, device, dtype, found))
+                step("adapter", lambda: _adapter(folder, adapter, device, dtype, found, (spec.name, spec.location)))
     checks.skip(*(name for name in _PLAN if name not in {check.name for check in checks}))
     result = ModelCheck(spec.name, str(adapter) if adapter else None, tuple(checks), time.perf_counter() - started)
     remember_check(folder, adapter, result.to_dict())
@@ -170,13 +171,16 @@ def check(
 _PLAN = ("weights", "template", "tokens", "positions", "blocks", "head", "replies", "finetune", "embeddings")
 
 
-def _weights(folder: Path, device: str | None, dtype: str | None, found: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def _weights(
+    folder: Path, device: str | None, dtype: str | None, found: dict[str, Any], doubts: list[str]
+) -> tuple[str, dict[str, Any]]:
     """The model loads, and its files fill it."""
     model = found["model"] = load_model(folder, device=device, dtype=dtype)
     n = sum(weight.numel() for weight in model.parameters())
     found["limit"] = ROUNDING[str(model.dtype).removeprefix("torch.")]
     details = {"parameters": n, "model_type": model.config.model_type, "dtype": str(model.dtype).removeprefix("torch.")}
-    return f"The files fill the {model.config.model_type} model: {n / 1e6:,.1f} million weights.", details
+    filled = f"The files fill the {model.config.model_type} model: {n / 1e6:,.1f} million weights."
+    return " ".join((filled, *doubts)), details | {"warnings": doubts}
 
 
 def _template(folder: Path, prompts: PromptSet, found: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -388,9 +392,10 @@ def _embeddings(
 
 
 def _adapter(
-    folder: Path, adapter: Path, device: str | None, dtype: str | None, found: Mapping[str, Any]
+    folder: Path, adapter: Path, device: str | None, dtype: str | None, found: Mapping[str, Any], names: tuple[str, str]
 ) -> tuple[str, dict[str, Any]]:
     """Every key of the adapter has a home, and merging it gives the live adapter's model."""
+    doubts = fit_adapter(adapter, partial(empty_model, folder)).doubts(*names)
     live = load_model(folder, device=device, dtype=dtype)
     apply_finetune(live, adapter)
     expected = [_outputs(live, tokens) for tokens in found["rendered"].token_ids[:2]]
@@ -406,9 +411,8 @@ def _adapter(
         raise _WrongError(f"The merged adapter is not the live one (apart by {worst:.2g})")
     if moved == 0:
         raise _WrongError("The adapter changes nothing")
-    return f"Merged and live adapter are apart by {worst:.1g}; it moves the states by {100 * moved:.2g} %.", {
-        "apart": worst, "moved": moved,
-    }  # fmt: skip
+    numbers = f"Merged and live adapter are apart by {worst:.1g}; it moves the states by {100 * moved:.2g} %."
+    return " ".join((numbers, *doubts)), {"apart": worst, "moved": moved, "warnings": doubts}
 
 
 def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -37,8 +37,8 @@ from es2.jobs.queue import create_job, list_jobs, open_job
 from es2.models.adapter_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    adapter_folder,
     check_adapter,
-    fetch_adapter,
     find_adapter,
     is_hub_adapter,
 )
@@ -184,7 +184,7 @@ def import_adapter(
 
 
 def settle_adapter(run: Job, report: Reporter = silent) -> list[str]:
-    """Fetch an imported run's adapter if it is on the Hub, and rename it where it has to be to fit its model.
+    """Fetch an imported run's adapter if it is not there yet, and rename it where it has to be to fit its model.
 
     Returns:
         Sentences on what was done, and on an adapter that fits and may still be another model's, or a part of one.
@@ -200,7 +200,7 @@ def settle_adapter(run: Job, report: Reporter = silent) -> list[str]:
     with writing(run.path):
         shutil.rmtree(temporary, ignore_errors=True)
         if not adapter.exists() and not given.exists():
-            _copy_adapter(fetch_adapter(config["imported"], report), temporary)
+            _copy_adapter(adapter_folder(config["imported"], report), temporary)
             temporary.rename(adapter)
         source = given if given.exists() else adapter
         fit = fit_adapter(source, partial(empty_model, model))

@@ -246,7 +246,7 @@ class TestImport:
         given = ("import", "--model", model, "--prompts", prompts, "--adapter", "owner/adapter", "--layers", "1,2")
         adapter = save_tiny_adapter(tmp_path / "adapter", model)
         fetched: list[str] = []
-        monkeypatch.setattr(runs, "fetch_adapter", lambda hub_id, report: fetched.append(hub_id) or adapter)
+        monkeypatch.setattr(runs, "adapter_folder", lambda hub_id, report: fetched.append(hub_id) or adapter)
         code, document = es2(*given)
         assert (code, fetched, document["warnings"]) == (0, ["owner/adapter"], [])
         assert open_run(document["run"]).config["imported"] == "owner/adapter"
@@ -254,7 +254,7 @@ class TestImport:
         def offline(hub_id: str, report: object) -> Path:
             raise MachineError("The adapter cannot be fetched.")
 
-        monkeypatch.setattr(runs, "fetch_adapter", offline)
+        monkeypatch.setattr(runs, "adapter_folder", offline)
         code, document = es2(*given)
         assert (code, document["error"]) == (1, "The adapter cannot be fetched.")
 
