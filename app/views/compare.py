@@ -68,8 +68,8 @@ def page() -> None:
         view_controls(choice, layer)
     with top:
         header(comparison, layer)
-        for sentence in comparison.result.get("warnings", ()):
-            st.warning(text.markdown(str(sentence)))
+        if doubts := comparison.result.get("warnings"):
+            st.warning("\n\n".join(text.markdown(str(sentence)) for sentence in doubts))
         summary(comparison, verdicts, layer)
     with above:
         strips(comparison, layer)

@@ -61,7 +61,9 @@ class Fit:
         """Sentences on an adapter that fits `model`, or `names`, and may still be another one's or a part of one."""
         found = []
         if self.renamed:
-            old, new = next((old, new) for old, new in self.names.items() if old != new)
+            names = next((old, new) for old, new in self.names.items() if old != new)
+            modules = tuple(map(_path, names))
+            old, new = modules if modules[0] != modules[1] else names
             found.append(f"The adapter's weights were renamed to fit the model: {old[:200]} is {new[:200]} there.")
         if self.missing:
             own, absent = (
@@ -107,14 +109,15 @@ def emptied(model: Any) -> PreTrainedModel:
     return empty
 
 
-def fit_adapter(folder: Path, make_empty: Callable[[], PreTrainedModel]) -> Fit:
-    """How the adapter in `folder` fits the model that `make_empty` makes without weights.
+def fit_adapter(folder: Path, make_empty: Callable[[], PreTrainedModel], given: str | None = None) -> Fit:
+    """How the adapter in `folder` fits the model that `make_empty` makes without weights; `given` names it in errors.
 
     Raises:
         InputError: when the folder holds no adapter that is read, some weight of it has no place in the model, a module
             there has another shape, or its change cannot be merged.
     """
     check_adapter(folder)
+    given = given or str(folder)
     config = read_json(folder / ADAPTER_CONFIG) or {}
     shapes = _shapes(folder)
     own = {name: name for name in shapes}
@@ -137,12 +140,11 @@ def fit_adapter(folder: Path, make_empty: Callable[[], PreTrainedModel]) -> Fit:
             base = config.get("base_model_name_or_path")
             made_for = f" It names {str(base)[:100]!r} as its base." if base else ""
             raise InputError(
-                f"The adapter {str(folder)!r} does not fit the model: {problem}; give the model it was trained on."
-                f"{made_for}"
+                f"The adapter {given!r} does not fit the model: {problem}; give the model it was trained on.{made_for}"
             )
         (fit,) = fits.values()
-    _check_start(folder, fit)
-    _check_ends(folder, fit, make_empty())
+    _check_start(given, fit)
+    _check_ends(given, fit, make_empty())
     return fit
 
 
@@ -304,17 +306,17 @@ def _renamed_settings(
     return {name: value for name, value in settings.items() if name in config}
 
 
-def _check_start(folder: Path, fit: Fit) -> None:
+def _check_start(given: str, fit: Fit) -> None:
     """Refuse an adapter without weights for modules that would then keep random ones."""
     starts = ("init_lora_weights", "init_weights", "init_ia3_weights")
     if fit.missing and any(fit.config.get(start) is False for start in starts):
         raise InputError(
-            f"The adapter {str(folder)!r} has no weights for {fit.missing[0]}, which its configuration asks for and "
+            f"The adapter {given!r} has no weights for {fit.missing[0]}, which its configuration asks for and "
             "begins with random ones; save it again whole."
         )
 
 
-def _check_ends(folder: Path, fit: Fit, empty: PreTrainedModel) -> None:
+def _check_ends(given: str, fit: Fit, empty: PreTrainedModel) -> None:
     """Refuse an adapter of the input embeddings or the LM head where they are one and merging would change both."""
     empty.tie_weights()
     ends: list[Any] = [empty.get_input_embeddings(), empty.get_output_embeddings()]
@@ -325,6 +327,6 @@ def _check_ends(folder: Path, fit: Fit, empty: PreTrainedModel) -> None:
     tied = next((path for path in tuned if modules.get(path) in ends), None)
     if tied is not None:
         raise InputError(
-            f"The adapter {str(folder)!r} changes {tied}, whose weights are the model's input embeddings and its "
+            f"The adapter {given!r} changes {tied}, whose weights are the model's input embeddings and its "
             "LM head at once, so merging it would change both; train it without, or untie the embeddings first."
         )

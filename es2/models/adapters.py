@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,9 @@ def _apply_adapter(model: Any, adapter: Path, merge: bool) -> None:
 
     fits = False
     try:
-        adapted: Any = PeftModel.from_pretrained(model, str(adapter)).eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights that are missing, which an import says in its own words
+            adapted: Any = PeftModel.from_pretrained(model, str(adapter)).eval()
         if not merge:
             return
         beside = _logits(adapted)

@@ -203,7 +203,7 @@ def settle_adapter(run: Job, report: Reporter = silent) -> list[str]:
             _copy_adapter(adapter_folder(config["imported"], report), temporary)
             temporary.rename(adapter)
         source = given if given.exists() else adapter
-        fit = fit_adapter(source, partial(empty_model, model))
+        fit = fit_adapter(source, partial(empty_model, model), config["imported"])
         if fit.renamed:
             write_renamed(source, fit, temporary)
             if source == adapter:

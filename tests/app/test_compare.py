@@ -114,6 +114,19 @@ class TestComparison:
             assert kl in captions(at)
             assert f"4 budgets of {budget:g} nats" in words(at)
 
+    def test_doubts_on_an_imported_adapter_stand_above_the_verdict(
+        self, home: Path, compared: Compared, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = reading._comparison(compared.run, None, "last")
+        assert found is not None
+        assert not open_compare(compared.link()).warning
+        doubts = ["The adapter names '*another*' as its base.", "It may be a part of one."]
+        changed = replace(found, result={**found.result, "warnings": doubts})
+        monkeypatch.setattr(reading, "find_comparison", lambda choice: changed)
+        (warning,) = open_compare(compared.link()).warning
+        assert warning.value.replace("\\", "") == "\n\n".join(doubts)
+        assert r"\*another\*" in warning.value
+
     def test_an_analysis_with_other_settings_is_shown(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         made = write_comparison(tmp_path, 40)
         base, prompts = made.artifacts.activations, made.artifacts.prompts

@@ -216,8 +216,7 @@ class TestImport:
         assert code == 0, document
         found, changed, part, base = document["warnings"]
         assert "checkpoint-250', the only one in" in found
-        name = "base_model.model.{}layers.0.mlp.down_proj.lora_A.weight"
-        assert f"{name.format('language_model.model.')} is {name.format('model.')} there" in changed
+        assert "language_model.model.layers.0.mlp.down_proj is model.layers.0.mlp.down_proj there" in changed
         assert "weights in layers 0, 2 alone, while its configuration asks for 0, 1, 2" in part
         assert "names 'owner/<b>wrapper</b>' as its base" in base
         assert {file.name: file.read_bytes() for file in inside.iterdir()} == given, "nothing of it is changed"
