@@ -195,7 +195,7 @@ def _convert(gguf: Path, name: str, sizes: Mapping[str, int], folder: Path, repo
         source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, dtype=torch.float32, output_loading_info=True, **source
+            gguf.parent, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **source
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(

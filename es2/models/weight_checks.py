@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 _BUFFERS = r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|(attn|attention)\.(masked_)?bias|position_ids|_extra_state)$"
 _OTHER_PARTS = (
-    r"(^|\.)(vision_tower|vision_model|visual|vision_embed_tokens|image_newline|audio_tower|audio_model|embed_vision|"
-    r"embed_audio|multi_modal_projector|mm_projector|vision_projection|connector|talker|token2wav|code2wav)(\.|$)"
+    r"(^|\.)(vision_tower|vision_model|vision_encoder|visual|vision_embed_tokens|image_newline|audio_tower|audio_model|"
+    r"audio_encoder|embed_vision|embed_audio|multi_modal_projector|mm_projector|vision_projection|patch_merger|connector|"
+    r"talker|token2wav|code2wav)(\.|$)"
 )
 _HARMLESS = re.compile(rf"{_BUFFERS}|{_OTHER_PARTS}|^(model\.)?mtp(\.|_)|\.nextn\.")
 """Weights that a language model is whole without: buffers of old versions, the other parts of a multimodal model, heads
@@ -37,21 +38,23 @@ def count_parameters(folder: Path) -> int:
     """
     from safetensors import SafetensorError, safe_open
 
-    total, listed = 0, _listed(folder)
+    total, there = 0, set[str]()
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="numpy") as tensors:
-                names = set(tensors.keys())
+                names = tensors.keys()
                 total += sum(prod(tensors.get_slice(name).get_shape()) for name in names)
+                there.update(names)
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"The weights {str(file)!r} are damaged ({first_line(error)}); fetch them again."
             ) from error
-        if lacking := sorted(name for name, where in listed.items() if where == file.name and name not in names):
-            raise InputError(
-                f"The weights {str(file)!r} lack {len(lacking)} that the folder's index says are there (the first: "
-                f"{lacking[0]}); fetch them again."
-            )
+    listed = _listed(folder)
+    if lacking := sorted(name for name in listed if name not in there and not _HARMLESS.search(name)):
+        raise InputError(
+            f"The weights {str(folder / str(listed[lacking[0]]))!r} lack {len(lacking)} that the folder's index lists "
+            f"(the first: {lacking[0]}); fetch them again."
+        )
     return total
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from es2.cli import main as cli
 from tests.builders import D_MODEL, N_LAYERS, save_tiny_model, tiny_prompts, write_prompts
+from tests.models.test_models import write_gguf
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,14 @@ class TestResults:
         papers_four = {"llama-2-7b-chat", "llama-3-8b-instruct", "mistral-7b-instruct", "qwen2.5-7b-instruct"}
         assert {name for name, row in names.items() if row["paper"]} == papers_four
         assert 13 < names["llama-2-7b-chat"]["memory_gb"]["bfloat16"] < 20
+
+    def test_a_gguf_without_a_head_of_its_own_is_doubted(self, run, prompts: Path, tmp_path: Path) -> None:
+        write_gguf(tmp_path / "lost.gguf", without="output.weight")
+        sentence = "The GGUF file 'lost.gguf' has no LM head of its own (output.weight)"
+        for json_ in ((), ("--json",)):
+            code, out, _ = run("capture", "--model", tmp_path / "lost.gguf", "--prompts", prompts, *json_)
+            assert code == 0
+            assert sentence in (json.loads(out)["warnings"][0] if json_ else out)
 
     def test_capture_twice_computes_once(self, run, model: Path, prompts: Path, own_home: Path) -> None:
         code, out, _ = run("capture", "--model", model, "--prompts", prompts, "--json")
