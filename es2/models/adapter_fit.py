@@ -7,7 +7,6 @@ where one renaming alone gives each of its weights a place.
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import shutil
@@ -81,32 +80,6 @@ class Fit:
         if base and Path(base).name.lower() not in (Path(name).name.lower() for name in (model, *names)):
             found.append(f"The adapter names {base[:100]!r} as its base, not {model[:100]!r}.")
         return found
-
-
-def empty_model(folder: Path) -> PreTrainedModel:
-    """The model of a folder without weights, on the meta device; `InputError` when it is none that transformers has."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever a configuration of somebody else makes a model raise
-        raise InputError(
-            f"The model folder {str(folder)!r} cannot be loaded as a causal language model ({first_line(error)}); "
-            "fetch it again, or use another model."
-        ) from error
-    return model
-
-
-def emptied(model: Any) -> PreTrainedModel:
-    """A model of the same class and configuration without weights, on the meta device."""
-    import torch
-
-    with torch.device("meta"):
-        empty: PreTrainedModel = type(model)(copy.deepcopy(model.config))
-    return empty
 
 
 def fit_adapter(folder: Path, make_empty: Callable[[], PreTrainedModel], given: str | None = None) -> Fit:

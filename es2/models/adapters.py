@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from es2.core.errors import InputError, MachineError
-from es2.models.adapter_fit import emptied, fit_adapter, write_renamed
+from es2.models.adapter_fit import fit_adapter, write_renamed
+from es2.models.architecture import emptied
 from es2.models.device import is_out_of_memory
 from es2.models.model_files import first_line
 from es2.models.tensors import load_tensors
@@ -96,7 +97,7 @@ def _logits(model: Any) -> Tensor:
     device = "cpu" if embeddings.is_meta else embeddings.device  # those of weights that wait elsewhere are moved there
     tokens = torch.arange(1, _TOKENS + 1, device=device) * 7919 % len(embeddings)
     with torch.no_grad():
-        logits: Tensor = model(input_ids=tokens[None]).logits[0].float()
+        logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits[0].float()
     return logits
 
 

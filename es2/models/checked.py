@@ -109,7 +109,7 @@ def look_at(folder: Path) -> None:
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
-    from es2.models.loading import auto_class
+    from es2.models.architecture import auto_class
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from es2.core.errors import InputError, MachineError
 from es2.models.adapter_files import ADAPTER_CONFIG
-from es2.models.adapter_fit import empty_model, fit_adapter
+from es2.models.adapter_fit import fit_adapter
 from es2.models.adapters import apply_finetune
+from es2.models.architecture import auto_class, empty_model
 from es2.models.batching import ROUNDING, is_verified
 from es2.models.blocks import BlockHooks, find_blocks
 from es2.models.costs import DTYPES, FOUR_BIT_BYTES, WORKING_SHARE
@@ -145,16 +146,6 @@ def load_model(
         ) from error
     check_loaded(model, loading, f"The model folder {str(folder)!r}")
     return model.eval()
-
-
-def auto_class(config: Any) -> Any:
-    """The class of transformers that loads a text model, or the wrapper around one that also reads images."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    wraps = type(config) not in AutoModelForCausalLM._model_mapping and (
-        type(config) in AutoModelForImageTextToText._model_mapping
-    )
-    return AutoModelForImageTextToText if wraps else AutoModelForCausalLM
 
 
 def load_sharded(folder: Path, dtype: str | None, device: str) -> PreTrainedModel:

@@ -19,8 +19,9 @@ import numpy as np
 from es2.capture.residuals import capture_residuals
 from es2.core.errors import Es2Error, one_line
 from es2.core.progress import Reporter, silent
-from es2.models.adapter_fit import empty_model, fit_adapter
+from es2.models.adapter_fit import fit_adapter
 from es2.models.adapters import apply_finetune
+from es2.models.architecture import empty_model
 from es2.models.batching import ROUNDING, end_tokens
 from es2.models.blocks import BlockHooks, find_blocks, output_of
 from es2.models.catalogue import resolve

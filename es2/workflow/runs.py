@@ -42,7 +42,8 @@ from es2.models.adapter_files import (
     find_adapter,
     is_hub_adapter,
 )
-from es2.models.adapter_fit import empty_model, fit_adapter, write_renamed
+from es2.models.adapter_fit import fit_adapter, write_renamed
+from es2.models.architecture import empty_model
 from es2.models.catalogue import resolve
 from es2.models.folders import model_folder
 from es2.models.loading import load_tokenizer, load_tuned

@@ -19,8 +19,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from es2.core.errors import InputError, MachineError
 from es2.models import adapters
 from es2.models.adapter_files import check_adapter, fetch_adapter, find_adapter, is_hub_adapter
-from es2.models.adapter_fit import Fit, empty_model, fit_adapter, write_renamed
+from es2.models.adapter_fit import Fit, fit_adapter, write_renamed
 from es2.models.adapters import apply_finetune
+from es2.models.architecture import empty_model
 from es2.models.loading import load_model, load_tuned
 from tests.builders import save_tiny_adapter, save_tiny_model, tiny_tokenizer
 
@@ -135,6 +136,23 @@ def test_an_adapter_of_the_text_model_goes_to_the_language_model_of_a_wrapper(wr
     assert all(WRAPPER in name for name in found.names.values())
     merged = logits(load_tuned(wrapper, given, device="cpu"))
     assert torch.allclose(merged, logits(tuned), rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_without_weights_is_the_one_that_is_loaded(folder: Path, wrapper: Path, tmp_path: Path) -> None:
+    """Also where transformers has it among those that read images alone."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    text = sizes | {"model_type": "llama", "vocab_size": 320, "pad_token_id": 0}
+    vision = sizes | {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=310)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    for model in (folder, wrapper, tmp_path):
+        loaded, empty = load_model(model, device="cpu"), empty_model(model)
+        assert type(empty) is type(loaded)
+        assert {n: w.shape for n, w in empty.state_dict().items()} == {
+            n: w.shape for n, w in loaded.state_dict().items()
+        }
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -265,6 +283,17 @@ def test_a_merge_that_gives_another_model_is_refused(
     with pytest.raises(InputError, match=r"cannot be merged exactly \(the logits are \d\.\d% off"):
         apply_finetune(load_model(folder, device="cpu"), adapter, merge=True)
     apply_finetune(load_model(folder, device="cpu"), adapter)
+
+
+def test_blocks_that_share_their_weights_are_not_merged(tmp_path: Path) -> None:
+    """Each use of Zamba's one attention block has an adapter of its own, and all would end in the same weights."""
+    sizes = {"layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 2, "mamba_d_state": 8, "mamba_dt_rank": 4}
+    sizes |= {"num_key_value_heads": 4, "use_mamba_kernels": False, "tie_word_embeddings": True}
+    zamba = save_tiny_model(tmp_path / "zamba", "zamba", n_layers=4, **sizes)
+    settings = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(load_model(zamba, device="cpu"), settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match="cannot be merged exactly"):
+        load_tuned(zamba, tmp_path / "adapter", device="cpu")
 
 
 @pytest.mark.parametrize("dtype", adapters._MERGED)
