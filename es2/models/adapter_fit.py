@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from es2.core.errors import InputError
 from es2.core.files import read_json, write_json
 from es2.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from es2.models.architecture import shared_weights
 from es2.models.model_files import first_line
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def fit_adapter(folder: Path, make_empty: Callable[[], PreTrainedModel], given: 
             )
         (fit,) = fits.values()
     _check_start(given, fit)
-    _check_ends(given, fit, make_empty())
+    _check_shared(given, fit, make_empty())
     return fit
 
 
@@ -289,17 +290,13 @@ def _check_start(given: str, fit: Fit) -> None:
         )
 
 
-def _check_ends(given: str, fit: Fit, empty: PreTrainedModel) -> None:
-    """Refuse an adapter of the input embeddings or the LM head where they are one and merging would change both."""
-    empty.tie_weights()
-    ends: list[Any] = [empty.get_input_embeddings(), empty.get_output_embeddings()]
-    if None in ends or ends[0].weight is not ends[1].weight:
-        return
-    modules = dict(empty.named_modules())
+def _check_shared(given: str, fit: Fit, empty: PreTrainedModel) -> None:
+    """Refuse an adapter of weights that two modules share, as tied ends do: merging it would change both."""
+    shared = shared_weights(empty)
     tuned = (_path(name) for name in fit.names.values() if _split(name)[1][0].startswith("lora_"))
-    tied = next((path for path in tuned if modules.get(path) in ends), None)
+    tied = next((path for path in tuned if path in shared), None)
     if tied is not None:
         raise InputError(
-            f"The adapter {given!r} changes {tied}, whose weights are the model's input embeddings and its "
-            "LM head at once, so merging it would change both; train it without, or untie the embeddings first."
+            f"The adapter {given!r} changes {tied}, whose weights are also those of {shared[tied]}, so merging it "
+            "would change both; train it without, or untie the two first."
         )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _TOKENS = 16  # of the text on which a merged model is compared with the adapter beside its model
-_MERGED = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.02}
+_MERGED = {"float32": 1e-4, "bfloat16": 0.2, "float16": 0.02}
 """How far a merged model's logits may be from those, relative, in the median of tokens. In half precision it rounds."""
 
 

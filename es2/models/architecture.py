@@ -47,3 +47,12 @@ def emptied(model: Any) -> PreTrainedModel:
     with torch.device("meta"):
         empty: PreTrainedModel = type(model)(copy.deepcopy(model.config))
     return empty
+
+
+def shared_weights(model: Any) -> dict[str, str]:
+    """The modules of a model that have a weight together with another one, which is given for each."""
+    model.tie_weights()
+    owners: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(weight), []).append(name.rpartition(".")[0])
+    return {name: other for names in owners.values() for name in names for other in names if other != name}

@@ -120,6 +120,13 @@ def look_at(folder: Path) -> None:
             f"The model folder {str(folder)!r} holds no causal language model ({first_line(error)}); use another model."
         ) from error
     blocks = find_blocks(model)[1]
+    model.tie_weights()
+    weights = [{id(weight) for weight in block.parameters()} for block in blocks]
+    if sum(map(len, weights)) > len(set[int]().union(*weights)):
+        raise InputError(
+            f"The {config.model_type!r} model has the same weights in several blocks, so an adapter on one of them "
+            "would change the others too; it can be captured, but not tuned."
+        )
     for block in blocks:
         block.register_forward_hook(_have_stream)
     try:

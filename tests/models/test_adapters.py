@@ -22,6 +22,7 @@ from es2.models.adapter_files import check_adapter, fetch_adapter, find_adapter,
 from es2.models.adapter_fit import Fit, fit_adapter, write_renamed
 from es2.models.adapters import apply_finetune
 from es2.models.architecture import empty_model
+from es2.models.checked import look_at
 from es2.models.loading import load_model, load_tuned
 from tests.builders import save_tiny_adapter, save_tiny_model, tiny_tokenizer
 
@@ -285,15 +286,19 @@ def test_a_merge_that_gives_another_model_is_refused(
     apply_finetune(load_model(folder, device="cpu"), adapter)
 
 
-def test_blocks_that_share_their_weights_are_not_merged(tmp_path: Path) -> None:
+def test_blocks_that_share_their_weights_are_not_tuned(tmp_path: Path) -> None:
     """Each use of Zamba's one attention block has an adapter of its own, and all would end in the same weights."""
     sizes = {"layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 2, "mamba_d_state": 8, "mamba_dt_rank": 4}
     sizes |= {"num_key_value_heads": 4, "use_mamba_kernels": False, "tie_word_embeddings": True}
     zamba = save_tiny_model(tmp_path / "zamba", "zamba", n_layers=4, **sizes)
     settings = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(load_model(zamba, device="cpu"), settings).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match="cannot be merged exactly"):
+    with pytest.raises(
+        InputError, match=r"changes model\.layers\.1\..*q_proj, whose weights are also those of .*layers\.3\."
+    ):
         load_tuned(zamba, tmp_path / "adapter", device="cpu")
+    with pytest.raises(InputError, match="'zamba' model has the same weights in several blocks"):
+        look_at(zamba)
 
 
 @pytest.mark.parametrize("dtype", adapters._MERGED)
