@@ -29,7 +29,7 @@ from es2.training.config import FinetuneConfig
 from es2.training.finetune import finetune
 from es2.workflow.runs import export, import_adapter
 from tests.architectures.configs import Architecture, save_architecture
-from tests.architectures.outcomes import OWN_HOOKS, Cell, Check, attempt
+from tests.architectures.outcomes import EQUAL, OWN_HOOKS, Cell, Check, attempt
 from tests.architectures.plain import NoStreamError, Pass, Plain, Push, divergence, load, relative, render
 
 LIMIT = 1e-4
@@ -83,7 +83,7 @@ class Trial:
     def __init__(self, architecture: Architecture, root: Path) -> None:
         self.root = root
         self.folder = save_architecture(root / "model", architecture)
-        self.adapter: Path | None = None
+        self.adapters: list[Path] = []
         self.store = Store(root / "store")
 
     def cells(self, columns: Sequence[str] = COLUMNS) -> Iterator[tuple[str, Cell]]:
@@ -109,17 +109,15 @@ class Trial:
     @cached_property
     def base(self) -> list[Pass]:
         """The captured prompts under the base."""
-        return [self.plain.read(tokens) for tokens in self.rendered[0]]
+        return self.passes(self.plain)
 
-    @cached_property
-    def live(self) -> Plain:
+    def live(self, adapter: Path) -> Plain:
         """A fresh model with the adapter live inside."""
-        return load(self.folder, adapter=self.adapter)
+        return load(self.folder, adapter)
 
-    @cached_property
-    def live_passes(self) -> list[Pass]:
-        """The captured prompts under the live adapter."""
-        return [self.live.read(tokens) for tokens in self.rendered[0]]
+    def passes(self, plain: Plain) -> list[Pass]:
+        """The captured prompts under a model."""
+        return [plain.read(tokens) for tokens in self.rendered[0]]
 
     # ------------------------------------------------------------------------------------------------------ cells
 
@@ -172,7 +170,7 @@ class Trial:
         expected_ends = _ends(self.plain.model)
         for prompt, reply in zip(prompts, found(), strict=True):
             ties += self._compare_reply(check, "reply", prompt, reply, expected_ends)
-        width = self.plain.model.get_input_embeddings().weight.shape[1]
+        width = self.plain.model.config.get_text_config().hidden_size
         direction = torch.nn.functional.normalize(torch.randn(width, generator=torch.manual_seed(1)), dim=0)
         normal = direction.double().numpy()
         attacker = Attacker((STEERED_LAYER,), (Hyperplane(normal, 1.0, 0.0),), {"scav": normal[None]})
@@ -208,12 +206,28 @@ class Trial:
     def finetuned(self) -> Cell:
         """Base embeddings, base replies, reach of the gradient, KL, and the adapter as plain peft has it."""
         check = Check()
+        for method in ("lora", "experts") if self.has_experts else ("lora",):
+            n_faults = len(check.faults)
+            self._finetune(check, method)
+            check.faults[n_faults:] = [f"{method}: {fault}" for fault in check.faults[n_faults:]]
+        return check.cell()
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a trained block has fused experts: weights `[expert, …, …]`."""
+        parts = [part for layer in TARGETS for part in self.plain.blocks[layer].modules()]
+        return any(
+            weight.ndim == 3 for part in parts if "Conv" not in type(part).__name__ for weight in part.parameters(False)
+        )
+
+    def _finetune(self, check: Check, method: str) -> None:
         noted = _Noted()
         config = FinetuneConfig(
             layers=TARGETS, model=str(self.folder), steps=2, pairs_per_step=4, kl_prompts=2, validate_every=2,
             warmup_steps=0, learning_rate=1e-2, kl_budget=1e3, reply_tokens=4, rank=4, device="cpu", dtype="float32",
+            method=method,
         )  # fmt: skip
-        written = self.root / "adapter"
+        written = self.root / f"adapter-{method}"
 
         def report(stage: str, done: int, total: int, **numbers: float) -> None:
             if stage == "finetune" and done == config.steps:
@@ -222,16 +236,14 @@ class Trial:
                 noted.write(written)
 
         with noted.spying():
-            result = finetune(config, TRAINED, self.root / "run", report=report)
+            result = finetune(config, TRAINED, self.root / f"run-{method}", report=report)
         check.expect(result.steps == config.steps, f"{result.steps} steps: {result.reason}")
         self._check_base(check, noted)
         self._check_reach(check, noted, config)
-        if not written.is_dir():
-            check.expect(False, "no adapter was written")
-            return check.cell()
-        self.adapter = written
-        self._check_adapter(check, noted, config)
-        return check.cell()
+        check.expect(written.is_dir(), "no adapter was written")
+        if written.is_dir():
+            self.adapters.append(written)
+            self._check_adapter(check, noted, config, written)
 
     def _check_base(self, check: Check, noted: _Noted) -> None:
         rows = noted.workload.plan.validation_rows
@@ -254,31 +266,33 @@ class Trial:
         check.expect(not outside, f"{len(outside)} weights outside the chosen blocks: {', '.join(_short(outside))}")
         check.expect(bool(noted.trained), "nothing is trained")
 
-    def _check_adapter(self, check: Check, noted: _Noted, config: FinetuneConfig) -> None:
+    def _check_adapter(self, check: Check, noted: _Noted, config: FinetuneConfig, adapter: Path) -> None:
         """The adapter moves the chosen blocks alone, gives the KL that was measured, and is captured as it is."""
-        pairs = zip(self.live_passes, self.base, strict=True)
+        live = self.live(adapter)
+        passes = self.passes(live)
+        pairs = zip(passes, self.base, strict=True)
         by_prompt = [relative(tuned.states, base.states).amax(dim=1) for tuned, base in pairs]
         moves = torch.stack(by_prompt).amax(dim=0).tolist()
         first = config.blocks.start
         check.expect(max(moves[:first], default=0.0) < 1e-6, f"the adapter changes blocks before {first}: {moves}")
         check.expect(moves[TARGETS[-1]] > SEEN, f"the adapter moves the last target by {moves[TARGETS[-1]]:.1e} alone")
-        for name, expected in self._kl(noted).items():
+        for name, expected in self._kl(noted, live).items():
             found = (noted.kl or {}).get(name, float("nan"))
             check.expect(
                 abs(found - expected) <= 1e-3 * abs(expected) + 1e-5,
                 f"the KL of the {name} is {found:.6f}, not {expected:.6f}",
             )
-        self._compare_capture(check, "embeddings under the adapter", lambda: self.live_passes, self.adapter)
-        check.outcome = "equal"
+        self._compare_capture(check, "embeddings under the adapter", lambda: passes, adapter)
+        check.outcome = EQUAL
 
-    def _kl(self, noted: _Noted) -> dict[str, float]:
+    def _kl(self, noted: _Noted, live: Plain) -> dict[str, float]:
         """Both KLs on the harmless `test` prompts under the live adapter, by whole passes of both models."""
         sums: dict[str, list[Tensor]] = {"prompt": [], "reply": []}
         n_prefix = len(noted.workload.network.template_prefix)
         for row in noted.workload.plan.tested:
             prompt, reply = noted.workload.tokens[row], noted.workload.replies[row].reply
             tokens = [*prompt, *reply[:-1]]
-            of_all = divergence(self.plain.read(tokens).logits, self.live.read(tokens).logits)
+            of_all = divergence(self.plain.read(tokens).logits, live.read(tokens).logits)
             sums["prompt"].append(of_all[n_prefix : len(prompt)])
             sums["reply"].append(of_all[len(prompt) - 1 :])
         return {name: torch.cat(parts).mean().item() for name, parts in sums.items()}
@@ -286,18 +300,16 @@ class Trial:
     def merged(self) -> Cell:
         """The adapter merged, by `load_tuned` and as `es2 export --merged` writes it."""
         check = Check()
-        if self.adapter is None:
-            self.adapter = self._foreign_adapter()
-        merged = Plain(load_tuned(self.folder, self.adapter, device="cpu", dtype="float32"))
-        self._compare_passes(check, "merged", merged)
-        run = import_adapter(self.adapter, str(self.folder), "builtin", TARGETS, device="cpu", dtype="float32")
-        folder = export(run, self.root / "merged", merged=True)
-        self._compare_passes(check, "exported", load(folder))
+        for adapter in self.adapters or [self._foreign_adapter()]:
+            live = self.passes(self.live(adapter))
+            self._compare_passes(check, "merged", Plain(load_tuned(self.folder, adapter, device="cpu")), live)
+            run = import_adapter(adapter, str(self.folder), "builtin", TARGETS, device="cpu", dtype="float32")
+            folder = export(run, self.root / f"merged-{adapter.name}", merged=True)
+            self._compare_passes(check, "exported", load(folder), live)
         return check.cell()
 
-    def _compare_passes(self, check: Check, what: str, plain: Plain) -> None:
-        found = [plain.read(tokens) for tokens in self.rendered[0]]
-        pairs = list(zip(found, self.live_passes, strict=True))
+    def _compare_passes(self, check: Check, what: str, plain: Plain, live: list[Pass]) -> None:
+        pairs = list(zip(self.passes(plain), live, strict=True))
         check.compare(f"{what} logits", [max(relative(a.logits, b.logits).max().item() for a, b in pairs)], LIMIT)
         with suppress(NoStreamError):
             errors = torch.stack([relative(a.states, b.states).amax(dim=1) for a, b in pairs])
