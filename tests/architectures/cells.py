@@ -170,7 +170,10 @@ class Trial:
         expected_ends = _ends(self.plain.model)
         for prompt, reply in zip(prompts, found(), strict=True):
             ties += self._compare_reply(check, "reply", prompt, reply, expected_ends)
-        width = self.plain.model.config.get_text_config().hidden_size
+        try:
+            width = self.base[0].states.shape[-1]
+        except NoStreamError:  # which nothing can steer
+            return check.cell()
         direction = torch.nn.functional.normalize(torch.randn(width, generator=torch.manual_seed(1)), dim=0)
         normal = direction.double().numpy()
         attacker = Attacker((STEERED_LAYER,), (Hyperplane(normal, 1.0, 0.0),), {"scav": normal[None]})
