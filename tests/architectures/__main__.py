@@ -23,9 +23,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := sorted({*arguments.names} - {*ARCHITECTURES}):
         parser.error(f"there is no architecture {unknown[0]!r}; there are {', '.join(ARCHITECTURES)}")
+    if arguments.names and arguments.write:
+        parser.error("a page has every row; leave out the names or --write")
 
     from tests.architectures.outcomes import GOOD, markdown
-    from tests.architectures.table import page, row, tables
+    from tests.architectures.table import adapter_rows, page, row, tables
 
     rows = []
     for name in arguments.names or ARCHITECTURES:
@@ -39,7 +41,7 @@ def main() -> int:
         arguments.json.write_text(json.dumps([one.to_dict() for one in rows], indent=1) + "\n", encoding="utf-8")
     if arguments.write:
         text = arguments.write.read_text(encoding="utf-8")
-        arguments.write.write_text(page(text, tables(rows)), encoding="utf-8")
+        arguments.write.write_text(page(text, tables(rows, adapter_rows())), encoding="utf-8")
     print(markdown(rows, "architecture"))
     return int(any(cell.outcome not in GOOD for one in rows for cell in one.cells.values()))
 

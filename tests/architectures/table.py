@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 from tests.architectures.configs import ARCHITECTURES
-from tests.architectures.outcomes import Row, markdown
+from tests.architectures.outcomes import Cell, Row, markdown
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "architectures.md"
@@ -48,12 +48,21 @@ def _places(root: Path) -> mock._patch_dict:
     return mock.patch.dict(os.environ, {name: str(path) for name, path in names.items()} | {"HF_HUB_OFFLINE": "1"})
 
 
-def tables(rows: Sequence[Row]) -> dict[str, str]:
-    """The tables of the page by their headings; that of the adapters where there is one."""
+def adapter_rows() -> list[Row]:
+    """The kinds of adapter, each with one cell; none where the module that makes them is missing."""
+    if not importlib.util.find_spec(ADAPTERS):
+        return []
+    kinds = importlib.import_module(ADAPTERS).rows()
+    return [
+        Row(f"{kind.name}: {kind.what}", {"merged": Cell(kind.outcome, kind.difference, kind.sentence or "")})
+        for kind in kinds
+    ]
+
+
+def tables(rows: Sequence[Row], adapters: Sequence[Row]) -> dict[str, str]:
+    """The tables of the page by their headings."""
     found = {"Architectures": markdown(rows, "architecture")}
-    if importlib.util.find_spec(ADAPTERS):
-        found["Adapters"] = markdown(importlib.import_module(ADAPTERS).rows(), "adapter")
-    return found
+    return found | ({"Adapters": markdown(adapters, "adapter: how peft makes it")} if adapters else {})
 
 
 def page(text: str, sections: Mapping[str, str]) -> str:
