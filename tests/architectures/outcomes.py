@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-EQUAL, OWN_HOOKS, REFUSED, WRONG, TRACEBACK = "equal", "own hooks", "refused", "wrong", "traceback"
-GOOD = (EQUAL, OWN_HOOKS, REFUSED)
+EQUAL, OWN_HOOKS, UNSTEERED, REFUSED = "equal", "own hooks", "equal, steering refused", "refused"
+GOOD = (UNSTEERED, EQUAL, OWN_HOOKS, REFUSED)  # none begins as one before it does
+WRONG, TRACEBACK = "wrong", "traceback"
 
 _FAULTS = 3  # of a wrong cell, that are told
 
@@ -19,7 +20,7 @@ class Cell:
     """One outcome.
 
     Attributes:
-        outcome: one of the five words.
+        outcome: one of `GOOD`, or `WRONG` or `TRACEBACK`.
         difference: the largest relative difference that was found; None where nothing was measured.
         detail: the sentence of a refusal, the exception, or what differs by how much.
     """
@@ -99,7 +100,7 @@ def attempt(compare: Callable[[], Cell], hidden: Path) -> Cell:
 def markdown(rows: Sequence[Row], first: str) -> str:
     """Rows as a table in Markdown; sentences of refusals are numbered below it."""
     columns = list(rows[0].cells)
-    sentences = sorted({cell.detail for row in rows for cell in row.cells.values() if cell.outcome == REFUSED})
+    sentences = sorted({cell.detail for row in rows for cell in row.cells.values() if REFUSED in cell.outcome})
     numbers = {sentence: number for number, sentence in enumerate(sentences, 1)}
     lines = ["| " + " | ".join([first, *columns]) + " |", "| --- |" + " --- |" * len(columns)]
     lines += [
@@ -112,8 +113,8 @@ def markdown(rows: Sequence[Row], first: str) -> str:
 
 
 def _shown(cell: Cell, numbers: Mapping[str, int]) -> str:
-    if cell.outcome == REFUSED:
-        return f"refused ({numbers[cell.detail]})"
+    if REFUSED in cell.outcome:
+        return f"{cell.outcome} ({numbers[cell.detail]})"
     if cell.outcome not in GOOD:
         return f"{cell.outcome}: {cell.detail}".replace("|", "\\|")
     size = "" if cell.difference is None else f" {cell.difference:.0e}"

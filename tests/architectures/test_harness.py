@@ -22,6 +22,7 @@ from tests.architectures.outcomes import (
     OWN_HOOKS,
     REFUSED,
     TRACEBACK,
+    UNSTEERED,
     WRONG,
     Cell,
     Row,
@@ -121,11 +122,11 @@ def test_what_a_user_would_see_decides_the_cell() -> None:
 def test_a_page_says_what_was_seen() -> None:
     rows = [
         Row("one", {"capture": Cell(OWN_HOOKS, 3e-7), "merge": Cell(REFUSED, None, "It is one | of two.")}),
-        Row("two, tied", {"capture": Cell(EQUAL, 2e-6), "merge": Cell(WRONG, None, "a | b")}),
+        Row("two, tied", {"capture": Cell(UNSTEERED, None, "It is none."), "merge": Cell(WRONG, None, "a | b")}),
     ]
     text = page(f"# Title\n\n{MARK}\nold", {"Architectures": markdown(rows, "architecture")})
     assert text.startswith("# Title\n")
     assert "old" not in text
-    assert "\n1. It is one | of two.\n" in text
-    assert "| one | own hooks 3e-07 | refused (1) |" in text
-    assert outcomes_in(text, 2) == {"one": [OWN_HOOKS, REFUSED], "two, tied": [EQUAL, WRONG]}
+    assert "\n2. It is one | of two.\n" in text
+    assert "| one | own hooks 3e-07 | refused (2) |" in text
+    assert outcomes_in(text, 2) == {"one": [OWN_HOOKS, REFUSED], "two, tied": [UNSTEERED, WRONG]}
