@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-EQUAL, OWN_HOOKS, UNSTEERED, REFUSED = "equal", "own hooks", "equal, steering refused", "refused"
-GOOD = (UNSTEERED, EQUAL, OWN_HOOKS, REFUSED)  # none begins as one before it does
+EQUAL, OWN_HOOKS, IN_PART, REFUSED = "equal", "own hooks", "equal, in part refused", "refused"
+GOOD = (IN_PART, EQUAL, OWN_HOOKS, REFUSED)  # none begins as one before it does
 WRONG, TRACEBACK = "wrong", "traceback"
 
 _FAULTS = 3  # of a wrong cell, that are told
@@ -78,6 +78,11 @@ class Check:
         return Cell(self.outcome, self.difference, self.note)
 
 
+def sentence_of(error: Exception, hidden: Path) -> str:
+    """A refusal's sentence, in which the folder `hidden` is called MODEL."""
+    return str(error).replace(str(hidden), "MODEL")
+
+
 def attempt(compare: Callable[[], Cell], hidden: Path) -> Cell:
     """The cell that `compare` gives, or what it ends with. The folder `hidden` is called MODEL in messages."""
     from es2.core.errors import Es2Error
@@ -85,7 +90,7 @@ def attempt(compare: Callable[[], Cell], hidden: Path) -> Cell:
     try:
         return compare()
     except Es2Error as error:
-        sentence = str(error).replace(str(hidden), "MODEL")
+        sentence = sentence_of(error, hidden)
         if "\n" in sentence or not sentence.rstrip().endswith("."):
             return Cell(WRONG, None, f"the refusal is no sentence: {sentence[:300]!r}")
         return Cell(REFUSED, None, sentence)
@@ -113,11 +118,11 @@ def markdown(rows: Sequence[Row], first: str) -> str:
 
 
 def _shown(cell: Cell, numbers: Mapping[str, int]) -> str:
+    size = "" if cell.difference is None else f" {cell.difference:.0e}"
     if REFUSED in cell.outcome:
-        return f"{cell.outcome} ({numbers[cell.detail]})"
+        return f"{cell.outcome} ({numbers[cell.detail]}){size}"
     if cell.outcome not in GOOD:
         return f"{cell.outcome}: {cell.detail}".replace("|", "\\|")
-    size = "" if cell.difference is None else f" {cell.difference:.0e}"
     return cell.outcome + size
 
 

@@ -19,10 +19,10 @@ from tests.architectures import cells, plain
 from tests.architectures.configs import ARCHITECTURES
 from tests.architectures.outcomes import (
     EQUAL,
+    IN_PART,
     OWN_HOOKS,
     REFUSED,
     TRACEBACK,
-    UNSTEERED,
     WRONG,
     Cell,
     Row,
@@ -88,7 +88,7 @@ def test_an_adapter_that_was_not_merged_is_seen(trial: cells.Trial, monkeypatch:
     monkeypatch.setattr(cells, "load_tuned", lambda folder, adapter, **settings: load_model(folder, **settings))
     ((_, cell),) = trial.cells(["merge"])
     assert cell.outcome == WRONG
-    assert "merged states differ" in cell.detail
+    assert "merged: states differ" in cell.detail
 
 
 def test_the_reference_steers_the_tokens_that_are_read_last(trial: cells.Trial) -> None:
@@ -122,11 +122,11 @@ def test_what_a_user_would_see_decides_the_cell() -> None:
 def test_a_page_says_what_was_seen() -> None:
     rows = [
         Row("one", {"capture": Cell(OWN_HOOKS, 3e-7), "merge": Cell(REFUSED, None, "It is one | of two.")}),
-        Row("two, tied", {"capture": Cell(UNSTEERED, None, "It is none."), "merge": Cell(WRONG, None, "a | b")}),
+        Row("two, tied", {"capture": Cell(IN_PART, None, "It is none."), "merge": Cell(WRONG, None, "a | b")}),
     ]
     text = page(f"# Title\n\n{MARK}\nold", {"Architectures": markdown(rows, "architecture")})
     assert text.startswith("# Title\n")
     assert "old" not in text
     assert "\n2. It is one | of two.\n" in text
     assert "| one | own hooks 3e-07 | refused (2) |" in text
-    assert outcomes_in(text, 2) == {"one": [OWN_HOOKS, REFUSED], "two, tied": [UNSTEERED, WRONG]}
+    assert outcomes_in(text, 2) == {"one": [OWN_HOOKS, REFUSED], "two, tied": [IN_PART, WRONG]}
