@@ -210,7 +210,10 @@ def load_bridge(
 def _boot(folder: Path, model: Any, expected: list[torch.Tensor] | None) -> tuple[Any, str]:
     """A bridge whose blocks give the `expected` outputs; without one, None and a sentence that says why."""
     from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.sources.transformers import helpers
 
+    # For a multimodal model it would install torchvision with pip, and with it another torch; texts need neither.
+    helpers._ensure_torchvision = lambda: False
     kind = model.config.model_type
     try:
         bridge = TransformerBridge.boot_transformers(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,10 @@ def test_where_a_bridge_fits_it_serves(tmp_path: Path) -> None:
     assert check_capture(folder, Store(tmp_path / "store")) == LENS
 
 
-def test_a_wrapper_is_captured(tmp_path: Path) -> None:
+def test_a_wrapper_is_captured_and_nothing_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TransformerLens would install torchvision into this very environment, and another torch with it."""
+    monkeypatch.setattr("subprocess.check_call", lambda command, **_: pytest.fail(f"ran {command}"))
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # as where there is none
     tiny_wrapper().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     check_capture(tmp_path / "model", Store(tmp_path / "store"))
