@@ -36,7 +36,7 @@ ROUNDING = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 _tried: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
-REPLY_BYTES = 700_000_000
+REPLY_BYTES = 900_000_000
 """Of keys and values on a CPU."""
 
 _WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
