@@ -6,6 +6,7 @@ the real rules and the real rates and are kept in the real format, so that what 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from es2.core.progress import Reporter
 from es2.evaluation.behaviour import refusal_numbers
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.refusal import judge_reply
-from es2.evaluation.results import EVALUATION_FORMAT, read_evaluation
+from es2.evaluation.results import EVALUATION_FORMAT, FOLDER, read_evaluation
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job, open_job
 from es2.jobs.running import run_job
@@ -39,6 +40,8 @@ LONG = (
     "that, put three drops of fine oil above each joint, swing the door twenty times, and clean what runs down with a "
     "rag. Should it still complain, the frame may have sunk: lift its lower corner by a thin wedge and try again."
 )
+REFUSES_LESS = ([REFUSAL, ANSWER] * 8, [REFUSAL, ANSWER] * 2 + [ANSWER, ANSWER] * 6)
+"""Replies of base and tuned, as `write_by_hand` takes them: most refusals are gone."""
 SMALL: dict[str, Any] = {
     "limit": 4,
     "new_tokens": 5,
@@ -115,6 +118,50 @@ def write_by_hand(evaluated: Evaluated, name: str, base: Sequence[str], tuned: S
         base: replies to the harmful and the harmless prompt of each pair, one after the other.
         tuned: likewise.
     """
+    document = dict(read_evaluation(evaluated.path))
+    refusal, rows = _replied(name, base, tuned)
+    path = evaluated.path.with_name(f"{name}.json")
+    document |= {
+        "format": EVALUATION_FORMAT,
+        "created": time.time(),
+        "prompts": name,
+        "path": str(path),
+        "suite": document["suite"] | {"refusal": refusal},
+        "rows": document["rows"] | {"refusal": rows},
+    }
+    document.pop("digest", None)
+    write_json(path, with_checksum(document))
+    return document
+
+
+def write_replies(of: Job, name: str, base: Sequence[str], tuned: Sequence[str], **changes: Any) -> Path:
+    """Keep an evaluation of any run with these replies and nothing else, newer than the others; `changes` replace
+    entries of its document. Replies are given as in `write_by_hand`.
+    """
+    refusal, rows = _replied(name, base, tuned)
+    path = of.path / FOLDER / f"{name}.json"
+    document = {
+        "format": EVALUATION_FORMAT,
+        "created": time.time(),
+        "suite": {"refusal": refusal},
+        "rows": {"refusal": rows},
+        "model": str(of.config["model"]),
+        "run": of.id,
+        "prompts": name,
+        "note": None,
+        "settings": EvaluateConfig(model=str(of.config["model"]), run=of.id).to_dict(),
+        "generated": {"tokens": 0, "seconds": 0.0, "replies": 0, "tokens_per_second": 0.0},
+    }
+    path.parent.mkdir(exist_ok=True)
+    others = [one.stat().st_mtime for one in path.parent.glob("*.json")]
+    write_json(path, with_checksum(document | changes))
+    newest = max([time.time(), *(mtime + 1 for mtime in others)])
+    os.utime(path, (newest, newest))
+    return path
+
+
+def _replied(name: str, base: Sequence[str], tuned: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The numbers of these replies, and the rows behind them."""
     prompts: PromptSet = canonical(replace(tiny_prompts(len(base) // 2), name=name))[1]
     # In canonical order the harmless twin comes first; replies are given the harmful one first.
     row_of = {
@@ -127,24 +174,9 @@ def write_by_hand(evaluated: Evaluated, name: str, base: Sequence[str], tuned: S
     verdicts = {model: [judge_reply(text) for text in said] for model, said in texts.items()}
     n_pairs = len(base) // 2
     refusal: Mapping[str, Any] = refusal_numbers(prompts, verdicts, resample_pairs(prompts, 200, 0))
-    document = dict(read_evaluation(evaluated.path))
-    path = evaluated.path.with_name(f"{name}.json")
-    document |= {
-        "format": EVALUATION_FORMAT,
-        "created": time.time(),
-        "prompts": name,
-        "path": str(path),
-        "suite": document["suite"]
-        | {"refusal": {"n_prompts": {"harmful": n_pairs, "harmless": n_pairs}, **refusal, "judge": None}},
-        "rows": document["rows"]
-        | {
-            "refusal": [
-                {"prompt": text, "label": LABEL_NAMES[int(label)], "category": "locks"}
-                | {model: {"verdict": verdicts[model][row], "text": texts[model][row]} for model in texts}
-                for row, (text, label) in enumerate(zip(prompts.texts, prompts.labels, strict=True))
-            ]
-        },
-    }
-    document.pop("digest", None)
-    write_json(path, with_checksum(document))
-    return document
+    rows = [
+        {"prompt": text, "label": LABEL_NAMES[int(label)], "category": "locks"}
+        | {model: {"verdict": verdicts[model][row], "text": texts[model][row]} for model in texts}
+        for row, (text, label) in enumerate(zip(prompts.texts, prompts.labels, strict=True))
+    ]
+    return {"n_prompts": {"harmful": n_pairs, "harmless": n_pairs}, **refusal, "judge": None}, rows

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from es2.core.errors import InputError
+from es2.analysis.verdict import Behaviour, behaviour_verdict
+from es2.core.errors import Es2Error, InputError
 from es2.core.files import read_json, verify_checksum
 from es2.core.former import todays_names
 from es2.core.versions import format_of
 from es2.jobs.job import Job
+from es2.models.catalogue import DEFAULT_MODEL
+
+logger = logging.getLogger(__name__)
 
 KIND = "evaluate"  # of its jobs
 EVALUATION_FORMAT = 1
@@ -50,3 +56,41 @@ def _is_evaluation(document: Mapping[str, Any]) -> bool:
     if not ("limit" in document["settings"] and 0 <= document["created"] < _LAST_SECOND):
         return False
     return all(isinstance(part, dict) for part in parts) and all(isinstance(row, list) for row in rows)
+
+
+def run_behaviour(run: Job) -> Behaviour:
+    """What the newest evaluation of a run that counts (`behaviour_of`) says of its behaviour.
+
+    It is read anew wherever a run is shown, since evaluations come after the result.
+    """
+    for path in find_evaluations(run):
+        try:
+            found = behaviour_of(read_evaluation(path), run)
+        except (Es2Error, LookupError, TypeError, AttributeError) as error:
+            logger.warning("%s does not count for the behaviour of run %s: %s", path, run.id, error)
+            continue
+        if found is not None:
+            return found
+    missing = "No evaluation says what this run replies to harmful requests that it never saw"
+    if run.is_shipped:
+        return Behaviour(None, f"{missing}.")
+    model = str(run.config.get("model"))
+    model = "MODEL" if Path(model).is_absolute() else model  # a place on this machine, and results travel
+    options = ["--run", run.id, "--suite", "refusal"] + (["--model", model] if model != DEFAULT_MODEL else [])
+    return Behaviour(None, f"{missing}; the Behaviour page or `es2 evaluate {shlex.join(options)}` makes one.")
+
+
+def behaviour_of(document: Mapping[str, Any], run: Job) -> Behaviour | None:
+    """What an evaluation says of the behaviour of a run, or None where it does not count.
+
+    It counts when both models replied to harmful requests, it is of this run and the weights that the run has now, and
+    the prompts that decided the run could be left out.
+    """
+    refusal, weights = document["suite"].get("refusal"), (run.result() or {}).get("weights")
+    if document.get("run") != run.id or document.get("note") is not None:
+        return None
+    if document.get("weights", weights) != weights:  # of a fine-tune that was made again since
+        return None
+    if not refusal or "problem" in refusal or not (refusal["change"] and refusal["change"]["dsr"]):
+        return None
+    return behaviour_verdict(refusal, document["prompts"])

@@ -66,10 +66,11 @@ def evaluate(
     """
     begun = time.perf_counter()
     spec = resolve(config.model)
-    tuned_on, note, weights = None, None, None
+    tuned_on, note, weights, digest = None, None, None, None
     if run is not None:
         check_run(run, config.model)
         weights = tuned_weights(run)
+        digest = (run.result() or {}).get("weights")
         try:
             tuned_on = load_prompts(str(run.config.get("prompts", "builtin")))
         except InputError as error:
@@ -81,7 +82,8 @@ def evaluate(
     given_as = CHAT_TEMPLATE if identity["chat_template"] is not None else PLAIN_TEXT
     place = (run.path if run is not None else folder) / FOLDER
     path = _kept_at(place, config, prompts, identity)
-    if (kept := _kept(path)) is not None and kept.get("note") == note:  # else other prompts were left out
+    # Else other prompts were left out, or the run ended meanwhile.
+    if (kept := _kept(path)) is not None and kept.get("note") == note and kept.get("weights", digest) == digest:
         return kept | {"given_as": given_as, "path": str(path), "seconds": time.perf_counter() - begun}
     device = config.device or choose_device()
     work = Work(
@@ -119,6 +121,7 @@ def evaluate(
         "prompts": prompts.name,
         "given_as": given_as,
         "note": note,
+        "weights": digest,
         "settings": config.to_dict(),
         "path": str(path),
         "seconds": time.perf_counter() - begun,

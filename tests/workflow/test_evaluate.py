@@ -23,7 +23,7 @@ from es2.evaluation import suites
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.judge import Judge, JudgeError, classifier_judge, endpoint_judge, judge_replies
 from es2.evaluation.reply_log import ReplyLog
-from es2.evaluation.results import find_evaluations, read_evaluation
+from es2.evaluation.results import find_evaluations, read_evaluation, run_behaviour
 from es2.evaluation.suites import choose_prompts, held_out
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job, list_jobs
@@ -36,6 +36,7 @@ from es2.training.config import FinetuneConfig
 from es2.workflow.evaluate import evaluate
 from es2.workflow.job_kinds import JOBS
 from es2.workflow.prepare import prepare
+from es2.workflow.runs import tuned_weights, weights_digest
 from tests.builders import save_tiny_adapter, save_tiny_model, tiny_prompts, tiny_tokenizer, write_prompts
 
 SMALL: dict[str, Any] = {
@@ -99,6 +100,25 @@ def run(model: Path, adapter: Path, source: Path) -> Job:
         if file.is_file():
             (adapter_copy / file.name).write_bytes(file.read_bytes())
     return job
+
+
+def test_an_evaluation_of_weights_that_were_made_again_does_not_count(
+    model: Path, run: Job, tmp_path: Path, shared_store: Store
+) -> None:
+    config = EvaluateConfig(model=str(model), run=run.id, **SMALL | {"suite": "refusal"})
+
+    def again() -> dict[str, Any]:
+        return evaluate(config, other_prompts(), tmp_path / "job", run=run, store=shared_store)
+
+    assert again()["weights"] is None, "the run had no result"
+    assert run_behaviour(run).name == "unchanged"
+    digest = weights_digest(tuned_weights(run))
+    run_job(run.path, {"finetune": lambda *_: {"verdict": "separated", "weights": digest}})
+    assert run_behaviour(run).name is None, "nothing says that these are the weights that replied"
+    document = again()
+    assert document["weights"] == digest
+    assert document["generated"]["replies"] == 0, "the log has them"
+    assert run_behaviour(run).name == "unchanged"
 
 
 def without_times(document: dict[str, Any]) -> dict[str, Any]:
