@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from es2.analysis.results import Analysis
-from es2.analysis.verdict import KL_BUDGET, Verdict, layer_verdict, run_verdict
+from es2.analysis.verdict import KL_BUDGET, Behaviour, Verdict, layer_verdict, run_verdict
 from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import ActivationSet
 
@@ -27,6 +27,7 @@ class Comparison:
         names: of left and right.
         targets, result, run: the target layers, `result.json` and id of the run at the right.
         config: that run's settings, `FinetuneConfig.to_dict()` and `prompts`, the source of the prompts.
+        behaviours: what each run that is compared did to replies, against its own base: one, or that at the left first.
     """
 
     prompts: PromptSet
@@ -39,6 +40,7 @@ class Comparison:
     config: Mapping[str, Any]
     result: Mapping[str, Any]
     run: str
+    behaviours: tuple[Behaviour, ...]
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -68,3 +70,16 @@ class Comparison:
     def verdict(self, layer: int) -> Verdict:
         """The verdict on one layer."""
         return layer_verdict(self.analysis.layers[layer], self.kl, self.kl_budget)
+
+    @property
+    def outcome(self) -> str:
+        """The verdict on the run with that on its behaviour; two runs do not share the base that this is against."""
+        verdict = self.run_verdict.name
+        return verdict if self.is_of_two_runs else self.behaviours[-1].outcome(verdict)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to warn of in the behaviour of each run; between two runs the name of the run is in front."""
+        named = zip(self.names[-len(self.behaviours) :], self.behaviours, strict=True)
+        found = [(name, behaviour.warning) for name, behaviour in named if behaviour.warning]
+        return [f"{name}: {warning}" if self.is_of_two_runs else warning for name, warning in found]

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from es2.cli.options import with_settings
-from es2.cli.terminal import AsJson, emit, interval_cell, out, progress, show_given_as
+from es2.cli.terminal import AsJson, emit, interval_cell, out, progress, show_given_as, show_outcome
 from es2.evaluation.config import EvaluateConfig
 
 
@@ -29,16 +29,20 @@ def evaluate(settings: dict[str, Any], json_: AsJson = False) -> None:
     decided = {"model": resolve(settings["model"]).name, "prompts": absolute_source(settings["prompts"])}
     decided["steering_limit"] = min(settings["steering_limit"], settings["limit"])
     config = EvaluateConfig(**settings | decided)
-    if config.run is not None:
-        run = open_run(config.run)
+    run = open_run(config.run) if config.run is not None else None
+    if run is not None:
         check_run(run, config.model)
         tuned_weights(run)
     load_prompts(config.prompts)
-    from es2.evaluation.results import KIND
+    from es2.evaluation.results import KIND, behaviour_of, run_behaviour
     from es2.workflow.evaluate import unfinished_job
 
     with progress() as report:
         result = run_here(KIND, config.to_dict(), unfinished_job(config), report)
+    if run is not None:
+        verdict = (run.result() or {}).get("verdict")
+        behaviour = behaviour_of(result, run) or run_behaviour(run)
+        result = {**result, "verdict": verdict, **behaviour.to_dict(verdict)}
     result["warnings"] = model_doubts(resolve(config.model))
     emit(result, json_, lambda: _show(result))
 
@@ -89,6 +93,8 @@ def _show(result: Mapping[str, Any]) -> None:
                 ratio = (record["change"] or {}).get("relative_ratio")
                 needs.add_row(str(record["layer"]), f"{record['p0']:g}", *map(interval_cell, [*lengths, ratio]))
         out.print(needs)
+    if "outcome" in result:
+        show_outcome(result)
     for sentence in (result["note"], *result["warnings"]):
         if sentence:
             out.print(sentence)

@@ -41,6 +41,7 @@ from es2.cli.terminal import (
     out,
     progress,
     show_given_as,
+    show_outcome,
 )
 from es2.core.errors import Es2Error, InputError, MachineError
 from es2.core.progress import Cancelled
@@ -167,6 +168,7 @@ def analyze(
 
     With --run: of the tuned model, beside its base.
     """
+    from es2.evaluation.results import run_behaviour
     from es2.prompts.loading import load_prompts
     from es2.workflow.prepare import prepare
     from es2.workflow.runs import open_run
@@ -190,6 +192,9 @@ def analyze(
     activations = prepared.activations
     of = {"model": activations.model, "run": run, "key": activations.key, "given_as": activations.given_as}
     document = of | analysis.to_dict()
+    if of_run is not None:
+        verdict = (of_run.result() or {}).get("verdict")
+        document |= {"verdict": verdict} | run_behaviour(of_run).to_dict(verdict)
 
     def show() -> None:
         columns = ["probe_accuracy", "probe_accuracy_control", "probe_auroc", "margin_mean", "fisher_ratio"]
@@ -200,6 +205,8 @@ def analyze(
             table.add_row(f"{layer['layer']}{mark}", *(interval_cell(layer[column]) for column in columns))
         out.print(table)
         out.print(analysis.reason)
+        if of_run is not None:
+            show_outcome(document)
         show_given_as(document)
 
     emit(document, json_, show)

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from es2.cli.terminal import AsJson, Device, Dtype, Model, emit, interval_cell, out, progress, show_given_as
+from es2.cli.terminal import (
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    emit,
+    interval_cell,
+    out,
+    progress,
+    show_given_as,
+    show_outcome,
+)
 from es2.models.catalogue import DEFAULT_MODEL
 
 _ABILITY = ("over_refusal", "perplexity", "kl_prompt", "kl_reply", "agreement")
@@ -51,7 +62,7 @@ def reproduce(
 def _show(result: Mapping[str, Any]) -> None:
     layers = ", ".join(map(str, result["target_layers"]))
     out.print(f"{result['model']}, {result['objective']} at layers {layers}, run {result['run']}.")
-    out.print(f"{result['verdict']}. {result['verdict_reason']}")
+    show_outcome(result)
     show_given_as(result)
     for found in result["evaluations"]:
         counts = found["n_prompts"] or {"harmful": 0, "harmless": 0}

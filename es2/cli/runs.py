@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from es2.cli.options import with_settings
-from es2.cli.terminal import AsJson, Device, Dtype, Model, Prompts, emit, out, progress, show_given_as
+from es2.cli.terminal import AsJson, Device, Dtype, Model, Prompts, emit, out, progress, show_given_as, show_outcome
 from es2.core.errors import InputError
 from es2.core.progress import Reporter
 from es2.core.settings import parse_list
@@ -110,6 +110,13 @@ def _result_of(run: Job, report: Reporter) -> dict[str, Any]:
     return result_of(run, exit_code, f"Run {run.id} was {run.status()}; `es2 runs resume {run.id}` goes on.")
 
 
+def _with_outcome(document: Mapping[str, Any], run: Job) -> dict[str, Any]:
+    """A document with a run's `verdict`, and what the run's newest evaluation says of behaviour."""
+    from es2.evaluation.results import run_behaviour
+
+    return {**document, **run_behaviour(run).to_dict(document.get("verdict"))}
+
+
 def _help_finetune(config: FinetuneConfig, prompts: PromptSet) -> None:
     """Take part in the fine-tune of another process (`accelerate launch`), which writes and reports."""
     import signal
@@ -135,7 +142,7 @@ def _show_run(result: Mapping[str, Any]) -> None:
     out.print(table)
     kl = result["kl_harmless_test"] or {}
     out.print(f"KL on harmless test prompts, nats per token: {', '.join(f'{k} {v:.3f}' for k, v in kl.items())}")
-    out.print(f"{result['verdict']}. {result['verdict_reason']}")
+    show_outcome(result)
     for sentence in (result["reason"], *result.get("warnings", ())):
         if sentence:
             out.print(sentence)
@@ -181,7 +188,7 @@ def runs(
 
     def show() -> None:
         if document["result"] and action == "show":
-            _show_run(document["result"])
+            _show_run(_with_outcome(document["result"], run))
         else:
             _show_runs([document])
 
@@ -190,7 +197,7 @@ def runs(
 
 def _run_row(run: Job) -> dict[str, Any]:
     result = run.result() or {}
-    return {
+    row = {
         "run": run.id,
         "name": run.name,
         "path": str(run.path),
@@ -204,6 +211,7 @@ def _run_row(run: Job) -> dict[str, Any]:
         "progress": run.progress(),
         "error": run.error(),
     }
+    return _with_outcome(row, run)
 
 
 def _show_runs(rows: list[dict[str, Any]]) -> None:
@@ -212,7 +220,7 @@ def _show_runs(rows: list[dict[str, Any]]) -> None:
         return
     table = Table("run", "name", "status", "model", "layers", "objective", "verdict")
     for row in rows:
-        cells = row | {"layers": ",".join(map(str, row["layers"] or ()))}
+        cells = row | {"layers": ",".join(map(str, row["layers"] or ())), "verdict": row["outcome"]}
         if row["jobs_ahead"]:
             cells["status"] = f"queued, {row['jobs_ahead']} before it"
         table.add_row(*(str(cells[str(column.header)] or "") for column in table.columns))
@@ -220,6 +228,8 @@ def _show_runs(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row["error"]:
             out.print(f"{row['run']}: {row['error']}")
+        if row["behaviour_warning"]:
+            out.print(f"{row['run']}: {row['behaviour_warning']}", style="red")
 
 
 def export(
@@ -232,6 +242,13 @@ def export(
     from es2.workflow.runs import export as write
     from es2.workflow.runs import open_run
 
-    folder = write(open_run(run), out_folder, merged=merged)
-    show = f"{'Merged model' if merged else 'Adapter'} of run {run}: {folder}"
-    emit({"run": run, "path": str(folder), "merged": merged}, json_, lambda: out.print(show))
+    exported = open_run(run)
+    folder = write(exported, out_folder, merged=merged)
+    verdict = (exported.result() or {}).get("verdict")
+    document = _with_outcome({"run": run, "path": str(folder), "merged": merged, "verdict": verdict}, exported)
+
+    def show() -> None:
+        out.print(f"{'Merged model' if merged else 'Adapter'} of run {run}: {folder}")
+        show_outcome(document)
+
+    emit(document, json_, show)

@@ -30,6 +30,7 @@ def showcase(
         "path": str(shipped()),
         "run": made.run,
         "verdict": made.result["verdict"],
+        **made.behaviours[-1].to_dict(made.result["verdict"]),
         "n_prompts": {"measured": n_measured, "part": len(made.prompts)},
         "bytes": sum(file.stat().st_size for file in files_below(shipped())),
     }
@@ -37,7 +38,7 @@ def showcase(
     def show() -> None:
         counts = document["n_prompts"]
         out.print(
-            f"Showcase of run {document['run']} ({document['verdict']}), embeddings of {counts['part']} of "
+            f"Showcase of run {document['run']} ({document['outcome']}), embeddings of {counts['part']} of "
             f"{counts['measured']} measured prompts, {document['bytes'] / 1e6:.1f} MB: {document['path']}",
             soft_wrap=True,
         )

@@ -70,6 +70,17 @@ def show_given_as(document: Mapping[str, Any]) -> None:
         out.print(PLAIN_TEXT_NOTE)
 
 
+def show_outcome(document: Mapping[str, Any]) -> None:
+    """Print the verdict on a run with that on its behaviour, and why; a warning where behaviour calls for one."""
+    if (outcome := document["outcome"]) is not None:
+        reason = document.get("verdict_reason")
+        out.print(f"{outcome}. {reason}" if reason else f"Run {document['run']}: {outcome}.")
+    if warning := document["behaviour_warning"]:
+        out.print(f"Warning: {warning}", style="red")
+    else:
+        out.print(document["behaviour_reason"])
+
+
 def interval_cell(number: Mapping[str, float] | None) -> Text:
     """A number with its interval for a table; nothing for none."""
     if number is None:

@@ -11,6 +11,7 @@ from es2.analysis.comparison import Comparison
 from es2.analysis.results import Analysis
 from es2.core.errors import InputError
 from es2.core.files import checked_key, way_out
+from es2.evaluation.results import run_behaviour
 from es2.jobs.job import Job
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
@@ -97,6 +98,7 @@ def find_comparison(
         config=run.config,
         result=result,
         run=run.id,
+        behaviours=tuple(map(run_behaviour, filter(None, (against, run)))),
     )
 
 

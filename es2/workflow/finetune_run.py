@@ -11,6 +11,7 @@ from es2.analysis.results import LayerNumbers
 from es2.analysis.verdict import layer_verdict, run_verdict
 from es2.core.files import DamagedError
 from es2.core.progress import Reporter, silent
+from es2.evaluation.results import run_behaviour
 from es2.jobs.queue import open_job
 from es2.models.catalogue import resolve
 from es2.models.folders import model_doubts
@@ -35,7 +36,7 @@ def finetune_run(
 
     Returns:
         JSON values: how the run ended, its KLs on harmless `test` prompts, the numbers of every layer before and after,
-        and the verdict at the target layers with its reason.
+        and the verdict at the target layers with its reason, and what is known of behaviour by then.
 
     Raises:
         InputError, MachineError, Cancelled: as `es2.training.finetune.finetune` and `prepare` do.
@@ -90,6 +91,7 @@ def _compared(
         "weights": weights,
         "verdict": verdict.name,
         "verdict_reason": verdict.reason,
+        **run_behaviour(run).to_dict(verdict.name),
         "verdicts": {str(layer.layer): layer_verdict(layer, kl, config.kl_budget).to_dict() for layer in tuned_layers},
         "given_as": prepared.activations.given_as,
         "activations": {"base": prepared.activations.key, "tuned": prepared.tuned and prepared.tuned.key},

@@ -20,6 +20,7 @@ from es2.core.former import todays_names
 from es2.core.progress import Reporter, silent
 from es2.core.settings import Settings, setting
 from es2.evaluation.config import EvaluateConfig
+from es2.evaluation.results import run_behaviour
 from es2.jobs.queue import find_jobs, open_job
 from es2.models.catalogue import resolve
 from es2.models.folders import model_folder
@@ -162,6 +163,7 @@ def reproduce(protocol: Protocol, model: str, report: Reporter = silent) -> dict
         "objective": config.objective,
         "given_as": prepared.activations.given_as,
         **{name: tuned[name] for name in kept},
+        **run_behaviour(open_job(tuned["run"])).to_dict(tuned["verdict"]),
         "evaluations": evaluated,
     }
 

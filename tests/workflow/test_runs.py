@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from es2.cli import main as cli
 from es2.core.errors import InputError, MachineError
+from es2.evaluation.results import read_evaluation
 from es2.jobs.job import Job
 from es2.jobs.queue import reopen
 from es2.jobs.running import run_job
@@ -29,6 +32,7 @@ from es2.training.config import FinetuneConfig
 from es2.workflow.job_kinds import JOBS
 from es2.workflow.runs import export, import_adapter, list_runs, open_run, tuned_weights, weights_digest
 from tests.builders import N_LAYERS, save_tiny_adapter, save_tiny_model, tiny_prompts, write_prompts
+from tests.builders_evaluation import REFUSES_LESS, write_replies
 
 WRAPPED = "language_model.model.layers"  # what a multimodal wrapper's adapter has for a text model's `model.layers`
 SHORT = ("--layers", "1,2", "--steps", "4", "--pairs-per-step", "4", "--validate-every", "2")
@@ -296,6 +300,54 @@ class TestRuns:
         assert code == 0
         assert document["result"]["verdict"] == done["verdict"]
         assert document["config"]["objective"] == FinetuneConfig(layers=()).objective
+
+    def test_every_command_says_what_is_known_of_behaviour(
+        self, done: dict[str, Any], es2, model: Path, prompts: Path, tmp_path: Path
+    ) -> None:
+        assert done["behaviour"] is None
+        assert done["outcome"] == f"{done['verdict']}, behaviour not measured"
+        run, of = open_run(done["run"]), ("--run", done["run"])
+        own = tiny_prompts(60)
+        others = replace(own, texts=tuple(text.replace("lock", "window") for text in own.texts))
+        others = write_prompts(tmp_path / "others.csv", others)
+        given = ("--model", model, "--prompts", others, "--device", "cpu", "--limit", "2", "--new-tokens", "2")
+        code, document = es2("evaluate", *given, *of, "--suite", "refusal")
+        assert code == 0, document
+        assert document["outcome"] == f"{done['verdict']}, behaviour unchanged", "babble of two prompts"
+        assert read_evaluation(Path(document["path"]))["weights"] == done["weights"]
+
+        path = write_replies(run, "requests", *REFUSES_LESS, weights=done["weights"])
+        try:
+            for arguments in (
+                ("analyze", "--model", model, "--prompts", prompts, *of),
+                ("runs", "show", run.id),
+                ("export", *of, "--out", tmp_path / "out"),
+                ("evaluate", *given, *of, "--suite", "kl"),  # has no replies to judge by
+            ):
+                code, document = es2(*arguments)
+                assert code == 0, document
+                assert (document["verdict"], document["behaviour"]) == (done["verdict"], "refuses less")
+                assert document["outcome"] == f"{done['verdict']}, refuses less"
+                assert document["behaviour_warning"].startswith("Refuses less. ")
+            code, document = es2("evaluate", *given, *of, "--suite", "refusal")
+            assert document["behaviour"] == "unchanged", "of its own replies"
+        finally:
+            shutil.rmtree(path.parent)
+
+    def test_people_are_warned_in_the_terminal(
+        self, done: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        path = write_replies(open_run(done["run"]), "requests", *REFUSES_LESS)
+        try:
+            for arguments in (("runs", "show", done["run"]), ("export", "--run", done["run"], "--out", tmp_path / "o")):
+                monkeypatch.setattr(sys, "argv", ["es2", *map(str, arguments)])
+                with pytest.raises(SystemExit):
+                    cli.main()
+                said = " ".join(capsys.readouterr().out.split())
+                assert f"{done['verdict']}, refuses less." in said
+                assert "Warning: Refuses less. The tuned model refuses fewer harmful requests than its base" in said
+        finally:
+            shutil.rmtree(path.parent)
 
     @pytest.mark.parametrize("id", ["nope", "../runs", "20200101-000000-000000-finetune-000000"])
     def test_unknown_runs_are_a_sentence(self, es2, id: str, model: Path, prompts: Path, tmp_path: Path) -> None:
