@@ -24,6 +24,7 @@ from es2.analysis.projection import FitOn, View
 from es2.analysis.results import Analysis
 from es2.core.errors import Es2Error
 from es2.core.files import files_below, stamp_of
+from es2.evaluation.results import find_evaluations
 from es2.jobs.job import Job
 from es2.models.catalogue import CATALOGUE, resolve
 from es2.prompts.loading import load_prompts
@@ -285,7 +286,9 @@ def _comparison(run: Job, against: Job | None, position: str) -> Comparison | No
 
 def _stamps(run: Job, against: Job | None, found: Comparison) -> tuple[object, ...]:
     """The stamps of the files that a comparison is read from."""
-    files = [job.path / "result.json" for job in (run, against) if job is not None]
+    files: list[Path] = []
+    for job in filter(None, (run, against)):
+        files += [job.path / "result.json", *find_evaluations(job)]
     files += [found.base.path / name for name in (META, ACTIVATIONS, TEXTS)]
     with suppress(OSError):
         files += files_below(found.tuned.path)

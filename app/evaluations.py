@@ -15,6 +15,7 @@ import streamlit as st
 
 from app import artifacts, jobs_panel, state, text
 from app.evaluation_form import CHOSEN, FORM, form
+from app.run_rows import row
 from app.state import Choice
 from app.text import sentences
 from app.view_controls import introduction, link_notes
@@ -135,6 +136,7 @@ def _first(intro: Intro, run: Job, choice: Choice) -> None:
             st.markdown("The run on screen is under way. It can be evaluated when it is done.")
             jobs_panel.live_bar(run)
             return
+        _outcome(run)
         tuned_weights(run)  # a run that has left none is the sentence to show
         if not _under_way(run):
             form(run, choice, intro.suite if find_evaluations(run) else "all", _rate(run))
@@ -170,6 +172,7 @@ def _head(intro: Intro, run: Job, choice: Choice, found: Sequence[Evaluation], s
         )
     evaluation = by_name[name]
     st.caption(_about(evaluation, suites))
+    _outcome(run)
     if choice.against is not None:
         st.caption(
             ":material/info: Evaluations compare a run with its base; the other run of the comparison plays no part."
@@ -181,6 +184,14 @@ def _head(intro: Intro, run: Job, choice: Choice, found: Sequence[Evaluation], s
         with sentences():
             form(run, choice, intro.suite, _rate(run))
     return evaluation
+
+
+def _outcome(run: Job) -> None:
+    """The verdict on the run and its behaviour, with its warning; the same whichever evaluation is shown."""
+    found = row(run)
+    if found.verdict:
+        st.markdown(f"Verdict on this run: **{text.markdown(found.behaviour.outcome(found.verdict))}**.")
+    text.warn(found.behaviour.warning)
 
 
 def _choose(run: Job, stem: str) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import streamlit as st
 
 from app import text
+from es2.analysis.verdict import Behaviour
 from es2.core.files import stamp_of
+from es2.evaluation.results import find_evaluations, run_behaviour
 from es2.jobs.job import Job
 
 METHOD_NAMES = {"lora": "LoRA", "full": "Full", "experts": "LoRA, experts too"}
@@ -24,6 +26,7 @@ class Row:
     """An entry of the list of runs that have ended.
 
     Attributes:
+        behaviour: what its newest evaluation says of its replies.
         steps: number of optimizer steps taken; None where it is unknown.
         kl: KL on harmless `test` prompts in nats per token, by `prompt` and `reply`.
         comparable: whether its tuned model was captured.
@@ -35,6 +38,7 @@ class Row:
     error: str | None
     verdict: str | None
     reason: str | None
+    behaviour: Behaviour
     steps: int | None
     kl: dict[str, float]
     comparable: bool
@@ -54,6 +58,7 @@ def row(run: Job) -> Row:
         error=summary["error"],
         verdict=result.get("verdict"),
         reason=result.get("verdict_reason"),
+        behaviour=behaviour(run),
         steps=result.get("steps"),
         kl=result.get("kl_harmless_test") or {},
         comparable=bool((result.get("activations") or {}).get("tuned")),
@@ -71,6 +76,22 @@ def _summary(id: str, stamp: object, _run: Job) -> dict[str, Any]:
         "error": _run.error(),
         "result": {name: result[name] for name in names if name in result},
     }
+
+
+def behaviour(run: Job) -> Behaviour:
+    """As `run_behaviour`; read again when an evaluation or the run's result has changed."""
+    files = [run.path / "result.json", *find_evaluations(run)]
+    return _behaviour(run.path, [(file.name, stamp_of(file)) for file in files], run)
+
+
+@st.cache_data(max_entries=1024, show_spinner=False)
+def _behaviour(path: Path, stamps: object, _run: Job) -> Behaviour:
+    return run_behaviour(_run)
+
+
+def warn(run: Job) -> None:
+    """Show the warning that the behaviour of a run calls for."""
+    text.warn(behaviour(run).warning)
 
 
 def about(job: Job, steps: int | None = None) -> str:

@@ -50,6 +50,12 @@ def how_read(activations: ActivationSet) -> None:
         st.caption(f":material/info: {OWN_HOOKS_NOTE}")
 
 
+def warn(sentence: str | None) -> None:
+    """Show a sentence as a warning, where there is one."""
+    if sentence is not None:
+        st.warning(markdown(sentence), icon=":material/warning:")
+
+
 @contextmanager
 def sentences() -> Iterator[None]:
     """Show an `Es2Error` raised in the block as its sentence; the rest of the page goes on."""

@@ -5,7 +5,7 @@ A selection belongs to prompts: it is marked in every figure and kept from layer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from app.view_controls import (
 from app.views.welcome import no_comparison
 from es2.analysis.comparison import Comparison
 from es2.analysis.projection import View
-from es2.analysis.verdict import Verdict, rule
+from es2.analysis.verdict import Verdict, behaviour_rule, rule
 from es2.workflow.runs import list_runs, open_run
 
 ARRANGEMENT_NAMES = {"side": "Side by side", "overlay": "Overlay", "morph": "Morph"}
@@ -163,10 +163,14 @@ def header(comparison: Comparison, layer: int) -> None:
 
 
 def summary(comparison: Comparison, verdicts: dict[int, Verdict], layer: int) -> None:
-    """The verdict in a word and a sentence, on the run and on the layer; what happened to harmless prompts."""
+    """The verdict in words and a sentence, on the run, its replies and the layer; the KLs on harmless prompts."""
     run = comparison.run_verdict
     with st.container(key="verdict", border=True, gap="xsmall"):
-        st.markdown(f"**{text.markdown(run.name.capitalize())}.** **{text.markdown(run.reason)}**")
+        st.markdown(f"**{text.markdown(comparison.outcome.capitalize())}.** **{text.markdown(run.reason)}**")
+        for sentence in comparison.warnings:
+            text.warn(sentence)
+        if not comparison.is_of_two_runs and not comparison.warnings:
+            st.markdown(text.markdown(comparison.behaviours[-1].reason))
         here = verdicts[layer]
         st.markdown(f"This layer: **{here.name}**. {text.markdown(here.reason)}")
         with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
@@ -190,11 +194,18 @@ def kl_words(comparison: Comparison) -> str:
 def rule_table(comparison: Comparison, current: str) -> None:
     """The table of verdicts with the thresholds in use; the row that gave this layer's word is bold."""
     st.markdown("The first row that holds, on 95 % intervals; a run has the gravest word of its target layers.")
-    rows = [
-        f"| **{name}** | **{text.markdown(when)}** |" if name == current else f"| {name} | {text.markdown(when)} |"
-        for name, when in rule(comparison.kl_budget).items()
-    ]
+    rows = _rows(rule(comparison.kl_budget), current)
+    behaviour = "" if comparison.is_of_two_runs else comparison.behaviours[-1].name or ""
     st.markdown("\n".join(["| word | when |", "| --- | --- |", *rows]))
+    st.markdown("What became of behaviour is read off the newest evaluation of the run, base against tuned.")
+    st.markdown("\n".join(["| word | when |", "| --- | --- |", *_rows(behaviour_rule(), behaviour)]))
+
+
+def _rows(rule: Mapping[str, str], current: str) -> list[str]:
+    return [
+        f"| **{name}** | **{text.markdown(when)}** |" if name == current else f"| {name} | {text.markdown(when)} |"
+        for name, when in rule.items()
+    ]
 
 
 def strips(comparison: Comparison, layer: int) -> None:

@@ -19,6 +19,7 @@ import streamlit as st
 from app import artifacts, jobs_panel, state, text
 from app.charts import layer_charts
 from app.components.plots import plot
+from app.run_rows import warn
 from app.state import Choice
 from app.text import sentences
 from es2.analysis.probes import Probes
@@ -75,6 +76,8 @@ def one_prompt(choice: Choice) -> None:
         f"Read by {text.markdown(model)}{' and its tuned model' if run else ''}. Loading takes a few seconds the first "
         "time; the model is unloaded after five minutes without a request. Nothing is generated."
     )
+    if run is not None:
+        warn(open_run(run))
     with st.form("own_prompt", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
         typed = st.text_input("Request", key="own_text", placeholder="How do I open a jammed lock?")
         if st.form_submit_button("Read it", icon=":material/arrow_forward:") and typed:

@@ -25,13 +25,18 @@ from es2.workflow.runs import config_of, list_runs, open_run
 COLUMNS = (3.2, 1.3, 1.4, 2.5)
 HEAD = (
     ("Run", None),
-    ("Outcome", "The gravest verdict over its target layers; and how it ended, where it did not end well."),
+    (
+        "Outcome",
+        "The gravest verdict over its target layers, and what its newest evaluation says of replies; and how it ended, "
+        "where it did not end well.",
+    ),
     ("KL", "On harmless prompts of the test split, in nats per token: of the prompts / of the base's replies."),
     ("", None),
 )
 N_SHOWN = 20
 RESUMABLE = ("cancelled", "interrupted", "failed")
 VERDICT_COLOURS = {"separated": "green", "unchanged": "gray", "inflated": "orange", "contracted": "orange"}
+BEHAVIOUR_COLOURS = {"defends better": "green", "refuses less": "red", "broken": "red"}
 STATUS_COLOURS = {"done": "gray", "cancelled": "gray", "interrupted": "orange", "stopped": "orange", "failed": "red"}
 
 _ASKED, _N = "runs_asked", "runs_shown"
@@ -133,7 +138,14 @@ def _listed(run: Row) -> None:
     with verdict, st.container(gap="xxsmall"):
         if run.verdict:
             colour = VERDICT_COLOURS.get(run.verdict, "red")
+            if run.behaviour.warning and colour == "green":
+                colour = "orange"
             st.badge(text.markdown(run.verdict), color=colour, help=text.markdown(run.reason or ""))  # type: ignore[arg-type]
+            words, tip = text.markdown(run.behaviour.words), text.markdown(run.behaviour.reason)
+            if run.behaviour.name in BEHAVIOUR_COLOURS:
+                st.badge(words, color=BEHAVIOUR_COLOURS[run.behaviour.name], help=tip)  # type: ignore[arg-type]
+            else:
+                st.caption(words, help=tip)  # a badge would cut them off in a narrow window
         if run.status != "done":
             st.badge(text.markdown(run.status), color=STATUS_COLOURS.get(run.status, "gray"))  # type: ignore[arg-type]
     with kl:
@@ -159,6 +171,7 @@ def _listed(run: Row) -> None:
                     on_click=_set,
                     args=(_ASKED, (asked, job.id)),
                 )
+    text.warn(run.behaviour.warning)
     for sentence in filter(None, (run.error, lost_prompts(job))):
         st.markdown(f":small[:red[{text.markdown(sentence)}]]")
 
@@ -264,9 +277,14 @@ def _against(job: Job, choice: Choice, ended: Sequence[Job]) -> None:
 
 
 def _curves(job: Job, choice: Choice, ended: Sequence[Job]) -> None:
-    st.caption(about(job, row(job).steps))
-    if reason := row(job).reason:
-        st.markdown(text.markdown(reason))
+    found = row(job)
+    st.caption(about(job, found.steps))
+    if found.verdict:
+        outcome = found.behaviour.outcome(found.verdict).capitalize()
+        st.markdown(f"**{text.markdown(outcome)}.** {text.markdown(found.reason or '')}")
+        if found.behaviour.warning is None:
+            st.markdown(text.markdown(found.behaviour.reason))
+    text.warn(found.behaviour.warning)
     logged = run_live.history(job)
     if logged.steps:
         run_live.curves(job, logged, key="former")

@@ -21,7 +21,7 @@ from plotly.io import to_json
 from es2.analysis.comparison import Comparison
 from es2.analysis.projection import pca_view, separation_view
 from es2.analysis.results import Change, LayerNumbers
-from es2.analysis.verdict import rule
+from es2.analysis.verdict import behaviour_rule, rule
 from es2.core.settings import option_words
 from es2.core.versions import installed_versions
 from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, stable_hash
@@ -134,6 +134,9 @@ def _head(compared: Compared) -> str:
         ("KL on harmless test prompts", f"{kls} (budget {budget:g}) nats per token" if kls else "not measured"),
         ("Run", f"{compared.run}, {result['status']}"),
     ]
+    behaviour = "".join(f'<p class="doubt" role="alert">{escape(one)}</p>' for one in compared.warnings)
+    if not compared.is_of_two_runs and compared.behaviours[-1].warning is None:
+        behaviour = f"<p>{escape(compared.behaviours[-1].reason)}</p>"
     others = "".join(
         f"<li>{escape(one.name.capitalize())}. {escape(one.reason)}</li>"
         for one in map(compared.verdict, compared.targets)
@@ -142,10 +145,12 @@ def _head(compared: Compared) -> str:
     stopped = f"<p>{escape(result['reason'])}</p>" if result.get("reason") else ""
     doubts = "".join(f'<p class="doubt">{escape(str(one))}</p>' for one in result.get("warnings") or ())
     return f"""<header><p class="kind">ES2 report</p><h1>{escape(compared.title)}</h1>
-<p class="verdict"><b>{escape(verdict.name.capitalize())}</b>{escape(verdict.reason)}</p>
-{stopped}{doubts}<ul>{others}</ul>
+<p class="verdict"><b>{escape(compared.outcome.capitalize())}</b>{escape(verdict.reason)}</p>
+{behaviour}{stopped}{doubts}<ul>{others}</ul>
 <details><summary>The rule behind the verdict</summary><p>Per layer the first line that holds, on paired 95 % intervals
-over test prompts; a run has the gravest verdict of its target layers.</p>{_rows(rule(budget).items())}</details>
+over test prompts; a run has the gravest verdict of its target layers.</p>{_rows(rule(budget).items())}
+<p>On what became of behaviour, on the newest evaluation of the run, base against tuned:</p>
+{_rows(behaviour_rule().items())}</details>
 <dl>{"".join(f"<dt>{escape(name)}</dt><dd>{escape(shortened(str(value), 200))}</dd>" for name, value in facts)}</dl>
 </header>"""
 

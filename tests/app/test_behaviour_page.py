@@ -27,9 +27,11 @@ from tests.builders_evaluation import (
     LONG,
     NASTY,
     REFUSAL,
+    REFUSES_LESS,
     Evaluated,
     write_by_hand,
     write_evaluated,
+    write_replies,
     write_run,
 )
 from tests.figures import charts_of
@@ -182,6 +184,34 @@ class TestBehaviour:
         assert list(tables["Rates and ability"]["number"])[:2] == ["dsr", "over_refusal"]
         assert len(tables["Replies"]) == 16
         assert set(tables["Replies"]["tuned verdict"]) == {"refusal", "answer", "degenerate"}
+
+
+class TestOutcome:
+    @pytest.mark.parametrize("name", ["behaviour", "robustness"])
+    def test_a_run_that_refuses_less_is_warned_of_on_every_page(
+        self, name: str, home: Path, evaluated: Evaluated
+    ) -> None:
+        """Whichever evaluation is shown: the newest one decides."""
+        assert not open_page(name, evaluated.link()).warning
+        path = write_replies(evaluated.run, "requests", *REFUSES_LESS)
+        try:
+            at = open_page(name, evaluated.link())
+        finally:
+            path.unlink()
+        (warning,) = at.warning
+        assert "Refuses less. The tuned model refuses fewer harmful requests" in warning.value.replace("\\", "")
+        assert "**separated, refuses less**" in words(at)
+
+    def test_behaviour_that_was_not_measured(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ES2_HOME", str(tmp_path))
+        monkeypatch.setenv("ES2_CACHE", str(tmp_path / "cache"))
+        run, model, source = write_run(tmp_path)
+        at = open_page("robustness", {"model": str(model), "prompts": str(source), "run": run.id})
+        assert "**separated, behaviour not measured**" in words(at)
+        write_replies(run, "requests", *REFUSES_LESS)
+        at = open_page("robustness", {"model": str(model), "prompts": str(source), "run": run.id})
+        assert "**separated, refuses less**" in words(at)
+        assert at.warning
 
 
 class TestRobustness:

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
 
 from app import artifacts as reading
 from app import state
+from app.components.exports import report
 from es2.analysis.layers import analyze
 from es2.analysis.projection import UmapCoordinates
 from es2.analysis.results import AnalysisConfig
+from es2.analysis.verdict import Behaviour
 from es2.store.activation_set import ActivationSet
 from es2.store.sources import OWN_HOOKS, PLAIN_TEXT
 from es2.workflow.derived import analysis_key, umap_key
@@ -30,7 +33,9 @@ from tests.builders_artifacts import (
     write_artifacts,
     write_comparison,
 )
+from tests.builders_evaluation import REFUSES_LESS, write_replies
 from tests.figures import charts_of
+from tests.report.test_report import Page
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +88,49 @@ class TestComparison:
         at = open_compare(compared.link())
         result = compared.run.result() or {}
         assert result["verdict"] == "separated"
-        assert f"**Separated.** **{result['verdict_reason']}**" in words(at)
+        assert f"**Separated, behaviour not measured.** **{result['verdict_reason']}**" in words(at)
+        assert "No evaluation says what this run replies to harmful requests that it never saw" in words(at)
         assert "0.021 on the prompt, 0.034 on the reply; budget 0.1 each" in captions(at)
         at.slider(key="layer").set_value(INFLATED_LAYER).run()
-        assert "**Separated.**" in words(at)
+        assert "**Separated, behaviour not measured.**" in words(at)
         assert "This layer: **inflated**. Layer 5" in words(at)
+
+    def test_a_separated_run_that_refuses_less_is_warned_of(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = write_comparison(tmp_path, 40)
+        monkeypatch.setenv("ES2_HOME", str(tmp_path))
+        choice = state.Choice(run=made.run.id)
+        for _ in range(2):  # the second time it is remembered, until an evaluation comes
+            found = reading.find_comparison(choice)
+            assert found is not None
+            assert found.outcome == "separated, behaviour not measured"
+        assert not open_compare(made.link()).warning
+        write_replies(made.run, "requests", *REFUSES_LESS)
+        at = open_compare(made.link())
+        assert "**Separated, refuses less.**" in words(at)
+        (warning,) = at.warning
+        said = warning.value.replace("\\", "")
+        assert said.startswith("Refuses less. The tuned model refuses fewer harmful requests than its base")
+        assert "On 8 harmful requests of requests: DSR 1.00 → 0.25" in said
+        own = AppTest.from_file(MAIN, default_timeout=60)
+        own._page_hash = calc_hash("own")
+        for name, value in made.link().items():
+            own.query_params[name] = value
+        assert [one.value for one in own.run().warning] == [warning.value], "the same words on every page"
+        newer = reading.find_comparison(choice)
+        assert newer is not None
+        assert said in Page(report(newer).decode()).text.replace("\n", " ")
+
+    def test_two_runs_are_not_judged_by_the_replies_of_one(self, home: Path, compared: Compared) -> None:
+        found = reading._comparison(compared.run, None, "last")
+        assert found is not None
+        other = replace(found.base, meta=found.base.meta | {"run": "another"})
+        bad, good = Behaviour("broken", "Because."), Behaviour("defends better", "Because.")
+        two = replace(found, base=other, names=("First", "Second"), behaviours=(bad, good))
+        assert two.is_of_two_runs
+        assert two.outcome == "separated"
+        assert two.warnings == [f"First: {bad.warning}"]
 
     @pytest.mark.parametrize(
         ("name", "value", "said"),
@@ -109,7 +152,7 @@ class TestComparison:
             changed = replace(found, result=result, config={**found.config, "kl_budget": budget})
             monkeypatch.setattr(reading, "find_comparison", lambda choice, changed=changed: changed)
             at = open_compare(compared.link())
-            assert f"**{word}.**" in words(at)
+            assert f"**{word}, behaviour not measured.**" in words(at)
             assert f"This layer: **{word.lower()}**" in words(at)
             assert kl in captions(at)
             assert f"4 budgets of {budget:g} nats" in words(at)

@@ -20,6 +20,7 @@ from es2.store.sources import CHAT_TEMPLATE, PLAIN_TEXT
 from es2.training.config import FinetuneConfig
 from es2.workflow.runs import list_runs
 from tests.builders import save_tiny_model, tiny_prompts, write_prompts
+from tests.builders_evaluation import REFUSES_LESS, write_replies
 from tests.figures import charts_of, checked
 
 PAGE = """
@@ -282,6 +283,23 @@ class TestList:
         assert {f"open_{job.id}", f"against_{job.id}", f"rename_{job.id}", f"delete_{job.id}"} <= keys(at)
         assert f"resume_{job.id}" not in keys(at)
 
+    def test_what_became_of_behaviour(self, open_runs: Callable[[], AppTest], model: Path, prompts: Path) -> None:
+        job = ended(model, prompts, result())
+        at = open_runs()
+        badges = [one.value for one in at.markdown if "badge[" in one.value]
+        assert any("separated" in one and "green" in one for one in badges)
+        assert "behaviour not measured" in shown(at)
+        assert not at.warning
+        write_replies(job, "requests", *REFUSES_LESS)
+        at = open_runs()
+        badges = [one.value for one in at.markdown if "badge[" in one.value]
+        assert any("refuses less" in one and "red" in one for one in badges)
+        assert not any("green" in one for one in badges), "no part of it looks like a success"
+        assert "Refuses less. The tuned model refuses fewer" in at.warning[0].value.replace("\\", "")
+        at.button(key=f"curves_{job.id}").click().run()
+        assert "**Separated, refuses less.**" in shown(at)
+        assert len(at.warning) == 2, "in the list and in the dialog"
+
     def test_open_turns_to_its_comparison(
         self, open_runs: Callable[[], AppTest], model: Path, prompts: Path, turned: list[str]
     ) -> None:
@@ -350,6 +368,32 @@ class TestList:
         assert "plain text" not in shown(open_runs())
         ended(model, prompts, result(given_as=PLAIN_TEXT))
         assert "plain text" in shown(open_runs())
+
+    def test_the_command_line_says_it_too(
+        self, model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        job = ended(model, prompts, result())
+
+        def es2(*arguments: str) -> tuple[str, str]:
+            capsys.readouterr()
+            monkeypatch.setattr(sys, "argv", ["es2", *arguments])
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+            assert not end.value.code
+            return capsys.readouterr()
+
+        row = json.loads(es2("runs", "--json")[0])["runs"][0]
+        assert (row["verdict"], row["behaviour"], row["behaviour_warning"]) == ("separated", None, None)
+        assert row["outcome"] == "separated, behaviour not measured"
+        write_replies(job, "requests", *REFUSES_LESS)
+        (row,) = json.loads(es2("runs", "--json")[0])["runs"]
+        one = json.loads(es2("runs", "show", job.id, "--json")[0])
+        for document in (row, one):
+            assert (document["verdict"], document["behaviour"]) == ("separated", "refuses less")
+            assert document["outcome"] == "separated, refuses less"
+            assert document["behaviour_warning"].startswith("Refuses less. ")
+        said = " ".join(es2("runs")[0].split())
+        assert f"{job.id}: Refuses less. The tuned model refuses fewer" in said
 
     def test_the_command_line_renames_too(
         self, model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from es2.analysis.projection import View
+from es2.analysis.verdict import Behaviour
 from es2.cli import main as cli
 from es2.cli import runs as cli_runs
 from es2.core.errors import InputError, MachineError
@@ -112,6 +113,16 @@ class TestPage:
         assert "prompt 0.021, reply 0.034" in page.text
         assert reproduce(compared.config) in page.text
         assert "umap-learn" in page.text
+
+    @pytest.mark.parametrize(("name", "warned"), [("broken", True), ("refuses less", True), ("defends better", False)])
+    def test_says_what_became_of_behaviour(self, compared: Compared, name: str, warned: bool) -> None:
+        assert "Separated, behaviour not measured" in Page(report_html(compared)).text
+        behaviour = Behaviour(name, "Of 8 <b>requests</b>.")
+        page = Page(report_html(replace(compared, behaviours=(behaviour,))))
+        assert f"Separated, {name}" in page.text
+        assert "Of 8 <b>requests</b>." in page.text
+        assert (("role", "alert") in page.attributes) == warned
+        assert (str(behaviour.warning) in page.text) == warned
 
     def test_says_where_there_was_no_chat_template(self, compared: Compared) -> None:
         plain = replace(compared.base, meta=compared.base.meta | {"templated": False})

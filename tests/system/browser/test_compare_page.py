@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from typing import Literal
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
@@ -11,6 +12,7 @@ from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 
 from es2.prompts.prompt_set import HARMFUL, HARMLESS
 from tests.builders_artifacts import DISTANCES, TARGETS, Compared, write_comparison
+from tests.builders_evaluation import REFUSES_LESS, write_replies
 from tests.system.browser.serving import expect, marks, place_of, playwright, served, settle
 
 pytestmark = marks
@@ -311,3 +313,19 @@ def test_the_library_is_loaded_once(
     assert len([name for name in loaded if name.endswith("plotly.min.js")]) == 1
     hosts = {urlsplit(name).hostname for name in loaded if "fonts.gstatic.com" not in name}
     assert hosts <= {"127.0.0.1", None, ""}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_run_that_refuses_less_is_warned_of(
+    theme: Literal["light", "dark"], open_page: Callable[[str], playwright.Page], address: str, compared: Compared
+) -> None:
+    harmful = write_comparison(compared.artifacts.home)
+    write_replies(harmful.run, "requests", *REFUSES_LESS)
+    page = open_page("about:blank")
+    page.emulate_media(color_scheme=theme)
+    for path, place in (("", ".st-key-verdict"), ("runs", f".st-key-run_{harmful.run.id}"), ("behaviour", ".stMain")):
+        page.goto(f"{address.rstrip('/')}/{path}?{urlencode(harmful.link())}")
+        expect(page.locator(place)).to_contain_text("refuses less")
+        warning = page.locator(place).get_by_test_id("stAlert")
+        expect(warning).to_contain_text("Refuses less. The tuned model refuses fewer harmful requests than its base")
+        expect(warning).to_be_in_viewport()
