@@ -23,10 +23,13 @@ class CatalogueEntry:
 
     Attributes:
         name: what to type for `--model`.
-        hub_id: where its weights are. (The default model's come from the package index, rounded to four bits.)
+        hub_id: where its weights are. (The default model's come from the package index, rounded to four bits; where
+            the Hub is not reached, others may too, see `es2.models.mirror`.)
         parameters: number of weights.
+        vocabulary: number of rows of its embedding.
         gated: whether the Hub asks to accept the licence and log in first.
         paper: whether the ES2 paper (arXiv 2603.20206) evaluates on it.
+        tied: whether its embedding is its LM head, too.
     """
 
     name: str
@@ -34,9 +37,11 @@ class CatalogueEntry:
     parameters: int
     n_layers: int
     d_model: int
+    vocabulary: int
     licence: str
     gated: bool = False
     paper: bool = False
+    tied: bool = True
 
     def memory_gb(self, dtype: str = "float32") -> float:
         """Memory in GB (10⁹ bytes) that loading it and capturing with it takes, about."""
@@ -47,21 +52,44 @@ class CatalogueEntry:
 
 
 CATALOGUE = (
-    CatalogueEntry(DEFAULT_MODEL, "HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, 30, 576, "Apache-2.0"),
-    CatalogueEntry("smollm2-360m-instruct", "HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, 32, 960, "Apache-2.0"),
+    CatalogueEntry(DEFAULT_MODEL, "HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008, 30, 576, 49_152, "Apache-2.0"),
     CatalogueEntry(
-        "smollm2-1.7b-instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384, 24, 2048, "Apache-2.0"
+        "smollm2-360m-instruct", "HuggingFaceTB/SmolLM2-360M-Instruct", 361_821_120, 32, 960, 49_152, "Apache-2.0"
     ),
-    CatalogueEntry("qwen2.5-0.5b-instruct", "Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, 24, 896, "Apache-2.0"),
-    CatalogueEntry("qwen2.5-1.5b-instruct", "Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304, 28, 1536, "Apache-2.0"),
     CatalogueEntry(
-        "llama-3.2-1b-instruct", "meta-llama/Llama-3.2-1B-Instruct", 1_235_814_400, 16, 2048, "Llama 3.2", gated=True
+        "smollm2-1.7b-instruct", "HuggingFaceTB/SmolLM2-1.7B-Instruct", 1_711_376_384, 24, 2048, 49_152, "Apache-2.0"
     ),
-    CatalogueEntry("gemma-3-270m-it", "google/gemma-3-270m-it", 268_098_176, 18, 640, "Gemma", gated=True),
-    CatalogueEntry("gemma-3-1b-it", "google/gemma-3-1b-it", 999_885_952, 26, 1152, "Gemma", gated=True),
-    CatalogueEntry("gemma-2-2b-it", "google/gemma-2-2b-it", 2_614_341_888, 26, 2304, "Gemma", gated=True),
+    CatalogueEntry("qwen2.5-0.5b-instruct", "Qwen/Qwen2.5-0.5B-Instruct", 494_032_768, 24, 896, 151_936, "Apache-2.0"),
     CatalogueEntry(
-        "llama-2-7b-chat", "meta-llama/Llama-2-7b-chat-hf", 6_738_415_616, 32, 4096, "Llama 2", gated=True, paper=True
+        "qwen2.5-coder-0.5b-instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct", 494_032_768, 24, 896, 151_936, "Apache-2.0"
+    ),
+    CatalogueEntry(
+        "qwen2.5-1.5b-instruct", "Qwen/Qwen2.5-1.5B-Instruct", 1_543_714_304, 28, 1536, 151_936, "Apache-2.0"
+    ),
+    CatalogueEntry(
+        "llama-3.2-1b-instruct",
+        "meta-llama/Llama-3.2-1B-Instruct",
+        1_235_814_400,
+        16,
+        2048,
+        128_256,
+        "Llama 3.2",
+        gated=True,
+    ),
+    CatalogueEntry("gemma-3-270m-it", "google/gemma-3-270m-it", 268_098_176, 18, 640, 262_144, "Gemma", gated=True),
+    CatalogueEntry("gemma-3-1b-it", "google/gemma-3-1b-it", 999_885_952, 26, 1152, 262_144, "Gemma", gated=True),
+    CatalogueEntry("gemma-2-2b-it", "google/gemma-2-2b-it", 2_614_341_888, 26, 2304, 256_000, "Gemma", gated=True),
+    CatalogueEntry(
+        "llama-2-7b-chat",
+        "meta-llama/Llama-2-7b-chat-hf",
+        6_738_415_616,
+        32,
+        4096,
+        32_000,
+        "Llama 2",
+        gated=True,
+        paper=True,
+        tied=False,
     ),
     CatalogueEntry(
         "llama-3-8b-instruct",
@@ -69,15 +97,33 @@ CATALOGUE = (
         8_030_261_248,
         32,
         4096,
+        128_256,
         "Llama 3",
         gated=True,
         paper=True,
+        tied=False,
     ),
     CatalogueEntry(
-        "mistral-7b-instruct", "mistralai/Mistral-7B-Instruct-v0.3", 7_248_023_552, 32, 4096, "Apache-2.0", paper=True
+        "mistral-7b-instruct",
+        "mistralai/Mistral-7B-Instruct-v0.3",
+        7_248_023_552,
+        32,
+        4096,
+        32_768,
+        "Apache-2.0",
+        paper=True,
+        tied=False,
     ),
     CatalogueEntry(
-        "qwen2.5-7b-instruct", "Qwen/Qwen2.5-7B-Instruct", 7_615_616_512, 28, 3584, "Apache-2.0", paper=True
+        "qwen2.5-7b-instruct",
+        "Qwen/Qwen2.5-7B-Instruct",
+        7_615_616_512,
+        28,
+        3584,
+        152_064,
+        "Apache-2.0",
+        paper=True,
+        tied=False,
     ),
 )
 """Small models first, as people try them first; then the paper's four."""

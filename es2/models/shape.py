@@ -69,8 +69,9 @@ class Shape:
                 f"The model {spec.name!r} is not on this machine yet, so its size is unknown; "
                 f"fetch it with `es2 capture --model {spec.name}`."
             )
-        block = min(12 * entry.d_model**2, entry.parameters // entry.n_layers)  # the usual ratio of the sizes
-        head = entry.parameters - entry.n_layers * block
+        n_heads = 1 if entry.tied else 2
+        block = (entry.parameters - n_heads * entry.vocabulary * entry.d_model) // entry.n_layers
+        head = (entry.parameters - entry.n_layers * block) // n_heads
         return cls(entry.n_layers, entry.d_model, 3 * entry.d_model, block, head, entry.parameters, entry.d_model)
 
 

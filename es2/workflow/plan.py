@@ -23,7 +23,8 @@ from es2.models.catalogue import resolve
 from es2.models.checked import refuse_untunable
 from es2.models.costs import DTYPES
 from es2.models.machine import ASSUMED_CPU_FLOPS, Machine, this_machine
-from es2.models.shape import Shape
+from es2.models.placement import AUTO
+from es2.models.shape import Shape, local_folder
 from es2.prompts.prompt_set import PromptSet
 from es2.store.store import Store
 from es2.training.config import FinetuneConfig
@@ -117,7 +118,7 @@ def plan(
     measured = prompts.in_split("probe") | prompts.in_split("test")
     n_measured = int(measured.sum())
     tokens = sum(length for length, keep in zip(own, measured.tolist(), strict=True) if keep)
-    captured = 2.0 * tokens * shape.n_layers * shape.block_parameters
+    captured = capture_products(shape, tokens)
     known = find_activations(resolve(config.model).name, prompts.measured(), "last", store)
     products |= {
         "base capture": 0.0 if known else captured,
@@ -152,6 +153,40 @@ def plan(
         commands=tuple(commands),
         advice=tuple(advice),
     )
+
+
+def capture_seconds(
+    model: str,
+    prompts: PromptSet,
+    *,
+    device: str | None = None,
+    lengths: Sequence[int] | None = None,
+    machine: Machine | None = None,
+) -> float:
+    """Seconds that a capture of these prompts takes here, about, once the model is on this machine.
+
+    Args:
+        device: where the model runs; the best that is known if not given, or for `auto`.
+        lengths: number of tokens of every prompt; from `token_counts` if not given.
+        machine: where; `this_machine` if not given.
+
+    Raises:
+        InputError: when the model's size is unknown.
+        MachineError: as `this_machine`.
+    """
+    folder = local_folder(model)
+    shape = Shape.of_folder(folder) if folder is not None else Shape.of_model(model)
+    machine = machine or this_machine(None if device == AUTO else device)
+    lengths = token_counts(folder, prompts) if lengths is None else lengths
+    tokens = sum(length + costs.TEMPLATE_TAIL for length in lengths)
+    weight_bytes = shape.parameters * DTYPES["float32" if machine.device == "cpu" else "bfloat16"]
+    rate = machine.flops * costs.CAPTURE_EFFICIENCY
+    return costs.start_seconds(1, weight_bytes) + capture_products(shape, tokens) / rate
+
+
+def capture_products(shape: Shape, tokens: int) -> float:
+    """Number of floating-point operations of a capture; the LM head is not run."""
+    return 2.0 * tokens * shape.n_layers * shape.block_parameters
 
 
 def analysis_products(shape: Shape, n_measured: int) -> float:

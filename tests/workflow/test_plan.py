@@ -15,6 +15,7 @@ import pytest
 
 from es2.cli import main as cli
 from es2.core.errors import InputError
+from es2.models import costs
 from es2.models import machine as machines
 from es2.models.catalogue import CATALOGUE
 from es2.models.machine import Machine, this_machine
@@ -23,7 +24,7 @@ from es2.prompts.prompt_set import PromptSet
 from es2.store.store import Store
 from es2.training.config import FinetuneConfig
 from es2.workflow import plan as planning
-from es2.workflow.plan import STAGES, CostEstimate, guessed_layers, plan, token_counts
+from es2.workflow.plan import STAGES, CostEstimate, capture_seconds, guessed_layers, plan, token_counts
 from tests.builders import ARCHITECTURES, D_MODEL, save_tiny_model, tiny_model, tiny_prompts, write_prompts
 
 FAST = Machine("cpu", 1e9, 8.0)
@@ -77,10 +78,39 @@ class TestShape:
         assert (shape.n_layers, shape.d_model) == (entry.n_layers, entry.d_model)
         assert shape.n_layers * shape.block_parameters + shape.head_parameters == entry.parameters
 
+    def test_the_catalogue_knows_the_parts_of_a_model(self, tmp_path: Path, monkeypatch) -> None:
+        """Against the published configurations, of a tied and an untied model; norms and biases are left out there."""
+        monkeypatch.setenv("ES2_CACHE", str(tmp_path))
+        sizes = {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True}
+        sizes |= {"num_hidden_layers": 24, "hidden_size": 896, "vocab_size": 151_936}
+        sizes |= {"intermediate_size": 4864, "num_attention_heads": 14}
+        untied = {"model_type": "llama", "num_key_value_heads": 32, "tie_word_embeddings": False}
+        untied |= {"num_hidden_layers": 32, "hidden_size": 4096, "vocab_size": 32_000}
+        untied |= {"intermediate_size": 11_008, "num_attention_heads": 32}
+        for name, config in (("qwen2.5-coder-0.5b-instruct", sizes), ("llama-2-7b-chat", untied)):
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            known, found = Shape.of_model(name), Shape.of_folder(tmp_path)
+            for part in ("n_layers", "d_model", "block_parameters", "head_parameters", "parameters"):
+                assert getattr(known, part) == pytest.approx(getattr(found, part), rel=1e-3), (name, part)
+
     def test_an_unknown_size_is_a_sentence(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": 3}))
         with pytest.raises(InputError, match="how wide"):
             Shape.of_folder(tmp_path)
+
+
+class TestCapture:
+    def test_takes_as_long_as_the_fine_tunes_own(self, made, folder: Path, prompts: PromptSet) -> None:
+        alone = capture_seconds(str(folder), prompts.measured(), machine=FAST)
+        weights = Shape.of_folder(folder).parameters * 4
+        assert alone == pytest.approx(made().seconds["base capture"] + costs.start_seconds(1, weights))
+        slow = replace(FAST, flops=FAST.flops / 10)
+        assert capture_seconds(str(folder), prompts.measured(), machine=slow) > alone
+
+    def test_auto_is_the_best_there_is(self, folder: Path, prompts: PromptSet, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setenv("ES2_CACHE", str(tmp_path))
+        monkeypatch.setattr(machines, "_measure_cpu", lambda: 1e9)
+        assert capture_seconds(str(folder), prompts, device="auto") == capture_seconds(str(folder), prompts)
 
 
 class TestMachine:
