@@ -10,8 +10,13 @@ import streamlit as st
 from app import artifacts, jobs_panel, state, text
 from app.state import Choice
 from app.view_controls import introduction
-from es2.models.catalogue import DEFAULT_MODEL
-from es2.prompts.prompt_set import SPLITS
+from es2.core.errors import Es2Error, InputError
+from es2.jobs.queue import list_jobs
+from es2.models.catalogue import DEFAULT_MODEL, ModelSpec, resolve
+from es2.models.folders import is_cached
+from es2.models.mirror import ALLOW_MIRROR, MIRRORS
+from es2.prompts.prompt_set import SPLITS, PromptSet
+from es2.workflow.plan import capture_seconds
 
 STEPS = (
     ("Capture", "The model reads every prompt once; the residual stream is kept after each block."),
@@ -63,14 +68,60 @@ def welcome(choice: Choice) -> None:
             f"Chosen at the left: **{text.markdown(artifacts.model_name(choice.model))}** and "
             f"**{len(prompts):,} prompts** from {text.markdown(prompts.name)} ({splits})."
         )
-        runs = jobs_panel.offer("prepare", artifacts.job_config(choice), "Capture and analyse", "prepare")
-        st.caption("It goes on when this page is closed." if runs else _what_to_expect(choice))
+        config = artifacts.job_config(choice)
+        runs = jobs_panel.offer("prepare", config, "Capture and analyse", "prepare")
+        if runs:
+            st.caption("It goes on when this page is closed.")
+            return
+        try:
+            spec = resolve(choice.model)
+        except InputError:
+            return  # its embeddings of other prompts are here, the model is gone; the job says so
+        st.caption(_what_to_expect(spec, prompts))
+        if _needs_mirror(spec, config["model"]):
+            _offer_mirror(spec, config)
 
 
-def _what_to_expect(choice: Choice) -> str:
-    if choice.model == DEFAULT_MODEL:
-        return (
-            "The first time, the model is fetched from the Python package index (93 MB); capturing takes a few "
-            "minutes on two CPU cores. Everything is kept on disk, so it happens once."
+def _what_to_expect(spec: ModelSpec, prompts: PromptSet) -> str:
+    """Where the model comes from and how long it takes."""
+    if is_cached(spec):
+        fetched = "The model is on this machine."
+    elif spec.name == DEFAULT_MODEL:
+        fetched = "The first time, the model is fetched from the Python package index (93 MB)."
+    elif spec.kind == "gguf":
+        fetched = "The first time, the file is converted."
+    else:
+        fetched = "The first time, the model is fetched from the Hugging Face Hub."
+    try:
+        seconds = _capture_seconds(spec.name, is_cached(spec), prompts.texts_digest, prompts.measured())
+    except Es2Error:  # of a Hub model that is not here the size is unknown
+        takes = ""
+    else:
+        takes = f" Capturing takes about {text.duration(seconds)} on this machine, if it is idle."
+    return f"{fetched}{takes} Everything is kept on disk, so it happens once."
+
+
+@st.cache_data(max_entries=16, show_spinner="Counting tokens")
+def _capture_seconds(model: str, cached: bool, digest: str, _prompts: PromptSet) -> float:
+    return capture_seconds(model, _prompts)
+
+
+def _needs_mirror(spec: ModelSpec, model: str) -> bool:
+    """Whether a job on this model ended for want of the yes to its mirror."""
+    if spec.name not in MIRRORS or is_cached(spec):
+        return False
+    jobs = (job for job in list_jobs() if job.config.get("model") in (model, spec.name))
+    return any(ALLOW_MIRROR in (job.error() or "") for job in jobs)
+
+
+def _offer_mirror(spec: ModelSpec, config: dict[str, str]) -> None:
+    """The button that says yes to the mirror of a model, and what that is."""
+    mirror = MIRRORS[spec.name]
+    with st.container(border=True, key="mirror"):
+        st.markdown(
+            f"Without the Hub the model can be had from {text.markdown(mirror.description)} on the Python package "
+            "index. Its maker did not package them. They are fetched as files, compared with the checksums that were "
+            "noted when they were looked at, and never installed; the weights in them are rounded to four bits."
         )
-    return "Weights are fetched if they are not on this machine. Everything is kept on disk, so it happens once."
+        if st.button("Fetch the third party's packages and capture", key="allow_mirror", icon=":material/package_2:"):
+            jobs_panel.start("prepare", config | {"allow_mirror": True})

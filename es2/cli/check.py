@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from es2.cli.terminal import AsJson, Device, Dtype, Model, Prompts, emit, out, progress
+from es2.cli.terminal import AllowMirror, AsJson, Device, Dtype, Model, Prompts, emit, out, progress
 from es2.models.catalogue import DEFAULT_MODEL
 
 
@@ -17,6 +17,7 @@ def check(
     prompts: Prompts = "builtin",
     device: Device = None,
     dtype: Dtype = None,
+    allow_mirror: AllowMirror = False,
     json_: AsJson = False,
 ) -> None:
     """Hold what the workbench reads of a model against the plain transformers model; exit 1 if anything differs.

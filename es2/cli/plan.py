@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from es2.cli.options import with_settings
-from es2.cli.terminal import AsJson, Model, Prompts, emit, out
+from es2.cli.terminal import AllowMirror, AsJson, Model, Prompts, emit, out
 from es2.core.errors import InputError
 from es2.models.catalogue import DEFAULT_MODEL, resolve
 from es2.training.config import FinetuneConfig
@@ -28,11 +28,12 @@ def plan(
     ] = None,
     *,
     settings: dict[str, Any],
+    allow_mirror: AllowMirror = False,
     json_: AsJson = False,
 ) -> None:
     """How long a fine-tune will take, whether it fits into memory and disk, and what to type so that it does.
 
-    Nothing heavy is loaded: a folder with a config.json is enough of a model.
+    Nothing heavy is loaded and nothing is fetched: a folder with a config.json is enough of a model.
     """
     from es2.models.machine import Machine, this_machine
     from es2.models.shape import Shape, local_folder

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from es2.cli.terminal import (
+    AllowMirror,
     AsJson,
     Device,
     Dtype,
@@ -37,6 +38,7 @@ def reproduce(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    allow_mirror: AllowMirror = False,
     json_: AsJson = False,
 ) -> None:
     """The paper's protocol end to end: analyse, fine-tune, evaluate base against ES2, and print the paper's table.

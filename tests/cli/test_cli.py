@@ -67,16 +67,18 @@ class TestResults:
             assert sentence in (json.loads(out)["warnings"][0] if json_ else out)
 
     def test_capture_twice_computes_once(self, run, model: Path, prompts: Path, own_home: Path) -> None:
-        code, out, _ = run("capture", "--model", model, "--prompts", prompts, "--json")
+        code, out, err = run("capture", "--model", model, "--prompts", prompts, "--json")
         first = json.loads(out)
         assert code == 0
+        assert "Capturing 120 prompts takes about 0." in err, "said before it begins"
         assert (first["n_prompts"], first["n_layers"], first["d_model"]) == (120, N_LAYERS, D_MODEL)
         assert first["computed"]
         assert first["tokens"] > 120
         assert Path(first["path"]).parent == own_home / "cached_activations"
-        _, out, _ = run("capture", "--model", model, "--prompts", prompts, "--json")
+        _, out, err = run("capture", "--model", model, "--prompts", prompts, "--json")
         again = json.loads(out)
         assert not again["computed"]
+        assert "takes about" not in err
         assert again["key"] == first["key"]
 
     @pytest.mark.parametrize("template", [None, "<user>{{ messages[0].content }}</user>"])
