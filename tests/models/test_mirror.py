@@ -178,6 +178,9 @@ class TestYes:
         hub.error = error
         assert model_folder(SPEC, allow_mirror=True).is_dir()
 
+    def test_its_hub_id_is_the_same_model(self) -> None:
+        assert resolve("Qwen/Qwen2.5-Coder-0.5B-Instruct") == SPEC
+
     def test_no_other_model_has_one(self, hub: SimpleNamespace) -> None:
         with pytest.raises(MachineError, match="cannot be fetched from the Hugging Face Hub") as raised:
             model_folder(resolve("qwen2.5-0.5b-instruct"), allow_mirror=True)
