@@ -27,6 +27,7 @@ from es2.core.files import files_below, stamp_of
 from es2.evaluation.results import find_evaluations
 from es2.jobs.job import Job
 from es2.models.catalogue import CATALOGUE, resolve
+from es2.prompts.benchmarks import source_files
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import ACTIVATIONS, META, TEXTS, ActivationSet
@@ -92,8 +93,7 @@ def existing(choice: Choice) -> tuple[Choice, list[str]]:
 
 def prompts(source: str) -> PromptSet:
     """The prompt set of `source`, read again when its file changes. Raises as `load_prompts` does."""
-    is_file = source != "builtin" and not source.startswith("hf:")
-    return _prompts(source, stamp_of(Path(source)) if is_file else None)
+    return _prompts(source, tuple(stamp_of(file) for file in source_files(source)))
 
 
 @st.cache_resource(max_entries=8, show_spinner="Reading the prompts")

@@ -21,7 +21,7 @@ from es2.evaluation.suites import choose_prompts, held_out
 from es2.jobs.job import Job
 from es2.models.machine import this_machine
 from es2.models.shape import Shape
-from es2.prompts.benchmarks import absolute_source, is_benchmark
+from es2.prompts.benchmarks import absolute_source, is_remote
 from es2.prompts.prompt_set import HARMFUL, HARMLESS
 from es2.workflow.derived import find_activations
 from es2.workflow.evaluation_plan import Sample, evaluation_seconds
@@ -76,7 +76,7 @@ def _expectation(config: EvaluateConfig, run: Job, tokens_per_second: float | No
     """
     notes = []
     source = config.prompts
-    if source.startswith("hf:") or (is_benchmark(source) and ":" not in source):
+    if is_remote(source):
         sample = Sample(config.limit, config.limit, config.steering_limit, 0, 80.0)
         notes.append("The prompts are fetched from the Hub when it starts, so at most:")
     else:

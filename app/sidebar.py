@@ -41,8 +41,8 @@ def show() -> None:
         format_func=lambda source: "builtin · contrast pairs" if source == "builtin" else source,
         accept_new_options=True,
         placeholder="Choose or type a file",
-        help="The built-in contrast pairs, or the path of a CSV, JSONL or Parquet file with the columns prompt and "
-        "label (harmful or harmless) and, where known, category, pair and split.",
+        help="The built-in contrast pairs, or the path of a table (CSV, TSV, JSON, JSONL, Parquet; also .gz) with a "
+        "column of prompts and one of labels and, where known, category, pair and split.",
         on_change=_prompts_changed,
     )
     if (leak := _leak(choice.prompts)) is not None:

@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from es2.cli.prompt_options import read_prompts, with_prompts
 from es2.cli.terminal import AllowMirror, AsJson, Device, Dtype, Model, Prompts, emit, out, progress
 from es2.models.catalogue import DEFAULT_MODEL
 
 
+@with_prompts
 def check(
     model: Model = DEFAULT_MODEL,
     adapter: Annotated[str | None, typer.Option(help="A peft adapter to check on the model: folder or Hub id.")] = None,
@@ -25,10 +27,9 @@ def check(
     What failed is refused by capture, finetune and evaluate until the model's files change or it is checked again.
     """
     from es2.models.adapter_files import adapter_folder
-    from es2.prompts.loading import load_prompts
     from es2.workflow.check import check as make
 
-    prompt_set = load_prompts(prompts)
+    prompt_set = read_prompts(prompts)
     with progress() as report:
         found = None if adapter is None else adapter_folder(adapter, report)
         result = make(model, prompt_set, adapter=found, device=device, dtype=dtype, report=report)

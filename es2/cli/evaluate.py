@@ -8,10 +8,12 @@ from typing import Any
 from rich.table import Table
 
 from es2.cli.options import with_settings
+from es2.cli.prompt_options import read_prompts, with_prompts
 from es2.cli.terminal import AllowMirror, AsJson, emit, interval_cell, out, progress, show_given_as, show_outcome
 from es2.evaluation.config import EvaluateConfig
 
 
+@with_prompts
 @with_settings(EvaluateConfig)
 def evaluate(settings: dict[str, Any], allow_mirror: AllowMirror = False, json_: AsJson = False) -> None:
     """Does the separation hold: refusals, over-refusal, ability, and attacks on the embeddings; base and tuned.
@@ -21,7 +23,6 @@ def evaluate(settings: dict[str, Any], allow_mirror: AllowMirror = False, json_:
     from es2.models.catalogue import resolve
     from es2.models.folders import model_doubts
     from es2.prompts.benchmarks import absolute_source
-    from es2.prompts.loading import load_prompts
     from es2.workflow.job_kinds import run_here
     from es2.workflow.runs import check_run, open_run, tuned_weights
 
@@ -33,7 +34,7 @@ def evaluate(settings: dict[str, Any], allow_mirror: AllowMirror = False, json_:
     if run is not None:
         check_run(run, config.model)
         tuned_weights(run)
-    load_prompts(config.prompts)
+    read_prompts(config.prompts)
     from es2.evaluation.results import KIND, behaviour_of, run_behaviour
     from es2.workflow.evaluate import unfinished_job
 

@@ -26,6 +26,7 @@ from es2.cli import reproduce as cli_reproduce
 from es2.cli import runs as cli_runs
 from es2.cli import share as cli_share
 from es2.cli.options import with_settings
+from es2.cli.prompt_options import read_prompts, reading_of, with_prompts
 from es2.cli.terminal import (
     AllowMirror,
     AsJson,
@@ -104,6 +105,7 @@ def models(json_: AsJson = False) -> None:
 
 
 @app.command()
+@with_prompts
 @with_settings(CaptureConfig, leave_out=("positions",))
 def capture(
     settings: dict[str, Any],
@@ -121,12 +123,11 @@ def capture(
     from es2.capture.ranks import capture_together
     from es2.models.catalogue import resolve
     from es2.models.folders import model_doubts
-    from es2.prompts.loading import load_prompts
 
     config = CaptureConfig(**settings)
     if position:
         config = config.replace(positions=tuple(position))
-    prompt_set = load_prompts(prompts)
+    prompt_set = read_prompts(prompts)
     _say_how_long(config, prompt_set)
     with progress() as report:
         captured = capture_together(
@@ -141,6 +142,7 @@ def capture(
         return  # the first process of several reports
     activations = captured.activations
     document = captured.to_dict() | {"warnings": model_doubts(resolve(config.model))}
+    document["reading"] = reading_of(prompt_set)
 
     def show() -> None:
         how = f"captured in {captured.seconds:.1f} s" if captured.computed else "already cached"
@@ -184,6 +186,7 @@ def _say_how_long(config: CaptureConfig, prompts: PromptSet) -> None:
 
 
 @app.command()
+@with_prompts
 @with_settings(AnalysisConfig)
 def analyze(
     model: Model = DEFAULT_MODEL,
@@ -205,14 +208,13 @@ def analyze(
     With --run: of the tuned model, beside its base.
     """
     from es2.evaluation.results import run_behaviour
-    from es2.prompts.loading import load_prompts
     from es2.workflow.prepare import prepare
     from es2.workflow.runs import open_run
 
     config = AnalysisConfig(**settings)
     of_run = open_run(run) if run else None
-    prompt_set = load_prompts(prompts)
-    test_set = load_prompts(test_prompts) if test_prompts else None
+    prompt_set = read_prompts(prompts)
+    test_set = read_prompts(test_prompts) if test_prompts else None
     with progress() as report:
         prepared = prepare(
             model,
@@ -227,7 +229,9 @@ def analyze(
     analysis = prepared.analysis
     activations = prepared.activations
     of = {"model": activations.model, "run": run, "key": activations.key, "given_as": activations.given_as}
-    document = of | analysis.to_dict()
+    document = of | analysis.to_dict() | {"reading": reading_of(prompt_set)}
+    if test_set is not None:
+        document["test_reading"] = reading_of(test_set)
     if of_run is not None:
         verdict = (of_run.result() or {}).get("verdict")
         document |= {"verdict": verdict} | run_behaviour(of_run).to_dict(verdict)
@@ -261,6 +265,7 @@ app.command()(cli_share.report)
 
 
 @app.command()
+@with_prompts
 def project(
     model: Model = DEFAULT_MODEL,
     prompts: Prompts = "builtin",
@@ -274,13 +279,12 @@ def project(
     """Compute the UMAP coordinates of every layer, so that the app finds them on disk."""
     import time
 
-    from es2.prompts.loading import load_prompts
     from es2.workflow.prepare import project as project_layers
 
     if view != "umap":
         raise InputError(f"The view {view[:40]!r} needs no preparation or is unknown; only umap does.")
     begun = time.perf_counter()
-    prompt_set = load_prompts(prompts)
+    prompt_set = read_prompts(prompts)
     with progress() as report:
         activations, key = project_layers(
             model, prompt_set, position=position, device=device, dtype=dtype, report=report

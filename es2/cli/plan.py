@@ -9,12 +9,14 @@ import typer
 from rich.table import Table
 
 from es2.cli.options import with_settings
+from es2.cli.prompt_options import read_prompts, with_prompts
 from es2.cli.terminal import AllowMirror, AsJson, Model, Prompts, emit, out
 from es2.core.errors import InputError
 from es2.models.catalogue import DEFAULT_MODEL, resolve
 from es2.training.config import FinetuneConfig
 
 
+@with_prompts
 @with_settings(
     FinetuneConfig,
     leave_out=("model",),
@@ -37,12 +39,11 @@ def plan(
     """
     from es2.models.machine import Machine, this_machine
     from es2.models.shape import Shape, local_folder
-    from es2.prompts.loading import load_prompts
     from es2.workflow.derived import find_activations, find_analysis
     from es2.workflow.plan import guessed_layers
     from es2.workflow.plan import plan as estimate
 
-    prompt_set = load_prompts(prompts)
+    prompt_set = read_prompts(prompts)
     spec = resolve(model)
     targets, first_block = settings["layers"], settings["first_block"]
     config = FinetuneConfig(**settings | {"layers": (0,), "first_block": None, "model": spec.name})

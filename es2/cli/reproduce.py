@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from es2.cli.prompt_options import with_prompts
 from es2.cli.terminal import (
     AllowMirror,
     AsJson,
@@ -27,6 +28,7 @@ from es2.models.catalogue import DEFAULT_MODEL
 _ABILITY = ("over_refusal", "perplexity", "kl_prompt", "kl_reply", "agreement")
 
 
+@with_prompts
 def reproduce(
     model: Model = DEFAULT_MODEL,
     config: Annotated[

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from es2.cli.options import with_settings
+from es2.cli.prompt_options import read_prompts, with_prompts
 from es2.cli.terminal import (
     AllowMirror,
     AsJson,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from es2.prompts.prompt_set import PromptSet
 
 
+@with_prompts
 @with_settings(FinetuneConfig, leave_out=("model",), left_open={"layers": "the two that `analyze` recommends"})
 def finetune(
     model: Model = DEFAULT_MODEL,
@@ -52,10 +54,9 @@ def finetune(
     from es2.models.checked import refuse_untunable
     from es2.models.folders import model_folder
     from es2.prompts.benchmarks import absolute_source
-    from es2.prompts.loading import load_prompts
     from es2.workflow.prepare import prepare
 
-    prompt_set = load_prompts(prompts)
+    prompt_set = read_prompts(prompts)
     with progress() as report:
         # Everything is checked before anything heavy is done, with other layers until there is a recommendation.
         spec = resolve(model)
@@ -78,6 +79,7 @@ def finetune(
     emit(result, json_, lambda: _show_run(result))
 
 
+@with_prompts
 def import_(
     adapter: Annotated[
         str,
@@ -98,10 +100,9 @@ def import_(
     from es2.models.catalogue import resolve
     from es2.models.folders import model_folder
     from es2.prompts.benchmarks import absolute_source
-    from es2.prompts.loading import load_prompts
     from es2.workflow.runs import import_adapter
 
-    load_prompts(prompts)
+    read_prompts(prompts)
     with progress() as report:
         # Everything is checked before anything heavy is done.
         spec = resolve(model)

@@ -45,7 +45,9 @@ errors = PlainConsole(stderr=True)
 out = PlainConsole(width=None if sys.stdout.isatty() else 160)
 
 Model = Annotated[str, typer.Option(help="A catalogue name (`es2 models`), a Hub id, a local folder or a .gguf file.")]
-Prompts = Annotated[str, typer.Option(help="builtin, a CSV, JSONL or Parquet file, or hf:<dataset>[:split].")]
+Prompts = Annotated[
+    str, typer.Option(help="builtin, a file (CSV, TSV, JSON, JSONL, TXT, Parquet; also .gz), or hf:<dataset>[:split].")
+]
 Position = Annotated[
     str, typer.Option(help="last (last prompt token) or last_instruction (last token of the request).")
 ]

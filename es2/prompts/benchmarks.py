@@ -7,17 +7,19 @@ shipped, and columns of answers, targets or attack strings are not read.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from es2.core.errors import InputError
 from es2.core.files import expanded
-from es2.prompts.prompt_set import PromptSet
-from es2.prompts.readers import read_bounded, read_hub_rows, read_table
+from es2.prompts.hub import read_hub_rows
+from es2.prompts.prompt_set import PromptSet, Reading
 from es2.prompts.rows import Row, from_rows
+from es2.prompts.sources import Source, read_source, write_source
+from es2.prompts.tables import is_table, read_bounded, read_table
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Benchmark:
         hub_folders: the configurations or splits of it that are read (`configuration/split`); empty for the split
             `train` of every configuration.
         gated: whether the Hub asks for a log-in and consent first.
+        layout: the columns by which a file is recognised without the benchmark's name.
+        layout_only: whether such a file has no other column.
+        file_name: a word that the file's name has to hold besides.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Benchmark:
     licence: str
     citation: str
     source: str
+    layout: tuple[str, ...]
     category: tuple[str, ...] = ("category",)
     context: str | None = None
     pair: str | None = None
@@ -54,6 +60,8 @@ class Benchmark:
     hub: str | None = None
     hub_folders: tuple[str, ...] = ()
     gated: bool = False
+    layout_only: bool = False
+    file_name: str = ""
 
 
 def _known() -> tuple[Benchmark, ...]:
@@ -70,6 +78,8 @@ def _known() -> tuple[Benchmark, ...]:
 BENCHMARKS = _known()
 """Licences are as the publishers state them; the files decide."""
 
+_AS_FOUND = Source("")
+
 _BY_NAME: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in BENCHMARKS}
 
 
@@ -79,44 +89,101 @@ def is_benchmark(source: str) -> bool:
 
 
 def absolute_source(source: str) -> str:
-    """A prompt source with its path made absolute, so that it means the same wherever a job runs."""
-    name, _, path = source.partition(":")
-    if source == "builtin" or source.startswith("hf:"):
-        return source
-    if is_benchmark(source):
+    """A prompt source with its paths made absolute, so that it means the same wherever a job runs."""
+    found = read_source(source)
+    places = [_absolute(place) for place in found.places]
+    return write_source(replace(found, place=places[0], harmless=places[1] if len(places) > 1 else None))
+
+
+def _absolute(place: str) -> str:
+    name, _, path = place.partition(":")
+    if place == "builtin" or place.startswith("hf:"):
+        return place
+    if is_benchmark(place):
         return f"{name.lower()}:{Path(expanded(path)).absolute()}" if path else name.lower()
-    return str(Path(expanded(source)).absolute())
+    return str(Path(expanded(place)).absolute())
 
 
-def load_benchmark(source: str) -> PromptSet:
+def source_files(source: str) -> tuple[Path, ...]:
+    """The files or folders of this machine that a prompt source names."""
+    files = []
+    for place in read_source(absolute_source(source)).places:
+        path = place.partition(":")[2] if is_benchmark(place) else place
+        if path and place != "builtin" and not place.startswith("hf:"):
+            files.append(Path(path))
+    return tuple(files)
+
+
+def is_remote(source: str) -> bool:
+    """Whether a prompt source is fetched from the Hub."""
+    places = read_source(source).places
+    return any(place.startswith("hf:") or (is_benchmark(place) and ":" not in place) for place in places)
+
+
+def recognised(columns: Collection[str], file_name: str) -> Benchmark | None:
+    """The benchmark whose published file has these columns (in lower case), or None."""
+    present = {column for column in columns if column and not column.startswith("unnamed:")}
+    for benchmark in BENCHMARKS:
+        layout = set(benchmark.layout)
+        is_whole = not benchmark.layout_only or present <= layout | {"reference"}
+        if layout <= present and is_whole and benchmark.file_name in file_name.casefold():
+            return benchmark
+    return None
+
+
+def load_benchmark(source: str, how: Source = _AS_FOUND) -> PromptSet:
     """The prompts of a benchmark, under its name.
 
     Args:
-        source: `name:path` for a published file on this machine (CSV, JSON, JSONL or Parquet), or for a folder that
-            holds several (JailbreakBench, OR-Bench); the name alone for its copy on the Hub.
+        source: `name:path` for a published file on this machine, or for a folder that holds several (JailbreakBench,
+            OR-Bench); the name alone for its copy on the Hub.
+        how: whether wrong rows are left out.
 
     Raises:
         InputError: for an unknown name, a file that is not the benchmark's, and as `load_prompts` does.
         MachineError: when the Hub cannot be reached.
     """
+    rows, about = benchmark_rows(source)
+    benchmark, path = _named(source)
+    where = f"{benchmark.title} ({Path(path).name!r})" if path else f"{benchmark.title} (hf:{benchmark.hub})"
+    reading = Reading((about,))
+    return from_rows(benchmark.name, rows, where=where, reading=reading, skip_bad_rows=how.skip_bad_rows)
+
+
+def benchmark_rows(source: str, label: str | None = None) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of a benchmark and how they were understood (`Reading.tables`); with `label`, all have that one.
+
+    Raises as `load_benchmark` does.
+    """
+    benchmark, path = _named(source)
+    if path:
+        rows = list(_path_rows(benchmark, Path(expanded(path)), label))
+    elif benchmark.hub is None:
+        raise InputError(f"{benchmark.title} is not on the Hub; get {benchmark.source} and give {benchmark.name}:PATH.")
+    else:
+        rows = [
+            benchmark_row(benchmark, place, row, place, label)
+            for folder in benchmark.hub_folders or ("train",)
+            for place, row in read_hub_rows(benchmark.hub, folder)
+        ]
+    about: dict[str, Any] = {
+        "file": Path(path).name if path else f"hf:{benchmark.hub}",
+        "prompt_column": " or ".join(benchmark.prompt),
+        "label_column": None,
+        "label_from": f"the layout of {benchmark.title}" if label is None else "the file given",
+        "values": {},
+    }
+    return rows, about
+
+
+def _named(source: str) -> tuple[Benchmark, str]:
     name, _, path = source.partition(":")
     if name.lower() not in _BY_NAME:
         raise InputError(f"There is no benchmark {name[:40]!r}; there are: {', '.join(_BY_NAME)}.")
-    benchmark = _BY_NAME[name.lower()]
-    if path:
-        rows = list(_path_rows(benchmark, Path(expanded(path))))
-        return from_rows(benchmark.name, rows, where=f"{benchmark.title} ({Path(path).name!r})")
-    if benchmark.hub is None:
-        raise InputError(f"{benchmark.title} is not on the Hub; get {benchmark.source} and give {name}:PATH.")
-    rows = [
-        _row(benchmark, place, row, place)
-        for folder in benchmark.hub_folders or ("train",)
-        for place, row in read_hub_rows(benchmark.hub, folder)
-    ]
-    return from_rows(benchmark.name, rows, where=f"{benchmark.title} (hf:{benchmark.hub})")
+    return _BY_NAME[name.lower()], path
 
 
-def _path_rows(benchmark: Benchmark, path: Path) -> Iterator[Row]:
+def _path_rows(benchmark: Benchmark, path: Path, label: str | None) -> Iterator[Row]:
     shown = repr(str(path)[:300])
     try:
         if path.is_dir():
@@ -130,13 +197,17 @@ def _path_rows(benchmark: Benchmark, path: Path) -> Iterator[Row]:
         for file in files:
             for place, row in read_table(read_bounded(file), file.name):
                 place = f"{file.name}, {place}" if len(files) > 1 else place
-                yield _row(benchmark, place, row, file.name)
+                yield benchmark_row(benchmark, place, row, file.name, label)
     except OSError as error:
         raise InputError(f"{shown} cannot be read ({error.strerror or error}); check its permissions.") from error
 
 
-def _row(benchmark: Benchmark, place: str, row: Mapping[str, Any], file: str) -> Row:
-    """One published row as a row of a prompt set."""
+def benchmark_row(
+    benchmark: Benchmark, place: str, row: Mapping[str, Any] | InputError, file: str, label: str | None = None
+) -> Row:
+    """One published row as a row of a prompt set. Raises `InputError` for a file of something else."""
+    if isinstance(row, InputError):
+        return place, row
     found = next((column for column in benchmark.prompt if column in row), None)
     if found is None:
         raise InputError(
@@ -150,7 +221,7 @@ def _row(benchmark: Benchmark, place: str, row: Mapping[str, Any], file: str) ->
         prompt = f"{prompt}\n\n{more}"
     if benchmark.context and isinstance(prompt, str) and (context := row.get(benchmark.context)):
         prompt = f"{context}\n\n---\n\n{prompt}"  # as HarmBench's own code puts them together
-    cells: dict[str, Any] = {"prompt": prompt, "label": _label(benchmark, row, file)}
+    cells: dict[str, Any] = {"prompt": prompt, "label": label or _label(benchmark, row, file)}
     category = next((row[column] for column in benchmark.category if isinstance(row.get(column), str)), None)
     if category:
         cells["category"] = category
@@ -179,7 +250,7 @@ def _label(benchmark: Benchmark, row: Mapping[str, Any], file: str) -> str:
 def _stated_label(benchmark: Benchmark, file: str) -> str | None:
     """The label in a file's name; for benchmarks of one label, `any` for every table."""
     if benchmark.label != "file":
-        return "any" if Path(file).suffix.lower() in (".csv", ".json", ".jsonl", ".parquet") else None
+        return "any" if is_table(file) else None
     name = file.casefold()
     if any(word in name for word in benchmark.harmless_files):
         return "harmless"

@@ -10,10 +10,10 @@ import hashlib
 import json
 import logging
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,6 +36,59 @@ _SPLIT_ENDS = (0.5, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How files of prompts were understood, for display.
+
+    Attributes:
+        tables: for each file its name, the columns `prompt_column` and `label_column` (None where the label has another
+            source, which `label_from` tells), and `values`: the label of each value of that column, and its rows.
+        counts: prompts by label.
+        duplicates: rows that repeat an earlier prompt.
+        skipped: why rows were left out, a sentence each.
+    """
+
+    tables: tuple[Mapping[str, Any], ...]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    duplicates: int = 0
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing had to be interpreted: columns `prompt` and `label` with the two words, every row read."""
+        return not self.skipped and all(
+            (table["prompt_column"], table["label_column"]) == ("prompt", "label")
+            and all(value == own["label"] for value, own in table["values"].items())
+            for table in self.tables
+        )
+
+    @property
+    def sentence(self) -> str:
+        """What was understood, in one line."""
+        parts = []
+        for table in self.tables:
+            part = f"{table['file']}: prompts from {table['prompt_column']}, labels from {table['label_from']}"
+            if values := table["values"]:
+                named = [f"{value} = {own['label']} ({own['rows']})" for value, own in values.items()]
+                part += f" ({', '.join(named[:6])}{', …' if len(named) > 6 else ''})"
+            parts.append(part)
+        rest = [f"{number:,} {word}" for word, number in self.counts.items()]
+        rest += [f"{self.duplicates:,} duplicate(s) merged"] * bool(self.duplicates)
+        rest += [f"{len(self.skipped):,} wrong row(s) left out"] * bool(self.skipped)
+        return f"Read {'; '.join(parts)}; {', '.join(rest)}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it for JSON, the first few skipped rows only."""
+        return {
+            "sentence": self.sentence,
+            "tables": [dict(table) for table in self.tables],
+            "counts": dict(self.counts),
+            "duplicates": self.duplicates,
+            "n_skipped": len(self.skipped),
+            "skipped": list(self.skipped[:20]),
+        }
+
+
+@dataclass(frozen=True)
 class PromptSet:
     """Prompts with their labels, categories, pairs and splits, by column, in the order of the source.
 
@@ -47,6 +100,7 @@ class PromptSet:
         pairs: ids of contrast pairs, the unit of folds, bootstraps and shuffles. A prompt without a pair has an id of
             its own, made from its text.
         splits: one of `SPLITS` for each prompt.
+        reading: how the file that they come from was understood; None for prompts of another origin.
     """
 
     name: str
@@ -55,6 +109,7 @@ class PromptSet:
     categories: tuple[str, ...]
     pairs: tuple[str, ...]
     splits: tuple[str, ...]
+    reading: Reading | None = field(default=None, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -104,8 +159,8 @@ class PromptSet:
     def take(self, rows: Sequence[int]) -> PromptSet:
         """The prompts at `rows`, in that order."""
         columns = (self.texts, self.categories, self.pairs, self.splits)
-        texts, *others = (tuple(column[row] for row in rows) for column in columns)
-        return PromptSet(self.name, texts, self.labels[list(rows)], *others)
+        texts, categories, pairs, splits = (tuple(column[row] for row in rows) for column in columns)
+        return PromptSet(self.name, texts, self.labels[list(rows)], categories, pairs, splits, self.reading)
 
 
 def _digest(value: object) -> str:

@@ -1,177 +1,65 @@
-"""Files of prompts, read into rows: CSV, JSON lines, Parquet, and data sets of the Hugging Face Hub.
+"""From the rows of any table to labelled prompts: which columns count, and what their values mean.
 
 Readers are strict: an unreadable row stops the load with its number and column, since dropping it would silently change
-a measurement.
+a measurement, unless that is asked for. What was understood is kept (`PromptSet.reading`).
 """
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from es2.core.errors import InputError, MachineError, one_line
-from es2.core.files import parse_json
-from es2.prompts.prompt_set import PromptSet
-from es2.prompts.rows import MAX_ROWS, CheckedRows, Row, from_rows
+from es2.core.errors import InputError
+from es2.prompts.benchmarks import Benchmark, benchmark_row, recognised
+from es2.prompts.columns import (
+    find_label_column,
+    find_prompt_column,
+    folded,
+    labels_of,
+    named_label_columns,
+    readable_labels,
+    text_of,
+    value_of,
+)
+from es2.prompts.prompt_set import FORMER_SPLITS, SPLITS, PromptSet, Reading, own_pair
+from es2.prompts.rows import Cells, CheckedRows, Row, from_rows
+from es2.prompts.sources import Source
+from es2.prompts.tables import MAX_FILE_BYTES, Twice, read_table
 
-MAX_FILE_BYTES = 200 * 2**20
-_PARQUET_BATCH = 256
-
-
-def read_bounded(path: Path) -> bytes:
-    """The content of a file of prompts.
-
-    Raises:
-        InputError: for a file that is too large, or a device or pipe, which need never end.
-        OSError: as the machine gives it.
-    """
-    shown = repr(str(path)[:300])
-    if not path.is_file():
-        raise InputError(f"{shown} is no plain file; give a .csv, .jsonl or .parquet file.")
-    with path.open("rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
-        raise InputError(f"{shown} is larger than {MAX_FILE_BYTES >> 20} MB; give a smaller file of short prompts.")
-    return data
+_HEAD_CHARACTERS = 64 * 2**20  # of rows that are looked at together; later ones are read by what these say
+_HARMFUL_FILES = {"harmful", "malicious", "toxic", "unsafe", "advbench", "harmbench", "strongreject"}
+_HARMLESS_FILES = {"harmless", "benign", "safe", "unharmful", "alpaca"}
+_AS_FOUND = Source("")
 
 
-def parse_prompts(data: bytes, file_name: str) -> PromptSet:
-    """The prompts in a file's content, whose format the suffix of `file_name` decides. Raises `InputError`."""
-    suffix = Path(file_name).suffix.lower()
-    if suffix not in _READERS:
-        raise InputError(f"{file_name[:200]!r} is no prompt file: its name must end in {', '.join(_READERS)}.")
-    if len(data) > MAX_FILE_BYTES:
-        raise InputError(f"{file_name[:200]!r} is larger than {MAX_FILE_BYTES >> 20} MB; give fewer, shorter prompts.")
-    if not data.strip():
-        raise InputError(f"{file_name!r} is empty; it needs rows with the columns prompt and label.")
-    return from_rows(Path(file_name).stem, _READERS[suffix](data, file_name), where=repr(file_name))
+@dataclass
+class Table:
+    """The rows of one table as rows of a prompt set, and how they were understood, complete once the rows were read."""
+
+    rows: Iterable[Row]
+    about: dict[str, Any]
 
 
-def _text(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{where!r} is not UTF-8 text (line {line}); save it as UTF-8.") from error
-
-
-def _csv_rows(data: bytes, where: str, needed: Sequence[str] = ("prompt", "label")) -> Iterator[Row]:
-    text = _text(data, where)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = [name.strip().lower() for name in reader.fieldnames or []]
-        reader.fieldnames = header
-        for column in needed:
-            if header.count(column) != 1:
-                raise InputError(
-                    f"{where!r} needs exactly one column {column!r} in its header (found: {', '.join(header)[:200]})."
-                )
-        for row in reader:
-            place = f"row {reader.line_num}"
-            if None in row:
-                raise InputError(f"{where!r}, {place}: more cells than the header has; quote prompts that hold commas.")
-            yield place, row
-    except csv.Error as error:
-        raise InputError(f"{where!r}, row {reader.line_num + 1}: not valid CSV ({one_line(error)}).") from error
-
-
-def _jsonl_rows(data: bytes, where: str) -> Iterator[Row]:
-    for number, line in enumerate(_text(data, where).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise InputError(f"{where!r}, row {number}: not valid JSON ({one_line(error)}).") from error
-        yield _json_row(row, number, where)
-
-
-def _json_row(row: object, number: int, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise InputError(f"{where!r}, row {number}: expected an object with a key for each column, such as prompt.")
-    return f"row {number}", {str(key).strip().lower(): cell for key, cell in row.items()}
-
-
-def _parquet_rows(data: bytes, where: str) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
-        sizes = (file.metadata.row_group(index).total_byte_size for index in range(file.num_row_groups))
-        if sum(sizes) > MAX_FILE_BYTES or file.metadata.num_rows > MAX_ROWS:
-            raise InputError(f"{where!r} is too large once unpacked; give a smaller file of short prompts.")
-        # In small batches: one long text in a million rows takes little room in a file.
-        for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-            columns = [name.strip().lower() for name in batch.schema.names]
-            for row in batch.rename_columns(columns).to_pylist():
-                number += 1
-                yield f"row {number}", row
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise InputError(f"{where!r} is not a readable Parquet file ({one_line(error)}).") from error
-
-
-_READERS = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-
-
-def read_table(data: bytes, file_name: str) -> Iterator[Row]:
-    """The rows of a published CSV, JSONL, JSON array or Parquet table, columns in lower case. Raises `InputError`."""
-    suffix = Path(file_name).suffix.lower()
-    if suffix == ".csv":
-        yield from _csv_rows(data, file_name, needed=())
-    elif suffix == ".json" and data.lstrip().startswith(b"["):
-        try:
-            rows = parse_json(_text(data, file_name))
-        except ValueError as error:
-            raise InputError(f"{file_name!r}: not valid JSON ({one_line(error)}).") from error
-        yield from (_json_row(row, number, file_name) for number, row in enumerate(rows, start=1))
-    elif suffix in (".json", ".jsonl"):
-        yield from _jsonl_rows(data, file_name)
-    elif suffix == ".parquet":
-        yield from _parquet_rows(data, file_name)
-    else:
-        raise InputError(f"{file_name!r} is no table: its name must end in .csv, .json, .jsonl or .parquet.")
-
-
-def read_hub_rows(name: str, split: str) -> list[Row]:
-    """Rows of a Hub data set, from the Hub's own Parquet copy of it, so that no data set's code runs.
+def parse_prompts(data: bytes, file_name: str, how: Source = _AS_FOUND) -> PromptSet:
+    """The prompts in a file's content, whose format the ending of `file_name` decides.
 
     Args:
-        name: `owner/name`.
-        split: a split, or `configuration/split`.
+        data: the content.
+        file_name: its name.
+        how: what overrules the reading of its columns.
 
     Raises:
-        InputError: when there is no such data set or split, or it may not be read.
-        MachineError: when the Hub cannot be reached.
+        InputError: when it cannot be read as prompts.
     """
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
-
-    branch = "refs/convert/parquet"
-    try:
-        files = HfApi().list_repo_files(name, repo_type="dataset", revision=branch)
-        wanted = sorted(file for file in files if file.endswith(".parquet") and f"/{split}/" in f"/{file}")
-        if not wanted:
-            found = sorted({Path(file).parent.name for file in files if file.endswith(".parquet")})
-            raise InputError(f"The data set {name!r} has no split {split!r}; it has: {', '.join(found) or 'none'}.")
-        rows: list[Row] = []
-        for file in wanted:
-            local = hf_hub_download(name, file, repo_type="dataset", revision=branch)
-            rows += [(f"{file}, {place}", row) for place, row in _parquet_rows(Path(local).read_bytes(), file)]
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise InputError(
-            f"The Hugging Face Hub has no data set {name!r} that you may read; "
-            "check the name, or log in if it is a gated one."
-        ) from error
-    except (HTTPError, OSError) as error:
-        raise MachineError(
-            f"The Hugging Face Hub cannot be reached for the data set {name!r} ({type(error).__name__}); "
-            "check the network, or download the data set and give the file's path."
-        ) from error
-    return rows
+    table = _table(data, file_name, how)
+    name = Path(file_name.removesuffix(".gz")).stem
+    reading = Reading((table.about,))
+    return from_rows(name, table.rows, where=repr(file_name), reading=reading, skip_bad_rows=how.skip_bad_rows)
 
 
 def find_problems(data: bytes, file_name: str, limit: int = 50) -> list[str]:
@@ -185,13 +73,198 @@ def find_problems(data: bytes, file_name: str, limit: int = 50) -> list[str]:
     problems: list[str] = []
     taken = CheckedRows(repr(file_name))
     try:
-        for place, row in _READERS[Path(file_name).suffix.lower()](data, file_name):
+        for place, row in _table(data, file_name, _AS_FOUND).rows:
             try:
                 taken.take(place, row)
             except InputError as error:
                 problems.append(str(error))
                 if len(problems) == limit:
                     break
-    except (InputError, KeyError) as error:  # the file itself: later rows cannot be read
-        problems += [str(error)] if isinstance(error, InputError) else []
+    except InputError as error:  # the file itself: later rows cannot be read
+        problems.append(str(error))
     return problems or [first]
+
+
+def _table(data: bytes, file_name: str, how: Source) -> Table:
+    if len(data) > MAX_FILE_BYTES:
+        raise InputError(f"{file_name[:200]!r} is larger than {MAX_FILE_BYTES >> 20} MB; give fewer, shorter prompts.")
+    return understand(read_table(data, file_name), file_name, how)
+
+
+def understand(rows: Iterable[Row], file_name: str, how: Source = _AS_FOUND, label: str | None = None) -> Table:
+    """The rows of a table with the columns `prompt`, `label` and, where known, `category`, `pair` and `split`.
+
+    Args:
+        rows: as they are in the table.
+        file_name: whose words tell the label where no column does.
+        how: what overrules the reading of the columns.
+        label: the label of all rows, where that is given.
+
+    Raises:
+        InputError: where no column can be understood as the prompt or the label, or several can.
+    """
+    where = repr(file_name[:200])
+    head, rest = _head(rows)
+    cells = [row for _, row in head if isinstance(row, Mapping)]
+    columns = list(dict.fromkeys(column for row in cells for column in row if isinstance(column, str)))
+    if not columns:  # nothing to understand: no row, or wrong ones alone
+        return Table(chain(head, rest), _about(file_name, "prompt", None, "label"))
+    everything = chain(head, rest)
+    as_found = (how.prompt_column, how.label_column, how.harmful_values) == (None, None, ())
+    if as_found and (benchmark := _benchmark(cells, columns, file_name)) is not None:
+        prompt = next(column for column in benchmark.prompt if column in columns)
+        told = f"the layout of {benchmark.title}" if label is None else "the file given"
+        made = (benchmark_row(benchmark, place, row, file_name, label) for place, row in everything)
+        return Table(made, _about(file_name, prompt, None, told))
+    if label is None and as_found and "prompt" not in columns and _are_twins(cells, columns):
+        return Table(_twins(everything), _about(file_name, "harmful and harmless", None, "the columns' names"))
+    prompt = find_prompt_column(columns, how.prompt_column, where)
+    others = [column for column in columns if column != prompt]
+    column = None
+    told = "the file given"
+    if label is None:
+        column = find_label_column(cells, others, how.label_column, where)
+        told = f"column {column}"
+        if column is None:
+            label = _label_of_name(file_name)
+            told = "the file's name"
+            if label is None:
+                raise InputError(
+                    f"{where} has no column that tells harmful from harmless (columns: {', '.join(columns)[:200]}); "
+                    "name it with --label-column, or give two files with --harmful and --harmless."
+                )
+    elif how.prompt_column is None:
+        _refuse_other_label(cells, others, label, where)
+    for used in (prompt, column):
+        if any(isinstance(row.get(used or prompt), Twice) for row in cells[:1]):
+            raise InputError(
+                f"{where} needs exactly one column {used!r} in its header (found: {', '.join(columns)[:200]})."
+            )
+    about = _about(file_name, prompt, column, told)
+    return Table(_converted(everything, cells, prompt, column, label, how, about, where), about)
+
+
+def _converted(
+    rows: Iterable[Row],
+    head: Sequence[Mapping[str, Any]],
+    prompt: str,
+    column: str | None,
+    label: str | None,
+    how: Source,
+    about: dict[str, Any],
+    where: str,
+) -> Iterator[Row]:
+    """The rows under the columns chosen; the values of the label are counted on the way."""
+    found = Counter(value_of(row.get(column)) for row in head) if column is not None else Counter()
+    labels = labels_of(column or "", [value for value in found if value], how.harmful_values)
+    left = [f"{value[:60]!r} ({rows})" for value, rows in found.most_common() if value and value not in labels]
+    unknown = ", ".join(left)
+    is_plain = prompt == "prompt" and column == "label" and bool(found.keys() & {"harmful", "harmless"})
+    splits = {value_of(row.get("split")) for row in head}
+    keep = ["category", "pair"] + ["split"] * (is_plain or splits <= {"", *SPLITS, *FORMER_SPLITS})
+    names = {"prompt": prompt, "label": column or "label"}
+    has_input = folded(prompt) == "instruction" and prompt != "input"
+    for place, row in rows:
+        if isinstance(row, InputError):
+            yield place, row
+            continue
+        cells = Cells(names, unknown if column is not None else "")
+        try:
+            text = text_of(row.get(prompt), prompt)
+        except ValueError as error:
+            yield place, InputError(f"{where}, {place}, column {prompt}: {error}; every row needs a prompt.")
+            continue
+        if has_input and isinstance(text, str) and isinstance(more := row.get("input"), str) and more.strip():
+            text = f"{text}\n\n{more}"  # as Alpaca's authors put them together
+        cells["prompt"] = text
+        if column is None:
+            cells["label"] = label
+        else:
+            value = value_of(row.get(column))
+            if value and not labels:
+                raise InputError(
+                    f"{where}, {place}, column {column}: its values say neither harmful nor harmless: "
+                    f"{unknown[:300]}; name the harmful ones with --harmful-values."
+                )
+            if how.harmful_values and value and value not in labels:
+                labels[value] = "harmless"
+            cells["label"] = labels.get(value, row.get(column))
+            if value in labels:
+                counted = about["values"].setdefault(value, {"label": labels[value], "rows": 0})
+                counted["rows"] += 1
+        for name in keep:
+            cell = row.get(name)
+            if name not in (prompt, column) and (is_plain or isinstance(cell, (str, int))):
+                cells[name] = cell
+        yield place, cells
+
+
+def _benchmark(cells: Sequence[Mapping[str, Any]], columns: Sequence[str], file_name: str) -> Benchmark | None:
+    """The benchmark that the table is, unless somebody added labels to it."""
+    benchmark = recognised(columns, file_name)
+    if benchmark is None:
+        return None
+    added = {value for name in named_label_columns(columns) for value in readable_labels(cells, name)}
+    return benchmark if not added or (benchmark.label == "xstest" and added <= {"safe", "unsafe"}) else None
+
+
+def _about(file_name: str, prompt: str, column: str | None, told: str) -> dict[str, Any]:
+    return {"file": file_name, "prompt_column": prompt, "label_column": column, "label_from": told, "values": {}}
+
+
+def _head(rows: Iterable[Row]) -> tuple[list[Row], Iterator[Row]]:
+    """The first rows, of a bounded size together, which are nearly always all, and the others."""
+    rest = iter(rows)
+    head: list[Row] = []
+    room = _HEAD_CHARACTERS
+    for row in rest:
+        head.append(row)
+        room -= 100 + (sum(map(_size, row[1].values())) if isinstance(row[1], Mapping) else 0)
+        if room < 0:
+            break
+    return head, rest
+
+
+def _size(cell: object) -> int:
+    if isinstance(cell, (str, bytes)):
+        return len(cell)
+    inner = cell.values() if isinstance(cell, dict) else cell if isinstance(cell, (list, tuple)) else ()
+    return 10 + sum(map(_size, inner))
+
+
+def _label_of_name(file_name: str) -> str | None:
+    words = set(re.findall("[a-z]+", file_name.casefold()))
+    harmful, harmless = words & _HARMFUL_FILES, words & _HARMLESS_FILES
+    if bool(harmful) == bool(harmless):
+        return None
+    return "harmful" if harmful else "harmless"
+
+
+def _refuse_other_label(cells: Sequence[Mapping[str, Any]], columns: Sequence[str], label: str, where: str) -> None:
+    """Refuse a file that is given as of one label and says in a column that rows are of the other."""
+    for column in columns:
+        labels = readable_labels(cells, column)
+        others = sum(labels.get(value_of(row.get(column)), label) != label for row in cells)
+        if others:
+            raise InputError(
+                f"{where} is given as {label}, but by its column {column} {others:,} row(s) are not; give it with "
+                "--prompts, or name the prompts' column behind the file (FILE:COLUMN) to take all of them."
+            )
+
+
+def _are_twins(cells: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> bool:
+    """Whether each row holds a harmful and a harmless prompt, as the built-in set does."""
+    two = [row.get(name) for row in cells for name in ("harmful", "harmless")]
+    return {"harmful", "harmless"} <= set(columns) and all(isinstance(text, str) and " " in text for text in two)
+
+
+def _twins(rows: Iterable[Row]) -> Iterator[Row]:
+    for place, row in rows:
+        if isinstance(row, InputError):
+            yield place, row
+            continue
+        pair = row.get("pair") or own_pair(str(row.get("harmful")))
+        for label in ("harmful", "harmless"):
+            cells = Cells({"prompt": label}, "")
+            cells.update(prompt=row.get(label), label=label, pair=pair, category=row.get("category"))
+            yield place, cells

@@ -109,7 +109,7 @@ BAD = {
     "empty file": (b"", "m.csv", "is empty"),
     "white space only": (b" \n\n", "m.jsonl", "is empty"),
     "header only": (b"prompt,label\n", "m.csv", "holds no prompt"),
-    "no label column": (b"prompt,category\na,b\n", "m.csv", "exactly one column 'label'"),
+    "no label column": (b"prompt,category\na,b\n", "m.csv", "no column that tells harmful from harmless"),
     "column twice": (b"prompt,label,label\na,harmful,harmful\n", "m.csv", "exactly one column 'label'"),
     "unknown label": (b"prompt,label\na,harmful\nb,evil\n", "m.csv", "row 3, column label: 'evil' is unknown"),
     "no label": (b"prompt,label\na,\n", "m.csv", "row 2, column label: empty"),
@@ -125,7 +125,7 @@ BAD = {
     "number as prompt": (b'{"prompt": 7, "label": "harmful"}\n', "m.jsonl", "column prompt: expected text, found int"),
     "surrogate": (b'{"prompt": "\\ud800", "label": "harmful"}\n', "m.jsonl", "surrogate"),
     "bad parquet": (b"PAR1 this is none", "m.parquet", "not a readable Parquet file"),
-    "other ending": (b"prompt,label\na,harmful\n", "m.xlsx", "its name must end in .csv, .jsonl, .parquet"),
+    "other ending": (b"prompt,label\na,harmful\n", "m.xlsx", "its name must end in .csv, .tsv, .json, .jsonl"),
     "unknown split": (b"prompt,label,split\na,harmful,train\n", "m.csv", "column split: 'train' is unknown"),
     "pair over two splits": (
         b"prompt,label,pair,split\na,harmful,p,test\nb,harmless,p,tune\n",
@@ -285,4 +285,4 @@ def test_every_wrong_row_is_found() -> None:
     assert find_problems(b"prompt,label\na,harmful\nb,harmless", "mine.csv") == []
     assert len(find_problems(b"text\nx", "mine.csv")) == 1
     assert len(find_problems(b"x", "mine.txt")) == 1
-    assert len(find_problems(b'{"prompt": 1}\n{', "mine.jsonl")) == 2
+    assert len(find_problems(b'{"prompt": 1, "label": "harmful"}\n{', "mine.jsonl")) == 2

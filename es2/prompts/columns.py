@@ -1,0 +1,263 @@
+"""Which columns hold the prompt and the label, by the names and the values that published sets use.
+
+Nothing here reads a file. Names are in lower case, with `_` for spaces and hyphens.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from es2.core.errors import InputError
+from es2.core.files import parse_json
+
+_CHATS = ("messages", "conversations", "conversation", "turns", "chat", "dialogue", "dialog")
+_TEXTS = (
+    "text",
+    "prompts",
+    "instruction",
+    "instructions",
+    "goal",
+    "behavior",
+    "behaviour",
+    "question",
+    "forbidden_prompt",
+    "query",
+    "request",
+    "user_prompt",
+    "user_input",
+    "user_query",
+    "user_message",
+    "user_request",
+    "input_prompt",
+    "prompt_text",
+    "harmful_prompt",
+    "harmful_behavior",
+    "harmful_question",
+    "harmful_request",
+    "harmful_instruction",
+    "jailbreak_query",
+    "jailbreak_prompt",
+    "adversarial_prompt",
+    "attack_prompt",
+    "malicious_prompt",
+)
+_WEAK = ("input", "content", "user", "human", "message", "sentence", "utterance", "task")
+PROMPT_COLUMNS = ("prompt", *_TEXTS, *_CHATS, *_WEAK)
+"""Usual names of the prompt's column: `prompt` before all others, the last few only where there is none of these."""
+
+_HARM = (
+    "label",
+    "labels",
+    "harmful",
+    "is_harmful",
+    "harmfulness",
+    "harm_label",
+    "prompt_harm_label",
+    "prompt_harmfulness",
+    "prompt_label",
+    "prompt_safety",
+    "prompt_is_harmful",
+    "prompt_toxicity",
+    "toxicity",
+    "toxic",
+    "is_toxic",
+    "unsafe",
+    "is_unsafe",
+    "malicious",
+    "is_malicious",
+    "jailbreak",
+    "is_jailbreak",
+    "safety_label",
+    "flagged",
+)
+_NO_HARM = ("is_safe", "safe", "harmless", "is_harmless", "benign", "is_benign", "prompt_is_safe", "is_prompt_safe")
+_MAYBE = ("type", "data_type", "prompt_type", "category", "class", "safety", "target", "kind")
+LABEL_COLUMNS = (*_HARM, *_NO_HARM, *_MAYBE)
+"""Usual names of the label's column: where 1 is harmful, where 1 is harmless, and what may be something else."""
+
+_HARMFUL_WORDS = {"harmful", "unsafe", "toxic", "malicious", "jailbreak", "dangerous", "injection"}
+_HARMFUL_WORDS |= {"vanilla_harmful", "adversarial_harmful", "harmful_behavior", "harmful_behaviors"}
+_HARMLESS_WORDS = {"harmless", "safe", "unharmful", "benign", "normal", "nontoxic", "not_harmful", "non_harmful"}
+_HARMLESS_WORDS |= {"not_toxic", "non_toxic", "vanilla_benign", "adversarial_benign", "legitimate", "harmless_alpaca"}
+_YES, _NO = {"1", "true", "yes"}, {"0", "false", "no"}
+
+
+def folded(name: str) -> str:
+    """A column's name or a label's word, whatever its case, spaces and hyphens."""
+    return re.sub(r"[\s\-]+", "_", name.strip().casefold())
+
+
+def value_of(cell: object) -> str:
+    """The value of a label's cell, by which rows are counted: 1, 1.0, `1` and ` 1 ` are one value; empty for none."""
+    if cell is None:
+        return ""
+    if isinstance(cell, float) and cell.is_integer():
+        cell = int(cell)
+    value = str(cell).strip().casefold()
+    return {"1.0": "1", "0.0": "0"}.get(value, value)
+
+
+def labels_of(column: str, values: Sequence[str], harmful: Sequence[str] = ()) -> dict[str, str]:
+    """The labels (`harmful` or `harmless`) of those of a column's values that have one.
+
+    Args:
+        column: its name.
+        values: its distinct values, as `value_of` gives them.
+        harmful: the values that are harmful, all others being harmless; empty where that is to be found.
+    """
+    if harmful:
+        wanted = {value_of(value) for value in harmful}
+        return {value: "harmful" if value in wanted else "harmless" for value in values if value}
+    column = folded(column)
+    if column == "type" and any(value.startswith("contrast_") for value in values):  # XSTest
+        return {v: "harmful" if v.startswith("contrast_") else "harmless" for v in values if v}
+    yes, no = ("harmless", "harmful") if column in _NO_HARM else ("harmful", "harmless")
+    numbers_count = column != "safety"  # where 1 may be either
+    found = {}
+    for value in values:
+        word = folded(value)
+        if word in _HARMFUL_WORDS:
+            found[value] = "harmful"
+        elif word in _HARMLESS_WORDS:
+            found[value] = "harmless"
+        elif numbers_count and word in _YES:
+            found[value] = yes
+        elif numbers_count and word in _NO:
+            found[value] = no
+    return found
+
+
+def named_label_columns(columns: Sequence[str]) -> list[str]:
+    """The columns whose names say that they hold the label."""
+    return [column for column in columns if folded(column) in (*_HARM, *_NO_HARM)]
+
+
+def find_prompt_column(columns: Sequence[str], chosen: str | None, where: str) -> str:
+    """The column of the prompts. Raises `InputError` where there is none, or several that it may be."""
+    if chosen is not None:
+        return _chosen(columns, chosen, where)
+    by_name: dict[str, list[str]] = {}
+    for column in columns:
+        by_name.setdefault(folded(column), []).append(column)
+    for names in (("prompt",), (*_TEXTS, *_CHATS), _WEAK):
+        found = [column for name in names for column in by_name.get(name, ())]
+        if len(found) > 1:
+            raise InputError(
+                f"{where} has several columns that may hold the prompt: {', '.join(found)}; "
+                "name one with --prompt-column."
+            )
+        if found:
+            return found[0]
+    raise InputError(
+        f"{where} has no column of prompts under a usual name (columns: {_listed(columns)}); "
+        "name it with --prompt-column."
+    )
+
+
+def find_label_column(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[str], chosen: str | None, where: str
+) -> str | None:
+    """The column of the labels, or None where there is none; a usual name counts before what its values say.
+
+    Raises `InputError` for several columns that disagree, and for a column that is not there.
+    """
+    if chosen is not None:
+        return _chosen(columns, chosen, where)
+    named = named_label_columns(columns)
+    readable = {column: labels for column in named if (labels := readable_labels(rows, column))}
+    if "label" in named and (len(named) == 1 or set(readable.get("label", {})) & {"harmful", "harmless"}):
+        return "label"
+    if readable:
+        first, *others = readable
+        for other in others:
+            for row in rows:
+                mine, theirs = value_of(row.get(first)), value_of(row.get(other))
+                if mine and theirs and readable[first][mine] != readable[other][theirs]:
+                    raise InputError(
+                        f"{where} has several columns that may hold the label and that disagree: "
+                        f"{', '.join(readable)}; name one with --label-column."
+                    )
+        return first
+    maybe = [column for column in columns if folded(column) in _MAYBE and readable_labels(rows, column)]
+    if len(maybe) > 1:
+        raise InputError(
+            f"{where} has several columns that may hold the label: {', '.join(maybe)}; name one with --label-column."
+        )
+    if maybe:
+        return maybe[0]
+    return named[0] if named else None
+
+
+def readable_labels(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, str]:
+    """The labels of a column's values, where all have one; else nothing."""
+    values = list(dict.fromkeys(value_of(row.get(column)) for row in rows))
+    labels = labels_of(column, values)
+    return labels if labels and all(value in labels for value in values if value) else {}
+
+
+def _chosen(columns: Sequence[str], chosen: str, where: str) -> str:
+    for column in columns:
+        if folded(column) == folded(chosen):
+            return column
+    raise InputError(f"{where} has no column {chosen[:60]!r}; it has: {_listed(columns)}.")
+
+
+def _listed(columns: Sequence[str]) -> str:
+    return ", ".join(column or "(no name)" for column in columns)[:300] or "none"
+
+
+# --------------------------------------------------------------------------------------------------------------- chats
+
+
+def text_of(cell: object, column: str) -> object:
+    """The prompt in a cell: a text as it is; of a chat (a list, a struct, or one written as text) the first user turn.
+
+    Raises `ValueError` with what is missing; anything else is given back as it is.
+    """
+    if isinstance(cell, str):
+        if folded(column) not in _CHATS or not cell.strip().startswith(("[", "{")):
+            return cell
+        cell = _written(cell)
+    if isinstance(cell, dict):
+        lists = [name for name, inner in cell.items() if isinstance(inner, list)]
+        nested = next((cell[name] for name in _CHATS if isinstance(cell.get(name), list)), None)
+        if nested is not None:
+            return text_of(nested, column)
+        if len(lists) > 1:  # a struct of arrays
+            length = min(len(cell[name]) for name in lists)
+            cell = [{name: cell[name][number] for name in lists} for number in range(length)]
+        else:
+            cell = [cell]
+    if not isinstance(cell, (list, tuple)):
+        return cell
+    if not cell:
+        raise ValueError("a chat without turns")
+    if all(isinstance(turn, str) for turn in cell):
+        return cell[0]
+    for turn in cell:
+        if isinstance(turn, dict) and _role(turn) in ("user", "human", "prompter", ""):
+            content = next((turn[name] for name in ("content", "value", "text") if name in turn), None)
+            if isinstance(content, list):  # parts of a message
+                parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+                content = "\n".join(part for part in parts if isinstance(part, str))
+            return content
+    raise ValueError("a chat without a user's turn")
+
+
+def _role(turn: Mapping[str, Any]) -> str:
+    role = next((turn[name] for name in ("role", "from", "speaker", "author") if name in turn), "")
+    return str(role).strip().casefold()
+
+
+def _written(cell: str) -> object:
+    try:
+        return parse_json(cell)
+    except ValueError:
+        pass
+    try:
+        return ast.literal_eval(cell.strip())  # as pandas writes a list into CSV
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        raise ValueError("neither a text nor a chat in JSON") from None
