@@ -71,6 +71,11 @@ def is_table(file_name: str) -> bool:
     return Path(name).suffix in _READERS
 
 
+def _column(name: str) -> str:
+    """A column's name in lower case and one line."""
+    return " ".join(name.split()).lower()
+
+
 def _unpacked(data: bytes, where: str) -> bytes:
     """The content of a gzip file of one or several members, of which no more than `MAX_FILE_BYTES` are unpacked."""
     parts: list[bytes] = []
@@ -116,7 +121,7 @@ def _csv_rows(data: bytes, where: str) -> Iterator[Row]:
     text = _text(data, where)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_delimiter(text, where), strict=True)
     try:
-        header = [name.strip().lower() for name in reader.fieldnames or []]
+        header = [_column(name) for name in reader.fieldnames or []]
         reader.fieldnames = header
         twice = {name for name in header if name and header.count(name) > 1}
         for row in reader:
@@ -202,7 +207,7 @@ def _json_rows(data: bytes, where: str) -> Iterator[Row]:
 
 def _object_rows(value: dict[str, Any], where: str) -> Iterator[Row]:
     """The rows of an object of columns (arrays, or objects by row as pandas writes them), or of an array a label."""
-    columns = {str(key).strip().lower(): cells for key, cells in value.items()}
+    columns = {_column(str(key)): cells for key, cells in value.items()}
     arrays = {name: cells for name, cells in columns.items() if isinstance(cells, list)}
     if {"harmful", "harmless"} <= arrays.keys() and all(
         isinstance(cell, str) for label in ("harmful", "harmless") for cell in arrays[label]
@@ -240,7 +245,7 @@ def _json_row(row: object, number: int, where: str) -> Row:
         return f"row {number}", InputError(
             f"{where!r}, row {number}: expected an object with a key for each column, such as prompt, or a text."
         )
-    return f"row {number}", {str(key).strip().lower(): cell for key, cell in row.items()}
+    return f"row {number}", {_column(str(key)): cell for key, cell in row.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------- Parquet
@@ -259,7 +264,7 @@ def _parquet_rows(data: bytes, where: str) -> Iterator[Row]:
         classes = _class_names(file.schema_arrow.metadata or {})
         # In small batches: one long text in a million rows takes little room in a file.
         for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-            columns = [name.strip().lower() for name in batch.schema.names]
+            columns = [_column(name) for name in batch.schema.names]
             twice = {name for name in columns if columns.count(name) > 1}
             for row in batch.rename_columns(columns).to_pylist():
                 number += 1
@@ -277,7 +282,7 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
     try:
         features = parse_json(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         return {
-            str(name).strip().lower(): [str(word) for word in feature["names"]]
+            _column(str(name)): [str(word) for word in feature["names"]]
             for name, feature in features.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and isinstance(feature["names"], list)
         }
