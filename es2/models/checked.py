@@ -129,11 +129,21 @@ def look_at(folder: Path) -> None:
         )
     for block in blocks:
         block.register_forward_hook(_have_stream)
+    head, called = model.get_output_embeddings(), []
+    for part in model.children():
+        if part is not head and part is not model.base_model and blocks[0] not in part.modules():
+            part.register_forward_hook(lambda part, inputs, output: called.append(part))
     try:
-        model(torch.zeros(1, 4, dtype=torch.long, device="meta"), use_cache=False)
+        mask = torch.zeros(1, 1, 4, 4, device="meta")  # one that is made would be looked into, and has no values
+        model(torch.zeros(1, 4, dtype=torch.long, device="meta"), attention_mask=mask, use_cache=False)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
         logger.debug("The %s model does not run without weights: %s", config.model_type, error)
-    if not isinstance(model.get_output_embeddings(), torch.nn.Linear):
+    if called:
+        raise InputError(
+            f"The {config.model_type!r} model has more than one linear map between its blocks and its logits, so its "
+            "KL is unknown here; use another architecture."
+        )
+    if not isinstance(head, torch.nn.Linear):
         raise InputError(f"The {config.model_type!r} model has no plain linear head, so its KL is unknown here.")
 
 

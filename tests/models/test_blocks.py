@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from es2.capture.capture import capture
+from es2.core.errors import InputError
 from es2.models.blocks import BlockHooks, decoder_of, find_blocks
 from es2.models.chat_template import render
+from es2.models.checked import refuse_untunable
 from es2.models.loading import load_bridge, load_model, load_tokenizer
 from es2.store.sources import LENS, OWN_HOOKS
 from es2.store.store import Store
+from tests.architectures.configs import ARCHITECTURES, save_architecture
 from tests.builders import save_tiny_model, tiny_model, tiny_prompts, tiny_tokenizer
 
 HYBRID = {
@@ -109,6 +112,23 @@ def test_a_wrapper_is_captured_and_nothing_is_installed(tmp_path: Path, monkeypa
     tiny_wrapper().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     check_capture(tmp_path / "model", Store(tmp_path / "store"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sentence"),
+    [("gemma3n_text", "4 dimensions"), ("modernbert-decoder", "more than one linear map"), ("longcat_flash", "blocks")],
+)
+def test_what_cannot_be_tuned_is_known_without_weights(
+    architecture: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a model, in a process of its own; the second time the sentence is remembered."""
+    monkeypatch.setenv("ES2_CACHE", str(tmp_path / "cache"))
+    folder = save_architecture(tmp_path / "model", ARCHITECTURES[architecture])
+    (folder / "model.safetensors").unlink()
+    for _ in range(2):
+        with pytest.raises(InputError, match=sentence):
+            refuse_untunable(folder)
+        monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("looked twice"))
 
 
 def test_what_a_hook_returns_takes_the_output_s_place() -> None:
