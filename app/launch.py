@@ -95,7 +95,7 @@ def _config(
         config = FinetuneConfig.from_text(values | {"objective": values["objective"] or ""})  # a box may be emptied
         config.check(n_layers, prompts)
         if (folder := local_folder(config.model)) is not None:
-            refuse_untunable(folder)
+            refuse_untunable(folder, config.method)
     except InputError as error:
         return None, str(error)
     return config, ""

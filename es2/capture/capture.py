@@ -280,7 +280,12 @@ def _fits_half(arrays: dict[str, Float[np.ndarray, "layer prompt d_model"]], dty
     """Whether half-precision embeddings fit into float16: they do unless the model has outlier dimensions."""
     largest = float(np.max([np.abs(layer).max() for array in arrays.values() for layer in layers_of(array)]))
     if not np.isfinite(largest):
-        raise InputError(f"Some embeddings are not finite in {dtype}; capture with bfloat16 or float32.")
+        way = (
+            "the weights of the model or of the adapter are damaged"
+            if dtype == "float32"
+            else "capture with float32, which tells whether the weights are damaged or too large for this format"
+        )
+        raise InputError(f"Some embeddings are not finite in {dtype}; {way}.")
     return dtype != "float32" and largest < _HALF_LIMIT
 
 

@@ -66,7 +66,7 @@ def finetune(
         until_then = {} if given else {"layers": (0,), "first_block": None}
         config = FinetuneConfig(**settings | {"model": spec.name} | until_then)
         config.check(n_layers, prompt_set)
-        refuse_untunable(model_files)
+        refuse_untunable(model_files, config.method)
         if not given:
             base = prepare(model, prompt_set, device=config.device, dtype=config.dtype, report=report)
             config = config.replace(layers=base.analysis.recommended, first_block=first_block)

@@ -66,6 +66,8 @@ class Settings(BaseModel):
         for name, field in type(self).model_fields.items():
             choices, value = extra(field, "choices"), getattr(self, name)
             entries = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(entry, int) and abs(entry) >= 2**63 for entry in entries):
+                raise InputError(f"{label_of(name, field)} cannot be {str(value)[:40]}: that is no number of 64 bits.")
             if choices and (wrong := [entry for entry in entries if entry is not None and entry not in choices]):
                 label = extra(field, "of") if isinstance(value, tuple) else label_of(name, field).lower()
                 raise InputError(f"Unknown {label} {wrong[0][:40]!r}; one of {', '.join(choices)}.")

@@ -66,21 +66,24 @@ def refuse_failed(folder: Path, adapter: Path | None, purpose: str) -> None:
     for part in {None, adapter if adapter is not None and adapter.is_dir() else None}:
         for found in (known_check(folder, part) or {}).get("checks", ()):
             if found.get("passed") is False and found.get("name") in CONCERNS[purpose]:
+                what = "an adapter on the model" if found["name"] == "adapter" else "the model"
                 raise InputError(
-                    f"`es2 check` found the model in {str(folder)!r} wrong ({found['name']}): "
+                    f"`es2 check` found {what} in {str(folder)!r} wrong ({found['name']}): "
                     f"{str(found['sentence']).rstrip('.')}; mend that and check again."
                 )
 
 
-def refuse_untunable(folder: Path) -> None:
-    """Raise `InputError` for a model that a fine-tune could not work with; no weights are read.
+def refuse_untunable(folder: Path, method: str = "lora") -> None:
+    """Raise `InputError` for a model that a fine-tune by this method could not work with; no weights are read.
 
     An architecture without tests is looked at once, in a process of its own: the app imports no torch.
     """
     refuse_failed(folder, None, "finetune")
+    config = read_config(folder / "config.json")
+    if method == "experts" and "expert" not in str(config):
+        raise InputError(f"The model in {str(folder)!r} is no mixture of experts; use --method lora.")
     if model_type(folder) in SHARING_VERIFIED:
         return
-    config = read_config(folder / "config.json")
     key = content_key({"config": config, "versions": [version("transformers"), version("torch")]})
     memo = user_cache() / "structures" / f"{key}.json"
     known = read_json(memo)

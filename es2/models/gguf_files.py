@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,14 @@ def _read(parts: Sequence[Path]) -> list[GGUFReader]:
             f"{parts[0].name!r} is one of {n_parts} parts of a model and is named as if it were the whole; give the "
             "parts their own names (…-00001-of-00002.gguf), side by side."
         )
+    for place, reader in enumerate(readers):
+        if (own := _number(reader, "split.no")) is not None and own != place:
+            raise InputError(
+                f"{parts[place].name!r} says of itself that it is part {own + 1} of the model; download it again."
+            )
+    names = [tensor.name for reader in readers for tensor in reader.tensors]
+    if (doubled := next((name for name, count in Counter(names).items() if count > 1), None)) is not None:
+        raise InputError(f"{parts[0].name!r} has the tensor {doubled!r} twice; download all parts again.")
     if n_tensors is not None and n_tensors != found:
         raise InputError(f"{parts[0].name!r} lacks {n_tensors - found} of its {n_tensors} tensors; download it again.")
     return readers

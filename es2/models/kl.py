@@ -71,6 +71,8 @@ def read_lm_head(model: Any) -> LmHead:
         states = decoder_of(model)(tokens, use_cache=False).last_hidden_state[0]
         head = replace(head, scale=_scale(expected, replace(head, softcap=None).logits(states), softcap))
         found = head.logits(states)
+    if not bool(expected.isfinite().all()):
+        raise InputError("The model's logits are not finite: its weights are damaged, or too large for this dtype.")
     tolerance = 1e-2 if layer.weight.dtype.itemsize < 4 else 1e-4
     if not torch.allclose(found, expected, atol=tolerance * float(expected.abs().max()), rtol=tolerance):
         raise InputError(

@@ -133,7 +133,7 @@ def finetune(
     spec = resolve(config.model)
     model_files = model_folder(spec, report)
     config.check(count_layers(model_files), prompts)
-    refuse_untunable(model_files)
+    refuse_untunable(model_files, config.method)
     plan = make_schedule(
         prompts, config.pairs_per_step, config.steps, config.seed, config.validation_prompts, config.kl_prompts
     )

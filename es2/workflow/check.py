@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -102,8 +102,9 @@ class _Checks(list[Check]):
             sentence, details = find()
             self.append(Check(name, True, sentence, details))
         except Exception as error:
-            known = isinstance(error, Es2Error | _WrongError)
-            self.append(Check(name, False, f"{'' if known else f'{type(error).__name__}: '}{one_line(error)}."))
+            ours = isinstance(error, Es2Error | _WrongError)
+            sentence = str(error) if ours else f"{type(error).__name__}: {one_line(error)}"
+            self.append(Check(name, False, f"{sentence.rstrip('.')}."))
         return bool(self[-1].passed)
 
     def skip(self, *names: str) -> None:
@@ -190,6 +191,7 @@ def _template(folder: Path, prompts: PromptSet, found: dict[str, Any]) -> tuple[
     order = sorted(set(prompts.texts), key=lambda text: (len(text), text))
     places = np.linspace(0, len(order) - 1, min(N_PROMPTS, len(order))).astype(int)
     texts = found["texts"] = [order[place] for place in places]
+    render(tokenizer, order)  # every text may be refused, and rendering takes no model
     rendered: Rendered = render(tokenizer, texts)
     found["rendered"] = rendered
     found["prefix"] = template_prefix(tokenizer, rendered.token_ids)
@@ -285,13 +287,25 @@ def _blocks(found: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         blocks, output = _outputs(model, tokens)
         reference.blocks.append(blocks)
         reference.logits.append(output.logits[0].float().cpu())
+    _plausible(reference.blocks)
     n_layers = len(reference.blocks[0])
     reported = output.hidden_states
     if reported is not None and len(reported) == n_layers + 1:
-        apart = max(_apart(reported[l + 1][0].float().cpu(), blocks[l]) for l in range(n_layers - 1))
+        apart = _largest(_apart(reported[l + 1][0].float().cpu(), blocks[l]) for l in range(n_layers - 1))
         if not apart <= found["limit"]:
             raise _WrongError(f"The outputs of the blocks are not the model's hidden states (apart by {apart:.2g})")
     return f"{n_layers} blocks of width {reference.blocks[0].shape[-1]}.", {"n_layers": n_layers}
+
+
+def _plausible(outputs: Sequence[torch.Tensor]) -> None:
+    """Refuse block outputs that are no numbers, or the same for every prompt."""
+    for blocks in outputs:
+        wrong = [layer for layer, states in enumerate(blocks) if not bool(states.isfinite().all())]
+        if wrong:
+            raise _WrongError(f"The output of block {wrong[0]} is not finite: the weights are damaged")
+    last = [blocks[:, -1] for blocks in outputs]
+    if len(last) > 1 and all(bool((states == last[0]).all()) for states in last):
+        raise _WrongError("Every prompt has the same embeddings: the weights are those of no trained model")
 
 
 def _head(found: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -307,7 +321,7 @@ def _head(found: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     for tokens, logits in zip(found["rendered"].token_ids, found["reference"].logits, strict=True):
         with torch.inference_mode():
             states = decoder_of(model)(torch.tensor([tokens], device=model.device), use_cache=False).last_hidden_state
-            worst = max(worst, _apart(head.logits(states[0]).float().cpu(), logits))
+            worst = _largest((worst, _apart(head.logits(states[0]).float().cpu(), logits)))
     if not worst <= found["limit"]:
         raise _WrongError(f"The LM head on the final states gives other logits (apart by {worst:.2g})")
     return f"The LM head gives the model's logits (apart by {worst:.1g}).", {"apart": worst}
@@ -357,7 +371,7 @@ def _finetune(found: Mapping[str, Any], name: str) -> tuple[str, dict[str, Any]]
     network = FinetuneForward(model, template_prefix=found["prefix"], layers=layers)
     with torch.no_grad():
         embeddings = network.embed(rendered.token_ids).cpu()
-    worst = max(
+    worst = _largest(
         _apart(embeddings[row, place], found["reference"].blocks[row][layer, -1])
         for row in range(len(rendered.token_ids))
         for place, layer in enumerate(layers)
@@ -406,19 +420,23 @@ def _adapter(
     worst = moved = 0.0
     for row, (blocks, output) in enumerate(expected):
         own, own_output = _outputs(merged, found["rendered"].token_ids[row])
-        worst = max(worst, _apart(own, blocks), _apart(own_output.logits[0].cpu(), output.logits[0].cpu()))
-        moved = max(moved, _apart(blocks, found["reference"].blocks[row]))
+        worst = _largest((worst, _apart(own, blocks), _apart(own_output.logits[0].cpu(), output.logits[0].cpu())))
+        moved = _largest((moved, _apart(blocks, found["reference"].blocks[row])))
     if not worst <= found["limit"]:
         raise _WrongError(f"The merged adapter is not the live one (apart by {worst:.2g})")
-    if moved == 0:
-        raise _WrongError("The adapter changes nothing")
-    numbers = f"Merged and live adapter are apart by {worst:.1g}; it moves the states by {100 * moved:.2g} %."
+    moves = f"it moves the states by {100 * moved:.2g} %" if moved else "it changes nothing of the base"
+    numbers = f"Merged and live adapter are apart by {worst:.1g}; {moves}."
     return " ".join((numbers, *doubts)), {"apart": worst, "moved": moved, "warnings": doubts}
 
 
 def _apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     """How far one tensor is from another, over the length of that."""
     return float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
+
+
+def _largest(differences: Iterable[float]) -> float:
+    """The largest difference; no number if one of them is none, which is no agreement."""
+    return float(np.max([*differences]))
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

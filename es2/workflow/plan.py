@@ -109,7 +109,7 @@ def plan(
     shape = Shape.of_folder(folder) if folder is not None else Shape.of_model(config.model)
     config.check(shape.n_layers, prompts)
     if folder is not None:
-        refuse_untunable(folder)
+        refuse_untunable(folder, config.method)
     machine = machine or replace(this_machine(config.device), n_devices=1)
     weight_bytes = shape.parameters * DTYPES[number_format(config, machine)]
     lengths = token_counts(folder, prompts) if lengths is None else lengths

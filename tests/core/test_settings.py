@@ -28,6 +28,7 @@ class Recipe(Settings):
     ("values", "sentence"),
     [
         ({}, "layers is missing; it must be a list of whole numbers."),
+        ({"layers": (1,), "sugar": 10**20}, "Sugar cannot be 100000000000000000000: that is no number of 64 bits."),
         ({"layers": 5}, "layers must be a list of whole numbers, not 5."),
         ({"layers": (1.0,)}, "There is no layer 1.0: layers are whole numbers."),
         ({"sugar": 0}, "sugar must be a whole number of at least 1, not 0."),

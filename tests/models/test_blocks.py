@@ -151,3 +151,9 @@ def test_a_bridge_that_fails_is_done_without(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(TransformerBridge, "boot_transformers", fail)
     assert isinstance(load_bridge(save_tiny_model(tmp_path / "model")), BlockHooks)
+
+
+def test_experts_are_refused_where_there_are_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no mixture of experts; use --method lora"):
+        refuse_untunable(save_tiny_model(tmp_path / "dense"), "experts")
+    refuse_untunable(save_architecture(tmp_path / "mixture", ARCHITECTURES["qwen3_moe"]), "experts")

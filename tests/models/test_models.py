@@ -648,6 +648,14 @@ def test_a_part_of_a_gguf_under_another_name_is_no_whole(tmp_path: Path) -> None
     assert not is_cached(resolve(str(renamed)))
 
 
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_part_of_a_gguf_in_another_s_place_is_named(place: int, tmp_path: Path) -> None:
+    parts = write_gguf(tmp_path / "split.gguf", tensors_per_part=12)
+    parts[place].write_bytes(parts[0].read_bytes())
+    with pytest.raises(InputError, match=rf"split-0000{place + 1}-of-00003\.gguf' says of itself that it is part 1"):
+        model_folder(resolve(str(parts[0])))
+
+
 def test_a_gguf_without_one_of_its_tensors_is_refused(tmp_path: Path) -> None:
     write_gguf(tmp_path / "lacking.gguf", without="blk.1.ffn_up.weight")
     with pytest.raises(InputError, match=r"lacks 1 of the model's weights \(the first: model\.layers\.1\.mlp\.up_proj"):

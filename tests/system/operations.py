@@ -228,7 +228,7 @@ def _embeddings(activations: ActivationSet) -> str:
     return _hash([activations.layer(l, position) for l in layers for position in activations.positions])
 
 
-_OF_THE_TIME = ("seconds", "seconds_per_step", "path", "run", "created", "generated", "activations")
+_OF_THE_TIME = ("seconds", "seconds_per_step", "path", "run", "created", "generated", "activations", "behaviour_reason")
 
 
 def lasting(document: Any) -> Any:

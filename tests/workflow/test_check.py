@@ -21,6 +21,8 @@ from es2.workflow.check import ModelCheck, check
 from tests.builders import CHAT_TEMPLATE, save_tiny_adapter, save_tiny_model, tiny_prompts, tiny_tokenizer
 from tests.models.test_blocks import HYBRID, tiny_wrapper
 
+WEIGHTS = "adapter_model.safetensors"
+
 
 def outcomes(result: ModelCheck) -> dict[str, bool | None]:
     return {check.name: check.passed for check in result.checks}
@@ -186,6 +188,17 @@ def wrong_prefix_of_a_step(patch: pytest.MonkeyPatch, folder: Path) -> None:
     wrap(patch, "es2.models.forward.keys_and_values", without_last)
 
 
+def weights_without_number(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def empty_weights(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    weights = {name: 0 * tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("name", "plant"),
     [
@@ -199,6 +212,8 @@ def wrong_prefix_of_a_step(patch: pytest.MonkeyPatch, folder: Path) -> None:
         ("positions", shifted_position),
         ("weights", missing_tensor),
         ("blocks", reversed_blocks),
+        ("blocks", weights_without_number),
+        ("blocks", empty_weights),
         ("head", wrong_head),
         ("replies", standing_positions),
         ("finetune", wrong_prefix_of_a_step),
@@ -212,6 +227,26 @@ def test_a_planted_fault_is_found(
     result = check(str(folder), tiny_prompts(), device="cpu")
     assert not result.passed
     assert next(found for found, passed in outcomes(result).items() if passed is False) == name
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_an_adapter_of_zeros_passes_and_one_without_numbers_does_not(
+    value: float, folder: Path, tmp_path: Path
+) -> None:
+    adapter = save_tiny_adapter(tmp_path / "adapter", folder)
+    weights = {name: torch.full_like(tensor, value) for name, tensor in load_file(adapter / WEIGHTS).items()}
+    save_file(weights, adapter / WEIGHTS, metadata={"format": "pt"})
+    result = check(str(folder), tiny_prompts(), adapter=adapter, device="cpu")
+    assert outcomes(result)["adapter"] is (value == 0)
+    assert value != 0 or "changes nothing of the base" in result.checks[-1].sentence
+
+
+def test_every_prompt_is_rendered(folder: Path) -> None:
+    prompts = tiny_prompts(8)
+    middle = sorted(prompts.texts, key=lambda text: (len(text), text))[5]
+    cut = "| trim | replace(" + repr(middle) + ", 'x')"
+    tiny_tokenizer(chat_template=CHAT_TEMPLATE.replace("| trim", cut)).save_pretrained(folder)
+    assert outcomes(check(str(folder), prompts, device="cpu"))["template"] is False
 
 
 def test_a_wrong_merge_is_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
