@@ -69,15 +69,18 @@ def welcome(choice: Choice) -> None:
             f"**{len(prompts):,} prompts** from {text.markdown(prompts.name)} ({splits})."
         )
         config = artifacts.job_config(choice)
-        runs = jobs_panel.offer("prepare", config, "Capture and analyse", "prepare")
-        if runs:
-            st.caption("It goes on when this page is closed.")
-            return
         try:
             spec = resolve(choice.model)
         except InputError:
-            return  # its embeddings of other prompts are here, the model is gone; the job says so
-        st.caption(_what_to_expect(spec, prompts))
+            spec = None  # its embeddings of other prompts are here, the model is gone; the job says so
+        # Before the button: a click while this is worked out would be lost.
+        expected = None if spec is None else _what_to_expect(spec, prompts)
+        if jobs_panel.offer("prepare", config, "Capture and analyse", "prepare"):
+            st.caption("It goes on when this page is closed.")
+            return
+        if spec is None or expected is None:
+            return
+        st.caption(expected)
         if _needs_mirror(spec, config["model"]):
             _offer_mirror(spec, config)
 
