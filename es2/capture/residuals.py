@@ -18,7 +18,6 @@ from es2.core.errors import InputError, MachineError
 from es2.core.malloc import keep_freed_memory
 from es2.core.progress import Reporter, silent
 from es2.models.batching import (
-    ROUNDING,
     KeysAndValues,
     PrefixTree,
     batches_by_length,
@@ -31,6 +30,7 @@ from es2.models.batching import (
     pack_shared_prefixes,
     pad,
     positions_of,
+    rounding_of,
     usual_tokens,
 )
 from es2.models.blocks import BlockHooks, decoder_of
@@ -191,7 +191,7 @@ def _ways(bridge: TransformerBridge | BlockHooks, rendered: Rendered, columns: n
     plain = [_run_batch(bridge, [_alone(row, tried[row])], own_columns, "right", [], False) for row in order]
     expected = np.concatenate(plain, axis=1)
     error_found = np.linalg.norm(found - expected, axis=-1)
-    limit = ROUNDING[str(model.dtype).removeprefix("torch.")] * np.linalg.norm(expected, axis=-1)
+    limit = rounding_of(model) * np.linalg.norm(expected, axis=-1)
     return (n_shared, True) if bool((error_found <= limit).all()) else (0, False)
 
 

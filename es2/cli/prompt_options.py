@@ -113,7 +113,7 @@ def _source(
 
 
 def read_prompts(source: str) -> PromptSet:
-    """The prompts of a source; what had to be interpreted in a file is told on stderr. Raises as `load_prompts`."""
+    """The prompts of a source; how a file was read goes to stderr. Raises as `load_prompts`."""
     from es2.prompts.loading import load_prompts
 
     prompts = load_prompts(source)

@@ -32,7 +32,7 @@ def empty_model(folder: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model: PreTrainedModel = auto_class(config).from_config(config)
-    except Exception as error:  # whatever a configuration of somebody else makes a model raise
+    except Exception as error:  # a configuration may make a model raise anything
         raise InputError(
             f"The model folder {str(folder)!r} cannot be loaded as a causal language model ({first_line(error)}); "
             "fetch it again, or use another model."

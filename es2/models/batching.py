@@ -34,6 +34,18 @@ SHARING_VERIFIED = ("llama", "mistral", "qwen2", "gpt2", "gpt_neox", "gemma")
 ROUNDING = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Differences of states or logits, relative to their size, that are rounding."""
 
+
+def rounding_of(model: Any) -> float:
+    """The difference that is rounding in the number format of a model."""
+    return ROUNDING[str(model.dtype).removeprefix("torch.")]
+
+
+def trial_tokens(model: Any, n_tokens: int) -> list[int]:
+    """Tokens of the model's vocabulary, the same for every model of that size, to try something out on."""
+    size = model.get_input_embeddings().weight.shape[0]
+    return [(37 * place + 11) % size for place in range(n_tokens)]
+
+
 _tried: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 REPLY_BYTES = 900_000_000
@@ -66,8 +78,7 @@ def _sharing_is_exact(model: Any) -> bool:
     """Whether the final states of two prompts are the same, to rounding, alone and after a prefix that is run once."""
     import torch
 
-    size = model.get_input_embeddings().weight.shape[0]
-    tokens = [(37 * place + 11) % size for place in range(24)]
+    tokens = trial_tokens(model, 24)
     prompts = [(*tokens[:12], *tokens[12:17]), (*tokens[:12], *tokens[17:])]
     try:
         with torch.no_grad():  # what a model keeps of a pass in inference mode could not be trained through
@@ -86,7 +97,7 @@ def _sharing_is_exact(model: Any) -> bool:
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:
         logger.debug("Prompts of a %s model share nothing: %s", model.config.model_type, error)
         return False
-    return all(float(error) <= ROUNDING[str(model.dtype).removeprefix("torch.")] for error in errors)
+    return all(float(error) <= rounding_of(model) for error in errors)
 
 
 def may_pad(model: Any, longest: int) -> bool:

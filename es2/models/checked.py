@@ -18,7 +18,7 @@ from es2.core.files import content_key, read_json, user_cache, write_json
 from es2.models.batching import SHARING_VERIFIED
 from es2.models.blocks import find_blocks, output_of
 from es2.models.fingerprint import fingerprint
-from es2.models.model_files import first_line, model_type, read_config
+from es2.models.model_files import model_type, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -109,19 +109,11 @@ def _have_stream(block: Any, inputs: Any, output: Any) -> None:
 def look_at(folder: Path) -> None:
     """Raise `InputError` where the model of a folder, built without weights, has no blocks or head for a fine-tune."""
     import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig
 
-    from es2.models.architecture import auto_class
+    from es2.models.architecture import empty_model
 
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with init_empty_weights(include_buffers=True):
-            model: Any = auto_class(config).from_config(config)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError) as error:
-        raise InputError(
-            f"The model folder {str(folder)!r} holds no causal language model ({first_line(error)}); use another model."
-        ) from error
+    model: Any = empty_model(folder)
+    config = model.config
     blocks = find_blocks(model)[1]
     model.tie_weights()
     weights = [{id(weight) for weight in block.parameters()} for block in blocks]

@@ -17,7 +17,7 @@ from es2.models.adapter_files import ADAPTER_CONFIG
 from es2.models.adapter_fit import fit_adapter
 from es2.models.adapters import apply_finetune
 from es2.models.architecture import auto_class, empty_model
-from es2.models.batching import ROUNDING, is_verified
+from es2.models.batching import is_verified, rounding_of, trial_tokens
 from es2.models.blocks import BlockHooks, find_blocks
 from es2.models.costs import DTYPES, FOUR_BIT_BYTES, WORKING_SHARE
 from es2.models.device import check_device, choose_device, choose_dtype, is_out_of_memory, require_memory, too_large
@@ -231,7 +231,7 @@ def _boot(folder: Path, model: Any, expected: list[torch.Tensor] | None) -> tupl
     if found is not None and expected is not None:
         if len(found) != len(expected):
             return None, f"{len(found)} of {len(expected)} hooks of TransformerLens fired for the {kind!r} model."
-        limit = ROUNDING[str(model.dtype).removeprefix("torch.")]
+        limit = rounding_of(model)
         apart = max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
         if not apart <= limit:
             return None, f"The {kind!r} model through TransformerLens is another one (apart by {apart:.2g})."
@@ -243,8 +243,7 @@ def _block_outputs(hooked: Any) -> list[torch.Tensor]:
     import torch
 
     model = hooked.original_model
-    size = model.get_input_embeddings().weight.shape[0]
-    tokens = torch.tensor([[(37 * place + 11) % size for place in range(16)]], device=model.device)
+    tokens = torch.tensor([trial_tokens(model, 16)], device=model.device)
     found: list[torch.Tensor] = []
     names = [f"blocks.{layer}.hook_out" for layer in range(hooked.cfg.n_layers)]
 

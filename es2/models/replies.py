@@ -12,7 +12,6 @@ from es2.core.errors import InputError, MachineError
 from es2.core.malloc import keep_freed_memory
 from es2.core.progress import Reporter, silent
 from es2.models.batching import (
-    ROUNDING,
     KeysAndValues,
     Tokens,
     batches_by_length,
@@ -21,6 +20,7 @@ from es2.models.batching import (
     pad,
     positions_of,
     reply_batches,
+    rounding_of,
     rows_that_fit,
     until_end,
     usual_reply_tokens,
@@ -203,7 +203,7 @@ def _rows_are_exact(model: Any, prompts: Sequence[tuple[int, ...]], prefix: Toke
 
     from es2.models.row_cache import Rows
 
-    limit = ROUNDING[str(model.dtype).removeprefix("torch.")]
+    limit = rounding_of(model)
     try:
         with torch.inference_mode():
             shared = keys_and_values(decoder_of(model), prefix, model.device)
@@ -316,7 +316,7 @@ def _cache_is_exact(model: Any, prompts: Sequence[tuple[int, ...]]) -> bool:
     """Whether a model's own cache gives two rows the logits of whole prompts alone, tried on some tokens of replies."""
     import torch
 
-    limit = ROUNDING[str(model.dtype).removeprefix("torch.")]
+    limit = rounding_of(model)
     try:
         with torch.inference_mode():
             for prompt in prompts:

@@ -200,7 +200,7 @@ def _converted(
 
 
 def _benchmark(cells: Sequence[Mapping[str, Any]], columns: Sequence[str], file_name: str) -> Benchmark | None:
-    """The benchmark that the table is, unless somebody added labels to it."""
+    """The benchmark that the table is, unless labels were added to it."""
     benchmark = recognised(columns, file_name)
     if benchmark is None:
         return None

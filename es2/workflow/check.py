@@ -22,7 +22,7 @@ from es2.core.progress import Reporter, silent
 from es2.models.adapter_fit import fit_adapter
 from es2.models.adapters import apply_finetune
 from es2.models.architecture import empty_model
-from es2.models.batching import ROUNDING, end_tokens
+from es2.models.batching import end_tokens, rounding_of
 from es2.models.blocks import BlockHooks, find_blocks, output_of
 from es2.models.catalogue import resolve
 from es2.models.chat_template import Rendered, prompt_frame, render, template_prefix
@@ -179,7 +179,7 @@ def _weights(
     """The model loads, and its files fill it."""
     model = found["model"] = load_model(folder, device=device, dtype=dtype)
     n = sum(weight.numel() for weight in model.parameters())
-    found["limit"] = ROUNDING[str(model.dtype).removeprefix("torch.")]
+    found["limit"] = rounding_of(model)
     details = {"parameters": n, "model_type": model.config.model_type, "dtype": str(model.dtype).removeprefix("torch.")}
     filled = f"The files fill the {model.config.model_type} model: {n / 1e6:,.1f} million weights."
     return " ".join((filled, *doubts)), details | {"warnings": doubts}

@@ -298,7 +298,7 @@ class TestMirror:
         (words,) = (caption.value for caption in at.caption if "happens once" in caption.value)
         assert "from the Hugging Face Hub" in words
         assert re.search(r"Capturing takes about \d+ (s|min) on this machine", words)
-        assert not has_button(at, "allow_mirror"), "nobody has tried the Hub yet"
+        assert not has_button(at, "allow_mirror"), "the Hub was not tried yet"
 
     def test_a_hub_that_is_not_reached_brings_the_button(self, monkeypatch: pytest.MonkeyPatch) -> None:
         job = jobs.create_job("prepare", self.CONFIG)

@@ -12,7 +12,7 @@ EQUAL, OWN_HOOKS, IN_PART, REFUSED = "equal", "own hooks", "equal, in part refus
 GOOD = (IN_PART, EQUAL, OWN_HOOKS, REFUSED)  # none begins as one before it does
 WRONG, TRACEBACK = "wrong", "traceback"
 
-_FAULTS = 3  # of a wrong cell, that are told
+_FAULTS = 3  # of a wrong cell, that are named
 
 
 @dataclass(frozen=True)
