@@ -40,11 +40,13 @@ class Rendered:
         token_ids: the tokens of each prompt, unpadded, generation prompt included.
         last_instruction: for each prompt, the index of the last token of the user's own text.
         templated: whether a chat template was applied; `False` for models that have none.
+        first_instruction: for each prompt, the index of the first token of the user's own text.
     """
 
     token_ids: tuple[tuple[int, ...], ...]
     last_instruction: tuple[int, ...]
     templated: bool
+    first_instruction: tuple[int, ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -60,7 +62,11 @@ class Rendered:
     def select(self, rows: Sequence[int]) -> Rendered:
         """Some of the prompts."""
         token_ids = tuple(self.token_ids[row] for row in rows)
-        return Rendered(token_ids, tuple(self.last_instruction[row] for row in rows), self.templated)
+        first, last = (
+            tuple(where[row] for row in rows) if where else ()
+            for where in (self.first_instruction, self.last_instruction)
+        )
+        return Rendered(token_ids, last, self.templated, first)
 
     def columns(self, position: str) -> list[int]:
         """For each prompt, the index of the token whose embedding `position` names."""
@@ -104,14 +110,18 @@ def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Rendered
     strings = [_framed(tokenizer, frame, text) for text in texts]
     templated = frame.template is not None
     encoded = tokenizer(strings, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False)
-    last_instruction = []
+    first_instruction, last_instruction = [], []
     for text, whole, spans in zip(texts, strings, encoded["offset_mapping"], strict=True):
         last_character = len(whole[: len(whole) - len(frame.tail)].rstrip()) - 1
         covering = [i for i, (start, end) in enumerate(spans) if start <= last_character < end]
         if not covering:
             raise InputError(f"The model's tokenizer swallows the end of the prompt {shown(text)}; remove it.")
         last_instruction.append(covering[-1])
-    return Rendered(tuple(map(tuple, encoded["input_ids"])), tuple(last_instruction), templated)
+        first_character = len(whole) - len(whole[len(frame.prefix) :].lstrip())
+        first_instruction.append(next(i for i, (start, end) in enumerate(spans) if end > max(start, first_character)))
+    return Rendered(
+        tuple(map(tuple, encoded["input_ids"])), tuple(last_instruction), templated, tuple(first_instruction)
+    )
 
 
 def template_prefix(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:

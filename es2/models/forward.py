@@ -166,6 +166,28 @@ class FinetuneForward:
                 kl_reply = kl_reply + divergence[n_prompt - 1 :].sum()
         return HarmlessPass(self._in_order(parts, rows), kl_prompt, kl_reply)
 
+    def read_replies(
+        self, prompts: Sequence[Tokens], replies: Sequence[Tokens], shared: KeysAndValues | None = None
+    ) -> tuple[Float[Tensor, "prompt layer d_model"], list[Float[Tensor, "token d_model"]]]:
+        """One pass at full depth over prompts and given replies.
+
+        Returns:
+            Embeddings at `last`; for each prompt, the states before the LM head that its reply's tokens follow from.
+        """
+        shared = self.run_template_prefix() if shared is None else shared
+        own = [tuple(tokens[self._n_shared :]) for tokens in prompts]
+        sequences = [(*tokens, *reply[:-1]) for tokens, reply in zip(own, replies, strict=True)]
+        rows: list[int] = []
+        parts: list[Tensor] = []
+        states: dict[int, Tensor] = {}
+        for batch in self._together(batches_by_length([len(tokens) for tokens in sequences], self._tokens_at_once)):
+            last = [len(own[row]) - 1 for row in batch]
+            embeddings, found = self._run(self._deep, [sequences[row] for row in batch], last, shared)
+            rows += batch
+            parts.append(embeddings)
+            states |= {row: found[i, last[i] : last[i] + len(replies[row])] for i, row in enumerate(batch)}
+        return self._in_order(parts, rows), [states[row] for row in range(len(prompts))]
+
     def reply(
         self, prompts: Sequence[Tokens], n_tokens: int, end_tokens: frozenset[int]
     ) -> Iterator[tuple[int, BaseReply, Float[Tensor, "layer d_model"]]]:
