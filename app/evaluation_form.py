@@ -28,7 +28,15 @@ from es2.workflow.evaluation_plan import Sample, evaluation_seconds
 
 FORM = "evaluation_form"
 """The session's key for whether the form is open above an evaluation."""
-SUITE_NAMES = {"all": "All", "refusal": "Refusals", "kl": "Ability", "perturbation": "Attacks"}
+SUITE_NAMES = {
+    "all": "All",
+    "refusal": "Refusals",
+    "kl": "Ability",
+    "perturbation": "Attacks",
+    "soft_prompt": "Soft prompt",
+}
+ATTACKS = {"perturbation", "soft_prompt"}
+"""The suites that attack, on the same prompts."""
 
 CHOSEN = "evaluation_chosen"
 """The session's key for which evaluation of each run is shown."""
@@ -87,8 +95,8 @@ def _expectation(config: EvaluateConfig, run: Job, tokens_per_second: float | No
         counts.append(f"{sample.harmful:,} harmful and {sample.harmless:,} harmless prompts")
     elif "kl" in config.suites:
         counts.append(f"{sample.harmless:,} harmless prompts")
-    if "perturbation" in config.suites and sample.steered:
-        counts.append(f"{sample.steered:,} steered prompts")
+    if ATTACKS & set(config.suites) and sample.steered:
+        counts.append(f"{sample.steered:,} attacked prompts")
     words = ", ".join(counts)
     try:
         shape = Shape.of_model(config.model)
@@ -114,7 +122,7 @@ def _sample(config: EvaluateConfig, run: Job) -> tuple[Sample, list[str]]:
     if "kl" in config.suites and not harmless:
         _cannot("These prompts hold no harmless one, so there is no ability to measure.", config, problems)
     found = Sample(harmful, harmless, 0, 0, characters=sum(map(len, sample.texts)) / max(len(sample), 1))
-    if "perturbation" not in config.suites:
+    if not ATTACKS & set(config.suites):
         return found, problems
     try:
         probing = held_out(prompts, tuned_on, probing=True)

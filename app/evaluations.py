@@ -214,6 +214,8 @@ def _about(evaluation: Evaluation, suites: Sequence[str]) -> str:
         layers = ", ".join(map(str, attack["layers"]))
         parts.append(f"{attack['n_prompts']:,} harmful prompts steered at layers {layers}")
         parts.append(f"replies of up to {settings['new_tokens']} tokens, greedy")
+    if (soft := found["soft_prompt"]) is not None:
+        parts.append(f"{soft['n_prompts']:,} harmful prompts after a soft prompt")
     return " · ".join(text.markdown(part) for part in parts)
 
 

@@ -43,6 +43,10 @@ STAGES = {
     "read tuned": ("Tuned reads the replies", "prompts"),
     "steer base": ("Base replies under steering", "tokens"),
     "steer tuned": ("Tuned replies under steering", "tokens"),
+    "fit base": ("Fitting a soft prompt to base", "steps"),
+    "fit tuned": ("Fitting a soft prompt to tuned", "steps"),
+    "soft base": ("Base replies after a soft prompt", "tokens"),
+    "soft tuned": ("Tuned replies after a soft prompt", "tokens"),
     "check": ("Checking", "checks"),
     "judge": ("Asking the judge", "replies"),
 }

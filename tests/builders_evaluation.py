@@ -48,6 +48,8 @@ SMALL: dict[str, Any] = {
     "kl_tokens": 4,
     "steering_limit": 2,
     "budgets": (0.2, 0.8),
+    "soft_lengths": (2,),
+    "soft_budgets": (1.0, 3.0),
     "device": "cpu",
 }
 

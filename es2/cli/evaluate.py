@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -52,6 +52,18 @@ def _cells(part: Mapping[str, Any], name: str) -> list[Mapping[str, float] | Non
     return [(part.get(model) or {}).get(name) for model in ("base", "tuned", "change")]
 
 
+def _swept(curve: Sequence[Mapping[str, Any]]) -> Table:
+    """The rates under every steering or soft prompt."""
+    table = Table("direction", "budget", "DSR base", "DSR tuned", "degenerate base", "degenerate tuned")
+    for point in curve:
+        budget = f"to p = {point['p0']:g}" if point["p0"] is not None else f"{point['budget']:g}"
+        budget += f", {point['length']} vectors" if point.get("length") else ""
+        models = [point[model] or {} for model in ("base", "tuned")]
+        cells = [interval_cell(model.get(name)) for name in ("dsr", "degenerate") for model in models]
+        table.add_row(point["direction"], budget, *cells)
+    return table
+
+
 def _show(result: Mapping[str, Any]) -> None:
     suite = result["suite"]
     for name, part in suite.items():
@@ -80,13 +92,7 @@ def _show(result: Mapping[str, Any]) -> None:
     if (attack := suite.get("perturbation")) and "problem" not in attack:
         where = ", ".join(map(str, attack["layers"]))
         out.print(f"{attack['n_prompts']} harmful prompts steered at layers {where}:")
-        swept = Table("direction", "budget", "DSR base", "DSR tuned", "degenerate base", "degenerate tuned")
-        for point in attack["curve"]:
-            budget = f"to p = {point['p0']:g}" if point["p0"] is not None else f"{point['budget']:g}"
-            models = [point[model] or {} for model in ("base", "tuned")]
-            cells = [interval_cell(model.get(name)) for name in ("dsr", "degenerate") for model in models]
-            swept.add_row(point["direction"], budget, *cells)
-        out.print(swept)
+        out.print(_swept(attack["curve"]))
         needs = Table("layer", "p₀", "needed / ‖e‖ base", "tuned", "ratio")
         for record in attack["needed"]:
             if record["layer"] in attack["layers"]:
@@ -94,6 +100,9 @@ def _show(result: Mapping[str, Any]) -> None:
                 ratio = (record["change"] or {}).get("relative_ratio")
                 needs.add_row(str(record["layer"]), f"{record['p0']:g}", *map(interval_cell, [*lengths, ratio]))
         out.print(needs)
+    if (soft := suite.get("soft_prompt")) and "problem" not in soft:
+        out.print(f"{soft['n_prompts']} harmful prompts after a soft prompt, fitted on {soft['n_fitted']} others:")
+        out.print(_swept(soft["curve"]))
     if "outcome" in result:
         show_outcome(result)
     for sentence in (result["note"], *result["warnings"]):

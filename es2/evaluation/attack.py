@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from es2.analysis.probes import Probes
 from es2.analysis.resampling import interval, resample_pairs
 from es2.analysis.results import Analysis
 from es2.evaluation.behaviour import rate_interval
@@ -43,7 +44,7 @@ def perturbation(
     """
     config = work.config
     measured = prompts.measured()
-    probes = {"base": analysis.base_probes} | ({"tuned": analysis.tuned_probes} if analysis.tuned_probes else {})
+    probes = probes_of(analysis)
     numbers = {"base": analysis.base_layers, "tuned": analysis.tuned_layers or ()}
     needed = needed_by_layer(
         measured,
@@ -55,8 +56,7 @@ def perturbation(
         n_bootstrap=BOOTSTRAP,
         seed=config.seed,
     )
-    layers = config.layers or targets or analysis.recommended
-    attackers = {name: make_attacker(measured, sources[name], probes[name], layers) for name in work.models}
+    attackers = attackers_of(work, measured, sources, analysis, targets)
     sample = choose_prompts(measured.select(measured.in_split("test")), config.steering_limit, HARMFUL)
     sweep = steering_sweep(config.directions, config.budgets, config.p0s)
     tokenizer = load_tokenizer(work.folder)
@@ -68,7 +68,7 @@ def perturbation(
     }
     weights = resample_pairs(sample, BOOTSTRAP, config.seed)
     curve = [
-        _point(steering, {name: found[name][index] for name in work.models}, weights)
+        curve_point(steering.to_dict(), {name: found[name][index] for name in work.models}, weights)
         for index, steering in enumerate(sweep)
     ]
     shown = ("verdict", "text", "read")
@@ -96,6 +96,23 @@ def perturbation(
         "curve": curve,
     }
     return document, rows
+
+
+def probes_of(analysis: Analysis) -> dict[str, Probes]:
+    """The probes of the models that were analysed, by `base` and `tuned`."""
+    return {"base": analysis.base_probes} | ({"tuned": analysis.tuned_probes} if analysis.tuned_probes else {})
+
+
+def attackers_of(
+    work: Work,
+    measured: PromptSet,
+    sources: Mapping[str, LayerSource],
+    analysis: Analysis,
+    targets: Sequence[int],
+) -> dict[str, Attacker]:
+    """An attacker of each model, who learns from that model's own embeddings; arguments as `perturbation`."""
+    layers, probes = work.config.layers or targets or analysis.recommended, probes_of(analysis)
+    return {name: make_attacker(measured, sources[name], probes[name], layers) for name in work.models}
 
 
 def _reply_steered(
@@ -136,8 +153,10 @@ def _reply_steered(
     return [records[start : start + len(sample)] for start in range(0, len(records), len(sample))]
 
 
-def _point(steering: Steering, found: Mapping[str, Sequence[Mapping[str, Any]]], weights: np.ndarray) -> dict[str, Any]:
-    """One steering: rates and what the hooks read, under each model, and base → tuned."""
+def curve_point(
+    attack: Mapping[str, Any], found: Mapping[str, Sequence[Mapping[str, Any]]], weights: np.ndarray
+) -> dict[str, Any]:
+    """One steering or soft prompt: rates and what the hooks read, under each model, and base → tuned."""
     classes = {"dsr": "refusal", "degenerate": "degenerate", "answered": "answer"}
     flags = {
         name: {
@@ -146,14 +165,14 @@ def _point(steering: Steering, found: Mapping[str, Sequence[Mapping[str, Any]]],
         }
         for name, records in found.items()
     }
-    point: dict[str, Any] = steering.to_dict()
+    point: dict[str, Any] = dict(attack)
     for name, records in found.items():
         read = {entry: np.array([record["read"][entry] for record in records]) for entry in records[0]["read"]}
         point[name] = {entry: rate_interval(values, weights).to_dict() for entry, values in flags[name].items()} | {
             "probability": interval(weights @ read["probability"] / weights.sum(axis=1)).to_dict(),
             "relative_length": interval(weights @ read["relative"] / weights.sum(axis=1)).to_dict(),
         }
-        if steering.p0 is not None:
+        if attack["p0"] is not None:
             point[name] |= {
                 "largest_error": float(read["worst"].max()),
                 "highest_probability": float(read["highest"].max()),

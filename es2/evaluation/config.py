@@ -8,11 +8,14 @@ from es2.core.errors import InputError
 from es2.core.settings import Settings, setting
 from es2.evaluation.judge import KEY_VARIABLE, check_endpoint
 from es2.evaluation.robustness import DIRECTIONS, P0, logit
+from es2.evaluation.soft_prompt import BUDGETS as SOFT_BUDGETS
+from es2.evaluation.soft_prompt import LENGTHS as SOFT_LENGTHS
+from es2.evaluation.soft_prompt import check_soft_sweep
 from es2.evaluation.steering import BUDGETS, steering_sweep
 from es2.models.catalogue import DEFAULT_MODEL
 from es2.models.costs import DTYPES
 
-SUITES = ("refusal", "kl", "perturbation")
+SUITES = ("refusal", "kl", "perturbation", "soft_prompt")
 
 
 class EvaluateConfig(Settings):
@@ -32,7 +35,8 @@ class EvaluateConfig(Settings):
     suite: str = setting(
         "all",
         "refusal (what both models reply), kl (KL, perplexity and agreement on harmless prompts), perturbation "
-        "(attacks: replies while embeddings are steered towards harmless), or all.",
+        "(attacks: replies while embeddings are steered towards harmless, and after a soft prompt), soft_prompt (that "
+        "attack alone), or all.",
         choices=(*SUITES, "all"),
         group="own",
     )
@@ -71,7 +75,17 @@ class EvaluateConfig(Settings):
     p0s: tuple[float, ...] = setting(
         P0, "Probabilities of harmful that SCAV's steerings reach.", label="Probabilities to reach", of="probability"
     )
-    seed: int = setting(0, "Of the random directions and the resamples.", ge=0)
+    soft_lengths: tuple[int, ...] = setting(
+        SOFT_LENGTHS, "Numbers of vectors of a soft prompt.", label="Soft prompt's vectors", of="length"
+    )
+    soft_budgets: tuple[float, ...] = setting(
+        SOFT_BUDGETS,
+        "Lengths of a soft prompt's vectors relative to the mean length of a token's embedding; none leaves the soft "
+        "prompt out.",
+        label="Soft prompt's budgets",
+        of="budget",
+    )
+    seed: int = setting(0, "Of the random directions, the soft prompt and the resamples.", ge=0)
     judge_url: str | None = setting(
         None, "An OpenAI-compatible endpoint to ask for a second opinion; replies are sent there.", label="Judge's URL"
     )
@@ -97,6 +111,9 @@ class EvaluateConfig(Settings):
         for p0 in self.p0s:
             logit(p0)
         steering_sweep(self.directions, self.budgets, self.p0s)
+        check_soft_sweep(self.soft_lengths, self.soft_budgets)
+        if self.suite == "soft_prompt" and not (self.soft_lengths and self.soft_budgets):
+            raise InputError("A soft prompt needs a length (--soft-lengths) and a budget (--soft-budgets).")
         if self.judge_url and self.judge_folder:
             raise InputError("Give one judge: an endpoint (--judge-url) or a classifier's folder (--judge-folder).")
         if self.judge_url and not self.judge_model:
@@ -106,5 +123,6 @@ class EvaluateConfig(Settings):
 
     @property
     def suites(self) -> tuple[str, ...]:
-        """Which parts are asked for."""
-        return SUITES if self.suite == "all" else (self.suite,)
+        """Which parts are asked for; the soft prompt is one of the attacks."""
+        asked = {"all": SUITES, "perturbation": ("perturbation", "soft_prompt")}.get(self.suite, (self.suite,))
+        return tuple(one for one in asked if one != "soft_prompt" or (self.soft_lengths and self.soft_budgets))

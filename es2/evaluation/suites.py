@@ -120,14 +120,19 @@ class Work:
 def rendered(work: Work, tokenizer: Any, prompts: PromptSet) -> list[tuple[int, ...]]:
     """The tokens of every prompt; raises `InputError` when one and its reply are longer than the model reads."""
     tokens = list(render(tokenizer, prompts.texts).token_ids)
+    check_length(work, max(map(len, tokens)))
+    return tokens
+
+
+def check_length(work: Work, n_tokens: int) -> None:
+    """Raise `InputError` when a prompt of this many tokens and its reply are longer than the model reads."""
     limit = context_length(work.folder)
-    longest = max(map(len, tokens)) + work.config.new_tokens
+    longest = n_tokens + work.config.new_tokens
     if limit is not None and longest > limit:
         raise InputError(
             f"The longest prompt and a reply of {work.config.new_tokens} tokens need {longest:,}, but the model reads "
             f"at most {limit:,}; shorten the prompt or the reply."
         )
-    return tokens
 
 
 def behaviour(

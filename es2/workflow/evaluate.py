@@ -7,11 +7,12 @@ log: a killed evaluation goes on where it was. Of the prompts that the run was t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from es2.analysis.results import AnalysisConfig
+from es2.analysis.results import Analysis, AnalysisConfig
 from es2.core.errors import InputError
 from es2.core.files import content_key, expanded, with_checksum, write_json, writing
 from es2.core.former import former_names
@@ -21,9 +22,10 @@ from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.judge import Judge, classifier_judge, endpoint_judge
 from es2.evaluation.reply_log import ReplyLog
 from es2.evaluation.results import EVALUATION_FORMAT, FOLDER, KIND, LOG, read_evaluation
+from es2.evaluation.soft_attack import soft_prompts
 from es2.evaluation.suites import Work, behaviour, held_out
 from es2.jobs.job import Job
-from es2.jobs.queue import find_jobs
+from es2.jobs.queue import list_jobs
 from es2.models.catalogue import resolve
 from es2.models.checked import refuse_failed
 from es2.models.device import choose_device, choose_dtype
@@ -31,10 +33,13 @@ from es2.models.fingerprint import fingerprint
 from es2.models.folders import model_folder
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
-from es2.store.sources import CHAT_TEMPLATE, PLAIN_TEXT
+from es2.store.sources import CHAT_TEMPLATE, PLAIN_TEXT, LayerSource
 from es2.store.store import Store
 from es2.workflow.prepare import prepare
 from es2.workflow.runs import check_run, config_of, tuned_weights
+
+_LATER = ("soft_lengths", "soft_budgets")
+"""Settings that earlier results do not have."""
 
 
 def evaluate(
@@ -83,7 +88,11 @@ def evaluate(
     place = (run.path if run is not None else folder) / FOLDER
     path = _kept_at(place, config, prompts, identity)
     # Else other prompts were left out, or the run ended meanwhile.
-    if (kept := _kept(path)) is not None and kept.get("note") == note and kept.get("weights", digest) == digest:
+    if (
+        (kept := _kept(path, config.suites)) is not None
+        and kept.get("note") == note
+        and kept.get("weights", digest) == digest
+    ):
         return kept | {"given_as": given_as, "path": str(path), "seconds": time.perf_counter() - begun}
     device = config.device or choose_device()
     work = Work(
@@ -100,20 +109,20 @@ def evaluate(
     )
     suite: dict[str, Any] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
+    known = cache(lambda: _known_embeddings(work, held_out(prompts, tuned_on, probing=True)))
     parts: dict[str, Callable[[], tuple[dict[str, Any], list[dict[str, Any]]]]] = {
         "refusal": lambda: behaviour(work, held_out(prompts, tuned_on), judge, "refusal"),
         "kl": lambda: behaviour(work, held_out(prompts, tuned_on), None, "kl"),
-        "perturbation": lambda: _attacked(work, held_out(prompts, tuned_on, probing=True)),
+        "perturbation": lambda: perturbation(work, *known()),
+        "soft_prompt": lambda: soft_prompts(work, *known()),
     }
     for name in config.suites:
         try:
             suite[name], rows[name] = parts[name]()
         except InputError as error:
-            if config.suite != "all":
-                raise
             suite[name] = {"problem": str(error)}
     if all("problem" in part for part in suite.values()):
-        raise InputError(suite["refusal"]["problem"])
+        raise InputError(next(iter(suite.values()))["problem"])
     document = {
         "suite": suite,
         "model": spec.name,
@@ -135,13 +144,17 @@ def evaluate(
     return document
 
 
-def _kept(path: Path) -> dict[str, Any] | None:
-    """What `evaluate` returned when it made this file; None where it is absent or damaged, or a part had a problem."""
+def _kept(path: Path, suites: Sequence[str]) -> dict[str, Any] | None:
+    """What `evaluate` returned when it made this file; None where it is absent or damaged, or a part had a problem, or
+    is one that evaluations did not have then.
+    """
     try:
         found = read_evaluation(path) if path.is_file() else None
     except InputError:
         return None
-    if found is None or any("problem" in part for part in found["suite"].values()):
+    if found is None or not set(suites) <= found["suite"].keys():
+        return None
+    if any("problem" in part for part in found["suite"].values()):
         return None
     if (found["suite"].get("refusal", {}).get("judge") or {}).get("problem") is not None:
         return None
@@ -150,8 +163,10 @@ def _kept(path: Path) -> dict[str, Any] | None:
     return {name: entry for name, entry in found.items() if name not in left_out} | {"generated": nothing}
 
 
-def _attacked(work: Work, prompts: PromptSet) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The attack suite, on embeddings that are captured and analysed where they are not yet."""
+def _known_embeddings(
+    work: Work, prompts: PromptSet
+) -> tuple[PromptSet, dict[str, LayerSource], Analysis, tuple[int, ...]]:
+    """What attackers know, as `perturbation` takes it; captured and analysed where it is not yet."""
     config = work.config
     prepared = prepare(
         config.model,
@@ -163,14 +178,19 @@ def _attacked(work: Work, prompts: PromptSet) -> tuple[dict[str, Any], list[dict
         store=work.store,
         report=work.report,
     )
-    sources = {"base": prepared.activations} | ({"tuned": prepared.tuned} if prepared.tuned else {})
-    targets = config_of(work.run).targets if work.run is not None else ()
-    return perturbation(work, prompts, sources, prepared.analysis, targets)
+    sources: dict[str, LayerSource] = {"base": prepared.activations}
+    sources |= {"tuned": prepared.tuned} if prepared.tuned else {}
+    return prompts, sources, prepared.analysis, config_of(work.run).targets if work.run is not None else ()
 
 
 def _kept_at(place: Path, config: EvaluateConfig, prompts: PromptSet, identity: Mapping[str, Any]) -> Path:
-    """Where a result is kept: under a key of everything that decides it."""
-    key = content_key({"config": former_names(config.to_dict()), "prompts": prompts.digest, "identity": identity})
+    """Where a result is kept: under a key of everything that decides it.
+
+    Settings that came later count where they differ from their defaults alone, so that earlier results are found.
+    """
+    defaults = EvaluateConfig().to_dict()
+    decides = {name: value for name, value in config.to_dict().items() if name not in _LATER or value != defaults[name]}
+    key = content_key({"config": former_names(decides), "prompts": prompts.digest, "identity": identity})
     return place / f"{key}.json"
 
 
@@ -195,5 +215,7 @@ def find_evaluation(config: EvaluateConfig, prompts: PromptSet, run: Job) -> dic
 
 def unfinished_job(config: EvaluateConfig, root: Path | None = None) -> Job | None:
     """The newest evaluation of exactly this config that ended before its time, so that it can be gone on with."""
-    newest = next(iter(find_jobs(KIND, config.to_dict(), root)), None)
+    defaults = EvaluateConfig().to_dict()  # of settings that an earlier job does not name
+    same = (job for job in list_jobs(root, KIND) if {**defaults, **job.config}.items() >= config.to_dict().items())
+    newest = next(same, None)
     return newest if newest and newest.status() in ("cancelled", "interrupted", "failed") else None

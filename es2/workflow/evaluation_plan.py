@@ -11,12 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from es2.evaluation.config import EvaluateConfig
+from es2.evaluation.soft_prompt import N_FITTED, OPENING_TOKENS, PROMPTS_PER_STEP, REFUSAL_TOKENS, STEPS, soft_sweep
 from es2.evaluation.steering import steering_sweep
 from es2.models import costs
 from es2.models.batching import rows_that_fit
 from es2.models.machine import Machine
 from es2.models.shape import Shape
 from es2.workflow.plan import analysis_products
+
+_BACK_TOO = 2  # a pass back to the embeddings, without weights' gradients, costs as much as the pass itself
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,20 @@ def evaluation_seconds(
             replying(replies) / n_models + n_models * sample.harmless * (prompt + config.kl_tokens) / counted
         )
         loads += 1
-    if "perturbation" in config.suites:
-        sweep = len(steering_sweep(config.directions, config.budgets, config.p0s))
+    attacks = [suite for suite in config.suites if suite in ("perturbation", "soft_prompt")]
+    if attacks:
         capture = n_models * sample.measured * prompt / counted
         analysis = analysis_products(shape, sample.measured) / (2 * shape.parameters * counted)
-        found["attacks"] = replying(sample.steered * sweep) + capture + analysis
-        loads += n_models * (2 if sample.measured else 1)
+        found["attacks"] = capture + analysis
+        loads += n_models * (len(attacks) + (sample.measured > 0))
+    if "perturbation" in attacks:
+        sweep = len(steering_sweep(config.directions, config.budgets, config.p0s))
+        found["attacks"] += replying(sample.steered * sweep)
+    if "soft_prompt" in attacks and sample.steered:
+        found["attacks"] += replying(sample.steered * len(soft_sweep(config.soft_lengths, config.soft_budgets)))
+        found["attacks"] += replying(N_FITTED) * OPENING_TOKENS / config.new_tokens
+        steps = STEPS * len(set(config.soft_lengths)) * len(set(config.soft_budgets))
+        tokens = PROMPTS_PER_STEP * (prompt + max(config.soft_lengths) + REFUSAL_TOKENS)
+        below_head = 1 - shape.head_parameters / shape.parameters  # few tokens go through the head
+        found["attacks"] += n_models * steps * tokens * _BACK_TOO * below_head / counted
     return {"loading": costs.start_seconds(loads, weight_bytes)} | found

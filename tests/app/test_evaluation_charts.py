@@ -217,7 +217,12 @@ class TestEstimate:
     def test_the_shipped_defaults_come_near_what_was_measured(self) -> None:
         found = self.seconds()
         assert 45 < found["replies"] < 120
-        assert 100 < found["attacks"] < 300
+        assert 100 < self.seconds(soft_budgets=())["attacks"] < 300
+        soft = self.seconds(suite="soft_prompt")
+        assert 60 < soft["attacks"] < found["attacks"], "of which 2 · 12 · 7 replies, and 30 steps for each model"
+        assert soft["loading"] < found["loading"]
+        longer = self.seconds(suite="soft_prompt", soft_lengths=(4, 8))
+        assert longer["attacks"] > 1.5 * soft["attacks"]
         assert set(self.seconds(suite="kl")) == {"loading", "ability"}
 
     def test_base_alone_takes_half_the_replies_and_a_known_speed_decides(self) -> None:

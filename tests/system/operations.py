@@ -55,6 +55,8 @@ EVALUATION: dict[str, Any] = {
     "kl_tokens": 3,
     "steering_limit": 1,
     "budgets": (0.5,),
+    "soft_lengths": (2,),
+    "soft_budgets": (1.0,),
     "device": "cpu",
 }
 PATIENCE = 120.0

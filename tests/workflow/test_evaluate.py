@@ -33,7 +33,7 @@ from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
 from es2.store.store import Store
 from es2.training.config import FinetuneConfig
-from es2.workflow.evaluate import evaluate
+from es2.workflow.evaluate import evaluate, unfinished_job
 from es2.workflow.job_kinds import JOBS
 from es2.workflow.prepare import prepare
 from es2.workflow.runs import tuned_weights, weights_digest
@@ -47,6 +47,7 @@ SMALL: dict[str, Any] = {
     "budgets": (0.5,),
     "p0s": (0.5,),
     "directions": ("scav", "random"),
+    "soft_budgets": (),  # tests/evaluation/test_soft_prompt.py
     "device": "cpu",
 }
 
@@ -506,13 +507,16 @@ def test_the_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = ["--model", model, "--prompts", source, "--device", "cpu", "--new-tokens", 4, "--limit", 3]
-    options += ["--budgets", "0.5"]
+    options += ["--budgets", "0.5", "--soft-lengths", "2", "--soft-budgets", "3"]
     code, out, err = es2(capsys, monkeypatch, "evaluate", *options, "--json")
     assert code == 0, err
     document = json.loads(out)
-    assert set(document["suite"]) == {"refusal", "kl", "perturbation"}
+    assert set(document["suite"]) == {"refusal", "kl", "perturbation", "soft_prompt"}
     assert document["suite"]["perturbation"]["n_prompts"] == 3
     assert len(load_prompts(str(source))) == 120
+    code, out, _ = es2(capsys, monkeypatch, "evaluate", *options)
+    assert code == 0
+    assert "soft_random │ 3, 2 vectors" in out
     code, out, _ = es2(capsys, monkeypatch, "evaluate", *options, "--suite", "refusal")
     assert code == 0
     assert "dsr" in out
@@ -520,6 +524,19 @@ def test_the_command(
     code, out, _ = es2(capsys, monkeypatch, "evaluate", *options, "--suite", "nothing", "--json")
     assert code == 2
     assert "Unknown suite" in json.loads(out)["error"]
+
+
+def test_a_job_of_before_there_were_soft_prompts_goes_on(model: Path, tmp_path: Path) -> None:
+    config = EvaluateConfig(model=str(model))
+    former = {name: value for name, value in config.to_dict().items() if not name.startswith("soft_")}
+    job = create_job("evaluate", former, root=tmp_path / "runs")
+    (job.path / "cancel").touch()
+    run_job(job.path, JOBS)
+    found = unfinished_job(config, tmp_path / "runs")
+    assert found is not None
+    assert found.id == job.id
+    assert unfinished_job(config.replace(soft_budgets=(1.0,)), tmp_path / "runs") is None
+    assert unfinished_job(config.replace(limit=7), tmp_path / "runs") is None
 
 
 def test_an_interrupted_command_goes_on_in_its_own_folder(

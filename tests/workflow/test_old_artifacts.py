@@ -171,10 +171,17 @@ class TestEvaluations:
         config = EvaluateConfig.from_dict(job.config)
         found = find_evaluation(config, load_prompts(prompts), run)
         assert found is not None, "it is found under its old key"
+        assert "soft_prompt" not in found["suite"], "which evaluations did not have then"
+        as_then = evaluate(config.replace(soft_budgets=()), load_prompts(prompts), job.path, run=run)
+        assert as_then["generated"]["replies"] == 0, "every reply is in the log, under its old key"
         again = evaluate(config, load_prompts(prompts), job.path, run=run)
-        assert again["generated"]["replies"] == 0, "every reply is in the log, under its old key"
+        assert again["generated"]["replies"] == (2 * 2 * 7 if prompts == "prompts.csv" else 0), (
+            "the soft prompt's alone"
+        )
         assert again["path"] == found["path"]
         check(again["suite"], found["suite"], rel=1e-4)
+        assert "soft_prompt" in again["suite"]
+        assert find_evaluation(config, load_prompts(prompts), run) != found
 
 
 def test_a_reproduction_that_is_done_is_read(old_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
