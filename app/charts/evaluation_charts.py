@@ -13,7 +13,7 @@ import numpy as np
 from app.charts import canvas
 from es2.analysis.resampling import Interval
 from es2.report import labels, palette
-from es2.report.findings import BY_NAME, DIRECTION_NAMES, Numbers, interval_of
+from es2.report.findings import BY_NAME, DIRECTION_NAMES, Numbers, interval_of, panels_of
 
 MODELS = ("base", "tuned")
 NAMES: Mapping[str, str] = {"base": "Base", "tuned": "Tuned"}
@@ -32,6 +32,7 @@ _GAP = 0.025
 _DODGE = 0.07
 _PANEL_ROW, _PANEL_GAP = 200, 52
 _BUDGET = "budget: length of the steering vector / ‖e‖ (steps not to scale)"
+_SOFT_BUDGET = "budget: length of each vector / mean length of a token's embedding (steps not to scale)"
 
 
 def rates(refusal: Numbers | None, ability: Numbers | None) -> canvas.Figure:
@@ -87,49 +88,50 @@ def directions_of(attack: Numbers) -> list[str]:
 
 
 def curve(attack: Numbers, rate: str, title: str) -> canvas.Figure:
-    """A rate (`dsr`, `degenerate`, `answered`) against the budget, a panel for each direction; budget 0 is none."""
-    points = {(point["direction"], point["budget"]): point for point in attack["curve"] if point["budget"] is not None}
-    budgets, directions = sorted({budget for _, budget in points}), directions_of(attack)
+    """A rate (`dsr`, `degenerate`, `answered`) against the budget; budget 0 is none.
+
+    A panel for each direction of steerings, or for each kind and number of vectors of soft prompts.
+    """
+    swept = panels_of(attack)
+    names, panels = list(swept), list(swept.values())
+    budgets = sorted({point["budget"] for points in panels for point in points})
     place = {budget: at for at, budget in enumerate(budgets)}
+    is_soft = any(point.get("length") for points in panels for point in points)
     traces = []
-    for panel, direction in enumerate(directions):
+    for number, points in enumerate(panels):
         for index, model in enumerate(MODELS):
-            found = [
-                (budget, interval_of(point[model][rate]))
-                for budget in budgets
-                if (point := points.get(("none" if budget == 0 else direction, budget))) is not None and point[model]
-            ]
-            called = f"{DIRECTION_NAMES[direction]}, {model}"
+            found = [(point["budget"], interval_of(point[model][rate])) for point in points if point[model]]
+            called = f"{names[number]}, {model}"
             traces.append(
                 _trace(
                     model,
                     x=[place[budget] + _DODGE * (2 * index - 1) for budget, _ in found],
                     y=[number.value for _, number in found],
-                    xaxis=f"x{panel + 1 if panel else ''}",
+                    xaxis=f"x{number + 1 if number else ''}",
                     mode="lines+markers",
                     marker=_marker(model, 7),
                     error_y=_bars([number for _, number in found], model),
                     legendgroup=model,
-                    showlegend=panel == 0,
+                    showlegend=number == 0,
                     hovertext=[f"{called}, budget {budget:g}: {in_words(number)}" for budget, number in found],
                 )
             )
     axis = _step_axis([f"{budget:g}" for budget in budgets])
-    domains = _domains(len(directions))
+    domains = _domains(len(panels))
     more: dict[str, Any] = {
         f"xaxis{panel + 1}": {"zeroline": False, "fixedrange": True, "anchor": "y", "domain": domains[panel]} | axis
-        for panel in range(1, len(directions))
+        for panel in range(1, len(panels))
     }
     return canvas.figure(
         traces,
         CURVE_HEIGHT,
-        revision=f"curve {rate}",
+        revision=f"{'soft ' if is_soft else ''}curve {rate}",
         top=2 * canvas.TOP,
         x=axis | ({"domain": domains[0]} if domains else {}),
         y={"range": [-0.04, 1.04], "title": canvas.title(title), "nticks": 6},
         annotations=[
-            *(_panel_name(DIRECTION_NAMES[name], domain) for name, domain in zip(directions, domains, strict=True)),
-            _below(_BUDGET),
+            *(_panel_name(name, domain) for name, domain in zip(names, domains, strict=True)),
+            _below(_SOFT_BUDGET if is_soft else _BUDGET),
         ],
         legend=_legend_above(CURVE_HEIGHT - 2 * canvas.TOP - canvas.BOTTOM_TITLED),
         **more,

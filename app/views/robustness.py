@@ -35,6 +35,7 @@ INTRO = Intro(
     steps=(
         ("Needed perturbation", "How far every harmful embedding has to travel until the probe takes it for harmless."),
         ("Replies under steering", "Embeddings are steered during generation, further and further: who still refuses?"),
+        ("Soft prompt", "A few vectors before the user's text, fitted once until refusals are unlikely: who refuses?"),
         ("Control", "The same steerings in random directions: what those do to a model is damage, not knowledge."),
     ),
     suite="perturbation",
@@ -44,22 +45,28 @@ N_CHARACTERS = 110
 
 def page() -> None:
     """Render the page for the current choice, or what leads there."""
-    found = evaluations.opened(INTRO, ("perturbation",))
+    found = evaluations.opened(INTRO, ("perturbation", "soft_prompt"))
     if found is None:
         return
     _, evaluation = found
-    if problem := evaluation.problem("perturbation"):
+    for problem in dict.fromkeys(filter(None, map(evaluation.problem, ("perturbation", "soft_prompt")))):
         st.info(text.markdown(problem), icon=":material/info:")
-    attack = evaluation.part("perturbation")
-    if attack is None:
+    attack, soft = evaluation.part("perturbation"), evaluation.part("soft_prompt")
+    if attack is None and soft is None:
         return
     with st.container(key="finding", border=True, gap="xsmall"):
-        st.markdown(f"**{text.markdown(findings.needed_sentence(attack))}**")
-        st.markdown(text.markdown(findings.attack_sentence(attack)))
-    curves(attack)
-    needed(attack)
-    one_prompt(evaluation, attack)
-    exports.page_exports(partial(take_away, evaluation, attack), None)
+        if attack is not None:
+            st.markdown(f"**{text.markdown(findings.needed_sentence(attack))}**")
+            st.markdown(text.markdown(findings.attack_sentence(attack)))
+        if soft is not None:
+            st.markdown(text.markdown(findings.soft_sentence(soft)))
+    if attack is not None:
+        curves(attack)
+    soft_curves(evaluation, soft)
+    if attack is not None:
+        needed(attack)
+        one_prompt(evaluation, attack)
+    exports.page_exports(partial(take_away, evaluation), None)
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
@@ -90,6 +97,46 @@ def curves(attack: Mapping[str, Any]) -> None:
                 "again at the same point: the largest error says how exactly that was met in the forward pass."
             )
             st.dataframe(rows, hide_index=True, width="stretch")
+
+
+def soft_curves(evaluation: Evaluation, soft: Mapping[str, Any] | None) -> None:
+    """Who still refuses, and who still speaks, after a soft prompt; or that it was not measured."""
+    st.subheader("Replies after a soft prompt", anchor=False)
+    if soft is None:
+        if evaluation.problem("soft_prompt") is None:
+            st.caption(
+                "Not measured in this evaluation. Evaluating attacks again with the same settings adds it, and "
+                "generates nothing else anew."
+            )
+        return
+    for rate, title in (("dsr", "DSR"), ("degenerate", "degenerate share")):
+        plot(
+            evaluation_charts.curve(soft, rate, title),
+            key=f"soft_curve_{rate}",
+            alt=f"{title} over the budget of a soft prompt under base and tuned, beside random vectors",
+        )
+    refused = ", ".join(f"{name} {n}" for name, n in soft["n_refused"].items())
+    st.caption(
+        f"The same {soft['n_prompts']:,} harmful prompts in every point, 95 % intervals. Vectors stand before the "
+        f"user's text. Those of each model were fitted to it on {soft['n_fitted']:,} other harmful prompts (refused: "
+        f"{refused}), until its probes read harmless and its own refusals became unlikely; what random vectors of the "
+        "same length do is damage alone. Neither vectors nor replies are kept."
+    )
+    with st.expander("Prompt by prompt", key="soft_prompts"):
+        st.dataframe(soft_verdicts(evaluation), hide_index=True, width="stretch")
+
+
+def soft_verdicts(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The verdict on every prompt's reply after each soft prompt, a row for each prompt and model."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in evaluation.rows("soft_prompt"):
+        steering = row["steering"]
+        name = DIRECTION_NAMES[steering["direction"]] if steering["length"] else "no soft prompt"
+        name += f" {steering['budget']:g}, {steering['length']} vectors" if steering["length"] else ""
+        for model in (one for one in MODELS if one in row):
+            own = rows.setdefault((row["prompt"], model), {"prompt": row["prompt"], "model": model})
+            own[name] = evaluations.VERDICT_NAMES.get(row[model]["verdict"], row[model]["verdict"])
+    return list(rows.values())
 
 
 def exact_steerings(attack: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -244,43 +291,60 @@ def _kept(words: str) -> str:
 # ----------------------------------------------------------------------------------------------------------- take away
 
 
-def take_away(
-    evaluation: Evaluation, attack: Mapping[str, Any]
-) -> tuple[dict[str, exports.Figure], dict[str, pd.DataFrame]]:
+def take_away(evaluation: Evaluation) -> tuple[dict[str, exports.Figure], dict[str, pd.DataFrame]]:
     """The charts and tables of the page, to be downloaded."""
     import pandas as pd
 
     charts: dict[str, exports.Figure] = {}
-    if evaluation_charts.directions_of(attack):
-        charts["DSR under steering"] = evaluation_charts.curve(attack, "dsr", "DSR")
-        charts["Degenerate replies under steering"] = evaluation_charts.curve(attack, "degenerate", "degenerate share")
-    p0s = list(dict.fromkeys(record["p0"] for record in attack["needed"]))
-    charts |= {f"Needed perturbation to {p0:g} over layers": evaluation_charts.needed_strip(attack, p0) for p0 in p0s}
-    if attack["needed_values"]:
-        charts["Needed perturbation by prompt"] = evaluation_charts.reach(attack)
-    swept = [
-        {name: point[name] for name in ("direction", "budget", "p0")} | {"model": model} | _flat(point[model])
+    tables: dict[str, pd.DataFrame] = {}
+    if (attack := evaluation.part("perturbation")) is not None:
+        if evaluation_charts.directions_of(attack):
+            charts["DSR under steering"] = evaluation_charts.curve(attack, "dsr", "DSR")
+            charts["Degenerate replies under steering"] = evaluation_charts.curve(
+                attack, "degenerate", "degenerate share"
+            )
+        for p0 in dict.fromkeys(record["p0"] for record in attack["needed"]):
+            charts[f"Needed perturbation to {p0:g} over layers"] = evaluation_charts.needed_strip(attack, p0)
+        if attack["needed_values"]:
+            charts["Needed perturbation by prompt"] = evaluation_charts.reach(attack)
+        lengths = [
+            {"layer": record["layer"], "p0": record["p0"], "model": model} | _flat(record[model])
+            for record in attack["needed"]
+            for model in ("base", "tuned", "change")
+            if record[model]
+        ]
+        replies = [
+            {"prompt": row["prompt"], **row["steering"]}
+            | {
+                f"{model} {entry}": row[model][entry]
+                for model in MODELS
+                if model in row
+                for entry in ("verdict", "text")
+            }
+            | {f"{model} probability": row[model]["read"]["probability"] for model in MODELS if model in row}
+            for row in evaluation.rows("perturbation")
+        ]
+        tables["Steerings"] = pd.DataFrame(_swept(attack, ("direction", "budget", "p0")))
+        tables["Needed perturbation"] = pd.DataFrame(lengths)
+        tables["Replies under steering"] = pd.DataFrame(replies)
+    if (soft := evaluation.part("soft_prompt")) is not None:
+        charts["DSR after soft prompts"] = evaluation_charts.curve(soft, "dsr", "DSR")
+        charts["Degenerate replies after soft prompts"] = evaluation_charts.curve(
+            soft, "degenerate", "degenerate share"
+        )
+        tables["Soft prompts"] = pd.DataFrame(_swept(soft, ("direction", "length", "budget")))
+        tables["Verdicts after soft prompts"] = pd.DataFrame(soft_verdicts(evaluation))
+    return charts, tables
+
+
+def _swept(attack: Mapping[str, Any], settings: tuple[str, ...]) -> list[dict[str, Any]]:
+    """A row for each point of a sweep and model."""
+    return [
+        {name: point[name] for name in settings} | {"model": model} | _flat(point[model])
         for point in attack["curve"]
         for model in MODELS
         if point[model]
     ]
-    lengths = [
-        {"layer": record["layer"], "p0": record["p0"], "model": model} | _flat(record[model])
-        for record in attack["needed"]
-        for model in ("base", "tuned", "change")
-        if record[model]
-    ]
-    replies = [
-        {"prompt": row["prompt"], **row["steering"]}
-        | {f"{model} {entry}": row[model][entry] for model in MODELS if model in row for entry in ("verdict", "text")}
-        | {f"{model} probability": row[model]["read"]["probability"] for model in MODELS if model in row}
-        for row in evaluation.rows("perturbation")
-    ]
-    return charts, {
-        "Steerings": pd.DataFrame(swept),
-        "Needed perturbation": pd.DataFrame(lengths),
-        "Replies under steering": pd.DataFrame(replies),
-    }
 
 
 def _flat(numbers: Mapping[str, Any]) -> dict[str, float]:

@@ -80,16 +80,37 @@ def run_behaviour(run: Job) -> Behaviour:
     return Behaviour(None, f"{missing}; the Behaviour page or `es2 evaluate {shlex.join(options)}` makes one.")
 
 
+def newest_attack(run: Job) -> dict[str, Any] | None:
+    """The newest evaluation of the weights that a run has now that attacked both models; None without one."""
+    for path in find_evaluations(run):
+        try:
+            document = read_evaluation(path)
+        except Es2Error as error:
+            logger.warning("%s says nothing of attacks on run %s: %s", path, run.id, error)
+            continue
+        parts = [document["suite"].get(name, {}) for name in ("perturbation", "soft_prompt")]
+        attacked = any(all(point.get("tuned") for point in part.get("curve") or [{}]) for part in parts)
+        if attacked and document.get("run") == run.id and _is_of_weights(document, run):
+            return document
+    return None
+
+
+def _is_of_weights(document: Mapping[str, Any], run: Job) -> bool:
+    """Whether an evaluation is of the weights that the run has now, as far as is known."""
+    weights = (run.result() or {}).get("weights")
+    return bool(document.get("weights", weights) == weights)
+
+
 def behaviour_of(document: Mapping[str, Any], run: Job) -> Behaviour | None:
     """What an evaluation says of the behaviour of a run, or None where it does not count.
 
     It counts when both models replied to harmful requests, it is of this run and the weights that the run has now, and
     the prompts that decided the run could be left out.
     """
-    refusal, weights = document["suite"].get("refusal"), (run.result() or {}).get("weights")
+    refusal = document["suite"].get("refusal")
     if document.get("run") != run.id or document.get("note") is not None:
         return None
-    if document.get("weights", weights) != weights:  # of a fine-tune that was made again since
+    if not _is_of_weights(document, run):  # but of a fine-tune that was made again since
         return None
     if not refusal or "problem" in refusal or not (refusal["change"] and refusal["change"]["dsr"]):
         return None

@@ -15,6 +15,7 @@ from plotly.subplots import make_subplots
 from es2.analysis.projection import View
 from es2.analysis.results import Analysis
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
+from es2.report.findings import Numbers, interval_of, panels_of
 from es2.report.glossary import BY_NAME
 from es2.report.labels import hover, label
 from es2.report.palette import BASE, COLOURS, NEUTRAL, SYMBOLS, TUNED, interval_band
@@ -171,6 +172,47 @@ def training(events: Sequence[Mapping[str, Any]], kl_budget: float) -> go.Figure
         label={"text": f"budget {kl_budget:g}", "textposition": "end", "font": {"size": 11}},
     )  # fmt: skip
     return _finished(figure, TRAINING_HEIGHT, hovermode="closest")
+
+
+def attack_curves(attack: Numbers, *, names: tuple[str, str], x_title: str) -> go.Figure:
+    """DSR against the budget of an attack under both models, a panel for each direction or soft prompt.
+
+    Args:
+        attack: the part of an evaluation.
+        names: of the two models.
+        x_title: what a budget is.
+    """
+    panels = panels_of(attack)
+    budgets = [f"{budget:g}" for budget in sorted({point["budget"] for points in panels.values() for point in points})]
+    figure = make_subplots(
+        1, len(panels), shared_yaxes=True, horizontal_spacing=0.02, subplot_titles=[label(name) for name in panels]
+    )
+    models = (("base", names[0], BASE, "dot"), ("tuned", names[1], TUNED, "solid"))
+    for column, points in enumerate(panels.values(), start=1):
+        for model, called, colour, dash in models:
+            numbers = [interval_of(point[model]["dsr"]) for point in points]
+            curve = go.Scatter(
+                x=[f"{point['budget']:g}" for point in points],
+                y=[number.value for number in numbers],
+                error_y={
+                    "array": [number.high - number.value for number in numbers],
+                    "arrayminus": [number.value - number.low for number in numbers],
+                    "color": colour,
+                    "thickness": 1,
+                },
+                mode="lines+markers",
+                line={"color": colour, "width": 2, "dash": dash},
+                name=label(called),
+                legendgroup=model,
+                showlegend=column == 1,
+                hovertemplate="budget %{x}: %{y:.2f}",
+            )
+            figure.add_trace(curve, 1, column)
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=budgets)
+    figure.update_yaxes(range=[-0.04, 1.04])
+    figure.layout.xaxis.update(title={"text": x_title})
+    figure.layout.yaxis.update(title={"text": "DSR"})
+    return _finished(figure, TRAINING_HEIGHT, hovermode="closest", legend={"y": 1.12})
 
 
 def _finished(figure: go.Figure, height: int, legend: Mapping[str, Any] | None = None, **layout: Any) -> go.Figure:

@@ -73,8 +73,10 @@ DIRECTION_NAMES: Mapping[str, str] = {
     "repe": "RepE",
     "mean_difference": "Difference of means",
     "random": "Random (control)",
+    "soft_prompt": "Soft prompt",
+    "soft_random": "Random vectors (control)",
 }
-"""The names of the directions of `es2.evaluation.robustness`."""
+"""The names of the directions of `es2.evaluation.robustness`, and of the kinds of soft prompts."""
 
 Numbers = Mapping[str, Any]
 
@@ -161,4 +163,35 @@ def attack_sentence(attack: Numbers) -> str:
     return (
         f"Under {len(learnt)} steerings along learnt directions tuned refuses more than base, beyond chance, in "
         f"{higher}, less in {lower}, and its replies are more often degenerate in {broken}."
+    )
+
+
+def panels_of(attack: Numbers) -> dict[str, list[Numbers]]:
+    """The points of a sweep over budgets, in the order of reading, by the name of a steering's direction, or of a soft
+    prompt's kind and number of vectors; each begins with the point of budget 0.
+    """
+    order = list(DIRECTION_NAMES)
+    points = [point for point in attack["curve"] if point["budget"] is not None]
+    none = [point for point in points if point["direction"] == "none"]
+    found: dict[str, list[Numbers]] = {}
+    for point in sorted(
+        points, key=lambda point: (point.get("length") or 0, order.index(point["direction"]), point["budget"])
+    ):
+        if point["direction"] != "none":
+            length = f", {point['length']} vectors" if point.get("length") else ""
+            found.setdefault(DIRECTION_NAMES[point["direction"]] + length, [*none]).append(point)
+    return found
+
+
+def soft_sentence(soft: Numbers) -> str:
+    """How tuned replies after soft prompts that were fitted to it."""
+    fitted = [point for point in soft["curve"] if point["direction"] == "soft_prompt"]
+    higher = sum(point["change"]["dsr"]["low"] > 0 for point in fitted)
+    lower = sum(point["change"]["dsr"]["high"] < 0 for point in fitted)
+    worst = min(fitted, key=lambda point: (point["tuned"]["dsr"]["value"], point["budget"]))
+    figures = " → ".join(f"{worst[model]['dsr']['value']:.2f}" for model in ("base", "tuned"))
+    return (
+        f"After {len(fitted)} soft prompts, each fitted to the model that it attacks, tuned refuses more than base, "
+        f"beyond chance, in {higher}, less in {lower}; where tuned refuses least (budget {worst['budget']:g}, "
+        f"{worst['length']} vectors), DSR is {figures}."
     )

@@ -26,6 +26,7 @@ from es2.core.settings import option_words
 from es2.core.versions import installed_versions
 from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, stable_hash
 from es2.report import figures as report_figures
+from es2.report.attacks import attack_sections
 from es2.report.glossary import BY_NAME, COMPARED, TERMS, UNITS, Term
 from es2.report.labels import shortened
 from es2.store.sources import OWN_HOOKS
@@ -49,10 +50,13 @@ _ALL_LAYERS = ("probe_accuracy", "margin_mean", "mean_difference_margin", "fishe
 
 @dataclass(frozen=True)
 class Compared(Comparison):
-    """A comparison with the title of its run and the known progress events of its training."""
+    """A comparison with the title of its run, the known progress events of its training, and an evaluation that
+    attacked both models, if there is one.
+    """
 
     title: str = ""
     events: Sequence[Mapping[str, Any]] = ()
+    attacked: Mapping[str, Any] | None = None
 
 
 def report_html(compared: Compared) -> str:
@@ -111,6 +115,8 @@ def _sections(compared: Compared, figures: dict[str, str]) -> Iterable[str]:
             figure = report_figures.pair(view, compared.prompts, rows, margins=margins, names=compared.names)
             yield plot(figure, f"{kind}: {shown}; both models on the same axes.")
         yield _movers(compared, layer, margins)
+    if compared.attacked is not None:
+        yield from attack_sections(compared.attacked, compared.names, plot)
     if (figure := report_figures.training(compared.events, compared.kl_budget)) is not None:
         yield "<h2>Training</h2>"
         kept = f"The weights of step {result['best_step']} of {result['steps']} were kept."

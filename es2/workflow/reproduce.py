@@ -28,7 +28,14 @@ from es2.models.shape import count_layers
 from es2.prompts.benchmarks import absolute_source
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
-from es2.report.findings import DIRECTION_NAMES, attack_sentence, needed_sentence, refusal_sentence, side_effects
+from es2.report.findings import (
+    DIRECTION_NAMES,
+    attack_sentence,
+    needed_sentence,
+    refusal_sentence,
+    side_effects,
+    soft_sentence,
+)
 from es2.training.config import FinetuneConfig
 from es2.workflow import evaluate as evaluating
 from es2.workflow.job_kinds import run_here
@@ -198,6 +205,8 @@ def _evaluate(
         findings += [refusal_sentence(refusal, tuned["verdict"] == "separated"), *side_effects(refusal)]
     if attack is not None:
         findings += [needed_sentence(attack), attack_sentence(attack)]
+    if (soft := suite.get("soft_prompt")) is not None:
+        findings.append(soft_sentence(soft))
     return {
         "prompts": source,
         "path": document["path"],
@@ -206,7 +215,7 @@ def _evaluate(
         "new_tokens": config.new_tokens,
         "table": table_rows(suite),
         "findings": findings,
-        "problems": [part["problem"] for part in document["suite"].values() if "problem" in part],
+        "problems": list(dict.fromkeys(part["problem"] for part in document["suite"].values() if "problem" in part)),
         "note": document["note"],
     }
 
@@ -216,11 +225,12 @@ def table_rows(suite: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         A row each for `base` and `ES2`: `dsr` and `degenerate` (shares of harmful requests, by column: `direct`, then
-        each steering), `over_refusal`, `perplexity`, `kl_prompt`, `kl_reply` and `agreement`; numbers have `value`,
-        `low` and `high`, and are None where they are of no meaning or were not measured.
+        each steering and soft prompt), `over_refusal`, `perplexity`, `kl_prompt`, `kl_reply` and `agreement`; numbers
+        have `value`, `low` and `high`, and are None where they are of no meaning or were not measured.
     """
     refusal, ability = suite.get("refusal"), suite.get("kl")
-    steering_sweep = [point for point in suite.get("perturbation", {}).get("curve", ()) if point["direction"] != "none"]
+    curves = [*suite.get("perturbation", {}).get("curve", ()), *suite.get("soft_prompt", {}).get("curve", ())]
+    attacks = [point for point in curves if point["direction"] != "none"]
     rows = []
     for model, name in (("base", "base"), ("tuned", "ES2")):
         replied = refusal[model] if refusal else {}
@@ -231,7 +241,7 @@ def table_rows(suite: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             "over_refusal": replied.get("over_refusal"),
             "perplexity": ability and ability["perplexity"][model],
         }
-        for point in steering_sweep:
+        for point in attacks:
             for number in ("dsr", "degenerate"):
                 row[number][_column(point)] = point[model][number]
         for number in ("kl_prompt", "kl_reply", "agreement"):
@@ -242,4 +252,5 @@ def table_rows(suite: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _column(point: Mapping[str, Any]) -> str:
     how = f"{point['budget']:g}" if point["p0"] is None else f"to p₀ {point['p0']:g}"
+    how += f", {point['length']} vectors" if point.get("length") else ""
     return f"{DIRECTION_NAMES[point['direction']]} {how}"

@@ -14,6 +14,7 @@ from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
 from app.views.behaviour import filtered
+from es2.core.files import with_checksum, write_json
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.results import read_evaluation
 from es2.jobs.queue import create_job
@@ -258,6 +259,40 @@ class TestRobustness:
         assert at.select_slider(key="attack_step").options == ["no steering", "0.2", "0.8"]
         assert at.select_slider(key="attack_step").value == "0.2"
 
+    def test_soft_prompts_have_curves_beside_the_others(self, home: Path, evaluated: Evaluated) -> None:
+        at = open_page("robustness", evaluated.link())
+        soft = read_evaluation(evaluated.path)["suite"]["soft_prompt"]
+        drawn = charts_of(at)
+        (dsr,), (broken,) = drawn["soft_curve_dsr"], drawn["soft_curve_degenerate"]
+        names = [one["text"] for one in dsr["layout"]["annotations"]]
+        assert names[:2] == ["<b>Soft prompt, 2 vectors</b>", "<b>Random vectors (control), 2 vectors</b>"]
+        fitted = [point for point in soft["curve"] if point["direction"] in ("none", "soft_prompt")]
+        for index, model in enumerate(("base", "tuned")):
+            assert dsr["data"][index]["y"] == [point[model]["dsr"]["value"] for point in fitted]
+            assert broken["data"][index]["y"] == [point[model]["degenerate"]["value"] for point in fitted]
+        assert dsr["layout"]["xaxis"]["ticktext"] == ["0", "1", "3"]
+        assert "After 2 soft prompts, each fitted to the model that it attacks" in words(at)
+        (verdicts,) = [one.value for one in at.dataframe if "no soft prompt" in one.value.columns]
+        assert len(verdicts) == 2 * soft["n_prompts"]
+        assert set(verdicts["Soft prompt 3, 2 vectors"]) <= {"refused", "answered", "degenerate", "empty"}
+
+    def test_an_evaluation_of_before_says_that_it_has_no_soft_prompt(self, home: Path, evaluated: Evaluated) -> None:
+        document = dict(read_evaluation(evaluated.path))
+        path = evaluated.path.with_name("former.json")
+        document |= {
+            name: {k: v for k, v in document[name].items() if k != "soft_prompt"} for name in ("suite", "rows")
+        }
+        del document["digest"]
+        write_json(path, with_checksum(document))
+        try:
+            at = open_page("robustness", evaluated.link())
+            choose(at, "former")
+        finally:
+            path.unlink()
+        assert "Not measured in this evaluation" in captions(at)
+        assert "soft_curve_dsr" not in charts_of(at)
+        assert "curve_dsr" in charts_of(at)
+
     def test_takes_away_the_pushes(self, home: Path, evaluated: Evaluated) -> None:
         from app.evaluations import Evaluation
         from app.views.robustness import take_away
@@ -265,8 +300,8 @@ class TestRobustness:
         found = Evaluation(evaluated.path, read_evaluation(evaluated.path))
         attack = found.part("perturbation")
         assert attack is not None
-        charts, tables = take_away(found, attack)
-        assert len(charts) == 5
+        charts, tables = take_away(found)
+        assert len(charts) == 5 + 2
         assert len(tables["Steerings"]) == 2 * len(attack["curve"])
         assert len(tables["Replies under steering"]) == 2 * len(attack["curve"])
 

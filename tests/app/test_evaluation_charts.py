@@ -91,6 +91,20 @@ def attack(ratio: tuple[float, float] = (1.1, 1.5)) -> dict[str, Any]:
     }
 
 
+def soft() -> dict[str, Any]:
+    """Soft prompts of two lengths, the longer one at one budget and without its control."""
+    sweep = (
+        ("none", 0, 0.0, 0.5, 0.75),
+        ("soft_prompt", 4, 1.0, 0.25, 0.5),
+        ("soft_prompt", 4, 2.0, 0.0, 0.25),
+        ("soft_random", 4, 1.0, 0.5, 0.75),
+        ("soft_random", 4, 2.0, 0.5, 0.75),
+        ("soft_prompt", 8, 1.0, 0.25, 0.25),
+    )
+    curve = [point(kind, budget, *dsr) | {"length": length} for kind, length, budget, *dsr in sweep]
+    return {"layers": [1, 2], "n_prompts": 4, "n_fitted": 16, "n_refused": {"base": 8, "tuned": 12}, "curve": curve}
+
+
 class TestFigures:
     def test_rates_stand_in_rows_with_their_intervals(self) -> None:
         figure = evaluation_charts.rates(refusal(0.2, 0.6, (0.3, 0.5)), {"agreement": number(0.9)})
@@ -124,6 +138,18 @@ class TestFigures:
         assert figure.layout.xaxis.range == figure.layout.xaxis2.range
         assert figure.layout.xaxis.domain[1] < figure.layout.xaxis2.domain[0]
         assert sum(trace.showlegend for trace in figure.data) == 2
+
+    def test_soft_prompts_have_a_panel_for_each_kind_and_number_of_vectors(self) -> None:
+        figure = evaluation_charts.curve(soft(), "dsr", "DSR")
+        panels = [[trace for trace in figure.data if trace.xaxis == axis] for axis in ("x", "x2", "x3")]
+        assert [list(tuned.y) for _, tuned in panels] == [[0.75, 0.5, 0.25], [0.75, 0.75, 0.75], [0.75, 0.25]]
+        assert [one.text for one in figure.layout.annotations][:3] == [
+            "<b>Soft prompt, 4 vectors</b>",
+            "<b>Random vectors (control), 4 vectors</b>",
+            "<b>Soft prompt, 8 vectors</b>",
+        ]
+        assert "token" in figure.layout.annotations[3].text, "another unit than that of steerings"
+        assert list(figure.layout.xaxis.ticktext) == ["0", "1", "2"]
 
     def test_reach_counts_prompts(self) -> None:
         figure = evaluation_charts.reach(attack())
@@ -202,6 +228,12 @@ class TestSentences:
     def test_attacks_count_learnt_directions_alone(self) -> None:
         assert findings.attack_sentence(attack()).startswith(
             "Under 3 steerings along learnt directions tuned refuses more than base, beyond chance, in 3, less in 0"
+        )
+
+    def test_soft_prompts(self) -> None:
+        assert findings.soft_sentence(soft()) == (
+            "After 3 soft prompts, each fitted to the model that it attacks, tuned refuses more than base, beyond "
+            "chance, in 2, less in 0; where tuned refuses least (budget 1, 8 vectors), DSR is 0.25 → 0.25."
         )
 
 

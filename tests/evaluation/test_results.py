@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from es2.core.files import read_json, with_checksum, write_json
-from es2.evaluation.results import run_behaviour
+from es2.evaluation.results import newest_attack, run_behaviour
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job
 from es2.jobs.running import run_job
@@ -84,3 +85,20 @@ def test_a_damaged_file_is_passed_over_and_named(run: Job, caplog: pytest.LogCap
     write_json(path, with_checksum(document))
     os.utime(path, (2e9, 2e9))
     assert run_behaviour(run).name == "defends better"
+
+
+def test_the_newest_attack_on_both_models_of_todays_weights_counts(run: Job) -> None:
+    def written(name: str, is_tuned: bool = True, **changes: Any) -> None:
+        curve = [{"direction": "none", "base": {"dsr": 1}, "tuned": {"dsr": 1} if is_tuned else None}]
+        write_replies(run, name, *DEFENDS, suite={"soft_prompt": {"curve": curve}}, **changes)
+
+    assert newest_attack(run) is None
+    write_replies(run, "replies", *DEFENDS)
+    assert newest_attack(run) is None, "nothing was attacked"
+    written("right")
+    written("base-alone", is_tuned=False)
+    written("of-another", run="20250101-000000-000000-finetune-aaaaaa")
+    written("of-other-weights", weights="yesterday")
+    found = newest_attack(run)
+    assert found is not None
+    assert found["prompts"] == "right"

@@ -27,9 +27,11 @@ from es2.report import figures as report_figures
 from es2.report.glossary import BY_NAME, COMPARED, TERMS
 from es2.report.labels import shortened
 from es2.report.page import PROMPT_CHARACTERS, Compared, report_html, reproduce
+from es2.report.palette import BASE, TUNED
 from es2.report.report import write_report
 from es2.training.config import FinetuneConfig
 from es2.workflow.compared import find_compared
+from tests.app.test_evaluation_charts import attack, soft
 from tests.builders import tiny_prompts
 from tests.builders_artifacts import TARGETS, write_comparison
 
@@ -101,6 +103,33 @@ class Page(HTMLParser):
         data = self.scripts[1].split("const FIGURES = ", 1)[1]
         found, _ = json.JSONDecoder().raw_decode(data)
         return found
+
+
+class TestAttacks:
+    def test_curves_of_steerings_and_of_soft_prompts(self, compared: Compared) -> None:
+        assert compared.attacked is None
+        assert "Under attack" not in Page(report_html(compared)).text
+        evaluation = {"prompts": "<locks>", "suite": {"perturbation": attack(), "soft_prompt": soft()}}
+        before = len(Page(report_html(compared)).figures)
+        page = Page(report_html(replace(compared, attacked=evaluation)))
+        assert "harmful test prompts of <locks>" in page.text
+        assert "Under 3 steerings along learnt directions" in page.text
+        assert "After 3 soft prompts, each fitted to the model that it attacks" in page.text
+        assert len(page.figures) == before + 2
+        (curves,) = [
+            figure
+            for figure in page.figures.values()
+            if any("Soft prompt" in one.get("text", "") for one in figure["layout"].get("annotations", ()))
+        ]
+        base, tuned = curves["data"][:2]
+        assert base["x"] == ["0", "1", "2"]
+        assert (base["y"], tuned["y"]) == ([0.5, 0.25, 0.0], [0.75, 0.5, 0.25])
+        assert (base["line"]["color"], tuned["line"]["color"]) == (BASE, TUNED)
+
+    def test_a_part_that_was_not_measured_is_named(self, compared: Compared) -> None:
+        evaluation = {"prompts": "locks", "suite": {"perturbation": attack(), "soft_prompt": {"problem": "No."}}}
+        text = Page(report_html(replace(compared, attacked=evaluation))).text
+        assert "Soft prompts were not measured." in text
 
 
 class TestPage:

@@ -44,6 +44,8 @@ steering_limit = 3
 directions = ["repe", "scav"]
 budgets = [0.2]
 p0s = [0.01]
+soft_lengths = [2]
+soft_budgets = [3.0]
 """
 
 
@@ -117,7 +119,14 @@ def test_end_to_end_through_every_interruption(
     assert (base["row"], tuned["row"]) == ("base", "ES2")
     for row in (base, tuned):
         for number in ("dsr", "degenerate"):
-            assert list(row[number]) == ["direct", "RepE 0.2", "SCAV 0.2", "SCAV to p₀ 0.01"]
+            assert list(row[number]) == [
+                "direct",
+                "RepE 0.2",
+                "SCAV 0.2",
+                "SCAV to p₀ 0.01",
+                "Soft prompt 3, 2 vectors",
+                "Random vectors (control) 3, 2 vectors",
+            ]
             assert all(0 <= cell["low"] <= cell["value"] <= cell["high"] <= 1 for cell in row[number].values())
         assert row["perplexity"]["value"] > 1
     assert base["kl_reply"] is None

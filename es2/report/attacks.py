@@ -1,0 +1,71 @@
+"""The part of a report that says what became of refusals under attack, from an evaluation of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from html import escape
+from typing import Any
+
+from es2.report import figures as report_figures
+from es2.report.findings import (
+    BY_NAME,
+    Numbers,
+    attack_sentence,
+    interval_of,
+    needed_sentence,
+    panels_of,
+    soft_sentence,
+)
+
+_STEERING = "length of the steering vector / ‖e‖"
+_SOFT = "length of each vector / mean length of a token's embedding"
+
+
+def attack_sections(
+    evaluation: Mapping[str, Any], names: tuple[str, str], plot: Callable[[Any, str], str]
+) -> Iterable[str]:
+    """The parts of the page.
+
+    Args:
+        evaluation: what is kept of it.
+        names: of the two models.
+        plot: makes an element of a figure and its caption.
+    """
+    yield "<h2>Under attack</h2>"
+    yield f"<p>Measured on harmful test prompts of {escape(str(evaluation['prompts']))}.</p>"
+    suite = {name: part for name, part in evaluation["suite"].items() if "problem" not in part}
+    if (attack := suite.get("perturbation")) is not None:
+        needed = needed_sentence(attack) if attack["needed"] else ""
+        yield f"<p>{escape(needed)} {escape(attack_sentence(attack))}</p>"
+        yield from _curves(attack, names, plot, "Embeddings steered while replies are generated", _STEERING)
+    if (soft := suite.get("soft_prompt")) is not None:
+        yield f"<p>{escape(soft_sentence(soft))}</p>"
+        about = "Vectors before the user's text, fitted to each model, and random ones"
+        yield from _curves(soft, names, plot, about, _SOFT)
+    else:
+        yield "<p>Soft prompts were not measured.</p>"
+
+
+def _curves(
+    attack: Numbers, names: tuple[str, str], plot: Callable[[Any, str], str], about: str, budget: str
+) -> Iterable[str]:
+    """The figure and the table of one part."""
+    if not panels_of(attack):
+        return
+    figure = report_figures.attack_curves(attack, names=names, x_title=budget)
+    yield plot(figure, f"{about}: DSR over the budget ({budget}), {attack['n_prompts']} prompts, 95 % intervals.")
+    lines = []
+    for name, points in panels_of(attack).items():
+        for point in points:
+            cells = ""
+            for rate, of in (("dsr", "dsr"), ("degenerate", "harmful_degenerate")):
+                for model in ("base", "tuned"):
+                    number = interval_of(point[model][rate])
+                    cells += f"<td>{BY_NAME[of].value(number)}<small>({BY_NAME[of].range(number)})</small></td>"
+            lines.append(f"<tr><th>{escape(name)}</th><td>{point['budget']:g}</td>{cells}</tr>")
+    left, right = map(escape, names)
+    yield (
+        f'<details><summary>{escape(about)}: all numbers</summary><div class="wide"><table class="numbers dense">'
+        f"<thead><tr><th></th><th>budget</th><th>DSR, {left}</th><th>DSR, {right}</th><th>degenerate, {left}</th>"
+        f"<th>degenerate, {right}</th></tr></thead><tbody>{''.join(lines)}</tbody></table></div></details>"
+    )
