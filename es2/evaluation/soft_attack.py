@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from es2.analysis.resampling import resample_pairs
 from es2.analysis.results import Analysis
+from es2.core.errors import InputError
 from es2.evaluation.attack import attackers_of, curve_point
 from es2.evaluation.refusal import RULES_VERSION, judge_reply
 from es2.evaluation.robustness import Attacker
@@ -133,10 +134,15 @@ def _generate_soft(
     """Fit the vectors of one model, and log what it replies after them."""
     import torch
 
+    from es2.models.kl import read_lm_head
     from es2.models.soft_tokens import SoftTokens, embeddings_of, mean_embedding_norm, refuse_other_readers
 
     model = load(work, name)
     refuse_other_readers(model)
+    try:
+        read_lm_head(model)
+    except InputError as error:
+        raise InputError(f"No soft prompt can be fitted to this model: {error}") from error
     prefix = template_prefix(tokenizer, [*rendered.token_ids, *fitting.token_ids])
     prefix = prefix[: min(*rendered.first_instruction, *fitting.first_instruction)]
     refusals = own_refusals(model, tokenizer, fitting.token_ids, prefix, work.report, f"reply {name}")

@@ -286,6 +286,31 @@ def test_a_model_that_cannot_take_one_is_refused_before_anything_is_fitted(
     assert both["suite"]["perturbation"]["curve"], "the other attacks go on"
 
 
+def test_a_head_that_logits_cannot_be_made_with_is_refused_likewise(
+    model: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(model: Any) -> None:
+        raise InputError("A strange head.")
+
+    monkeypatch.setattr("es2.models.kl.read_lm_head", refuse)
+    monkeypatch.setattr(soft_attack, "own_refusals", lambda *_, **__: pytest.fail("replied"))
+    with pytest.raises(InputError, match=r"No soft prompt can be fitted to this model: A strange head\."):
+        run_it(model, store, tmp_path / "job")
+
+
+def test_half_precision(attacked: Attacked) -> None:
+    model = load_model(attacked.folder, device="cpu", dtype="bfloat16").requires_grad_(False)
+    (vectors,) = fit_soft_prompt(
+        model, attacked.attacker, attacked.harmful.token_ids, attacked.harmful.first_instruction, attacked.replies,
+        3, (2.0,), prefix=attacked.prefix, seed=0,
+    )  # fmt: skip
+    assert vectors.dtype == torch.float32
+    odds, logs = attacked.effect(None)
+    fitted_odds, fitted_logs = attacked.effect(vectors)
+    assert fitted_odds < odds - 0.5
+    assert fitted_logs < logs
+
+
 def test_a_context_that_vectors_do_not_fit_into_is_refused(
     model: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
