@@ -52,7 +52,7 @@ def _curves(
     """The figure and the table of one part."""
     if not panels_of(attack):
         return
-    figure = report_figures.attack_curves(attack, names=names, x_title=budget)
+    figure = report_figures.attack_curves(attack, names)
     yield plot(figure, f"{about}: DSR over the budget ({budget}), {attack['n_prompts']} prompts, 95 % intervals.")
     lines = []
     for name, points in panels_of(attack).items():

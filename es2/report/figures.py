@@ -174,13 +174,12 @@ def training(events: Sequence[Mapping[str, Any]], kl_budget: float) -> go.Figure
     return _finished(figure, TRAINING_HEIGHT, hovermode="closest")
 
 
-def attack_curves(attack: Numbers, *, names: tuple[str, str], x_title: str) -> go.Figure:
+def attack_curves(attack: Numbers, names: tuple[str, str]) -> go.Figure:
     """DSR against the budget of an attack under both models, a panel for each direction or soft prompt.
 
     Args:
         attack: the part of an evaluation.
         names: of the two models.
-        x_title: what a budget is.
     """
     panels = panels_of(attack)
     budgets = [f"{budget:g}" for budget in sorted({point["budget"] for points in panels.values() for point in points})]
@@ -208,9 +207,9 @@ def attack_curves(attack: Numbers, *, names: tuple[str, str], x_title: str) -> g
                 hovertemplate="budget %{x}: %{y:.2f}",
             )
             figure.add_trace(curve, 1, column)
-    figure.update_xaxes(type="category", categoryorder="array", categoryarray=budgets)
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=budgets, title={"text": "budget"})
     figure.update_yaxes(range=[-0.04, 1.04])
-    figure.layout.xaxis.update(title={"text": x_title})
+    figure.update_annotations(font={"size": 13})
     figure.layout.yaxis.update(title={"text": "DSR"})
     return _finished(figure, TRAINING_HEIGHT, hovermode="closest", legend={"y": 1.12})
 
