@@ -27,8 +27,9 @@ class EvaluateConfig(Settings):
     prompts: str = setting(
         "builtin",
         "builtin, a file (CSV, TSV, JSON, JSONL, TXT, Parquet; also .gz), hf:<dataset>[:split], or a benchmark: "
-        "advbench, harmbench, jailbreakbench, strongreject, xstest, do-not-answer, or-bench, alpaca, mt-bench, with "
-        ":PATH for its published file. Of the prompts that the run was tuned on only the test split counts.",
+        "advbench, harmbench, jailbreakbench, strongreject, xstest, do-not-answer, or-bench, alpaca, mt-bench, "
+        "sorry-bench, with :PATH for its published file. Of the prompts that the run was tuned on only "
+        "the test split counts.",
         group="own",
     )
     run: str | None = setting(None, "A fine-tuning run (`es2 runs`) to compare with its base.", group="own")

@@ -45,8 +45,12 @@ _TEXTS = (
     "malicious_prompt",
 )
 _WEAK = ("input", "content", "user", "human", "message", "sentence", "utterance", "task")
-PROMPT_COLUMNS = ("prompt", *_TEXTS, *_CHATS, *_WEAK)
+_TRANSCRIPTS = ("transcript", "chosen")
+_LAST = (*_TRANSCRIPTS, "adversarial", "vanilla")
+PROMPT_COLUMNS = ("prompt", *_TEXTS, *_CHATS, *_WEAK, *_LAST)
 """Usual names of the prompt's column: `prompt` before all others, the last few only where there is none of these."""
+FALLBACKS = {"adversarial": "vanilla"}
+"""Where the prompt is if its own column's cell is empty (WildJailbreak)."""
 
 _HARM = (
     "label",
@@ -82,7 +86,14 @@ _HARMFUL_WORDS = {"harmful", "unsafe", "toxic", "malicious", "jailbreak", "dange
 _HARMFUL_WORDS |= {"vanilla_harmful", "adversarial_harmful", "harmful_behavior", "harmful_behaviors"}
 _HARMLESS_WORDS = {"harmless", "safe", "unharmful", "benign", "normal", "nontoxic", "not_harmful", "non_harmful"}
 _HARMLESS_WORDS |= {"not_toxic", "non_toxic", "vanilla_benign", "adversarial_benign", "legitimate", "harmless_alpaca"}
+_KINDS_OF_HARM = {"harm_category", "harm_categories", "harm_area", "harm_type", "types_of_harm", "specific_harms"}
+_KINDS_OF_HARM |= {"hazard", "hazard_category", "risk_area", "risk_category", "risk_type", "content_policy_name"}
+_NO_KIND = {"", "none", "null", "n/a", "na", "nan", "[]", "other"}
 _YES, _NO = {"1", "true", "yes"}, {"0", "false", "no"}
+
+_ROLES = dict.fromkeys(("role", "from", "speaker", "author")).keys()
+_CONTENTS = dict.fromkeys(("content", "value", "text")).keys()
+_TRANSCRIPT = re.compile(r"\s*(?:Human|User):(.*?)(?=\n\s*(?:Human|User|Assistant):|\Z)", re.DOTALL)
 
 
 def folded(name: str) -> str:
@@ -151,6 +162,9 @@ def find_prompt_column(columns: Sequence[str], chosen: str | None, where: str) -
             )
         if found:
             return found[0]
+    for name in _LAST:
+        if name in by_name:
+            return by_name[name][0]
     raise InputError(
         f"{where} has no column of prompts under a usual name (columns: {_listed(columns)}); "
         "name it with --prompt-column."
@@ -191,6 +205,16 @@ def find_label_column(
     return named[0] if named else None
 
 
+def kind_of_harm(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str | None:
+    """The column that names a kind of harm in every row, as sets of harmful requests alone have one; or None."""
+    for column in columns:
+        if folded(column) in _KINDS_OF_HARM:
+            values = {value_of(row.get(column)) for row in rows}
+            if not any(value in _NO_KIND or value in _NO or folded(value) in _HARMLESS_WORDS for value in values):
+                return column
+    return None
+
+
 def readable_labels(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, str]:
     """The labels of a column's values, where all have one; else nothing."""
     values = list(dict.fromkeys(value_of(row.get(column)) for row in rows))
@@ -212,12 +236,26 @@ def _listed(columns: Sequence[str]) -> str:
 # --------------------------------------------------------------------------------------------------------------- chats
 
 
+def is_chat(value: object, *, of_both_sides: bool = False) -> bool:
+    """Whether a value is a list of turns, each with a role and a content; `of_both_sides`: and nothing else, by two."""
+    if not isinstance(value, list) or not value:
+        return False
+    if not all(
+        isinstance(turn, dict) and not _ROLES.isdisjoint(turn) and not _CONTENTS.isdisjoint(turn) for turn in value
+    ):
+        return False
+    return not of_both_sides or (all(len(turn) == 2 for turn in value) and len(set(map(_role, value))) > 1)
+
+
 def text_of(cell: object, column: str) -> object:
     """The prompt in a cell: a text as it is; of a chat (a list, a struct, or one written as text) the first user turn.
 
     Raises `ValueError` with what is missing; anything else is given back as it is.
     """
     if isinstance(cell, str):
+        if folded(column) in _TRANSCRIPTS:
+            spoken = _TRANSCRIPT.match(cell)
+            return spoken[1] if spoken else cell
         if folded(column) not in _CHATS or not cell.strip().startswith(("[", "{")):
             return cell
         cell = _written(cell)
@@ -239,7 +277,7 @@ def text_of(cell: object, column: str) -> object:
         return cell[0]
     for turn in cell:
         if isinstance(turn, dict) and _role(turn) in ("user", "human", "prompter", ""):
-            content = next((turn[name] for name in ("content", "value", "text") if name in turn), None)
+            content = next((turn[name] for name in _CONTENTS if name in turn), None)
             if isinstance(content, list):  # parts of a message
                 parts = [part.get("text") if isinstance(part, dict) else part for part in content]
                 content = "\n".join(part for part in parts if isinstance(part, str))
@@ -248,7 +286,7 @@ def text_of(cell: object, column: str) -> object:
 
 
 def _role(turn: Mapping[str, Any]) -> str:
-    role = next((turn[name] for name in ("role", "from", "speaker", "author") if name in turn), "")
+    role = next((turn[name] for name in _ROLES if name in turn), "")
     return str(role).strip().casefold()
 
 

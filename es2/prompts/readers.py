@@ -17,9 +17,12 @@ from typing import Any
 from es2.core.errors import InputError
 from es2.prompts.benchmarks import Benchmark, benchmark_row, recognised
 from es2.prompts.columns import (
+    FALLBACKS,
+    LABEL_COLUMNS,
     find_label_column,
     find_prompt_column,
     folded,
+    kind_of_harm,
     labels_of,
     named_label_columns,
     readable_labels,
@@ -32,8 +35,10 @@ from es2.prompts.sources import Source
 from es2.prompts.tables import MAX_FILE_BYTES, Twice, read_table
 
 _HEAD_CHARACTERS = 64 * 2**20  # of rows that are looked at together; later ones are read by what these say
-_HARMFUL_FILES = {"harmful", "malicious", "toxic", "unsafe", "advbench", "harmbench", "strongreject"}
+_HARMFUL_FILES = {"harmful", "malicious", "toxic", "unsafe", "jailbreak", "jailbreaks", "forbidden", "redteam"}
+_HARMFUL_FILES |= {"advbench", "harmbench", "strongreject"}
 _HARMLESS_FILES = {"harmless", "benign", "safe", "unharmful", "alpaca"}
+_NEGATED = re.compile(r"(?<![a-z])(?:not|non|no|un)[\W_]*(?:harmful|malicious|toxic)(?![a-z])", re.IGNORECASE)
 _AS_FOUND = Source("")
 
 
@@ -128,6 +133,8 @@ def understand(rows: Iterable[Row], file_name: str, how: Source = _AS_FOUND, lab
         if column is None:
             label = _label_of_name(file_name)
             told = "the file's name"
+            if label is None and (kind := kind_of_harm(cells, others)) is not None:
+                label, told = "harmful", f"column {kind}, which names a kind of harm in every row"
             if label is None:
                 raise InputError(
                     f"{where} has no column that tells harmful from harmless (columns: {', '.join(columns)[:200]}); "
@@ -164,13 +171,14 @@ def _converted(
     keep = ["category", "pair"] + ["split"] * (is_plain or splits <= {"", *SPLITS, *FORMER_SPLITS})
     names = {"prompt": prompt, "label": column or "label"}
     has_input = folded(prompt) == "instruction" and prompt != "input"
+    instead = FALLBACKS.get(prompt, prompt)
     for place, row in rows:
         if isinstance(row, InputError):
             yield place, row
             continue
         cells = Cells(names, unknown if column is not None else "")
         try:
-            text = text_of(row.get(prompt), prompt)
+            text = text_of(row.get(prompt) or row.get(instead), prompt)
         except ValueError as error:
             yield place, InputError(f"{where}, {place}, column {prompt}: {error}; every row needs a prompt.")
             continue
@@ -233,7 +241,9 @@ def _size(cell: object) -> int:
 
 
 def _label_of_name(file_name: str) -> str | None:
-    words = set(re.findall("[a-z]+", file_name.casefold()))
+    name = re.sub("red[ _-]?team", "redteam", _NEGATED.sub("harmless", file_name), flags=re.IGNORECASE)
+    words = set(re.findall("[a-z]+", name.casefold()))
+    words |= {word.casefold() for word in re.findall("[A-Z][a-z]+", name)}  # MaliciousInstruct
     harmful, harmless = words & _HARMFUL_FILES, words & _HARMLESS_FILES
     if bool(harmful) == bool(harmless):
         return None
@@ -242,7 +252,7 @@ def _label_of_name(file_name: str) -> str | None:
 
 def _refuse_other_label(cells: Sequence[Mapping[str, Any]], columns: Sequence[str], label: str, where: str) -> None:
     """Refuse a file that is given as of one label and says in a column that rows are of the other."""
-    for column in columns:
+    for column in (column for column in columns if folded(column) in LABEL_COLUMNS):
         labels = readable_labels(cells, column)
         others = sum(labels.get(value_of(row.get(column)), label) != label for row in cells)
         if others:

@@ -18,7 +18,7 @@ from typing import Any
 
 from es2.core.errors import InputError, one_line
 from es2.core.files import parse_json
-from es2.prompts.columns import LABEL_COLUMNS, PROMPT_COLUMNS
+from es2.prompts.columns import LABEL_COLUMNS, PROMPT_COLUMNS, is_chat, labels_of
 from es2.prompts.rows import MAX_ROWS, Row
 
 MAX_FILE_BYTES = 200 * 2**20
@@ -172,8 +172,8 @@ def _jsonl_rows(data: bytes, where: str) -> Iterator[Row]:
             whole = parse_json(text)
         except ValueError:
             whole = None
-        if isinstance(whole, list) and all(isinstance(row, dict) for row in whole):
-            yield from (_json_row(row, number, where) for number, row in enumerate(whole, start=1))
+        if isinstance(whole, list) and (all(isinstance(row, dict) for row in whole) or all(map(is_chat, whole))):
+            yield from _array_rows(whole, where)
             return
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -200,26 +200,32 @@ def _json_rows(data: bytes, where: str) -> Iterator[Row]:
     if isinstance(value, dict):
         yield from _object_rows(value, where)
     elif isinstance(value, list):
-        yield from (_json_row(row, number, where) for number, row in enumerate(value, start=1))
+        yield from _array_rows(value, where)
     else:
         raise InputError(f"{where!r}: expected an array of prompts, or an object of arrays.")
+
+
+def _array_rows(value: list[Any], where: str) -> Iterator[Row]:
+    """The rows of an array, which is one chat if it is made of the turns of both sides."""
+    rows = [value] if is_chat(value, of_both_sides=True) else value
+    yield from (_json_row(row, number, where) for number, row in enumerate(rows, start=1))
 
 
 def _object_rows(value: dict[str, Any], where: str) -> Iterator[Row]:
     """The rows of an object of columns (arrays, or objects by row as pandas writes them), or of an array a label."""
     columns = {_column(str(key)): cells for key, cells in value.items()}
     arrays = {name: cells for name, cells in columns.items() if isinstance(cells, list)}
-    if {"harmful", "harmless"} <= arrays.keys() and all(
-        isinstance(cell, str) for label in ("harmful", "harmless") for cell in arrays[label]
-    ):
-        for label in ("harmful", "harmless"):
-            for number, text in enumerate(arrays[label], start=1):
-                yield f"{label}, row {number}", {"prompt": text, "label": label}
+    labels = labels_of("", list(arrays))
+    if set(labels.values()) == {"harmful", "harmless"} and all(_is_row(row) for name in labels for row in arrays[name]):
+        for name, label in labels.items():
+            for number, row in enumerate(arrays[name], start=1):
+                _, own = _json_row(row, number, where)
+                yield f"{name}, row {number}", {**own, "label": label} if isinstance(own, Mapping) else own
         return
     if len(arrays) == 1:
         (cells,) = arrays.values()
-        if all(isinstance(cell, dict) for cell in cells):  # {"data": [row, row]}
-            yield from (_json_row(row, number, where) for number, row in enumerate(cells, start=1))
+        if all(isinstance(cell, dict) or is_chat(cell) for cell in cells):  # {"data": [row, row]}
+            yield from _array_rows(cells, where)
             return
     if columns and len(arrays) == len(columns):
         lengths = {name: len(cells) for name, cells in arrays.items()}
@@ -238,9 +244,15 @@ def _object_rows(value: dict[str, Any], where: str) -> Iterator[Row]:
     yield _json_row(value, 1, where)
 
 
+def _is_row(cell: object) -> bool:
+    return isinstance(cell, (str, dict)) or is_chat(cell)
+
+
 def _json_row(row: object, number: int, where: str) -> Row:
     if isinstance(row, str):
         return f"row {number}", {"prompt": row}
+    if is_chat(row):
+        return f"row {number}", {"messages": row}
     if not isinstance(row, dict):
         return f"row {number}", InputError(
             f"{where!r}, row {number}: expected an object with a key for each column, such as prompt, or a text."

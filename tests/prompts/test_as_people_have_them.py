@@ -291,8 +291,8 @@ def test_labels_that_somebody_added_to_a_benchmark_count() -> None:
 
 
 def test_sets_like_a_benchmark_are_not_taken_for_it() -> None:
-    """SORRY-Bench has MT-Bench's columns and more, and a set in Alpaca's form may hold anything."""
-    row = {"question_id": 1, "category": "7", "turns": ["Break it"], "prompt_style": "base"}
+    """A set may have MT-Bench's columns and more, and one in Alpaca's form may hold anything."""
+    row = {"question_id": 1, "category": "7", "turns": ["Break it"], "style": "base"}
     for name, data in (
         ("question.jsonl", json.dumps(row)),
         ("mine.json", json.dumps([{"instruction": "Break", "input": "it", "output": ""}])),

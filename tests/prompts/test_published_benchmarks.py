@@ -45,6 +45,10 @@ FILES = {
         '{"question_id": 81, "category": "writing", "turns": ["Write a post.", "Shorten it."]}\n'
         '{"question_id": 82, "category": "maths", "turns": ["Add 2 and 3.", "Why?"], "reference": ["5", "so"]}\n',
     ),
+    "sorry-bench": (
+        "sorry_bench.jsonl",
+        '{"question_id": 1, "category": "7", "turns": ["Open a lock."], "prompt_style": "base"}\n',
+    ),
 }
 
 
@@ -76,6 +80,7 @@ def test_published_files_are_read_as_they_are(files: Path) -> None:
     ]
     assert read("do-not-answer", files) == [("Where is the key?", 1, "Locks")]
     assert read("alpaca", files) == [("Name a fruit.", 0, "unspecified"), ("Translate.\n\nBrot", 0, "unspecified")]
+    assert read("sorry-bench", files) == [("Open a lock.", 1, "7")]
     assert read("mt-bench", files) == [("Write a post.", 0, "writing"), ("Add 2 and 3.", 0, "maths")]
 
 
