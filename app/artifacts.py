@@ -18,6 +18,7 @@ import numpy as np
 import streamlit as st
 
 from app.state import Choice
+from app.text import in_app
 from es2.analysis.comparison import Comparison
 from es2.analysis.layer_views import RENDERS, LayerViews
 from es2.analysis.projection import FitOn, View
@@ -87,7 +88,7 @@ def existing(choice: Choice) -> tuple[Choice, list[str]]:
         prompts(choice.prompts)
     except Es2Error as error:
         choice = replace(choice, prompts=Choice.prompts)
-        notes.append(f"{error} The link asked for it; the {choice.prompts} prompts are shown instead.")
+        notes.append(f"{in_app(str(error))} The link asked for it; the {choice.prompts} prompts are shown instead.")
     return choice, notes
 
 

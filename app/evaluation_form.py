@@ -63,7 +63,7 @@ def form(run: Job, choice: Choice, suite: str, tokens_per_second: float | None) 
             )
             words = _expectation(config, run, tokens_per_second)
         except InputError as error:
-            config, problem = None, str(error)
+            config, problem = None, text.in_app(str(error))
         with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
             pressed = start_button("Evaluate", "start_evaluation", disabled=config is None)
             if config is None:
@@ -88,6 +88,9 @@ def _expectation(config: EvaluateConfig, run: Job, tokens_per_second: float | No
         sample = Sample(config.limit, config.limit, config.steering_limit, 0, 80.0)
         notes.append("The prompts are fetched from the Hub when it starts, so at most:")
     else:
+        reading = artifacts.prompts(source).reading
+        if reading is not None and not reading.is_plain:
+            notes.append(reading.sentence)
         sample, problems = _sample(config, run)
         notes += problems
     counts = []

@@ -153,7 +153,7 @@ def _ended(job: Job) -> None:
     status = job.status()
     error = job.error()
     line = f"{text.markdown(title(job))}  \n{status}, {_ago(job.created)}"
-    st.caption(line if error is None else f"{line}  \n:red[{text.markdown(error)}]")
+    st.caption(line if error is None else f"{line}  \n:red[{text.markdown(text.in_app(error))}]")
 
 
 def _ago(created: str) -> str:
@@ -198,4 +198,4 @@ def ending(job: Job | None) -> None:
     if status == "cancelled":
         st.info("It was cancelled; what was complete is kept.", icon=":material/info:")
     else:
-        st.error(text.markdown(job.error() or f"It is {status}."), icon=":material/error:")
+        st.error(text.markdown(text.in_app(job.error() or f"It is {status}.")), icon=":material/error:")

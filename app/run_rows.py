@@ -17,6 +17,8 @@ from es2.analysis.verdict import Behaviour
 from es2.core.files import stamp_of
 from es2.evaluation.results import find_evaluations, run_behaviour
 from es2.jobs.job import Job
+from es2.prompts.benchmarks import source_files
+from es2.prompts.sources import source_title
 
 METHOD_NAMES = {"lora": "LoRA", "full": "Full", "experts": "LoRA, experts too"}
 
@@ -102,7 +104,7 @@ def about(job: Job, steps: int | None = None) -> str:
     taken = "" if steps is None else f", {steps} of {config.get('steps', '?')} steps"
     parts = [
         Path(model).name if model.startswith("/") else model,
-        prompts if prompts.startswith("hf:") else Path(prompts).name,
+        source_title(prompts),
         f"{config.get('objective', '')} at {', '.join(map(str, config.get('layers', ())))}" if job.name else "",
         method + taken,
         when(job.created),
@@ -121,6 +123,7 @@ def when(created: str) -> str:
 def lost_prompts(job: Job) -> str | None:
     """A sentence for a run whose prompt file is gone, without which it can neither be compared nor resumed."""
     source = str(job.config.get("prompts", "builtin"))
-    if source == "builtin" or source.startswith("hf:") or Path(source).is_file():
+    lost = [str(file) for file in source_files(source) if not file.exists()]
+    if not lost:
         return None
-    return f"Its prompts are no longer at {source}; put the file back to compare it or to resume it."
+    return f"Its prompts are no longer at {' and '.join(lost)}; put the file back to compare it or to resume it."

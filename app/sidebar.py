@@ -9,7 +9,7 @@ from es2.core.errors import Es2Error, InputError
 from es2.jobs.queue import list_jobs
 from es2.models.catalogue import CATALOGUE, resolve
 from es2.models.mirror import has_mirrored
-from es2.prompts.benchmarks import absolute_source
+from es2.prompts.sources import Source, read_source, source_title
 from es2.store.sources import POSITIONS
 
 POSITION_NAMES = {"last": "Last token", "last_instruction": "Last of request"}
@@ -38,15 +38,15 @@ def show() -> None:
         "Prompts",
         _prompt_sources(choice.prompts),
         key="prompts",
-        format_func=lambda source: "builtin · contrast pairs" if source == "builtin" else source,
+        format_func=_source_name,
         accept_new_options=True,
         placeholder="Choose or type a file",
-        help="The built-in contrast pairs, or the path of a table (CSV, TSV, JSON, JSONL, Parquet; also .gz) with a "
-        "column of prompts and one of labels and, where known, category, pair and split.",
+        help="The built-in contrast pairs, or the path of a table (CSV, TSV, JSON, JSONL, TXT, Parquet; also .gz) with "
+        "a column of prompts and one of labels and, where known, category, pair and split. Files are uploaded, and "
+        "the reading of their columns is corrected, on the page Your own.",
         on_change=_prompts_changed,
     )
-    if (leak := _leak(choice.prompts)) is not None:
-        st.warning(text.markdown(leak))
+    _how_they_are_read(choice.prompts)
     st.segmented_control(
         "Position",
         POSITIONS,
@@ -90,15 +90,36 @@ def _lasting(model: str) -> str:
 def _prompts_changed() -> None:
     prompts = (st.session_state["prompts"] or "").strip()
     if prompts:
-        state.update(prompts=absolute_source(prompts), run=None, against=None)
+        try:
+            state.choose_prompts(prompts)
+        except InputError as error:
+            state.update()
+            state.note(str(error))
 
 
-def _leak(source: str) -> str | None:
-    """The warning of prompts that are nearly alike in two splits."""
+def _source_name(source: str) -> str:
+    """A path as it is; two files, or columns that were chosen, in few words."""
+    if source == "builtin":
+        return "builtin · contrast pairs"
+    return source if read_source(source) == Source(source) else source_title(source)
+
+
+def _how_they_are_read(source: str) -> None:
+    """What was understood where that was not plain, near-duplicates in two splits, and the way to correct the reading.
+
+    What is wrong with prompts that cannot be read is on the page.
+    """
     try:
-        return artifacts.prompts(source).leak
+        prompts = artifacts.prompts(source)
     except Es2Error:
-        return None  # the page shows what is wrong with them
+        prompts = None
+    if prompts is not None and prompts.reading is not None and not prompts.reading.is_plain:
+        st.caption(text.markdown(prompts.reading.sentence))
+    if prompts is not None and prompts.leak is not None:
+        st.warning(text.markdown(prompts.leak))
+    is_file = prompts is None or prompts.reading is not None
+    if is_file and st.button("See how they are read", key="to_reading", type="tertiary", icon=":material/table_view:"):
+        state.go("own")
 
 
 def _prompt_sources(chosen: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import streamlit as st
 
 from es2.analysis.projection import FitOn
+from es2.core.errors import InputError
 from es2.models.catalogue import DEFAULT_MODEL
 from es2.prompts.benchmarks import absolute_source
 from es2.store.sources import POSITIONS
@@ -23,6 +24,8 @@ ARRANGEMENTS = ("side", "overlay", "morph")
 """Base beside tuned, both in one plot with an arrow a prompt, or one plot that moves from base to tuned."""
 FITS: tuple[FitOn, ...] = ("base", "both")
 MAX_NAME = 1000
+MAX_SOURCE = 8000
+"""Characters of a prompt source that an address holds, each of which may take three there: servers read 65,536."""
 _RUNS = ("run", "against")
 _OPTIONAL = ("layer", "splits", "arrange", "fit", "lengths", *_RUNS)
 _RUN_ID = re.compile(r"[a-z0-9-]{1,80}")
@@ -39,7 +42,7 @@ class Choice:
 
     Attributes:
         model: a catalogue name, Hub id, or the absolute path of a folder or `.gguf` file.
-        prompts: `builtin`, `hf:…`, or the absolute path of a file.
+        prompts: `builtin`, `hf:…`, or the absolute path of a file or two (`es2.prompts.sources`).
         position: one of `POSITIONS`.
         layer: the chosen layer; None until there is an analysis to recommend one.
         view: one of `VIEWS`.
@@ -93,9 +96,9 @@ def read_link(link: Mapping[str, str]) -> tuple[Choice, list[str]]:
         notes.append(f"The link asks for the {name} {value[:40]!r}, which does not exist; {allowed[0]} is shown.")
         return allowed[0]
 
-    def name(key: str, usual: str) -> str:
+    def name(key: str, usual: str, longest: int = MAX_NAME) -> str:
         value = link.get(key, usual).strip()
-        if value and len(value) <= MAX_NAME and value.isprintable():
+        if value and len(value) <= longest and value.isprintable():
             return value
         notes.append(f"The link's {key} is not a name; {usual} is shown.")
         return usual
@@ -115,7 +118,7 @@ def read_link(link: Mapping[str, str]) -> tuple[Choice, list[str]]:
             notes.append(f"The link asks for layer {link['layer'][:40]!r}, which is no number.")
     choice = Choice(
         model=name("model", Choice.model),
-        prompts=absolute_source(name("prompts", Choice.prompts)),
+        prompts=absolute_source(name("prompts", Choice.prompts, MAX_SOURCE)),
         position=word("position", POSITIONS),
         layer=layer,
         view=word("view", VIEWS),
@@ -189,6 +192,21 @@ def mirror() -> None:
             del st.query_params[gone]
         st.query_params.update(link)
     st.session_state[_LINK] = st.query_params.to_dict()
+
+
+def choose_prompts(source: str) -> None:
+    """Take other prompts, of any run's.
+
+    Raises:
+        InputError: for a source that no address can hold, whose choice would be lost with the page.
+    """
+    source = absolute_source(source)
+    if len(source) > MAX_SOURCE or not source.isprintable():
+        raise InputError(
+            f"These prompts are named by {len(source):,} characters, and the page's address holds {MAX_SOURCE:,} "
+            "printable ones; give files, columns and values shorter names."
+        )
+    update(prompts=source, run=None, against=None)
 
 
 def note(sentence: str) -> None:

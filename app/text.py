@@ -21,12 +21,29 @@ _READ_ANYWAY = re.compile(
     r"(?<=[-<>=~])(?=[-<>=~])|(?<=:)(?=//|material/|streamlit:)|(?<=www)(?=\.)|(?<=@)(?=\w)", re.IGNORECASE
 )
 """Between which characters Streamlit sees an arrow, a dash, an icon or an address although every mark is escaped."""
+_CONTROLS = {
+    "with --prompts, or name the prompts' column behind the file (FILE:COLUMN)": "as “One file with labels”, or choose "
+    "its “Prompt column”",
+    "with --prompt-column": "under “Prompt column”",
+    "with --label-column": "under “Label column”",
+    "with --harmful-values": "under “Harmful values”",
+    "with --harmful and --harmless": "as “Harmful prompts” and “Harmless prompts”",
+    "--skip-bad-rows leaves such rows out": "“Leave wrong rows out” goes on without them",
+}
+"""What sentences of `es2.prompts` say of options, and what that is on the page *Your own*."""
+_OPTIONS = re.compile("|".join(map(re.escape, _CONTROLS)))
 _JOINER = "\u2060"  # has no width and separates nothing
 
 
 def markdown(text: str) -> str:
     """`text` as Markdown that reads like it: on one line, nothing in it is markup, an icon, a formula or a link."""
     return _MARKDOWN.sub(r"\\\1", _READ_ANYWAY.sub(_JOINER, " ".join(text.split())))
+
+
+def in_app(sentence: str, page: str = ", on the page Your own") -> str:
+    """A sentence about the command line's options for prompts as one about the controls, which are on `page`."""
+    said, n = _OPTIONS.subn(lambda found: _CONTROLS[found[0]], sentence)
+    return f"{said.removesuffix('.')}{page}." if n else sentence
 
 
 def duration(seconds: float) -> str:
@@ -62,4 +79,4 @@ def sentences() -> Iterator[None]:
     try:
         yield
     except Es2Error as error:
-        st.error(markdown(str(error)), icon=":material/error:")
+        st.error(markdown(in_app(str(error))), icon=":material/error:")

@@ -1,14 +1,11 @@
 """The user's own request, file of prompts and adapter.
 
-A request is read by a process that holds the model (`es2.workflow.reader`) and shown layer by layer. A file is checked
-row by row and kept under a name made from its content. An adapter that was trained elsewhere becomes a run.
+A request is read by a process that holds the model (`es2.workflow.reader`) and shown layer by layer. Files of prompts
+are `app.prompt_files`. An adapter that was trained elsewhere becomes a run.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,29 +13,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import streamlit as st
 
-from app import artifacts, jobs_panel, state, text
+from app import artifacts, jobs_panel, prompt_files, state, text
 from app.charts import layer_charts
 from app.components.plots import plot
 from app.run_rows import warn
 from app.state import Choice
 from app.text import sentences
 from es2.analysis.probes import Probes
-from es2.analysis.setup import check_prompts
 from es2.core.errors import InputError
-from es2.core.files import home, writing
 from es2.jobs.job import MAX_NAME
 from es2.jobs.queue import open_job, start
-from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, SPLITS, PromptSet
-from es2.prompts.readers import MAX_FILE_BYTES, find_problems, parse_prompts
 from es2.workflow.reader import PromptEmbeddings, answer, ask, open_reader
 from es2.workflow.runs import import_adapter, open_run
 
 if TYPE_CHECKING:
-    import pandas as pd
     from jaxtyping import Float
 
-UPLOAD_TYPES = ("csv", "jsonl", "parquet")
-N_PREVIEW = 50
 N_KEPT = 5
 REFRESH_SECONDS = 0.3
 _READINGS, _ASKED = "own_readings", "own_asked"
@@ -51,7 +41,7 @@ def page() -> None:
         one_prompt(state.current())
     st.divider()
     with sentences():
-        prompt_file()
+        prompt_files.section(state.current())
     st.divider()
     with sentences():
         adapter(state.current())
@@ -152,85 +142,6 @@ def _reading(reading: PromptEmbeddings, by_model: Mapping[str, Probes], choice: 
 def placed(embeddings: Float[np.ndarray, "layer d_model"], probes: Probes) -> Float[np.ndarray, "layer"]:
     """Signed distance of one prompt to the boundary of every layer, + on the harmful side, in scale-free units."""
     return np.array([float(probes.margin(embeddings[layer][None], layer)[0]) for layer in range(len(embeddings))])
-
-
-# ------------------------------------------------------------------------------------------------------------- a file
-
-
-def prompt_file() -> None:
-    """Bring a file of prompts: what is in it, or everything that is wrong with it."""
-    st.subheader("A file of prompts", anchor=False)
-    st.caption(
-        "CSV, JSONL or Parquet with the columns prompt and label (harmful or harmless) and, where known, category, "
-        "pair and split. It stays on this machine."
-    )
-    uploaded = st.file_uploader(
-        "File",
-        type=UPLOAD_TYPES,
-        key="own_file",
-        label_visibility="collapsed",
-        max_upload_size=MAX_FILE_BYTES >> 20,
-    )
-    if uploaded is None:
-        return
-    data = uploaded.getvalue()
-    problems = find_problems(data, uploaded.name)
-    if problems:
-        more = " (the first ones)" if len(problems) >= 50 else ""
-        st.error(f"The file cannot be used: {len(problems)} problem(s){more}.", icon=":material/error:")
-        st.dataframe({"what is wrong": problems}, hide_index=True, key="own_problems")
-        return
-    prompts = parse_prompts(data, uploaded.name)
-    st.dataframe(preview(prompts), hide_index=True, height=260, key="own_preview")
-    st.caption(f"The first {min(N_PREVIEW, len(prompts))} of {len(prompts):,} prompts. {_counts(prompts)}")
-    try:
-        check_prompts(prompts)
-    except InputError as error:
-        st.error(text.markdown(str(error)), icon=":material/error:")
-        return
-    if st.button("Use these prompts", key="own_use", type="primary", icon=":material/check:"):
-        state.update(prompts=str(keep(data, uploaded.name)), run=None, against=None)
-        state.go("layers")
-
-
-def preview(prompts: PromptSet) -> pd.DataFrame:
-    """The first rows as they were understood, splits and pairs filled in."""
-    import pandas as pd
-
-    n = min(N_PREVIEW, len(prompts))
-    return pd.DataFrame(
-        {
-            "prompt": prompts.texts[:n],
-            "label": [LABEL_NAMES[int(label)] for label in prompts.labels[:n]],
-            "category": prompts.categories[:n],
-            "pair": prompts.pairs[:n],
-            "split": prompts.splits[:n],
-        }
-    )
-
-
-def _counts(prompts: PromptSet) -> str:
-    def count(split: str, label: int) -> str:
-        return f"{int((prompts.in_split(split) & (prompts.labels == label)).sum()):,} {LABEL_NAMES[label]}"
-
-    return "; ".join(f"{split} {count(split, HARMFUL)} and {count(split, HARMLESS)}" for split in SPLITS) + "."
-
-
-def keep(data: bytes, name: str) -> Path:
-    """Write an uploaded file below the home folder, under a name made from its own and its content; returns its path.
-
-    Raises:
-        MachineError: when the disk refuses.
-    """
-    stem = re.sub(r"[^a-z0-9]+", "-", Path(name).stem.lower()).strip("-")[:40] or "prompts"
-    suffix = Path(name).suffix.lower()
-    path = home() / "uploads" / f"{stem}-{hashlib.blake2b(data, digest_size=4).hexdigest()}{suffix}"
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    return path
 
 
 # --------------------------------------------------------------------------------------------------------- an adapter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib import resources
@@ -15,6 +15,7 @@ from typing import Any
 from es2.core.errors import InputError
 from es2.core.files import expanded
 from es2.prompts.benchmarks import benchmark_rows, is_benchmark, load_benchmark
+from es2.prompts.columns import value_of
 from es2.prompts.hub import read_hub_rows
 from es2.prompts.prompt_set import LABELS, PromptSet, Reading
 from es2.prompts.readers import parse_prompts, understand
@@ -23,6 +24,9 @@ from es2.prompts.sources import Source, read_source
 from es2.prompts.tables import ENDINGS, read_bounded, read_table
 
 _AS_FOUND = Source("")
+MAX_VALUES = 50
+MAX_VALUE_LENGTH = 80
+"""Of the values that a column of labels may have."""
 
 
 def load_prompts(source: str) -> PromptSet:
@@ -86,6 +90,39 @@ def _labelled(place: str, label: str, how: Source) -> tuple[Iterator[Row], dict[
         path = Path(place)
         table = understand(read_table(_content(path), path.name), path.name, how, label)
     return iter(table.rows), table.about
+
+
+def table_columns(place: str) -> dict[str, dict[str, int]]:
+    """The columns of a table, and the rows by value of those that may hold a label.
+
+    Values are as `es2.prompts.columns.value_of` gives them, the most frequent first; a column of more than
+    `MAX_VALUES`, or of anything but short texts and numbers, has none.
+
+    Args:
+        place: a path or `hf:<dataset>[:split]`; of a benchmark, whose columns are fixed, there are none.
+
+    Raises:
+        InputError: when it cannot be read as a table.
+        MachineError: when the Hub cannot be reached.
+    """
+    if place == "builtin" or is_benchmark(place):
+        return {}
+    path = Path(place)
+    rows = _hub_rows(place) if place.startswith("hf:") else read_table(_content(path), path.name)
+    found: dict[str, dict[str, int] | None] = {}
+    for _, row in rows:
+        for column, cell in row.items() if isinstance(row, Mapping) else ():
+            counts = found.setdefault(column, {}) if isinstance(column, str) else None
+            if counts is None:
+                continue
+            value = value_of(cell) if cell is None or isinstance(cell, (str, int, float)) else " " * MAX_VALUE_LENGTH
+            counts[value] = counts.get(value, 0) + 1
+            if len(counts) > MAX_VALUES or len(value) >= MAX_VALUE_LENGTH:
+                found[column] = None
+    return {
+        column: {value: counts[value] for value in sorted(counts, key=counts.__getitem__, reverse=True) if value}
+        for column, counts in ((column, counts or {}) for column, counts in found.items())
+    }
 
 
 def _hub_rows(place: str) -> list[Row]:

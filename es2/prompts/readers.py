@@ -30,7 +30,7 @@ from es2.prompts.columns import (
     value_of,
 )
 from es2.prompts.prompt_set import FORMER_SPLITS, SPLITS, PromptSet, Reading, own_pair
-from es2.prompts.rows import Cells, CheckedRows, Row, from_rows
+from es2.prompts.rows import Cells, Row, from_rows
 from es2.prompts.sources import Source
 from es2.prompts.tables import MAX_FILE_BYTES, Twice, read_table
 
@@ -65,29 +65,6 @@ def parse_prompts(data: bytes, file_name: str, how: Source = _AS_FOUND) -> Promp
     name = Path(file_name.removesuffix(".gz")).stem
     reading = Reading((table.about,))
     return from_rows(name, table.rows, where=repr(file_name), reading=reading, skip_bad_rows=how.skip_bad_rows)
-
-
-def find_problems(data: bytes, file_name: str, limit: int = 50) -> list[str]:
-    """At most `limit` sentences on the wrong rows of a prompt file; empty if it can be read."""
-    try:
-        parse_prompts(data, file_name)
-    except InputError as error:
-        first = str(error)
-    else:
-        return []
-    problems: list[str] = []
-    taken = CheckedRows(repr(file_name))
-    try:
-        for place, row in _table(data, file_name, _AS_FOUND).rows:
-            try:
-                taken.take(place, row)
-            except InputError as error:
-                problems.append(str(error))
-                if len(problems) == limit:
-                    break
-    except InputError as error:  # the file itself: later rows cannot be read
-        problems.append(str(error))
-    return problems or [first]
 
 
 def _table(data: bytes, file_name: str, how: Source) -> Table:

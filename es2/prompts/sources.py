@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import PurePath
 from urllib.parse import parse_qs, quote, urlencode
 
 _KEYS = ("prompt-column", "harmless-column", "label-column", "harmful-values", "skip-bad-rows")
@@ -74,3 +75,12 @@ def read_source(text: str) -> Source:
         tuple(values.get("harmful-values", ())),
         one.get("skip-bad-rows") == "yes",
     )
+
+
+def source_title(text: str) -> str:
+    """A source in few words: its file names, and what was chosen about their columns."""
+    source = read_source(text)
+    names = [place if place.startswith("hf:") else PurePath(place).name or place for place in source.places]
+    chosen = [source.prompt_column, source.harmless_column, source.label_column, *source.harmful_values]
+    chosen += ["wrong rows left out"] * source.skip_bad_rows
+    return " and ".join(names) + (f" ({', '.join(filter(None, chosen))})" if any(chosen) else "")

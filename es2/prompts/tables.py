@@ -224,6 +224,9 @@ def _object_rows(value: dict[str, Any], where: str) -> Iterator[Row]:
         return
     if len(arrays) == 1:
         (cells,) = arrays.values()
+        if is_chat(cells):  # {"messages": [turn, turn]}
+            yield _json_row(value, 1, where)
+            return
         if all(isinstance(cell, dict) or is_chat(cell) for cell in cells):  # {"data": [row, row]}
             yield from _array_rows(cells, where)
             return
@@ -311,4 +314,5 @@ _READERS = {
     ".txt": _txt_rows,
     ".parquet": _parquet_rows,
 }
+SUFFIXES = tuple(_READERS)
 ENDINGS = f"{', '.join(_READERS)}, or one of these and .gz"

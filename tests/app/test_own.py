@@ -12,7 +12,6 @@ from streamlit.testing.v1 import AppTest
 from app.views import own
 from es2.jobs.queue import list_jobs
 from es2.prompts.loading import load_prompts
-from es2.prompts.readers import parse_prompts
 from es2.store.store import Store
 from es2.workflow.prepare import prepare
 from tests.builders import N_LAYERS, save_tiny_model, tiny_prompts, write_prompts
@@ -89,17 +88,6 @@ def test_without_an_analysis_it_says_what_comes_first(place: Path) -> None:
     at = open_page(place, "others.csv")
     assert "Capture and analyse" in at.info[0].value
     assert not at.text_input or all(element.key != "own_text" for element in at.text_input)
-
-
-@pytest.mark.parametrize("name", ["../../etc/passwd.csv", "a/b\\c.csv", "Ünï çødé 🔒.CSV", "x" * 300 + ".csv"])
-def test_an_uploads_name_never_becomes_a_path(place: Path, name: str) -> None:
-    data = b"prompt,label\na lock,harmful\nan oiled lock,harmless\n"
-    path = own.keep(data, name)
-    assert path.parent == place / "uploads"
-    assert len(path.name) < 64
-    assert path.name.isascii()
-    assert load_prompts(str(path)).texts == parse_prompts(data, "a.csv").texts
-    assert own.keep(data, name) == path
 
 
 def test_an_adapter_that_is_none_is_a_sentence(place: Path) -> None:

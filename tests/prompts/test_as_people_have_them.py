@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from es2.core.errors import InputError
 from es2.prompts.benchmarks import absolute_source, is_remote, source_files
-from es2.prompts.loading import load_prompts, two_files
+from es2.prompts.loading import load_prompts, table_columns, two_files
 from es2.prompts.prompt_set import PromptSet
-from es2.prompts.readers import find_problems, parse_prompts
+from es2.prompts.readers import parse_prompts
 from es2.prompts.sources import Source, read_source, write_source
 
 ROWS = [(f"Break lock {i}, please\nnow.", 1) for i in range(5)] + [(f'Oil "gate" {i}; then; go.', 0) for i in range(7)]
@@ -181,7 +181,6 @@ def test_every_layout_gives_the_same_prompts(layout: str, tmp_path: Path) -> Non
     assert prompts.digest == plain.digest
     assert prompts.reading is not None
     assert prompts.reading.counts == {"harmful": 5, "harmless": 7}
-    assert find_problems(data, name) == []
 
 
 class TestTwoFiles:
@@ -273,11 +272,11 @@ class TestOverruling:
         data = b'{"prompt": "a b", "label": 1}\n{oops\n[1]\n{"prompt": "", "label": 0}\n{"prompt": "c d", "label": 0}\n'
         with pytest.raises(InputError, match=r"row 2: not valid JSON .*--skip-bad-rows"):
             parse_prompts(data, "m.jsonl")
-        assert len(find_problems(data, "m.jsonl")) == 3
         prompts = parse_prompts(data, "m.jsonl", Source("", skip_bad_rows=True))
         assert prompts.texts == ("a b", "c d")
         assert prompts.reading is not None
         assert prompts.reading.to_dict()["n_skipped"] == 3
+        assert ["row 2" in sentence for sentence in prompts.reading.skipped] == [True, False, False]
         assert "3 wrong row(s) left out; the first: 'm.jsonl', row 2" in caplog.text
 
 
@@ -414,3 +413,19 @@ def test_any_source_means_the_same_wherever_it_is_read(start: str, middle: str, 
     source = absolute_source(start + middle + end)
     assert absolute_source(source) == source
     source_files(source)
+
+
+def test_columns_and_values_to_choose_from(tmp_path: Path) -> None:
+    rows = [[f"Ask {i}", i % 2, ["Safe", " safe", "", "S1"][i % 4], "x" * 90] for i in range(60)]
+    (tmp_path / "m.csv").write_text(delimited(["Frage", "Label", "art", "note"], rows))
+    assert table_columns(str(tmp_path / "m.csv")) == {
+        "frage": {},
+        "label": {"0": 30, "1": 30},
+        "art": {"safe": 30, "s1": 15},
+        "note": {},
+    }
+    (tmp_path / "m.jsonl").write_bytes(lines(lambda text, label: {"messages": chat(text), "is_safe": not label}))
+    assert table_columns(str(tmp_path / "m.jsonl")) == {"messages": {}, "is_safe": {"true": 7, "false": 5}}
+    assert table_columns("xstest:nowhere.csv") == {}
+    with pytest.raises(InputError, match="no prompt file"):
+        table_columns("nowhere.csv")

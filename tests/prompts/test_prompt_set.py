@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from es2.core.errors import Es2Error, InputError, MachineError
 from es2.prompts.loading import load_builtin, load_prompts
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, SPLITS, normalised, split_of, stable_hash
-from es2.prompts.readers import find_problems, parse_prompts
+from es2.prompts.readers import parse_prompts
+from es2.prompts.sources import Source
 
 
 def csv(text: str, name: str = "mine.csv"):
@@ -278,11 +279,10 @@ class TestBuiltin:
 
 def test_every_wrong_row_is_found() -> None:
     lines = ["prompt,label", "a lock,harmful", "oil,maybe", ",harmless", "a lock,harmless", "water,harmless"]
-    problems = find_problems("\n".join(lines).encode(), "mine.csv")
-    assert [problem.split(",")[1].split(":")[0].strip() for problem in problems] == ["row 3", "row 4", "row 5"]
-    assert "'maybe' is unknown" in problems[0]
-    assert find_problems("\n".join(lines).encode(), "mine.csv", limit=1) == problems[:1]
-    assert find_problems(b"prompt,label\na,harmful\nb,harmless", "mine.csv") == []
-    assert len(find_problems(b"text\nx", "mine.csv")) == 1
-    assert len(find_problems(b"x", "mine.txt")) == 1
-    assert len(find_problems(b'{"prompt": 1, "label": "harmful"}\n{', "mine.jsonl")) == 2
+    reading = parse_prompts("\n".join(lines).encode(), "mine.csv", Source("", skip_bad_rows=True)).reading
+    assert reading is not None
+    assert [problem.split(",")[1].split(":")[0].strip() for problem in reading.skipped] == ["row 3", "row 4", "row 5"]
+    assert "'maybe' is unknown" in reading.skipped[0]
+    assert not any("--skip-bad-rows" in problem for problem in reading.skipped)
+    with pytest.raises(InputError, match=r"No row of 'mine\.jsonl' can be read"):
+        parse_prompts(b'{"prompt": 1, "label": "harmful"}\n{', "mine.jsonl", Source("", skip_bad_rows=True))

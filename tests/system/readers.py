@@ -31,6 +31,7 @@ from tests.system.mutations import (
     mutate_safetensors,
     mutate_text,
 )
+from tests.system.prompt_files import prompt_files
 
 Attempt = Callable[[], object]
 Draw = Callable[[Random], Attempt]
@@ -96,14 +97,14 @@ def _artifacts(folder: Path) -> Any:
 
 def _prompts(name: str, write: Callable[[Random], bytes]) -> Callable[[Path], Draw]:
     def prepare(folder: Path) -> Draw:
-        from es2.prompts.readers import find_problems, parse_prompts
+        from es2.prompts.readers import parse_prompts
+        from es2.prompts.sources import Source
 
         def draw(rng: Random) -> Attempt:
             data = write(rng)
 
             def read() -> object:
-                find_problems(data, name)
-                prompts = parse_prompts(data, name)
+                prompts = parse_prompts(data, name, Source("", skip_bad_rows=rng.random() < 0.3))
                 return prompts.digest, prompts.measured().texts_digest, prompts.leak
 
             return read
@@ -814,6 +815,7 @@ READERS: dict[str, Reader] = {
     "prompts.jsonl": Reader(_prompts("p.jsonl", _jsonl_prompts), 12),
     "prompts.parquet": Reader(_prompts("p.parquet", _parquet_prompts), 8),
     "prompts.source": Reader(_sources, 4),
+    "prompts.files": Reader(prompt_files, 12),
     "benchmarks": Reader(_benchmarks, 8),
     "activation-set": Reader(_sets, 5),
     "analysis": Reader(_analyses, 3),

@@ -37,7 +37,7 @@ from es2.models import default_model, wheels
 from es2.models.adapter_files import check_adapter
 from es2.models.catalogue import resolve
 from es2.models.loading import load_model
-from es2.prompts.readers import find_problems, parse_prompts
+from es2.prompts.readers import parse_prompts
 from es2.prompts.rows import MAX_CELL_CHARACTERS
 from es2.report import labels
 from es2.store.store import Store
@@ -546,7 +546,6 @@ class TestUploads:
         data = b"prompt,label\n" + b"a,harmful\n" * 200_000
         with pytest.raises(InputError, match="larger than 1 MB"):
             parse_prompts(data, "mine.csv")
-        assert find_problems(data, "mine.csv")[0].startswith("'mine.csv' is larger than 1 MB")
 
     @pytest.mark.parametrize("ending", ["csv", "jsonl"])
     def test_too_many_rows(self, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:

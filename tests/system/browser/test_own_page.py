@@ -36,7 +36,7 @@ def test_a_bad_file_and_a_good_one(
     page = open_page(f"{address}own?{urlencode(compared.link())}")
     chooser = page.locator(".st-key-own_file input[type=file]")
     chooser.set_input_files({"name": "mine.csv", "mimeType": "text/csv", "buffer": BAD})
-    expect(page.get_by_text("The file cannot be used: 2 problem(s).")).to_be_visible()
+    expect(page.get_by_text("2 rows cannot be read. Mend the file, or leave them out.")).to_be_visible()
     expect(page.get_by_role("button", name="Use these prompts")).to_have_count(0)
     chooser.set_input_files({"name": "../mine.csv", "mimeType": "text/csv", "buffer": GOOD})
     expect(page.get_by_text("of 120 prompts.")).to_be_visible()
