@@ -1,6 +1,6 @@
 """Files of prompts that a user brings: uploaded, shown as they are understood, corrected, and then chosen.
 
-What is uploaded is kept at once under a name made from its content, and what is being looked at is one source string,
+What is uploaded is kept at once in a folder named by its content, and what is being looked at is one source string,
 as on the command line (`es2.prompts.sources`). So it outlasts a turn to another page, and prompts that were chosen in
 another way, by path or from an earlier run, are shown and corrected here too.
 """
@@ -13,12 +13,15 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import streamlit as st
 
 from app import artifacts, state, text
+from app.prompt_list import HEAD_HEIGHT, ROW_HEIGHT
 from app.state import Choice
 from es2.analysis.setup import check_prompts
 from es2.core.errors import Es2Error, InputError
@@ -91,15 +94,16 @@ def _take(box: str) -> None:
 
 
 def keep(data: bytes, name: str) -> Path:
-    """Write an uploaded file below the home folder, under a name made from its own and its content; returns its path.
+    """Write an uploaded file below the home folder, in a folder named by its content; returns its path.
 
     Raises:
         MachineError: when the disk refuses.
     """
-    stem, packed = (name[:-3], ".gz") if name.lower().endswith(".gz") else (name, "")
-    suffix = re.sub("[^.a-z0-9]", "", Path(stem).suffix.lower())[:10] + packed
-    stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(stem).stem).strip("-")[:40] or "prompts"
-    path = home() / "uploads" / f"{stem}-{hashlib.blake2b(data, digest_size=4).hexdigest()}{suffix}"
+    name, packed = (name[:-3], ".gz") if name.lower().endswith(".gz") else (name, "")
+    stem, _, ending = Path(name).name.rpartition(".")
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-")[:40] or "prompts"
+    suffix = f".{re.sub('[^a-z0-9]', '', ending.lower())[:10]}{packed}"
+    path = home() / "uploads" / hashlib.blake2b(data, digest_size=8).hexdigest() / f"{stem}{suffix}"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
@@ -131,7 +135,7 @@ def _reading(source: str, choice: Choice) -> None:
         _wrong_rows(wrong, how)
     text.warn(prompts.leak)
     st.dataframe(preview(prompts), hide_index=True, height=260, key="own_preview")
-    st.caption(f"The first {min(N_PREVIEW, len(prompts))} of {len(prompts):,} prompts. {_counts(prompts)}")
+    st.caption(f"The first of each label, of {len(prompts):,} prompts. {_counts(prompts)}")
     try:
         check_prompts(prompts)
     except InputError as error:
@@ -192,9 +196,10 @@ def _column(how: Source, name: str, title: str, columns: list[str], found: str |
     st.session_state[f"own_{name}"] = chosen
     st.selectbox(
         title,
-        [None, *columns],
+        columns,
+        index=None,
         key=f"own_{name}",
-        format_func=lambda column: column or (f"as found: {found}" if found and chosen is None else "as found"),
+        placeholder=f"as found: {found}" if found else "Choose a column",
         on_change=_correct,
         args=(how, name),
         width=240,
@@ -258,7 +263,13 @@ def _wrong_rows(wrong: tuple[str, ...], how: Source) -> None:
             on_click=partial(_leave_out, how),
         )
     shown = [text.in_app(sentence, "") for sentence in wrong[:N_LEFT_OUT]]
-    st.dataframe({"what is wrong": shown}, hide_index=True, key="own_problems", height=min(38 + 35 * len(shown), 250))
+    st.dataframe(
+        {"what is wrong": shown},
+        hide_index=True,
+        key="own_problems",
+        row_height=ROW_HEIGHT,
+        height=min(HEAD_HEIGHT + ROW_HEIGHT * len(shown), 4 * ROW_HEIGHT),
+    )
 
 
 def _leave_out(how: Source) -> None:
@@ -268,17 +279,18 @@ def _leave_out(how: Source) -> None:
 
 
 def preview(prompts: PromptSet) -> pd.DataFrame:
-    """The first rows as they were understood, splits and pairs filled in."""
+    """The first rows of each label in turn, as they were understood, splits and pairs filled in."""
     import pandas as pd
 
-    n = min(N_PREVIEW, len(prompts))
+    of_label = [np.flatnonzero(prompts.labels == label)[: N_PREVIEW // 2].tolist() for label in (HARMFUL, HARMLESS)]
+    first = prompts.take([row for rows in zip_longest(*of_label) for row in rows if row is not None])
     return pd.DataFrame(
         {
-            "prompt": prompts.texts[:n],
-            "label": [LABEL_NAMES[int(label)] for label in prompts.labels[:n]],
-            "category": prompts.categories[:n],
-            "pair": prompts.pairs[:n],
-            "split": prompts.splits[:n],
+            "prompt": first.texts,
+            "label": [LABEL_NAMES[int(label)] for label in first.labels],
+            "category": first.categories,
+            "pair": first.pairs,
+            "split": first.splits,
         }
     )
 

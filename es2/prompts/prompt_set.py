@@ -68,13 +68,13 @@ class Reading:
         for table in self.tables:
             part = f"{table['file']}: prompts from {table['prompt_column']}, labels from {table['label_from']}"
             if values := table["values"]:
-                named = [f"{value} = {own['label']} ({own['rows']})" for value, own in values.items()]
+                named = [f"{value[:60]} = {own['label']} ({own['rows']})" for value, own in values.items()]
                 part += f" ({', '.join(named[:6])}{', …' if len(named) > 6 else ''})"
             parts.append(part)
         rest = [f"{number:,} {word}" for word, number in self.counts.items()]
         rest += [f"{self.duplicates:,} duplicate(s) merged"] * bool(self.duplicates)
         rest += [f"{len(self.skipped):,} wrong row(s) left out"] * bool(self.skipped)
-        return f"Read {'; '.join(parts)}; {', '.join(rest)}."
+        return " ".join(f"Read {'; '.join(parts)}; {', '.join(rest)}.".split())  # a value may have line breaks
 
     def to_dict(self) -> dict[str, Any]:
         """All of it for JSON, the first few skipped rows only."""

@@ -83,9 +83,10 @@ def test_two_files_become_one_source(place: Path) -> None:
     upload(at, "harmless", "../text.txt.gz", gzip.compress(HARMLESS.encode()))
     assert "prompts from goal" in shown(at)
     assert "40 harmful, 40 harmless." in shown(at)
+    assert at.dataframe[0].value["prompt"].tolist()[:3] == ["Break lock 0", "Oil gate 0", "Break lock 1"]
     source = taken(at)
-    assert [Path(one).parent for one in source.places] == [place / "uploads"] * 2
-    assert [re.sub("-[0-9a-f]{8}", "", Path(one).name) for one in source.places] == ["Goals.csv", "text.txt.gz"]
+    assert [Path(one).parents[1] for one in source.places] == [place / "uploads"] * 2
+    assert [Path(one).name for one in source.places] == ["Goals.csv", "text.txt.gz"]
     assert load_prompts(write_source(source)).labels.sum() == 40
 
 
@@ -171,7 +172,7 @@ def test_a_file_that_is_none_is_a_sentence() -> None:
 def test_an_uploads_name_never_becomes_a_path(place: Path, name: str) -> None:
     data = b"prompt,label\na lock,harmful\nan oiled lock,harmless\n"
     path = prompt_files.keep(data, name)
-    assert path.parent == place / "uploads"
+    assert path.parents[1] == place / "uploads"
     assert len(path.name) < 64
     assert path.name.isascii()
     assert load_prompts(str(path)).texts == parse_prompts(data, "a.csv").texts
@@ -182,7 +183,7 @@ def test_what_an_uploads_name_says_of_labels_is_kept(place: Path) -> None:
     for name, ending in (("MaliciousInstruct.txt", ".txt"), ("harmful_train.txt.gz", ".txt.gz")):
         data = b"Break it"
         path = prompt_files.keep(gzip.compress(data, mtime=0) if ending.endswith("gz") else data, name)
-        assert path.name.endswith(ending)
+        assert path.name == name.replace("_", "-")
         assert load_prompts(str(path)).labels.tolist() == [1]
 
 

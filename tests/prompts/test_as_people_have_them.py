@@ -245,6 +245,11 @@ class TestOverruling:
             "s2": {"label": "harmless", "rows": 1},
         }
         assert "prompts from frage" in prompts.reading.sentence
+        broken = parse_prompts(
+            b'goal,class\na b,"S\n1"\nc d,S2\n', "m.csv", Source("", label_column="class", harmful_values=("s2",))
+        )
+        assert broken.reading is not None
+        assert "(s 1 = harmless (1), s2 = harmful (1))" in broken.reading.sentence
 
     @pytest.mark.parametrize(
         ("data", "how", "words"),

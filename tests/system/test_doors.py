@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -22,9 +23,8 @@ import psutil
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app import binding
+from app import binding, prompt_files
 from app.state import read_link
-from app.views import own
 from es2.cli.terminal import PlainConsole, PlainFormatter
 from es2.core.errors import Es2Error, InputError, MachineError
 from es2.core.files import output_path
@@ -259,11 +259,10 @@ class TestNames:
             resolve(choice.model if choice.model == name else "..")
 
     def test_of_uploads(self, name: str, home: Path) -> None:
-        kept = own.keep(b"prompt,label\na,harmful\n", f"{name}.csv")
-        assert kept.parent == home / "uploads"
-        assert kept.name.isascii()
+        kept = prompt_files.keep(b"prompt,label\na,harmful\n", f"{name}.csv")
+        assert kept.parents[1] == home / "uploads"
         assert len(kept.name) < 60
-        assert set(kept.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-.")
+        assert re.fullmatch(r"[A-Za-z0-9-]+\.csv", kept.name)
 
     def test_of_adapters(self, name: str, model: Path, prompts: Path, tmp_path: Path, outside: Path) -> None:
         for wanted in (Path(name), tmp_path / name):
@@ -574,9 +573,10 @@ class TestUploads:
 
 
 def _file_page() -> None:
-    from app.views import own
+    from app import prompt_files
+    from app.state import Choice
 
-    own.prompt_file()
+    prompt_files.section(Choice())
 
 
 # ----------------------------------------------------------------------------------------------------------------- text

@@ -43,7 +43,8 @@ def test_a_bad_file_and_a_good_one(
     page.get_by_role("button", name="Use these prompts").click()
     expect(page.get_by_role("button", name="Capture and analyse")).to_be_visible()
     chosen = Path(parse_qs(urlsplit(page.url).query)["prompts"][0])
-    assert chosen.parent == compared.artifacts.home / "uploads"
+    assert chosen.parents[1] == compared.artifacts.home / "uploads"
+    assert chosen.name == "mine.csv"
     assert chosen.read_bytes() == GOOD
 
 
