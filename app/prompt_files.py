@@ -128,9 +128,10 @@ def _reading(source: str, choice: Choice) -> None:
     if problem is not None or prompts is None:
         st.error(text.markdown(text.in_app(str(problem), "")), icon=":material/error:")
         return
-    if prompts.reading is not None:
-        st.markdown(text.markdown(prompts.reading.sentence))
-    wrong = prompts.reading.skipped if prompts.reading is not None else ()
+    wrong: tuple[str, ...] = ()
+    if (reading := prompts.reading) is not None:
+        wrong = reading.skipped
+        st.markdown(text.markdown((reading if how.skip_bad_rows else replace(reading, skipped=())).sentence))
     if wrong:
         _wrong_rows(wrong, how)
     text.warn(prompts.leak)

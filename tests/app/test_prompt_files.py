@@ -127,6 +127,7 @@ def test_wrong_rows_are_listed_and_left_out() -> None:
     at = open_page()
     upload(at, "file", "mine.csv", rows + "Break lock 0,harmful\n,harmless\nOil it,perhaps\n")
     assert "2 rows cannot be read." in shown(at)
+    assert "left out." not in shown(at)
     assert at.button(key="own_use").disabled
     wrong = at.dataframe[0].value["what is wrong"].tolist()
     assert ["row 83" in wrong[0], "'perhaps' is unknown" in wrong[1]] == [True, True]
