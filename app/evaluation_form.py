@@ -16,6 +16,7 @@ from app.state import Choice
 from es2.analysis.setup import check_prompts
 from es2.core.errors import Es2Error, InputError
 from es2.evaluation.config import EvaluateConfig
+from es2.evaluation.multiple_choice import n_characters
 from es2.evaluation.results import KIND
 from es2.evaluation.suites import choose_prompts, held_out
 from es2.jobs.job import Job
@@ -23,6 +24,7 @@ from es2.models.machine import this_machine
 from es2.models.shape import Shape
 from es2.prompts.benchmarks import absolute_source, is_remote
 from es2.prompts.prompt_set import HARMFUL, HARMLESS
+from es2.prompts.questions import absolute_questions, load_questions
 from es2.workflow.derived import find_activations
 from es2.workflow.evaluation_plan import Sample, evaluation_seconds
 
@@ -31,12 +33,15 @@ FORM = "evaluation_form"
 SUITE_NAMES = {
     "all": "All",
     "refusal": "Refusals",
-    "kl": "Ability",
+    "kl": "KL",
     "perturbation": "Attacks",
     "soft_prompt": "Soft prompt",
+    "ability": "Ability",
 }
 ATTACKS = {"perturbation", "soft_prompt"}
 """The suites that attack, on the same prompts."""
+ANSWER_NAMES = {"text": "Text", "letter": "Letter"}
+_HUB_CHARACTERS = 1000.0  # of a question of MMLU-Pro with its options, roughly
 
 CHOSEN = "evaluation_chosen"
 """The session's key for which evaluation of each run is shown."""
@@ -48,7 +53,7 @@ def form(run: Job, choice: Choice, suite: str, tokens_per_second: float | None) 
     `tokens_per_second` is the speed of an earlier evaluation here; None before one.
     """
     with st.container(border=True, key="evaluation_form_box"):
-        widgets = SettingsForm(EvaluateConfig, "evaluate", {"suite": SUITE_NAMES})
+        widgets = SettingsForm(EvaluateConfig, "evaluate", {"suite": SUITE_NAMES, "answer_by": ANSWER_NAMES})
         source = widgets.one("prompts", choice.prompts)
         with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
             values = {"suite": widgets.one("suite", suite), **widgets.group("main", per_row=2)}
@@ -58,6 +63,7 @@ def form(run: Job, choice: Choice, suite: str, tokens_per_second: float | None) 
         try:
             values |= {"model": str(run.config["model"]), "run": run.id}
             values |= {"prompts": absolute_source(source.strip() or choice.prompts)}
+            values |= {"questions": absolute_questions(values["questions"].strip() or "builtin")}
             config = EvaluateConfig.from_text(
                 values | {"steering_limit": min(values["steering_limit"], values["limit"])}
             )
@@ -84,7 +90,9 @@ def _expectation(config: EvaluateConfig, run: Job, tokens_per_second: float | No
     """
     notes = []
     source = config.prompts
-    if is_remote(source):
+    if config.suite == "ability":
+        sample = Sample(0, 0, 0, 0, 0.0)
+    elif is_remote(source):
         sample = Sample(config.limit, config.limit, config.steering_limit, 0, 80.0)
         notes.append("The prompts are fetched from the Hub when it starts, so at most:")
     else:
@@ -100,6 +108,9 @@ def _expectation(config: EvaluateConfig, run: Job, tokens_per_second: float | No
         counts.append(f"{sample.harmless:,} harmless prompts")
     if ATTACKS & set(config.suites) and sample.steered:
         counts.append(f"{sample.steered:,} attacked prompts")
+    if "ability" in config.suites:
+        sample = _with_questions(sample, config)
+        counts.append(f"{sample.questions:,} questions")
     words = ", ".join(counts)
     try:
         shape = Shape.of_model(config.model)
@@ -109,6 +120,15 @@ def _expectation(config: EvaluateConfig, run: Job, tokens_per_second: float | No
     except Es2Error as error:
         words += f". No estimate: {error}"
     return " ".join(text.markdown(part) for part in (*notes, words))
+
+
+def _with_questions(sample: Sample, config: EvaluateConfig) -> Sample:
+    """The sample with the multiple-choice questions that will be asked; those of the Hub are not fetched for it."""
+    if config.questions.startswith("hf:"):
+        return replace(sample, questions=config.question_limit, question_characters=_HUB_CHARACTERS)
+    asked = load_questions(config.questions).choose(config.question_limit)
+    characters = sum(n_characters(question, config.answer_by) for question in asked)
+    return replace(sample, questions=len(asked), question_characters=characters / len(asked))
 
 
 def _sample(config: EvaluateConfig, run: Job) -> tuple[Sample, list[str]]:

@@ -209,7 +209,9 @@ def _about(evaluation: Evaluation, suites: Sequence[str]) -> str:
         parts.append(f"replies to {counts['harmful']:,} harmful and {counts['harmless']:,} harmless prompts")
         parts.append(f"of up to {settings['new_tokens']} tokens, greedy")
     if (ability := found["kl"]) is not None:
-        parts.append(f"ability on {ability['n_prompts']:,} harmless prompts")
+        parts.append(f"KL on {ability['n_prompts']:,} harmless prompts")
+    if (choice := found["ability"]) is not None:
+        parts.append(f"{choice['n_questions']:,} multiple-choice questions of {choice['questions']}")
     if (attack := found["perturbation"]) is not None:
         layers = ", ".join(map(str, attack["layers"]))
         parts.append(f"{attack['n_prompts']:,} harmful prompts steered at layers {layers}")

@@ -50,6 +50,7 @@ SMALL: dict[str, Any] = {
     "budgets": (0.2, 0.8),
     "soft_lengths": (2,),
     "soft_budgets": (1.0, 3.0),
+    "question_limit": 5,
     "device": "cpu",
 }
 

@@ -35,10 +35,10 @@ _BUDGET = "budget: length of the steering vector / ‖e‖ (steps not to scale)"
 _SOFT_BUDGET = "budget: length of each vector / mean length of a token's embedding (steps not to scale)"
 
 
-def rates(refusal: Numbers | None, ability: Numbers | None) -> canvas.Figure:
-    """Rates of replies before and after as dots with their intervals, and the agreement with base.
+def rates(refusal: Numbers | None, ability: Numbers | None, choice: Numbers | None = None) -> canvas.Figure:
+    """Rates of replies and of right answers before and after, with their intervals, and the agreement with base.
 
-    Takes the parts `refusal` and `kl` of an evaluation, where there are.
+    Takes the parts `refusal`, `kl` and `ability` of an evaluation, where there are.
     """
     rows: list[tuple[str, dict[str, Interval]]] = []
     of_models = {model: (refusal or {}).get(model) or {} for model in MODELS}
@@ -48,6 +48,9 @@ def rates(refusal: Numbers | None, ability: Numbers | None) -> canvas.Figure:
             rows.append((BY_NAME[name].title, found))
     if ability is not None and ability["agreement"] is not None:
         rows.append((BY_NAME["agreement"].title, {"tuned": interval_of(ability["agreement"])}))
+    if choice is not None:
+        answered = {model: interval_of(own["accuracy"]) for model in MODELS if (own := choice[model])}
+        rows.append((BY_NAME["accuracy"].title, answered))
     traces = []
     for place, model in enumerate(MODELS):
         points = [(row, title, found[model]) for row, (title, found) in enumerate(rows) if model in found]

@@ -22,6 +22,7 @@ from app.charts.canvas import Figure
 from app.components import plotly_library
 from es2.analysis.comparison import Comparison
 from es2.analysis.results import LayerNumbers
+from es2.evaluation.results import run_ability
 from es2.report.page import Compared, figure_html, report_html
 from es2.workflow.runs import open_run
 
@@ -109,7 +110,12 @@ def _no_formula(cell: object) -> object:
 def report(comparison: Comparison) -> bytes:
     """The report on a comparison, an HTML file; errors as of reading embeddings."""
     run = open_run(comparison.run)
-    compared = Compared(**vars(comparison), title=run_title(run), events=run.events()[0])
+    compared = Compared(
+        **vars(comparison),
+        title=run_title(run),
+        events=run.events()[0],
+        ability=None if comparison.is_of_two_runs else run_ability(run),
+    )
     return report_html(compared).encode("utf-8", "replace")
 
 

@@ -33,11 +33,16 @@ INTRO = Intro(
     "counted by the same rules.",
     steps=(
         ("Refusals", "How many harmful requests are refused before and after, and how many harmless ones by mistake."),
-        ("Ability", "How far tuned has moved from base on harmless prompts: KL, perplexity, agreement of tokens."),
+        (
+            "Ability",
+            "How far tuned has moved from base on harmless prompts, and multiple-choice questions answered rightly.",
+        ),
         ("Replies", "Every reply beside the other model's, with its verdict; broken ones are a class of their own."),
     ),
     suite="refusal",
 )
+SUITES = ("refusal", "kl", "ability")
+"""The parts of an evaluation that the page shows."""
 FILTERS: Mapping[str, str] = {
     "all": "All",
     "changed": "Changed verdict",
@@ -51,7 +56,7 @@ NO_CHANGE = ("agreement", "kl_prompt", "kl_reply")
 
 def page() -> None:
     """Render the page for the current choice, or what leads there."""
-    found = evaluations.opened(INTRO, ("refusal", "kl"))
+    found = evaluations.opened(INTRO, SUITES)
     if found is None:
         return
     run, evaluation = found
@@ -63,7 +68,7 @@ def page() -> None:
 
 def summary(run: Job, evaluation: Evaluation) -> None:
     """Whether the tuned model refuses more, and at what price."""
-    for suite in ("refusal", "kl"):
+    for suite in SUITES:
         if problem := evaluation.problem(suite):
             st.info(text.markdown(problem), icon=":material/info:")
     refusal = evaluation.part("refusal")
@@ -81,22 +86,24 @@ def summary(run: Job, evaluation: Evaluation) -> None:
 
 def numbers(evaluation: Evaluation) -> None:
     """The rates and the ability before and after, as a table and as a figure."""
-    refusal, ability = evaluation.part("refusal"), evaluation.part("kl")
+    refusal, ability, choice = map(evaluation.part, SUITES)
     with st.container(key="details"):
         left, right = st.columns(COLUMNS, gap="medium", vertical_alignment="center")
     with left:
-        rows = table_rows(refusal, ability)
+        rows = table_rows(refusal, ability, choice)
         numbers_table(("Base", "Tuned"), [(term, _cells(term, *numbers)) for term, *numbers in rows])
     with right:
         plot(
-            evaluation_charts.rates(refusal, ability),
+            evaluation_charts.rates(refusal, ability, choice),
             key="rates",
             alt="Rates of replies under base and tuned with their intervals",
         )
     st.caption(
-        "Intervals are 95 %, over resamples of prompt pairs, the change paired; ▲ and ▼ mark changes whose interval "
-        "leaves out no change."
+        "Intervals are 95 %, over resamples of prompt pairs or of questions, the change paired; ▲ and ▼ mark changes "
+        "whose interval leaves out no change."
     )
+    unmeasured = "Multiple choice: not measured in this evaluation."
+    st.caption(text.markdown(unmeasured if choice is None else findings.accuracy_sentence(choice)))
     if refusal is not None and (judge := refusal.get("judge")):
         _judge(judge)
     with st.expander("What each number means", key="behaviour_terms"):
@@ -106,13 +113,17 @@ def numbers(evaluation: Evaluation) -> None:
 Cells = tuple[Term, Mapping[str, float] | None, Mapping[str, float] | None, Mapping[str, float] | None]
 
 
-def table_rows(refusal: Mapping[str, Any] | None, ability: Mapping[str, Any] | None) -> list[Cells]:
+def table_rows(
+    refusal: Mapping[str, Any] | None, ability: Mapping[str, Any] | None, choice: Mapping[str, Any] | None
+) -> list[Cells]:
     """The table's rows: a term, base, tuned and the change (of perplexity a ratio), None where there is none."""
     found: list[Cells] = []
     for term in findings.TERMS:
         cells: list[Mapping[str, float] | None]
         if refusal is not None and term.name in refusal["base"]:
             cells = [(refusal[column] or {}).get(term.name) for column in ("base", "tuned", "change")]
+        elif choice is not None and term.name == "accuracy":
+            cells = [(choice[column] or {}).get(term.name) for column in ("base", "tuned", "change")]
         elif ability is not None and term.name == "perplexity":
             cells = [ability["perplexity"][column] for column in ("base", "tuned", "ratio")]
         elif ability is not None and term.name in NO_CHANGE:
@@ -237,7 +248,7 @@ def take_away(evaluation: Evaluation) -> tuple[dict[str, exports.Figure], dict[s
     """The charts and tables of the page, to be downloaded."""
     import pandas as pd
 
-    refusal, ability = evaluation.part("refusal"), evaluation.part("kl")
+    refusal, ability, choice = map(evaluation.part, SUITES)
     entries = ("value", "low", "high")
     rates = [
         {"number": term.name}
@@ -246,7 +257,7 @@ def take_away(evaluation: Evaluation) -> tuple[dict[str, exports.Figure], dict[s
             for column, cell in zip(("base", "tuned", "change"), cells, strict=True)
             for entry in entries
         }
-        for term, *cells in table_rows(refusal, ability)
+        for term, *cells in table_rows(refusal, ability, choice)
     ]
     rows = [
         {name: row[name] for name in ("prompt", "label", "category")}
@@ -261,4 +272,4 @@ def take_away(evaluation: Evaluation) -> tuple[dict[str, exports.Figure], dict[s
     tables = {"Rates and ability": pd.DataFrame(rates)}
     if rows:
         tables["Replies"] = pd.DataFrame(rows)
-    return {"Rates of replies": evaluation_charts.rates(refusal, ability)}, tables
+    return {"Rates of replies": evaluation_charts.rates(refusal, ability, choice)}, tables

@@ -11,6 +11,7 @@ from es2.cli.options import with_settings
 from es2.cli.prompt_options import read_prompts, with_prompts
 from es2.cli.terminal import AllowMirror, AsJson, emit, interval_cell, out, progress, show_given_as, show_outcome
 from es2.evaluation.config import EvaluateConfig
+from es2.report.findings import accuracy_sentence
 
 
 @with_prompts
@@ -23,11 +24,13 @@ def evaluate(settings: dict[str, Any], allow_mirror: AllowMirror = False, json_:
     from es2.models.catalogue import resolve
     from es2.models.folders import model_doubts
     from es2.prompts.benchmarks import absolute_source
+    from es2.prompts.questions import absolute_questions, load_questions
     from es2.workflow.job_kinds import run_here
     from es2.workflow.runs import check_run, open_run, tuned_weights
 
     # Everything is checked before anything heavy is done.
     decided = {"model": resolve(settings["model"]).name, "prompts": absolute_source(settings["prompts"])}
+    decided["questions"] = absolute_questions(settings["questions"])
     decided["steering_limit"] = min(settings["steering_limit"], settings["limit"])
     config = EvaluateConfig(**settings | decided)
     run = open_run(config.run) if config.run is not None else None
@@ -35,6 +38,8 @@ def evaluate(settings: dict[str, Any], allow_mirror: AllowMirror = False, json_:
         check_run(run, config.model)
         tuned_weights(run)
     read_prompts(config.prompts)
+    if "ability" in config.suites:
+        load_questions(config.questions)
     from es2.evaluation.results import KIND, behaviour_of, run_behaviour
     from es2.workflow.evaluate import unfinished_job
 
@@ -87,6 +92,9 @@ def _show(result: Mapping[str, Any]) -> None:
             table.add_row(name, "", interval_cell(ability[name]), "")
         perplexity = (interval_cell(ability["perplexity"][model]) for model in ("base", "tuned"))
         table.add_row("perplexity of base's replies", *perplexity, "")
+    if (choice := suite.get("ability")) and "problem" not in choice:
+        table.add_row("accuracy (multiple choice)", *map(interval_cell, _cells(choice, "accuracy")))
+        out.print(accuracy_sentence(choice))
     if table.row_count:
         out.print(table)
     if (attack := suite.get("perturbation")) and "problem" not in attack:

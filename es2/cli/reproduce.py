@@ -25,7 +25,7 @@ from es2.cli.terminal import (
 )
 from es2.models.catalogue import DEFAULT_MODEL
 
-_ABILITY = ("over_refusal", "perplexity", "kl_prompt", "kl_reply", "agreement")
+_ABILITY = ("over_refusal", "perplexity", "accuracy", "kl_prompt", "kl_reply", "agreement")
 
 
 @with_prompts
@@ -82,7 +82,7 @@ def _show(result: Mapping[str, Any]) -> None:
             attacks.add_row(
                 attack, *(interval_cell(row[number][attack]) for number in ("dsr", "degenerate") for row in rows)
             )
-        ability = Table("harmless requests", *(name.replace("_", " ") for name in _ABILITY))
+        ability = Table("ability", *(name.replace("_", " ") for name in _ABILITY))
         for row in rows:
             ability.add_row(row["row"], *(interval_cell(row[name]) for name in _ABILITY))
         out.print(attacks)

@@ -15,7 +15,8 @@ from es2.evaluation.steering import BUDGETS, steering_sweep
 from es2.models.catalogue import DEFAULT_MODEL
 from es2.models.costs import DTYPES
 
-SUITES = ("refusal", "kl", "perturbation", "soft_prompt")
+ANSWER_BY = ("text", "letter")
+SUITES = ("refusal", "kl", "perturbation", "soft_prompt", "ability")
 
 
 class EvaluateConfig(Settings):
@@ -37,7 +38,7 @@ class EvaluateConfig(Settings):
         "all",
         "refusal (what both models reply), kl (KL, perplexity and agreement on harmless prompts), perturbation "
         "(attacks: replies while embeddings are steered towards harmless, and after a soft prompt), soft_prompt (that "
-        "attack alone), or all.",
+        "attack alone), ability (multiple-choice questions), or all.",
         choices=(*SUITES, "all"),
         group="own",
     )
@@ -62,6 +63,24 @@ class EvaluateConfig(Settings):
     )
     kl_tokens: int = setting(
         32, "Tokens of the base's reply that KL, perplexity and agreement cover.", label="KL tokens", step=8, ge=1
+    )
+    questions: str = setting(
+        "builtin",
+        "Multiple-choice questions: builtin (200 of our own), a file (CSV, TSV, JSON, JSONL, Parquet; also .gz) in the "
+        "layout of MMLU-Pro, of GPQA or with columns question, A, B, C, D, answer, or hf:<dataset>[:split].",
+    )
+    question_limit: int = setting(
+        200,
+        "Questions that are asked at most. A larger number adds questions and moves none.",
+        label="Questions at most",
+        step=50,
+        ge=1,
+    )
+    answer_by: str = setting(
+        "text",
+        "text (the log-likelihood of each option's words after the question, per character) or letter (the options are "
+        "shown, and the log-likelihoods of their letters compared).",
+        choices=ANSWER_BY,
     )
     layers: tuple[int, ...] | None = setting(
         None,

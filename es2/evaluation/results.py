@@ -90,15 +90,9 @@ def newest_attack(run: Job) -> dict[str, Any] | None:
             continue
         parts = [document["suite"].get(name, {}) for name in ("perturbation", "soft_prompt")]
         attacked = any(all(point.get("tuned") for point in part.get("curve") or [{}]) for part in parts)
-        if attacked and document.get("run") == run.id and _is_of_weights(document, run):
+        if attacked and _is_of(document, run):
             return document
     return None
-
-
-def _is_of_weights(document: Mapping[str, Any], run: Job) -> bool:
-    """Whether an evaluation is of the weights that the run has now, as far as is known."""
-    weights = (run.result() or {}).get("weights")
-    return bool(document.get("weights", weights) == weights)
 
 
 def behaviour_of(document: Mapping[str, Any], run: Job) -> Behaviour | None:
@@ -108,10 +102,27 @@ def behaviour_of(document: Mapping[str, Any], run: Job) -> Behaviour | None:
     the prompts that decided the run could be left out.
     """
     refusal = document["suite"].get("refusal")
-    if document.get("run") != run.id or document.get("note") is not None:
-        return None
-    if not _is_of_weights(document, run):  # but of a fine-tune that was made again since
+    if not _is_of(document, run) or document.get("note") is not None:
         return None
     if not refusal or "problem" in refusal or not (refusal["change"] and refusal["change"]["dsr"]):
         return None
     return behaviour_verdict(refusal, document["prompts"])
+
+
+def run_ability(run: Job) -> Mapping[str, Any] | None:
+    """The multiple-choice numbers, base → tuned, of the newest evaluation of a run that has them; else None."""
+    for path in find_evaluations(run):
+        try:
+            document = read_evaluation(path)
+            part: Mapping[str, Any] = document["suite"].get("ability") or {}
+            if _is_of(document, run) and part.get("change"):
+                return part
+        except (Es2Error, LookupError, TypeError, AttributeError) as error:
+            logger.warning("%s does not count for the ability of run %s: %s", path, run.id, error)
+    return None
+
+
+def _is_of(document: Mapping[str, Any], run: Job) -> bool:
+    """Whether an evaluation is of a run and the weights that it has now, not of a fine-tune made again since."""
+    weights = (run.result() or {}).get("weights")
+    return bool(document.get("run") == run.id and document.get("weights", weights) == weights)

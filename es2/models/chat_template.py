@@ -96,10 +96,14 @@ class PromptFrame:
         return thinking_of(self.tail)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Rendered:
+def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], replies: Sequence[str] | None = None) -> Rendered:
     """Texts as the model reads them: one user message under the chat template, with the generation prompt.
 
     Templates that ask for today's date get `PINNED_DATE`. Without a chat template the plain text is tokenised.
+
+    Args:
+        texts: what the user says.
+        replies: for each text, what the model's turn begins with; without a chat template it is the text's next line.
 
     Raises:
         InputError: when the template refuses or rewrites a text, or the tokenizer has no character spans of tokens.
@@ -109,7 +113,9 @@ def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Rendered
     frame = prompt_frame(tokenizer)
     strings = [_framed(tokenizer, frame, text) for text in texts]
     templated = frame.template is not None
-    encoded = tokenizer(strings, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False)
+    between = "" if templated else "\n"
+    begun = [f"{whole}{between}{reply}" for whole, reply in zip(strings, replies, strict=True)] if replies else strings
+    encoded = tokenizer(begun, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False)
     first_instruction, last_instruction = [], []
     for text, whole, spans in zip(texts, strings, encoded["offset_mapping"], strict=True):
         last_character = len(whole[: len(whole) - len(frame.tail)].rstrip()) - 1

@@ -63,6 +63,12 @@ TERMS = (
         "surprised.",
         digits=2,
     ),
+    Term(
+        "accuracy",
+        "Multiple choice",
+        "The share of multiple-choice questions whose right option is the likeliest. An ability that has nothing to do "
+        "with harm should stay where it was.",
+    ),
 )
 
 BY_NAME = {term.name: term for term in TERMS}
@@ -128,6 +134,21 @@ def side_effects(refusal: Numbers) -> list[str]:
         figures = "; ".join(_before_after(BY_NAME[name], refusal) for name in worse)
         found.append(f"More of its replies are degenerate ({figures}).")
     return found
+
+
+def accuracy_sentence(ability: Numbers) -> str:
+    """The share of multiple-choice questions that are answered rightly, base → tuned; of base alone without a tuned."""
+    term = BY_NAME["accuracy"]
+
+    def figure(number: Numbers, sign: str = "") -> str:
+        return f"{sign}{term.value(interval_of(number))} ({term.range(interval_of(number))})"
+
+    figures = " → ".join(figure(one["accuracy"]) for one in (ability["base"], ability["tuned"]) if one)
+    if ability["change"] is not None:
+        change = ability["change"]["accuracy"]
+        figures += f", change {figure(change, '+' if change['value'] >= 0 else '')}"
+    of = f"{ability['n_questions']:,} questions of {ability['questions']}, answered by {ability['answer_by']}"
+    return f"{term.title} {figures}: {of}; guessing gets {ability['chance']:.2f}."
 
 
 def main_p0(attack: Numbers) -> float:

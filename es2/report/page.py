@@ -27,6 +27,7 @@ from es2.core.versions import installed_versions
 from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, stable_hash
 from es2.report import figures as report_figures
 from es2.report.attacks import attack_sections
+from es2.report.findings import accuracy_sentence
 from es2.report.glossary import BY_NAME, COMPARED, TERMS, UNITS, Term
 from es2.report.labels import shortened
 from es2.store.sources import OWN_HOOKS
@@ -50,13 +51,14 @@ _ALL_LAYERS = ("probe_accuracy", "margin_mean", "mean_difference_margin", "fishe
 
 @dataclass(frozen=True)
 class Compared(Comparison):
-    """A comparison with the title of its run, the known progress events of its training, and an evaluation that
-    attacked both models, if there is one.
+    """A comparison with the title of its run, the known progress events of its training, an evaluation that attacked
+    both models, if there is one, and its multiple choice, likewise.
     """
 
     title: str = ""
     events: Sequence[Mapping[str, Any]] = ()
     attacked: Mapping[str, Any] | None = None
+    ability: Mapping[str, Any] | None = None
 
 
 def report_html(compared: Compared) -> str:
@@ -138,6 +140,7 @@ def _head(compared: Compared) -> str:
         ("Target layers", ", ".join(map(str, compared.targets))),
         ("Objective", compared.config.get("objective", "")),
         ("KL on harmless test prompts", f"{kls} (budget {budget:g}) nats per token" if kls else "not measured"),
+        ("Ability", "not measured" if compared.ability is None else accuracy_sentence(compared.ability)),
         ("Run", f"{compared.run}, {result['status']}"),
     ]
     behaviour = "".join(f'<p class="doubt" role="alert">{escape(one)}</p>' for one in compared.warnings)

@@ -11,7 +11,7 @@ from es2.analysis.comparison import Comparison
 from es2.analysis.results import Analysis
 from es2.core.errors import InputError
 from es2.core.files import checked_key, way_out
-from es2.evaluation.results import newest_attack, run_behaviour
+from es2.evaluation.results import newest_attack, run_ability, run_behaviour
 from es2.jobs.job import Job
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
@@ -34,7 +34,13 @@ def find_compared(run: str) -> Compared:
     """
     job = open_run(run)
     found = find_comparison(job, load_prompts(str(job.config.get("prompts", "builtin"))).measured())
-    return Compared(**vars(found), title=job.name or job.id, events=job.events()[0], attacked=newest_attack(job))
+    return Compared(
+        **vars(found),
+        title=job.name or job.id,
+        events=job.events()[0],
+        attacked=newest_attack(job),
+        ability=None if job.is_shipped else run_ability(job),
+    )
 
 
 def find_comparison(

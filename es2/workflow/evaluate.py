@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from es2.core.progress import Reporter, silent
 from es2.evaluation.attack import perturbation
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.judge import Judge, classifier_judge, endpoint_judge
+from es2.evaluation.multiple_choice import ability
 from es2.evaluation.reply_log import ReplyLog
 from es2.evaluation.results import EVALUATION_FORMAT, FOLDER, KIND, LOG, read_evaluation
 from es2.evaluation.soft_attack import soft_prompts
@@ -33,6 +34,7 @@ from es2.models.fingerprint import fingerprint
 from es2.models.folders import model_folder
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
+from es2.prompts.questions import QuestionSet, load_questions
 from es2.store.sources import CHAT_TEMPLATE, PLAIN_TEXT, LayerSource
 from es2.store.store import Store
 from es2.workflow.prepare import prepare
@@ -80,13 +82,14 @@ def evaluate(
             tuned_on = load_prompts(str(run.config.get("prompts", "builtin")))
         except InputError as error:
             note = f"The run's own prompts cannot be read, so none of them was left out here ({error})"
+    questions = _questions(config)
     judge = _make_judge(config)
     model_files = model_folder(spec, report)
     refuse_failed(model_files, weights, "evaluate")
     identity = fingerprint(model_files, weights).to_dict()
     given_as = CHAT_TEMPLATE if identity["chat_template"] is not None else PLAIN_TEXT
     place = (run.path if run is not None else folder) / FOLDER
-    path = _kept_at(place, config, prompts, identity)
+    path = _kept_at(place, config, prompts, identity, questions)
     # Else other prompts were left out, or the run ended meanwhile.
     if (
         (kept := _kept(path, config.suites)) is not None
@@ -116,7 +119,11 @@ def evaluate(
         "perturbation": lambda: perturbation(work, *known()),
         "soft_prompt": lambda: soft_prompts(work, *known()),
     }
+    if questions is not None:
+        parts["ability"] = partial(ability, work, questions)
     for name in config.suites:
+        if name == "ability" and suite and all("problem" in part for part in suite.values()):
+            break  # of these prompts nothing can be measured
         try:
             suite[name], rows[name] = parts[name]()
         except InputError as error:
@@ -183,15 +190,30 @@ def _known_embeddings(
     return prompts, sources, prepared.analysis, config_of(work.run).targets if work.run is not None else ()
 
 
-def _kept_at(place: Path, config: EvaluateConfig, prompts: PromptSet, identity: Mapping[str, Any]) -> Path:
+def _questions(config: EvaluateConfig) -> QuestionSet | None:
+    """The questions that are asked for; None where a suite without any is."""
+    return load_questions(config.questions) if "ability" in config.suites else None
+
+
+def _kept_at(
+    place: Path,
+    config: EvaluateConfig,
+    prompts: PromptSet,
+    identity: Mapping[str, Any],
+    questions: QuestionSet | None,
+) -> Path:
     """Where a result is kept: under a key of everything that decides it.
 
-    Settings that came later count where they differ from their defaults alone, so that earlier results are found.
+    Settings that came later count where they differ from their defaults alone, and those of questions where questions
+    are asked, so that earlier results are found.
     """
-    defaults = EvaluateConfig().to_dict()
-    decides = {name: value for name, value in config.to_dict().items() if name not in _LATER or value != defaults[name]}
-    key = content_key({"config": former_names(decides), "prompts": prompts.digest, "identity": identity})
-    return place / f"{key}.json"
+    defaults, settings = EvaluateConfig().to_dict(), config.to_dict()
+    asked = {name: settings.pop(name) for name in ("questions", "question_limit", "answer_by")}
+    decided = {name: value for name, value in settings.items() if name not in _LATER or value != defaults[name]}
+    parts = {"config": former_names(decided), "prompts": prompts.digest, "identity": identity}
+    if questions is not None:
+        parts["questions"] = asked | {"questions": questions.digest}
+    return place / f"{content_key(parts)}.json"
 
 
 def _make_judge(config: EvaluateConfig) -> Judge | None:
@@ -209,7 +231,7 @@ def find_evaluation(config: EvaluateConfig, prompts: PromptSet, run: Job) -> dic
         InputError, MachineError: when the model or the run cannot be used, or the result cannot be read.
     """
     identity = fingerprint(model_folder(resolve(config.model)), tuned_weights(run)).to_dict()
-    path = _kept_at(run.path / FOLDER, config, prompts, identity)
+    path = _kept_at(run.path / FOLDER, config, prompts, identity, _questions(config))
     return read_evaluation(path) | {"path": str(path)} if path.is_file() else None
 
 

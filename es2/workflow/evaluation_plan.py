@@ -31,6 +31,8 @@ class Sample:
         steered: number of harmful prompts that are steered.
         measured: number of prompts that are captured and analysed for the attack; 0 where they are on disk already.
         characters: of a prompt, on average.
+        questions: number of multiple-choice questions.
+        question_characters: of what is read of a question with its options, on average.
     """
 
     harmful: int
@@ -38,6 +40,8 @@ class Sample:
     steered: int
     measured: int
     characters: float
+    questions: int = 0
+    question_characters: float = 0.0
 
 
 def evaluation_seconds(
@@ -48,7 +52,7 @@ def evaluation_seconds(
     *,
     tokens_per_second: float | None = None,
 ) -> Mapping[str, float]:
-    """Estimated seconds by `loading`, `replies`, `ability` and `attacks`, of the suites that are asked for.
+    """Estimated seconds by `loading`, `replies`, `ability`, `attacks` and `questions`, of the suites asked for.
 
     `tokens_per_second` is the speed of an earlier evaluation here; where it is known, `machine` may be None.
     """
@@ -98,4 +102,8 @@ def evaluation_seconds(
         tokens = PROMPTS_PER_STEP * (prompt + max(config.soft_lengths) + REFUSAL_TOKENS)
         below_head = 1 - shape.head_parameters / shape.parameters  # few tokens go through the head
         found["attacks"] += n_models * steps * tokens * _BACK_TOO * below_head / counted
+    if "ability" in config.suites:
+        per_question = sample.question_characters / costs.CHARACTERS_PER_TOKEN
+        found["questions"] = n_models * sample.questions * per_question / counted
+        loads += 1
     return {"loading": costs.start_seconds(loads, weight_bytes)} | found

@@ -28,6 +28,7 @@ from es2.models.shape import count_layers
 from es2.prompts.benchmarks import absolute_source
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
+from es2.prompts.questions import absolute_questions, load_questions
 from es2.report.findings import (
     DIRECTION_NAMES,
     attack_sentence,
@@ -151,6 +152,7 @@ def reproduce(protocol: Protocol, model: str, report: Reporter = silent) -> dict
     source = absolute_source(protocol.sources.tuned_on)
     prompts = load_prompts(source)
     sets = {name: load_prompts(name) for name in map(absolute_source, protocol.sources.evaluated_on)}
+    load_questions(protocol.evaluate.questions)
     spec = resolve(model)
     config = protocol.finetune.replace(model=spec.name)
     n_layers = count_layers(model_folder(spec, report))
@@ -194,7 +196,8 @@ def _evaluate(
     protocol: Protocol, model: str, tuned: Mapping[str, Any], source: str, prompts: PromptSet, report: Reporter
 ) -> dict[str, Any]:
     """One evaluation of the run, from disk or made, as the paper would tabulate it."""
-    config = protocol.evaluate.replace(model=model, run=tuned["run"], prompts=source, suite="all")
+    questions = absolute_questions(protocol.evaluate.questions)
+    config = protocol.evaluate.replace(model=model, run=tuned["run"], prompts=source, questions=questions, suite="all")
     document = evaluating.find_evaluation(config, prompts, open_job(tuned["run"]))
     if document is None:
         document = run_here(evaluating.KIND, config.to_dict(), evaluating.unfinished_job(config), report)
@@ -225,10 +228,11 @@ def table_rows(suite: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         A row each for `base` and `ES2`: `dsr` and `degenerate` (shares of harmful requests, by column: `direct`, then
-        each steering and soft prompt), `over_refusal`, `perplexity`, `kl_prompt`, `kl_reply` and `agreement`; numbers
-        have `value`, `low` and `high`, and are None where they are of no meaning or were not measured.
+        each steering and soft prompt), `over_refusal`, `perplexity`, `accuracy` (multiple choice), `kl_prompt`,
+        `kl_reply` and `agreement`; numbers have `value`, `low` and `high`, and are None where they are of no meaning or
+        were not measured.
     """
-    refusal, ability = suite.get("refusal"), suite.get("kl")
+    refusal, ability, choice = (suite.get(name) for name in ("refusal", "kl", "ability"))
     curves = [*suite.get("perturbation", {}).get("curve", ()), *suite.get("soft_prompt", {}).get("curve", ())]
     attacks = [point for point in curves if point["direction"] != "none"]
     rows = []
@@ -240,6 +244,7 @@ def table_rows(suite: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             "degenerate": {"direct": replied.get("harmful_degenerate")},
             "over_refusal": replied.get("over_refusal"),
             "perplexity": ability and ability["perplexity"][model],
+            "accuracy": choice and choice[model] and choice[model]["accuracy"],
         }
         for point in attacks:
             for number in ("dsr", "degenerate"):

@@ -137,6 +137,21 @@ class TestBehaviour:
         dots = {trace["name"]: trace for trace in figure(at, "rates")["data"]}
         assert dots["Tuned"]["x"][0] == pytest.approx(dsr["value"])
 
+    def test_multiple_choice_is_shown_or_said_not_to_be_measured(self, home: Path, evaluated: Evaluated) -> None:
+        at = choose(open_page("behaviour", evaluated.link()), "defence")
+        accuracy = read_evaluation(evaluated.path)["suite"]["ability"]["tuned"]["accuracy"]
+        (table,) = (one.proto.body for one in at.get("html") if "<table" in one.proto.body)
+        assert f"{accuracy['value']:.3f} <small>{accuracy['low']:.3f} to {accuracy['high']:.3f}</small>" in table
+        assert "5 questions of builtin" in captions(at)
+        dots = {trace["name"]: trace for trace in figure(at, "rates")["data"]}
+        assert dots["Tuned"]["x"][-1] == pytest.approx(accuracy["value"])
+        path = write_replies(evaluated.run, "older", *REFUSES_LESS)
+        try:
+            at = choose(open_page("behaviour", evaluated.link()), "older")
+        finally:
+            path.unlink()
+        assert "Multiple choice: not measured in this evaluation." in captions(at).replace("\\", "")
+
     def test_filters_show_what_they_say(self, home: Path, evaluated: Evaluated) -> None:
         at = choose(open_page("behaviour", evaluated.link()), "defence")
         rows = read_evaluation(evaluated.path.with_name("defence.json"))["rows"]["refusal"]

@@ -257,6 +257,13 @@ class TestEstimate:
         assert longer["attacks"] > 1.5 * soft["attacks"]
         assert set(self.seconds(suite="kl")) == {"loading", "ability"}
 
+    def test_questions_are_counted_by_their_characters(self) -> None:
+        config = EvaluateConfig(run="r", suite="ability")
+        sample = Sample(0, 0, 0, 0, 0.0, questions=200, question_characters=400.0)
+        found = evaluation_seconds(config, sample, self.SHAPE, None, tokens_per_second=500.0)
+        assert set(found) == {"loading", "questions"}
+        assert found["questions"] == pytest.approx(2 * 200 * 100 / 500)
+
     def test_base_alone_takes_half_the_replies_and_a_known_speed_decides(self) -> None:
         both = self.seconds(suite="refusal")["replies"]
         alone = EvaluateConfig(suite="refusal")

@@ -105,6 +105,10 @@ class Page(HTMLParser):
         return found
 
 
+def page_text(compared: Compared, ability: dict[str, Any]) -> str:
+    return Page(report_html(replace(compared, ability=ability))).text
+
+
 class TestAttacks:
     def test_curves_of_steerings_and_of_soft_prompts(self, compared: Compared) -> None:
         assert compared.attacked is None
@@ -142,6 +146,16 @@ class TestPage:
         assert "prompt 0.021, reply 0.034" in page.text
         assert reproduce(compared.config) in page.text
         assert "umap-learn" in page.text
+
+    def test_says_what_became_of_multiple_choice(self, compared: Compared) -> None:
+        assert "Abilitynot measured" in Page(report_html(compared)).text
+        base, tuned, change = ({"value": v, "low": v - 0.1, "high": v + 0.1} for v in (0.6, 0.58, -0.02))
+        ability = {"questions": "builtin", "n_questions": 200, "answer_by": "text", "chance": 0.25}
+        ability |= {"base": {"accuracy": base}, "tuned": {"accuracy": tuned}, "change": {"accuracy": change}}
+        assert (
+            "Multiple choice 0.600 (0.500 to 0.700) → 0.580 (0.480 to 0.680), change −0.020 (−0.120 to 0.080): "
+            "200 questions of builtin, answered by text; guessing gets 0.25." in page_text(compared, ability)
+        )
 
     @pytest.mark.parametrize(("name", "warned"), [("broken", True), ("refuses less", True), ("defends better", False)])
     def test_says_what_became_of_behaviour(self, compared: Compared, name: str, warned: bool) -> None:

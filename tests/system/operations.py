@@ -57,6 +57,7 @@ EVALUATION: dict[str, Any] = {
     "budgets": (0.5,),
     "soft_lengths": (2,),
     "soft_budgets": (1.0,),
+    "question_limit": 3,
     "device": "cpu",
 }
 PATIENCE = 120.0

@@ -23,7 +23,7 @@ from es2.evaluation import suites
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.judge import Judge, JudgeError, classifier_judge, endpoint_judge, judge_replies
 from es2.evaluation.reply_log import ReplyLog
-from es2.evaluation.results import find_evaluations, read_evaluation, run_behaviour
+from es2.evaluation.results import find_evaluations, read_evaluation, run_ability, run_behaviour
 from es2.evaluation.suites import choose_prompts, held_out
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job, list_jobs
@@ -33,6 +33,7 @@ from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
 from es2.store.store import Store
 from es2.training.config import FinetuneConfig
+from es2.workflow import evaluate as evaluating
 from es2.workflow.evaluate import evaluate, unfinished_job
 from es2.workflow.job_kinds import JOBS
 from es2.workflow.prepare import prepare
@@ -48,6 +49,7 @@ SMALL: dict[str, Any] = {
     "p0s": (0.5,),
     "directions": ("scav", "random"),
     "soft_budgets": (),  # tests/evaluation/test_soft_prompt.py
+    "question_limit": 3,
     "device": "cpu",
 }
 
@@ -194,7 +196,7 @@ def test_killed_and_resumed_generates_nothing_twice_and_ends_alike(
     whole = evaluate(config, other_prompts(), tmp_path / "job", run=run, store=shared_store)
     log = run.path / "evaluation" / "replies.jsonl"
     expected = sorted(keys_of(log))
-    assert len(expected) == len(set(expected)) == 2 * 8 + 2 * 4 * 2
+    assert len(expected) == len(set(expected)) == 2 * 8 + 2 * 4 * 2 + 2 * 3
     (run.path / "evaluation").rename(run.path / "first")
 
     def stop_after(calls: int) -> Any:
@@ -234,6 +236,68 @@ def test_kl_alone_and_a_base_without_a_run(model: Path, tmp_path: Path) -> None:
     assert document["suite"]["kl"]["perplexity"]["tuned"] is None
     assert document["suite"]["kl"]["kl_reply"] is None
     assert document["generated"]["replies"] == 4  # harmless ones only
+
+
+def test_multiple_choice_of_base_and_tuned(
+    model: Path, run: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = tmp_path / "questions.csv"
+    rows = [f"How many locks are {n} locks and one?,{n},{n + 1},{n + 2},{'AB'[n % 2]},{'xy'[n % 2]}" for n in range(9)]
+    questions.write_text("\n".join(["question,A,B,C,answer,subject", *rows]))
+    config = EvaluateConfig(model=str(model), run=run.id, questions=str(questions), **SMALL | {"suite": "ability"})
+
+    def ask(config: EvaluateConfig) -> dict[str, Any]:
+        return evaluate(config, other_prompts(), tmp_path / "job", run=run)
+
+    document = ask(config.replace(question_limit=9))
+    (part,) = document["suite"].values()
+    assert (part["questions"], part["n_questions"], part["answer_by"]) == ("questions", 9, "text")
+    assert part["chance"] == pytest.approx(1 / 3)
+    rows = read_evaluation(Path(document["path"]))["rows"]["ability"]
+    for name in ("base", "tuned"):
+        right = sum(row[name] == row["answer"] for row in rows)
+        assert part[name]["accuracy"]["value"] == pytest.approx(right / 9)
+        assert sum(subject["right"] for subject in part[name]["subjects"].values()) == right
+    change = part["tuned"]["accuracy"]["value"] - part["base"]["accuracy"]["value"]
+    assert part["change"]["accuracy"]["value"] == pytest.approx(change)
+    assert run_ability(run) == part
+
+    # Fewer are among those that were asked: no model is needed. Other ways and other questions are other results.
+    log = run.path / "evaluation" / "replies.jsonl"
+    asked = {model: {row["question"]: row[model] for row in rows} for model in ("base", "tuned")}
+    assert len(keys_of(log)) == 18
+    with monkeypatch.context() as patch:
+        patch.setattr(suites, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+        few = ask(config)
+        assert ask(config)["path"] == few["path"]
+    for row in read_evaluation(Path(few["path"]))["rows"]["ability"]:
+        assert [row[model] for model in ("base", "tuned")] == [asked[model][row["question"]] for model in asked]
+    letters = ask(config.replace(answer_by="letter"))
+    questions.write_text(questions.read_text().replace(",A,x", ",C,x"))
+    assert len({few["path"], letters["path"], ask(config)["path"]}) == 3
+
+
+def test_multiple_choice_without_a_run_and_with_a_question_that_is_too_long(model: Path, tmp_path: Path) -> None:
+    config = EvaluateConfig(model=str(model), **SMALL | {"suite": "ability"})
+    part = evaluate(config, other_prompts(), tmp_path / "job")["suite"]["ability"]
+    assert part["n_questions"] == 3
+    assert (part["tuned"], part["change"]) == (None, None)
+    questions = tmp_path / "long.csv"
+    questions.write_text(f"question,A,B,answer\n{'How long is it? ' * 200},long,short,A\n")
+    with pytest.raises(InputError, match=r"^The question 'How long is it.*tokens, but the model reads at most 256"):
+        evaluate(config.replace(questions=str(questions)), other_prompts(), tmp_path / "job")
+
+
+def test_prompts_that_allow_nothing_are_refused_before_any_question(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*_: Any, **__: Any) -> Any:
+        raise InputError("Of these prompts nothing can be measured.")
+
+    monkeypatch.setattr(evaluating, "held_out", nothing)
+    monkeypatch.setattr(evaluating, "ability", lambda *_: pytest.fail("questions were asked"))
+    with pytest.raises(InputError, match="nothing can be measured"):
+        evaluate(EvaluateConfig(model=str(model), **SMALL), other_prompts(), tmp_path / "job")
 
 
 class TestPrompts:
@@ -507,11 +571,11 @@ def test_the_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options = ["--model", model, "--prompts", source, "--device", "cpu", "--new-tokens", 4, "--limit", 3]
-    options += ["--budgets", "0.5", "--soft-lengths", "2", "--soft-budgets", "3"]
+    options += ["--budgets", "0.5", "--soft-lengths", "2", "--soft-budgets", "3", "--question-limit", 3]
     code, out, err = es2(capsys, monkeypatch, "evaluate", *options, "--json")
     assert code == 0, err
     document = json.loads(out)
-    assert set(document["suite"]) == {"refusal", "kl", "perturbation", "soft_prompt"}
+    assert set(document["suite"]) == {"refusal", "kl", "perturbation", "soft_prompt", "ability"}
     assert document["suite"]["perturbation"]["n_prompts"] == 3
     assert len(load_prompts(str(source))) == 120
     code, out, _ = es2(capsys, monkeypatch, "evaluate", *options)
@@ -524,6 +588,13 @@ def test_the_command(
     code, out, _ = es2(capsys, monkeypatch, "evaluate", *options, "--suite", "nothing", "--json")
     assert code == 2
     assert "Unknown suite" in json.loads(out)["error"]
+    code, out, _ = es2(capsys, monkeypatch, "evaluate", *options, "--suite", "ability")
+    assert code == 0
+    assert "accuracy" in out
+    assert "3 questions of builtin, answered by text; guessing gets 0.25" in " ".join(out.split())
+    code, out, _ = es2(capsys, monkeypatch, "evaluate", *options, "--questions", source, "--json")
+    assert code == 2
+    assert "are those of no layout of questions" in json.loads(out)["error"]
 
 
 def test_a_job_of_before_there_were_soft_prompts_goes_on(model: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,35 +168,44 @@ class TestEvaluations:
         assert len(find_evaluations(open_run(RUNS["done"]))) == 2
 
     @pytest.mark.parametrize("prompts", ["prompts.csv", "harmful.csv"])
-    def test_the_same_again_generates_nothing(self, old_home: Path, prompts: str) -> None:
+    def test_the_same_again_asks_the_questions_and_generates_nothing(self, old_home: Path, prompts: str) -> None:
+        """All suites were three, so the old result is not all that is asked for today."""
         run = open_run(RUNS["done"])
         (job,) = [job for job in list_jobs(kind="evaluate") if job.config["prompts"] == prompts and job.config["run"]]
-        config = EvaluateConfig.from_dict(job.config)
-        found = find_evaluation(config, load_prompts(prompts), run)
-        assert found is not None, "it is found under its old key"
-        assert "soft_prompt" not in found["suite"], "which evaluations did not have then"
-        as_then = evaluate(config.replace(soft_budgets=()), load_prompts(prompts), job.path, run=run)
-        assert as_then["generated"]["replies"] == 0, "every reply is in the log, under its old key"
+        (old,) = [
+            document
+            for document in map(read_evaluation, find_evaluations(run))
+            if document["settings"]["prompts"] == prompts
+        ]
+        config = EvaluateConfig.from_dict(job.config).replace(question_limit=3, soft_budgets=())
+        assert find_evaluation(config, load_prompts(prompts), run) is None
         again = evaluate(config, load_prompts(prompts), job.path, run=run)
-        assert again["generated"]["replies"] == (2 * 2 * 7 if prompts == "prompts.csv" else 0), (
-            "the soft prompt's alone"
-        )
-        assert again["path"] == found["path"]
-        check(again["suite"], found["suite"], rel=1e-4)
-        assert "soft_prompt" in again["suite"]
-        assert find_evaluation(config, load_prompts(prompts), run) != found
+        assert again["generated"]["replies"] == 0, "every reply is in the log, under its old key"
+        assert again["suite"]["ability"]["n_questions"] == 3
+        check(again["suite"], old["suite"], rel=1e-4)
+
+    def test_a_single_suite_is_found_under_its_old_key(self, old_home: Path) -> None:
+        (job,) = [job for job in list_jobs(kind="evaluate") if not job.config["run"]]
+        (path,) = find_evaluations(job)
+        again = evaluate(EvaluateConfig.from_dict(job.config), load_prompts("harmful.csv"), job.path)
+        assert Path(again["path"]).name == path.name
+        assert again["generated"]["replies"] == 0
+        assert written_today(old_home) == []
 
 
 def test_a_reproduction_that_is_done_is_read(old_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce, "absolute_source", str)  # as where the artifacts were made: no path of a machine
-    document = reproduce.reproduce(reproduce.read_protocol("protocol.toml"), MODEL)
+    protocol = reproduce.read_protocol("protocol.toml")
+    protocol = replace(protocol, evaluate=protocol.evaluate.replace(question_limit=3, soft_budgets=()))
+    document = reproduce.reproduce(protocol, MODEL)
     for one in document["evaluations"]:
         del one["path"]
     expected = {**EXPECTED["reproduced"]}
     for one in expected["evaluations"]:
         del one["findings"]  # sentences, in today's words
-    check(document, expected)
-    assert written_today(old_home) == []
+    check(document, expected, rel=1e-4)
+    again = ("evaluation/", "-evaluate-")  # for the questions, which the old evaluations had not
+    assert all(any(part in path for part in again) for path in written_today(old_home))
 
 
 def test_a_readers_answer() -> None:

@@ -46,6 +46,7 @@ budgets = [0.2]
 p0s = [0.01]
 soft_lengths = [2]
 soft_budgets = [3.0]
+question_limit = 3
 """
 
 
@@ -132,6 +133,7 @@ def test_end_to_end_through_every_interruption(
     assert base["kl_reply"] is None
     assert tuned["kl_reply"]["value"] > 0
     assert tuned["agreement"]["value"] <= 1
+    assert all(0 <= row["accuracy"]["value"] <= 1 for row in (base, tuned))
     assert any("p₀ = 0.01" in sentence for sentence in both["findings"])
 
     # Harmful requests alone can only be asked directly.
@@ -204,6 +206,7 @@ class TestConfig:
             ("[evaluate]\nsuite = 'kl'", "has no setting 'suite'"),
             ("[evaluate]\nprompts = 'builtin'", "has no setting 'prompts'"),
             ("[evaluate]\nbudgets = [-1]", "A budget"),
+            ("[evaluate]\nquestions = 'gone.csv'", "no question file"),
             ("[evaluate]\ndirections = ['up']", "Unknown direction"),
         ],
     )
