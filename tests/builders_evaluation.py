@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from es2.analysis.refusal import judge_reply
 from es2.analysis.resampling import canonical, resample_pairs
 from es2.core.files import with_checksum, write_json
 from es2.core.progress import Reporter
 from es2.evaluation.behaviour import refusal_numbers
 from es2.evaluation.config import EvaluateConfig
-from es2.evaluation.refusal import judge_reply
 from es2.evaluation.results import EVALUATION_FORMAT, FOLDER, read_evaluation
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job, open_job

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from es2.analysis.probes import Probes
+from es2.analysis.refusal import RULES_VERSION, judge_reply
 from es2.analysis.resampling import interval, resample_pairs
 from es2.analysis.results import Analysis
 from es2.evaluation.behaviour import rate_interval
-from es2.evaluation.refusal import RULES_VERSION, judge_reply
 from es2.evaluation.results import SHOWN_CHARACTERS
 from es2.evaluation.robustness import Attacker, make_attacker, needed_by_layer
 from es2.evaluation.steering import Steered, Steering, steering_sweep

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from es2.analysis.refusal import REPLY_CLASSES
 from es2.analysis.resampling import Interval, interval, safe_ratio
-from es2.evaluation.refusal import REPLY_CLASSES
 from es2.models.batching import Tokens
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 
@@ -61,7 +61,7 @@ def refusal_numbers(
 
     Args:
         prompts: in canonical order.
-        verdicts: one of `es2.evaluation.refusal.REPLY_CLASSES` for each prompt, by `base` and, where there is one,
+        verdicts: one of `es2.analysis.refusal.REPLY_CLASSES` for each prompt, by `base` and, where there is one,
             `tuned`.
         weights: `resample_pairs` of the same prompts; both models see the same resamples.
 

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from es2.analysis.refusal import RULES_VERSION, judge_reply
 from es2.analysis.resampling import resample_pairs
 from es2.analysis.results import Analysis
 from es2.core.errors import InputError
 from es2.evaluation.attack import attackers_of, curve_point
-from es2.evaluation.refusal import RULES_VERSION, judge_reply
 from es2.evaluation.robustness import Attacker
 from es2.evaluation.soft_prompt import (
     N_FITTED,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from es2.analysis.refusal import judge_reply
 from es2.core.errors import InputError
-from es2.evaluation.refusal import judge_reply
 from es2.evaluation.robustness import Attacker
 from es2.models.batching import Tokens, end_tokens
 from es2.prompts.prompt_set import stable_hash

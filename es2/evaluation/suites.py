@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from es2.analysis.refusal import judge_reply
 from es2.analysis.resampling import canonical, resample_pairs
 from es2.core.errors import InputError
 from es2.core.files import content_key
 from es2.core.progress import Reporter
 from es2.evaluation.behaviour import ability_numbers, compare_exchange, refusal_numbers
 from es2.evaluation.judge import Judge, judge_replies
-from es2.evaluation.refusal import judge_reply
 from es2.evaluation.reply_log import ReplyLog
 from es2.jobs.job import Job
 from es2.models.adapters import apply_finetune

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from es2.evaluation.refusal import REPLY_CLASSES, judge_reply, normalise_reply, opening
+from es2.analysis.refusal import REPLY_CLASSES, judge_reply, normalise_reply, opening
 from tests.labelled_replies import REPLIES
 
 
