@@ -34,7 +34,7 @@ from es2.models.batching import (
     usual_tokens,
 )
 from es2.models.blocks import decoder_of, find_blocks, output_of
-from es2.models.kl import LmHead, read_lm_head, token_kl
+from es2.models.kl import LmHead, read_lm_head, score_tokens, token_kl
 from es2.models.replies import decode, greedy_replies
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ _DUMMY = (0,)
 
 @dataclass(frozen=True)
 class BaseReply:
-    """The base model's reply to one harmless prompt: constants of the KL terms.
+    """The base model's reply to one prompt: constants of the KL terms, and what a fine-tune is to keep.
 
     Attributes:
         reply: greedy, up to and including the token that ends it.
@@ -76,6 +76,30 @@ class HarmlessPass:
     embeddings: Float[Tensor, "prompt layer d_model"]
     kl_prompt: Float[Tensor, ""]
     kl_reply: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class ReplyScore:
+    """What a model makes of a reply to one prompt that it is given word by word.
+
+    Attributes:
+        log_probs: of the reply's tokens, in nats.
+        choices: the model's own first choice in the place of each of them.
+        reply: the reply.
+    """
+
+    log_probs: Float[Tensor, "token"]
+    choices: tuple[int, ...]
+    reply: tuple[int, ...]
+
+    @property
+    def agreed(self) -> int:
+        """Number of the reply's tokens that are the model's first choice."""
+        return sum(map(int.__eq__, self.choices, self.reply))
+
+    def begins_alike(self, n: int) -> bool:
+        """Whether the model's own greedy reply begins with the reply's first `n` tokens, or all of a shorter one."""
+        return self.choices[:n] == self.reply[:n]
 
 
 class FinetuneForward:
@@ -143,21 +167,16 @@ class FinetuneForward:
         """One pass at full depth over prompts and the base's replies to them: embeddings and both KL sums."""
         shared = self.run_template_prefix() if shared is None else shared
         own = len(self.template_prefix) - self._n_shared
-        sequences = [
-            (*tokens[self._n_shared :], *record.reply[:-1]) for tokens, record in zip(prompts, base, strict=True)
-        ]
         rows: list[int] = []
         parts: list[Tensor] = []
         kl_prompt = kl_reply = torch.zeros((), device=self.device)
-        for batch in self._together(batches_by_length([len(tokens) for tokens in sequences], self._tokens_at_once)):
-            last = [len(prompts[row]) - self._n_shared - 1 for row in batch]
-            embeddings, states = self._run(self._deep, [sequences[row] for row in batch], last, shared)
+        for batch, embeddings, states in self._read(prompts, [record.reply for record in base], shared):
             rows += batch
             parts.append(embeddings)
             if not batch:
                 kl_prompt = kl_prompt + states.sum()  # nothing, but the way back leads through every block
                 continue
-            tuned = torch.cat([states[i, own : len(sequences[row])] for i, row in enumerate(batch)])
+            tuned = torch.cat([states[i, own : own + len(base[row].states)] for i, row in enumerate(batch)])
             of_base = torch.cat([base[row].states for row in batch]).to(self.device)
             divergences = token_kl(tuned, of_base, self.head).split([len(base[row].states) for row in batch])
             for row, divergence in zip(batch, divergences, strict=True):
@@ -175,18 +194,41 @@ class FinetuneForward:
             Embeddings at `last`; for each prompt, the states before the LM head that its reply's tokens follow from.
         """
         shared = self.run_template_prefix() if shared is None else shared
-        own = [tuple(tokens[self._n_shared :]) for tokens in prompts]
-        sequences = [(*tokens, *reply[:-1]) for tokens, reply in zip(own, replies, strict=True)]
         rows: list[int] = []
         parts: list[Tensor] = []
         states: dict[int, Tensor] = {}
-        for batch in self._together(batches_by_length([len(tokens) for tokens in sequences], self._tokens_at_once)):
-            last = [len(own[row]) - 1 for row in batch]
-            embeddings, found = self._run(self._deep, [sequences[row] for row in batch], last, shared)
+        for batch, embeddings, found in self._read(prompts, replies, shared):
             rows += batch
             parts.append(embeddings)
-            states |= {row: found[i, last[i] : last[i] + len(replies[row])] for i, row in enumerate(batch)}
+            for i, row in enumerate(batch):
+                last = len(prompts[row]) - self._n_shared - 1
+                states[row] = found[i, last : last + len(replies[row])]
         return self._in_order(parts, rows), [states[row] for row in range(len(prompts))]
+
+    @torch.no_grad()
+    def score(
+        self, prompts: Sequence[Tokens], replies: Sequence[Tokens]
+    ) -> tuple[Float[Tensor, "prompt layer d_model"], list[ReplyScore]]:
+        """As `read_replies`, with what the model makes of the replies, which have a token at least."""
+        embeddings, states = self.read_replies(prompts, replies)
+        return embeddings, [self._score(*pair) for pair in zip(states, replies, strict=True)]
+
+    def score_base(self, record: BaseReply) -> ReplyScore:
+        """What the base made of its own reply."""
+        return self._score(record.states[record.n_prompt - 1 :].to(self.device), record.reply)
+
+    def _score(self, states: Float[Tensor, "token d_model"], reply: Tokens) -> ReplyScore:
+        log_probs, choices = score_tokens(states, reply, self.head)
+        return ReplyScore(log_probs, tuple(choices), tuple(reply))
+
+    def _read(
+        self, prompts: Sequence[Tokens], replies: Sequence[Tokens], shared: KeysAndValues
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Passes at full depth over prompts and replies but their last token: indices, embeddings and final states."""
+        sequences = [(*tokens[self._n_shared :], *reply[:-1]) for tokens, reply in zip(prompts, replies, strict=True)]
+        for batch in self._together(batches_by_length([len(tokens) for tokens in sequences], self._tokens_at_once)):
+            last = [len(prompts[row]) - self._n_shared - 1 for row in batch]
+            yield batch, *self._run(self._deep, [sequences[row] for row in batch], last, shared)
 
     def reply(
         self, prompts: Sequence[Tokens], n_tokens: int, end_tokens: frozenset[int]

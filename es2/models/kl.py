@@ -7,7 +7,7 @@ only scales it: exact, with one application of the head where checkpointing need
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +126,21 @@ def compare_tokens(
         log_tuned = logits.log_softmax(dim=-1)
         p_base = log_base.exp()
         yield Compared((p_base * (log_base - log_tuned)).sum(dim=-1), logits, log_tuned, log_base, p_base)
+
+
+@torch.no_grad()
+def score_tokens(
+    states: Float[Tensor, "token d_model"], tokens: Sequence[int], head: LmHead
+) -> tuple[Float[Tensor, "token"], list[int]]:
+    """The log-probability of each token after the state before it, in nats on the CPU, and the first choice there."""
+    targets = torch.tensor(list(tokens), device=states.device)
+    logs: list[Tensor] = []
+    choices: list[int] = []
+    for part, wanted in _chunks(head, states, targets):
+        log = head.logits(part).log_softmax(dim=-1)
+        logs.append(log.gather(1, wanted[:, None])[:, 0].cpu())
+        choices += log.argmax(dim=-1).tolist()
+    return torch.cat(logs), choices
 
 
 def _chunks(head: LmHead, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -38,6 +38,7 @@ from es2.training.validation import ValidationPoint, decide
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+    from transformers import PreTrainedTokenizerBase
 
     from es2.models.forward import FinetuneForward
     from es2.training.objective import BaseLayer
@@ -144,12 +145,22 @@ def finetune(
     from es2.training.workload import Workload
 
     # The base is measured before the adapter goes in, from the same weights: there is no second model.
-    tokens, template_prefix = _tokens(model_files, prompts, plan, config.reply_tokens)
+    tokenizer = load_tokenizer(model_files)
+    tokens, template_prefix = _tokens(tokenizer, context_length(model_files), prompts, plan, config.reply_tokens)
     processes = processes_of_launch(config.device)
     report = report if processes.is_main_process else silent
     report("load", 0, 1)
     network = _frozen_network(config, model_files, template_prefix, processes)
-    workload = Workload(network, plan, tokens, config.reply_tokens, _is_anchored(config), report)
+    workload = Workload(
+        network,
+        plan,
+        tokens,
+        words=lambda reply: str(tokenizer.decode(list(reply), skip_special_tokens=True)),
+        reply_tokens=config.reply_tokens,
+        every_harmless=_is_anchored(config),
+        harmful=plan.validation_replied,
+        report=report,
+    )
     base_layers = workload.base_layers()
 
     # What is trained, an adapter or blocks, and everything that the steps will change.
@@ -313,12 +324,10 @@ def _check_launcher(config: FinetuneConfig) -> None:
 
 
 def _tokens(
-    model_files: Path, prompts: PromptSet, plan: BatchSchedule, reply_tokens: int
+    tokenizer: PreTrainedTokenizerBase, limit: int | None, prompts: PromptSet, plan: BatchSchedule, reply_tokens: int
 ) -> tuple[dict[int, tuple[int, ...]], tuple[int, ...]]:
-    """The tokens of every prompt in the plan, and the template's shared prefix."""
-    tokenizer = load_tokenizer(model_files)
+    """The tokens of every prompt in the plan, and the template's shared prefix; `limit` is what the model reads."""
     rendered = render(tokenizer, [prompts.texts[row] for row in plan.rows]).token_ids
-    limit = context_length(model_files)
     longest = max(map(len, rendered)) + reply_tokens
     if limit is not None and longest > limit:
         raise InputError(

@@ -42,6 +42,7 @@ class BatchSchedule:
         validation: the `validation` prompts, in canonical order.
         validation_rows: their rows.
         validation_kl: the half of their harmless ones whose KL is taken too: logits cost most.
+        validation_replied: the half of their harmful ones that the base replies to, to see which it refuses.
         tested: harmless `test` prompts.
     """
 
@@ -49,6 +50,7 @@ class BatchSchedule:
     validation: PromptSet
     validation_rows: tuple[int, ...]
     validation_kl: tuple[int, ...]
+    validation_replied: tuple[int, ...]
     tested: tuple[int, ...]
 
     @cached_property
@@ -81,11 +83,13 @@ def make_schedule(
     for label in (HARMFUL, HARMLESS):
         chosen[held_out_rows(prompts, "validation", label, validation_prompts)] = True
     order, validation = canonical(prompts.select(chosen))
+    half = max(1, validation_prompts // 2)
     return BatchSchedule(
         batches=tuple(sample_batches(prompts, pairs_per_step, steps, seed, kl_prompts)),
         validation=validation,
         validation_rows=tuple(np.flatnonzero(chosen)[order].tolist()),
-        validation_kl=tuple(held_out_rows(prompts, "validation", HARMLESS, max(1, validation_prompts // 2))),
+        validation_kl=tuple(held_out_rows(prompts, "validation", HARMLESS, half)),
+        validation_replied=tuple(held_out_rows(prompts, "validation", HARMFUL, half)),
         tested=tuple(held_out_rows(prompts, "test", HARMLESS, validation_prompts)),
     )
 

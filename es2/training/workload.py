@@ -6,22 +6,23 @@ counts and gradients. A single process runs the same lines, so no code path runs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 
+from es2.analysis.refusal import judge_reply
 from es2.core.progress import Cancelled, Reporter
 from es2.models.batching import Tokens, end_tokens
-from es2.models.forward import BaseReply, FinetuneForward, HarmlessPass
+from es2.models.forward import BaseReply, FinetuneForward, HarmlessPass, ReplyScore
 from es2.prompts.prompt_set import HARMLESS
 from es2.training.objective import BaseLayer, measure_base
 from es2.training.sampling import Batch, BatchSchedule
-from es2.training.validation import ValidationPoint, validation_numbers
+from es2.training.validation import REFUSAL_OPENING, ValidationPoint, validation_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -49,8 +50,10 @@ class Workload:
     Args:
         network: the model, nothing trained yet.
         tokens: of each prompt in the plan.
+        words: gives the text of a reply's tokens, without special ones.
         reply_tokens: number of tokens of the base's greedy replies.
         every_harmless: whether `base_embeddings` covers every harmless prompt of the batches.
+        harmful: rows of the harmful `tune` and `validation` prompts that the base replies to (`base_refusals`).
         report: of the base measurements (`base`).
     """
 
@@ -59,23 +62,35 @@ class Workload:
         network: FinetuneForward,
         plan: BatchSchedule,
         tokens: Mapping[int, Tokens],
+        words: Callable[[Tokens], str],
         reply_tokens: int,
         every_harmless: bool,
+        harmful: Collection[int],
         report: Reporter,
     ) -> None:
         self.network = network
         self.plan = plan
         self.tokens = tokens
         self.processes = PartialState()
-        labels = zip(plan.validation_rows, plan.validation.labels, strict=True)
-        self._validation_harmless = [row for row, label in labels if label == HARMLESS]
+        labels = dict(zip(plan.validation_rows, plan.validation.labels.tolist(), strict=True))
+        self._validation_harmless = [row for row, label in labels.items() if label == HARMLESS]
+        replied = self._share([row for row, label in labels.items() if label != HARMLESS and row in harmful])
+        begun = self._share([row for row, label in labels.items() if label != HARMLESS and row not in harmful])
+        self._validation_harmful = (*replied, *begun)
+        self._words = words
+        self._ends = end_tokens(network.model)
         self.replies: dict[int, BaseReply] = {}
-        self._measure_base(reply_tokens, every_harmless, report)
+        own = {row for batch in plan.batches for part in self.parts(batch, 1) for row in part.harmful if row in harmful}
+        self._measure_base(reply_tokens, every_harmless, {*replied, *own}, begun, report)
 
     # ------------------------------------------------------------------------------------------------ the base
 
-    def _measure_base(self, reply_tokens: int, every_harmless: bool, report: Reporter) -> None:
-        """Reply to this process's share of the KL prompts, embed its share of the rest, and exchange embeddings."""
+    def _measure_base(
+        self, reply_tokens: int, every_harmless: bool, harmful: set[int], begun: Sequence[int], report: Reporter
+    ) -> None:
+        """Reply to this process's share of the KL prompts and to its `harmful` ones, and with one token to those of
+        `begun`; embed its share of the rest, and exchange embeddings.
+        """
         plan = self.plan
         known = {*plan.base_harmful, *plan.base_harmless, *plan.validation_rows} | (
             set(plan.harmless) if every_harmless else set()
@@ -83,20 +98,21 @@ class Workload:
         self._place_of = {row: place for place, row in enumerate(sorted(known))}
         replied = {row for batch in plan.batches for part in self.parts(batch, 1) for row in part.harmless[: part.n_kl]}
         replied |= {*self._share(plan.validation_kl), *self._share(plan.tested)}
-        done, total = 0, len(replied) + 1
+        replied |= harmful
+        done, total = 0, len(replied) + len(begun) + 1
         report("base", done, total)
-        rows = sorted(replied)
         found: dict[int, Tensor] = {}
-        ends = end_tokens(self.network.model)
-        for index, reply, embedding in self.network.reply([self.tokens[row] for row in rows], reply_tokens, ends):
-            self.replies[rows[index]] = reply
-            if rows[index] in known:
-                found[rows[index]] = embedding
-            done += 1
-            report("base", done, total)
+        for rows, n_tokens in ((sorted(replied), reply_tokens), (sorted(begun), 1)):
+            for index, reply, embedding in self.network.reply(self._tokens(rows), n_tokens, self._ends):
+                self.replies[rows[index]] = reply
+                if rows[index] in known:
+                    found[rows[index]] = embedding
+                done += 1
+                report("base", done, total)
+        self._refused = {row for row in harmful if judge_reply(self._words(self.replies[row].reply)) == "refusal"}
         rows = [row for row in self._share(sorted(known)) if row not in found]
         with torch.no_grad():
-            embeddings = self.network.embed([self.tokens[row] for row in rows])
+            embeddings = self.network.embed(self._tokens(rows))
         found |= dict(zip(rows, embeddings, strict=True))
         report("base", total, total)
         values = torch.stack([value.to(self.network.device) for value in found.values()]) if found else embeddings
@@ -108,6 +124,13 @@ class Workload:
     def base_embeddings(self, rows: Sequence[int]) -> Float[Tensor, "prompt layer d_model"]:
         """The base's embeddings at the target layers of the plan's base prompts or of `validation` ones."""
         return self._base[[self._place_of[row] for row in rows]]
+
+    def base_refusals(self, rows: Iterable[int]) -> dict[int, BaseReply]:
+        """The base's replies to those of this process's harmful prompts among `rows` that it refuses.
+
+        It was asked for them when the workload was created; other rows are left out.
+        """
+        return {row: self.replies[row] for row in rows if row in self._refused}
 
     def base_layers(self) -> dict[int, BaseLayer]:
         """The constants of the separation terms, by target layer, over the first `tune` prompts of the batches."""
@@ -183,18 +206,53 @@ class Workload:
         """Measure the `validation` prompts with the model as it is now."""
         rows = self.plan.validation_rows
         place = {row: index for index, row in enumerate(rows)}
-        harmful = self._share([row for row in rows if row not in self._validation_harmless])
+        harmful = self._validation_harmful
+        refused = self.base_refusals(harmful)
+        replies = [self.replies[row].reply[: None if row in refused else 1] for row in harmful]
+        embedded, scores = self.network.score(self._tokens(harmful), replies)
         with_kl = self._share(self.plan.validation_kl)
         without = self._share([row for row in self._validation_harmless if row not in self.plan.validation_kl])
-        part = Part(tuple(harmful), (*with_kl, *without), len(with_kl), ())
+        part = Part((), (*with_kl, *without), len(with_kl), ())
         run = self.run(part)
-        mine = [place[row] for row in (*part.harmful, *part.harmless)]
-        tuned = self._scatter(mine, run.embeddings, len(rows))
-        return ValidationPoint(step, *self._mean_kls(part, run), self._numbers(tuned))
+        mine = [place[row] for row in (*harmful, *part.harmless)]
+        tuned = self._scatter(mine, torch.cat([embedded, run.embeddings]), len(rows))
+        kept = self._refusal_numbers(dict(zip(harmful, scores, strict=True)))
+        return ValidationPoint(step, *self._mean_kls(part, run), self._numbers(tuned), **kept)
 
     def validate_base(self) -> ValidationPoint:
-        """What `validate` would measure before the first step, from the base's embeddings."""
-        return ValidationPoint(0, 0.0, 0.0, self._numbers(self.base_embeddings(self.plan.validation_rows)))
+        """What `validate` would measure before the first step, from the base's embeddings and replies."""
+        kept = self._refusal_numbers(
+            {row: self.network.score_base(self.replies[row]) for row in self._validation_harmful}
+        )
+        layers = self._numbers(self.base_embeddings(self.plan.validation_rows))
+        return ValidationPoint(0, 0.0, 0.0, layers, **kept)
+
+    def _refusal_numbers(self, scores: Mapping[int, ReplyScore]) -> dict[str, Any]:
+        """What became of the base's refusals and of first tokens, over all processes' harmful `validation` prompts."""
+        refusals = [scores[row] for row in self.base_refusals(scores)]
+        firsts = [score.choices[0] for score in scores.values()]
+        counts = [
+            len(refusals),
+            sum(score.begins_alike(REFUSAL_OPENING) for score in refusals),
+            sum(len(score.reply) for score in refusals),
+            sum(score.agreed for score in refusals),
+            sum(float(score.log_probs.sum()) for score in refusals),
+            len(firsts),
+            sum(self._is_broken(token) for token in firsts),
+        ]
+        summed = self.total(torch.tensor(counts, dtype=torch.float32, device=self.network.device)).tolist()
+        n_refusals, n_kept, n_tokens, n_agreed, log_prob, n_first, n_broken = summed
+        return {
+            "n_refusals": int(n_refusals),
+            "refusals_kept": n_kept / n_refusals if n_refusals else None,
+            "refusal_agreement": n_agreed / n_tokens if n_refusals else None,
+            "refusal_log_prob": log_prob / n_tokens if n_refusals else None,
+            "broken_first": n_broken / n_first,
+        }
+
+    def _is_broken(self, first: int) -> bool:
+        """Whether a reply that begins with this token says nothing there: it ends, or has neither letter nor digit."""
+        return first in self._ends or not any(map(str.isalnum, self._words((first,))))
 
     @torch.no_grad()
     def measure_kl(self) -> dict[str, float] | None:

@@ -73,7 +73,16 @@ class Ours(_Steps):
 
     def __init__(self, settings: Settings, config: FinetuneConfig) -> None:
         super().__init__(settings, config)
-        self.workload = Workload(self.network, self.plan, self.tokens, config.reply_tokens, False, silent)
+        self.workload = Workload(
+            self.network,
+            self.plan,
+            self.tokens,
+            words=str,
+            reply_tokens=config.reply_tokens,
+            every_harmless=False,
+            harmful=(),
+            report=silent,
+        )
         self.prepare(self.workload.base_layers())
 
     def step(self) -> float:

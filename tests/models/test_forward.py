@@ -101,6 +101,32 @@ def test_kl_sums_are_those_of_the_full_logits(load: Callable[[str], Any]) -> Non
     assert run.kl_reply.item() == pytest.approx(in_reply, rel=1e-3)
 
 
+def test_scores_of_replies_are_those_of_the_full_logits(load: Callable[[str], Any]) -> None:
+    """Of the tuned model in batches, and of the base from the states that its replies were read from."""
+    model, tokens = load("llama")
+    passes = network(model, tokens, tokens_at_once=70)
+    records = {row: record for row, record, _ in passes.reply(tokens, REPLY, end_tokens(model))}
+    replies = [records[row].reply[: 1 + row] for row in range(len(tokens))]
+    own = [passes.score_base(records[row]) for row in range(len(tokens))]
+    assert all(score.agreed == len(score.reply) and score.begins_alike(REPLY) for score in own)
+    for weight in passes.blocks.parameters():
+        weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    embeddings, scores = passes.score(tokens, replies)
+    agreed = []
+    for row, (prompt, reply, score) in enumerate(zip(tokens, replies, scores, strict=True)):
+        with torch.no_grad():
+            log = model(torch.tensor([(*prompt, *reply[:-1])])).logits[0, len(prompt) - 1 :].log_softmax(dim=-1)
+            torch.testing.assert_close(embeddings[row], plain(model, prompt)[0], rtol=1e-4, atol=1e-4)
+        expected = log.gather(1, torch.tensor(reply)[:, None])[:, 0]
+        torch.testing.assert_close(score.log_probs, expected, rtol=1e-3, atol=1e-4)
+        assert score.choices == tuple(log.argmax(dim=-1).tolist())
+        assert score.agreed == sum(a == b for a, b in zip(score.choices, reply, strict=True))
+        greedy = model.generate(torch.tensor([prompt]), max_new_tokens=2, do_sample=False)[0, len(prompt) :].tolist()
+        assert score.begins_alike(2) == (tuple(greedy) == reply[:2] if len(reply) > 1 else greedy[0] == reply[0])
+        agreed.append(score.agreed / len(reply))
+    assert 0 < sum(agreed) < len(agreed), "some tokens are still the first choice, and some are not"
+
+
 def test_a_reply_ends_with_the_token_that_ends_it(load: Callable[[str], Any]) -> None:
     model, tokens = load("llama")
     passes = network(model, tokens)

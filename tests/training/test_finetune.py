@@ -267,6 +267,7 @@ class TestSameCurve:
         last = expected.validations[-1].to_dict()
         assert result["validations"][-1]["kl_reply"] == pytest.approx(last["kl_reply"], abs=1e-4)
         assert result["validations"][-1]["layers"]["1"] == pytest.approx(last["layers"]["1"], rel=1e-3)
+        assert result["validations"][-1]["broken_first"] == last["broken_first"]
         assert result["kl_test"] == pytest.approx(expected.kl_test, abs=1e-4)
         # Asked to stop, the main process takes the other along; resumed, both go on as if nothing had been.
         assert (result["cancelled"], other["cancelled"]) == (True, True)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from es2.analysis.verdict import COLLAPSED_KL_BUDGETS
+from es2.analysis.verdict import COLLAPSED_KL_BUDGETS, LEAST_REFUSALS, LEAST_REFUSALS_KEPT, TOLERATED_BROKEN_RISE
 from es2.prompts.prompt_set import HARMFUL, PromptSet
 from es2.training.validation import (
     PATIENCE,
     Decision,
     ValidationPoint,
+    behaviour_lost,
     decide,
     held_out_margin,
     reason_to_stop,
@@ -29,8 +31,18 @@ def embeddings(prompts: PromptSet, distance: float, d_model: int = 200, seed: in
     return cloud.astype(np.float32)
 
 
-def point(step: int = 5, kl: float = 0.0, rank: float = 10.0, score: float = 1.0) -> ValidationPoint:
-    return ValidationPoint(step, kl / 2, kl, {7: {"effective_rank": rank, "mean_difference_margin": score}})
+def point(
+    step: int = 5,
+    kl: float = 0.0,
+    rank: float = 10.0,
+    score: float = 1.0,
+    kept: float | None = None,
+    refusals: int = 10,
+    broken: float | None = None,
+) -> ValidationPoint:
+    layers = {7: {"effective_rank": rank, "mean_difference_margin": score}}
+    log_prob = None if kept is None else -0.5
+    return ValidationPoint(step, kl / 2, kl, layers, refusals, kept, kept, log_prob, broken)
 
 
 def decided(*points: ValidationPoint, last_step: int = 100) -> Decision:
@@ -85,9 +97,20 @@ class TestNumbers:
         alone = replace(prompts, pairs=("a", "a", "a", "b"))
         assert np.isfinite(held_out_margin(alone, embeddings(alone, 1.0, d_model=3)))
 
-    def test_a_point_survives_json(self) -> None:
-        original = point()
-        assert ValidationPoint.from_dict(original.to_dict()) == original
+    @pytest.mark.parametrize("original", [point(), point(kept=0.0, broken=0.25)])
+    def test_a_point_survives_json(self, original: ValidationPoint) -> None:
+        assert ValidationPoint.from_dict(json.loads(json.dumps(original.to_dict()))) == original
+
+    def test_a_point_of_an_earlier_version_knows_nothing_of_refusals(self) -> None:
+        old = {name: point().to_dict()[name] for name in ("step", "kl_prompt", "kl_reply", "layers")}
+        found = ValidationPoint.from_dict(old)
+        assert (found.n_refusals, found.refusals_kept, found.broken_first) == (0, None, None)
+        assert not [name for name in found.numbers() if "refusal" in name or "broken" in name]
+
+    def test_what_was_not_measured_is_not_logged(self) -> None:
+        assert point(broken=0.0).numbers()["validation_broken_first"] == 0.0
+        assert "validation_refusals_kept" not in point(broken=0.0).numbers()
+        assert point(kept=0.25).numbers()["validation_refusals_kept"] == 0.25
 
 
 class TestRule:
@@ -114,6 +137,30 @@ class TestRule:
         decision = decided(point(0, score=0.1), point(1, rank=1, score=5))
         assert decision.best_step == 0
         assert decision.reason is not None
+
+    def test_a_step_that_gave_up_refusals_is_the_best_only_where_there_is_no_other(self) -> None:
+        base = point(0, score=0.1, kept=1.0, broken=0.0)
+        bad = point(1, score=0.9, kept=LEAST_REFUSALS_KEPT - 0.01)
+        good = point(2, score=0.4, kept=LEAST_REFUSALS_KEPT)
+        assert decided(base, bad).best_step == 1
+        assert decided(base, bad, good).best_step == 2
+        assert decided(base, good, replace(bad, step=3)).best_step == 2
+        assert decided(base, bad, replace(bad, step=2, layers=good.layers)).best_step == 1, "the better of two such"
+        assert decided(base, bad, point(2, score=0.05, kept=1.0)).best_step == 1, "no better than the base"
+        assert decided(base, bad, point(2, score=0.4, kept=1.0, kl=2 * BUDGET)).best_step == 1, "over the budget"
+
+    def test_likewise_one_that_breaks_first_tokens(self) -> None:
+        base = point(0, score=0.1, broken=0.2)
+        bad, good = point(1, score=0.9, broken=0.26), point(2, score=0.4, broken=0.2 + TOLERATED_BROKEN_RISE)
+        assert decided(base, bad, good).best_step == 2
+        assert "0.26" in (behaviour_lost(bad, base) or "")
+        assert behaviour_lost(point(broken=0.9), point(0)) is None, "the base was not measured"
+
+    def test_a_few_refusals_decide_nothing(self) -> None:
+        base = point(0, score=0.1, kept=1.0)
+        for refusals, best in ((LEAST_REFUSALS, 2), (LEAST_REFUSALS - 1, 1)):
+            bad = point(1, score=0.9, kept=0.0, refusals=refusals)
+            assert decided(base, bad, point(2, score=0.4, kept=1.0)).best_step == best
 
     def test_over_the_budget_the_kl_weight_doubles_until_patience_ends(self) -> None:
         validations = [point(0), point(1, kl=0.2), point(2, kl=0.05)]
