@@ -42,6 +42,7 @@ STAGE_NAMES = {
     "validation": "validation",
     "tuned capture": "capturing the tuned model",
     "analysis": "analysis",
+    "behaviour": "replies of both models",
 }
 
 

@@ -20,7 +20,13 @@ from app.text import sentences
 from es2.jobs.job import Job
 from es2.workflow.runs import config_of
 
-STAGES = {"base": "Base replies", "finetune": "Fine-tune", "capture": "Capture", "analyse": "Analyse"}
+STAGES = {
+    "base": "Base replies",
+    "finetune": "Fine-tune",
+    "capture": "Capture",
+    "analyse": "Analyse",
+    "reply": "Both reply",
+}
 """The stages of a run in their order; loading and waiting belong to what follows them."""
 LOOKING_SECONDS = 20.0
 """A session that showed a live run this short a time before it ended was following it."""
@@ -66,14 +72,15 @@ def _live_run(job: Job) -> None:
 
 def _track(stage: str) -> str:
     """The stages of a run with the present one marked; `load` and `wait` before any of them mark none."""
-    stage = "analyse" if stage == "draw" else stage  # the last and shortest part, and of large layers only
+    stage = "analyse" if stage == "draw" else stage  # a short part, and of large layers only
+    stage = "reply" if stage.startswith("reply ") else stage  # base's, then tuned's
     return " › ".join(f"**{name}**" if key == stage else f":gray[{name}]" for key, name in STAGES.items())
 
 
 def curves(job: Job, history: History, *, key: str) -> None:
-    """Four charts: separation, KL against its budget, and two numbers of held-out prompts."""
+    """Separation, KL against its budget, two numbers of held-out prompts; and what became of refusals, where seen."""
     budget = config_of(job).kl_budget
-    shown = (
+    shown = [
         ("What is trained on", run_charts.separation_curve(history), "separation"),
         ("Harmless behaviour (markers: held-out prompts)", run_charts.kl_curve(history, budget), "kl"),
         (
@@ -86,9 +93,16 @@ def curves(job: Job, history: History, *, key: str) -> None:
             run_charts.held_out_curve(history, "validation_mean_difference_margin", "scale-free units"),
             "margin",
         ),
-    )
+    ]
+    if history.sees_refusals:
+        log_prob = run_charts.held_out_curve(history, "validation_refusal_log_prob", "log-probability, nats per token")
+        shown += [
+            ("Held-out harmful prompts: the base's refusals", run_charts.refusals_curve(history), "refusals"),
+            ("Held-out harmful prompts: the base's refusals, how likely", log_prob, "log_prob"),
+        ]
     with st.container(key=f"curves_{key}"):
-        for pair in (shown[:2], shown[2:]):
+        for start in range(0, len(shown), 2):
+            pair = shown[start : start + 2]
             for column, (title, figure, name) in zip(st.columns(2, gap="medium"), pair, strict=True):
                 with column, st.container(gap="xsmall"):
                     st.markdown(f":small[**{title}**]")

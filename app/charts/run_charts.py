@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from app.charts import canvas
+from es2.analysis.verdict import LEAST_REFUSALS_KEPT
 from es2.report import palette
 
 HEIGHT = 205
@@ -21,8 +22,12 @@ VALIDATED = (
     "validation_mean_difference_margin",
     "validation_kl_prompt",
     "validation_kl_reply",
+    "validation_refusals_kept",
+    "validation_refusal_agreement",
+    "validation_refusal_log_prob",
+    "validation_broken_first",
 )
-"""What an evaluation on `validation` adds: means over the target layers, and the KLs."""
+"""What an evaluation on `validation` adds: means over the target layers, the KLs, and what became of refusals."""
 
 
 @dataclass
@@ -52,6 +57,12 @@ class History:
             for stale in [known for known in self.steps if known >= step]:
                 del self.steps[stale]
             self.steps[step] = {name: event[name] for name in (*TRAINED, *VALIDATED) if name in event}
+
+    @property
+    def sees_refusals(self) -> bool:
+        """Whether replies to harmful prompts are measured on the way: not by runs of earlier versions."""
+        validated = [numbers for numbers in self.steps.values() if any(name in numbers for name in VALIDATED)]
+        return not validated or any("validation_broken_first" in numbers for numbers in validated)
 
     def curve(self, name: str) -> tuple[list[int], list[float | None]]:
         """The steps at which a number was logged, and its values; None where it was no finite number."""
@@ -94,7 +105,7 @@ def kl_curve(history: History, budget: float) -> canvas.Figure:
 def held_out_curve(history: History, name: str, title: str) -> canvas.Figure:
     """One scale-free number on `validation`, mean over the target layers; before the first one, words in its place."""
     line = _line(history, name, title, palette.TUNED, marker=8)
-    waiting = [] if line["x"] else [_words("comes with the first look at held-out prompts", x=0.5, y=0.5, centred=True)]
+    waiting = [] if line["x"] else [_words(_absent(history), x=0.5, y=0.5, centred=True)]
     return _figure(
         history,
         [line],
@@ -104,6 +115,35 @@ def held_out_curve(history: History, name: str, title: str) -> canvas.Figure:
         top=8,
         annotations=waiting,
     )
+
+
+def refusals_curve(history: History) -> canvas.Figure:
+    """What is left of the base's refusals on `validation`, and broken first tokens, as shares."""
+    traces = [
+        _line(history, "validation_refusals_kept", "refusals begun alike", palette.TUNED, marker=8),
+        _line(history, "validation_refusal_agreement", "their tokens agreed", palette.TUNED, dash="dot", marker=8),
+        _line(history, "validation_broken_first", "first tokens broken", canvas.NEUTRAL, dash="dash", marker=8),
+    ]
+    none = not traces[0]["x"]
+    place = {"x": 0.5, "y": 0.5, "centred": True} if none else {"x": 1, "y": LEAST_REFUSALS_KEPT, "yref": "y"}
+    words = _absent(history) if none else f"kept at least: {LEAST_REFUSALS_KEPT:g}"
+    line = {"color": canvas.NEUTRAL, "width": 1.5, "dash": "dash"}
+    y = LEAST_REFUSALS_KEPT
+    least = {"type": "line", "x0": 0, "x1": 1, "xref": "paper", "y0": y, "y1": y, "line": line}
+    return _figure(
+        history,
+        traces,
+        title="share",
+        axis={"range": [-0.03, 1.05]},
+        shapes=[] if none else [least],
+        annotations=[_words(words, **place)],
+    )
+
+
+def _absent(history: History) -> str:
+    """Why there is no number of held-out prompts: none was looked at yet, or the base refuses none of them."""
+    looked = bool(history.curve("validation_broken_first")[0])
+    return "the base refuses none of these prompts" if looked else "comes with the first look at held-out prompts"
 
 
 def _words(words: str, *, x: float, y: float, centred: bool = False, **place: Any) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def adapter(choice: Choice) -> None:
     st.caption(
         f"The folder that peft's save_pretrained wrote, or a Hub id, of an adapter for "
         f"{text.markdown(artifacts.model_name(choice.model))}. It is copied, captured and compared with its base on "
-        "the chosen prompts, like a run of this workbench."
+        "the chosen prompts, and both reply to some of them, like a run of this workbench."
     )
     with st.form("own_adapter", border=False):
         folder = st.text_input("Folder or Hub id", key="own_adapter_folder", placeholder="/path/to/adapter")

@@ -91,6 +91,7 @@ def import_(
         str | None, typer.Option(help="Its target layers, such as 12,18. Default: the two that `analyze` recommends.")
     ] = None,
     name: Annotated[str, typer.Option(help="What to call the run.")] = "",
+    replies: Annotated[bool, typer.Option(help=FinetuneConfig.model_fields["replies"].description)] = True,
     device: Device = None,
     dtype: Dtype = None,
     allow_mirror: AllowMirror = False,
@@ -111,7 +112,9 @@ def import_(
         if outside := [layer for layer in targets if not 0 <= layer < n_layers]:
             raise InputError(f"There is no layer {outside[0]}: the model's layers are 0 to {n_layers - 1}.")
         source = absolute_source(prompts)
-        run = import_adapter(adapter, spec.name, source, targets, name=name, device=device, dtype=dtype)
+        run = import_adapter(
+            adapter, spec.name, source, targets, name=name, device=device, dtype=dtype, replies=replies
+        )
         result = _result_of(run, report)
     emit(result, json_, lambda: _show_run(result))
 

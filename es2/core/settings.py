@@ -133,13 +133,19 @@ def parse_list(settings: type[Settings], name: str, value: Any) -> Any:
         raise InputError(f"{name} {value[:40]!r} is no list of {of}s; write it like {_EXAMPLES[kind]}.") from None
 
 
-def option_words(values: Mapping[str, Any]) -> list[str]:
-    """The words of a command line that sets these settings; none for settings that are off or open."""
+def option_words(settings: type[Settings], values: Mapping[str, Any]) -> list[str]:
+    """The words of a command line that sets these settings; none for those that are open, or off as they usually are.
+
+    Other values than `settings` declares are options too.
+    """
     words = []
     for name, value in values.items():
-        if value is None or value is False:
+        usual = settings.model_fields[name].default if name in settings.model_fields else None
+        if value is None or (value is False and usual is not True):
             continue
-        words.append(f"--{name.replace('_', '-')}")
+        words.append(f"--{'no-' if value is False else ''}{name.replace('_', '-')}")
+        if value is False:
+            continue
         if value is not True:
             words.append(",".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
     return words

@@ -58,14 +58,15 @@ def _is_evaluation(document: Mapping[str, Any]) -> bool:
     return all(isinstance(part, dict) for part in parts) and all(isinstance(row, list) for row in rows)
 
 
-def run_behaviour(run: Job) -> Behaviour:
+def run_behaviour(run: Job, weights: str | None = None) -> Behaviour:
     """What the newest evaluation of a run that counts (`behaviour_of`) says of its behaviour.
 
-    It is read anew wherever a run is shown, since evaluations come after the result.
+    It is read anew wherever a run is shown, since evaluations come after the result. `weights` is the digest of the
+    run's weights where its result is still to come.
     """
     for path in find_evaluations(run):
         try:
-            found = behaviour_of(read_evaluation(path), run)
+            found = behaviour_of(read_evaluation(path), run, weights)
         except (Es2Error, LookupError, TypeError, AttributeError) as error:
             logger.warning("%s does not count for the behaviour of run %s: %s", path, run.id, error)
             continue
@@ -95,14 +96,14 @@ def newest_attack(run: Job) -> dict[str, Any] | None:
     return None
 
 
-def behaviour_of(document: Mapping[str, Any], run: Job) -> Behaviour | None:
+def behaviour_of(document: Mapping[str, Any], run: Job, weights: str | None = None) -> Behaviour | None:
     """What an evaluation says of the behaviour of a run, or None where it does not count.
 
     It counts when both models replied to harmful requests, it is of this run and the weights that the run has now, and
-    the prompts that decided the run could be left out.
+    the prompts that decided the run could be left out. `weights` is as for `run_behaviour`.
     """
     refusal = document["suite"].get("refusal")
-    if not _is_of(document, run) or document.get("note") is not None:
+    if not _is_of(document, run, weights) or document.get("note") is not None:
         return None
     if not refusal or "problem" in refusal or not (refusal["change"] and refusal["change"]["dsr"]):
         return None
@@ -122,7 +123,15 @@ def run_ability(run: Job) -> Mapping[str, Any] | None:
     return None
 
 
-def _is_of(document: Mapping[str, Any], run: Job) -> bool:
-    """Whether an evaluation is of a run and the weights that it has now, not of a fine-tune made again since."""
-    weights = (run.result() or {}).get("weights")
-    return bool(document.get("run") == run.id and document.get("weights", weights) == weights)
+def _is_of(document: Mapping[str, Any], run: Job, weights: str | None = None) -> bool:
+    """Whether an evaluation is of a run and the weights that it has now, not of a fine-tune made again since.
+
+    Of a run without a result its weights are unknown, if they are not given (`run_behaviour`).
+    """
+    if document.get("run") != run.id:
+        return False
+    if (result := run.result()) is not None:
+        weights = result.get("weights")
+    elif weights is None:
+        return True
+    return bool(document.get("weights", weights) == weights)

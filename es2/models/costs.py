@@ -6,6 +6,8 @@ alone: 312 s, of which captures 38 and 49 s, base 49 s, steps and validations 15
 
 from __future__ import annotations
 
+import math
+
 CHARACTERS_PER_TOKEN = 4  # of English, where no tokenizer is at hand; assumed
 TEMPLATE_PREFIX = 24  # tokens before the user's text, which are run once for all prompts; assumed
 TEMPLATE_TAIL = 8  # tokens after it, of every prompt; assumed
@@ -25,6 +27,8 @@ def runtime_bytes(device: str) -> float:
     """Bytes of a process before any weight: interpreter, torch, TransformerLens; of a GPU (assumed) its context."""
     return 6.5e8 if device == "cpu" else 1e9
 
+
+REFUSED_SHARE = 0.5  # of harmful prompts by a base; assumed
 
 # Chosen together: the default run starts and loads three times in about 17 s.
 START_SECONDS = 8.0  # of a process: interpreter, imports, set-up
@@ -47,6 +51,21 @@ def weight_bytes_per_second(device: str) -> float:
 def start_seconds(loads: int, weight_bytes: float) -> float:
     """Seconds of a process's start, with this many loads of a model."""
     return START_SECONDS + loads * (LOAD_SECONDS + weight_bytes / LOAD_BYTES_PER_SECOND)
+
+
+def reply_seconds(
+    n_replies: int, exchange: float, new_tokens: int, *, tokens_per_second: float, reading: float, rows: int
+) -> float:
+    """Seconds of greedy replies by one model.
+
+    Args:
+        exchange: number of tokens of a prompt and its reply.
+        new_tokens: of the longest reply.
+        tokens_per_second: read or said.
+        reading: seconds to read all weights once; 0 where the speed counts that already.
+        rows: number of replies at a time.
+    """
+    return n_replies * exchange / tokens_per_second + math.ceil(n_replies / rows) * new_tokens * reading
 
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -127,6 +127,8 @@ def pair(
 def training(events: Sequence[Mapping[str, Any]], kl_budget: float) -> go.Figure | None:
     """The course of the training: separation, both KLs against their budget, validations; None if unknown.
 
+    What became of the base's refusals is a panel of its own where the run measured it.
+
     Args:
         events: progress events, of which the last of each training step counts.
         kl_budget: nats per token.
@@ -134,7 +136,7 @@ def training(events: Sequence[Mapping[str, Any]], kl_budget: float) -> go.Figure
     steps = {int(event["done"]): event for event in events if event.get("stage") == "finetune" and "loss" in event}
     if not steps:
         return None
-    panels = (
+    panels: list[tuple[str, tuple[tuple[str, str, str, str], ...]]] = [
         ("objective's own units", (("loss", "loss", NEUTRAL, "dot"), ("separation", "separation", TUNED, "solid"))),
         (
             "KL, nats per token",
@@ -147,8 +149,15 @@ def training(events: Sequence[Mapping[str, Any]], kl_budget: float) -> go.Figure
             "mean-difference margin, held out",
             (("validation_mean_difference_margin", "mean-difference margin, held out", BASE, "solid"),),
         ),
-    )
-    figure = make_subplots(1, 3, horizontal_spacing=0.07)
+    ]
+    if any("validation_broken_first" in event for event in steps.values()):
+        refusals = (
+            ("validation_refusals_kept", "refusals begun alike", TUNED, "solid"),
+            ("validation_refusal_agreement", "their tokens agreed", TUNED, "dot"),
+            ("validation_broken_first", "first tokens broken", NEUTRAL, "dash"),
+        )
+        panels.append(("share, harmful prompts held out", refusals))
+    figure = make_subplots(1, len(panels), horizontal_spacing=0.07)
     for column, (title, lines) in enumerate(panels, start=1):
         for name, called, colour, dash in lines:
             points = [(step, steps[step][name]) for step in sorted(steps) if steps[step].get(name) is not None]
@@ -164,6 +173,8 @@ def training(events: Sequence[Mapping[str, Any]], kl_budget: float) -> go.Figure
         suffix = "" if column == 1 else str(column)
         figure.layout[f"xaxis{suffix}"].update(title={"text": "step"}, range=[0, max(steps) + 0.5])
         figure.layout[f"yaxis{suffix}"].update(title={"text": title})
+    if len(panels) > 3:
+        figure.layout.yaxis4.update(range=[-0.03, 1.05])
     kls = [float(value) for trace in figure.data[2:4] for value in trace.y]
     figure.layout.yaxis2.update(range=[0, 1.2 * max([kl_budget, *kls])])
     line = {"color": NEUTRAL, "width": 1.5, "dash": "dash"}

@@ -288,7 +288,7 @@ saw ({escape(n_prompts)}). Keys: base {escape(compared.base.key)}, tuned {escape
 def reproduce(config: Mapping[str, Any]) -> str:
     """The command that makes a run of these settings, with every option spelled out."""
     ordered = dict.fromkeys(["model", "prompts", *FinetuneConfig.model_fields])
-    return shlex.join(["es2", "finetune", *option_words({name: config.get(name) for name in ordered})])
+    return shlex.join(["es2", "finetune", *option_words(FinetuneConfig, {name: config.get(name) for name in ordered})])
 
 
 def _shown(compared: Compared) -> tuple[Int[np.ndarray, "row"], str]:

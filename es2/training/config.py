@@ -69,6 +69,13 @@ class FinetuneConfig(Settings):
     seed: int = setting(
         0, "Of the adapter's first weights and of the batches. The same seed repeats the same run.", group="main", ge=0
     )
+    replies: bool = setting(
+        True,
+        "At the end base and tuned reply to 48 harmful and 48 harmless test prompts at most, so that the run says what "
+        "became of behaviour. It decides nothing about the fine-tune.",
+        label="Replies at the end",
+        group="main",
+    )
     pairs_per_step: int = setting(16, "Harmful prompts, and as many harmless ones, in every step.", step=4, ge=2)
     kl_prompts: int = setting(
         4,

@@ -177,7 +177,8 @@ def finetune(
         validations=[workload.validate_base()],
     )
     checkpoint = folder / "checkpoint" / "state.safetensors"
-    identity = content_key({"config": former_names(config.to_dict()), "prompts": prompts.digest})
+    decisive = {name: value for name, value in config.to_dict().items() if name != "replies"}
+    identity = content_key({"config": former_names(decisive), "prompts": prompts.digest})
     if resume and checkpoint.is_file():
         state.load(checkpoint, identity)
 

@@ -38,7 +38,7 @@ from es2.prompts.questions import QuestionSet, load_questions
 from es2.store.sources import CHAT_TEMPLATE, PLAIN_TEXT, LayerSource
 from es2.store.store import Store
 from es2.workflow.prepare import prepare
-from es2.workflow.runs import check_run, config_of, tuned_weights
+from es2.workflow.runs import check_run, config_of, tuned_weights, weights_digest
 
 _LATER = ("soft_lengths", "soft_budgets")
 """Settings that earlier results do not have."""
@@ -77,7 +77,8 @@ def evaluate(
     if run is not None:
         check_run(run, config.model)
         weights = tuned_weights(run)
-        digest = (run.result() or {}).get("weights")
+        ended = run.result()
+        digest = weights_digest(weights) if ended is None else ended.get("weights")
         try:
             tuned_on = load_prompts(str(run.config.get("prompts", "builtin")))
         except InputError as error:

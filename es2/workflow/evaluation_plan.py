@@ -6,7 +6,6 @@ machine's rate of matrix products (`es2.models.machine.this_machine`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -68,12 +67,11 @@ def evaluation_seconds(
     exchange = prompt + config.new_tokens
 
     def replying(replies: int) -> float:
-        if not replies:
-            return 0.0
         reading = 0.0 if tokens_per_second else weight_bytes / costs.weight_bytes_per_second(device)
         rows = rows_that_fit(device, int(exchange * key_bytes))
-        batches = math.ceil(replies / rows)
-        return n_models * (replies * exchange / counted + batches * config.new_tokens * reading)
+        return n_models * costs.reply_seconds(
+            replies, exchange, config.new_tokens, tokens_per_second=counted, reading=reading, rows=rows
+        )
 
     found: dict[str, float] = {}
     loads = 0

@@ -1,4 +1,8 @@
-"""A fine-tuning run from end to end: tune (or take an adapter), capture, compare with base, judge."""
+"""A fine-tuning run from end to end: tune (or take an adapter), capture, compare with base, reply, judge.
+
+The replies are an ordinary evaluation in the run's folder, the one that `es2 evaluate --suite refusal` would make and
+therefore finds there; killed, it goes on from what was replied.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 from es2.analysis.results import LayerNumbers
 from es2.analysis.verdict import layer_verdict, run_verdict
+from es2.core.errors import Es2Error
 from es2.core.files import DamagedError
 from es2.core.progress import Reporter, silent
+from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.results import run_behaviour
+from es2.jobs.job import Job
 from es2.jobs.queue import open_job
 from es2.models.catalogue import resolve
 from es2.models.folders import model_doubts
+from es2.models.placement import is_sharded_launch
+from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
 from es2.store.store import Store
 from es2.training.finetune import finetune
+from es2.training.validation import ValidationPoint, behaviour_lost
+from es2.workflow.evaluate import evaluate
 from es2.workflow.prepare import prepare
 from es2.workflow.runs import settle_adapter, tuned_weights, weights_digest
 
@@ -30,13 +41,14 @@ logger = logging.getLogger(__name__)
 def finetune_run(
     config: FinetuneConfig, prompts: PromptSet, folder: Path, report: Reporter = silent, store: Store | None = None
 ) -> dict[str, Any]:
-    """Fine-tune, capture the tuned model, compare it with base, and judge. What `es2 finetune` prints.
+    """Fine-tune, capture the tuned model, compare it with base, let both reply, and judge. What `es2 finetune` prints.
 
     The fine-tune goes on from a checkpoint in `folder`, whose name is the run's id, if there is a whole one.
 
     Returns:
         JSON values: how the run ended, its KLs on harmless `test` prompts, the numbers of every layer before and after,
-        and the verdict at the target layers with its reason, and what is known of behaviour by then.
+        and the verdict at the target layers with its reason, and what is known of behaviour by then. Replies that could
+        not be made, and a kept step that lost behaviour, are `warnings`.
 
     Raises:
         InputError, MachineError, Cancelled: as `es2.training.finetune.finetune` and `prepare` do.
@@ -77,6 +89,9 @@ def _compared(
     prepared = prepare(
         config.model, prompts, run=run, device=config.device, dtype=config.dtype, store=store, report=report
     )
+    warnings = model_doubts(resolve(config.model)) + _lost(result)
+    if config.replies:
+        warnings += _reply(config, prompts, run, store, report)
     analysis, kl = prepared.analysis, result["kl_test"]
     targets = config.targets or analysis.recommended
     verdict = run_verdict(analysis, targets, kl, config.kl_budget)
@@ -91,14 +106,42 @@ def _compared(
         "weights": weights,
         "verdict": verdict.name,
         "verdict_reason": verdict.reason,
-        **run_behaviour(run).to_dict(verdict.name),
+        **run_behaviour(run, weights).to_dict(verdict.name),
         "verdicts": {str(layer.layer): layer_verdict(layer, kl, config.kl_budget).to_dict() for layer in tuned_layers},
         "given_as": prepared.activations.given_as,
         "activations": {"base": prepared.activations.key, "tuned": prepared.tuned and prepared.tuned.key},
-        "warnings": model_doubts(resolve(config.model)),
+        "warnings": warnings,
         "before": {str(layer.layer): _plain(layer) for layer in analysis.base_layers},
         "after": {str(layer.layer): _plain(layer) for layer in tuned_layers},
     }
+
+
+def _reply(config: FinetuneConfig, prompts: PromptSet, run: Job, store: Store | None, report: Reporter) -> list[str]:
+    """Let base and tuned reply to the `test` prompts, and keep that in the run's folder; why they did not, if so.
+
+    A fine-tune is not lost because its model does not reply here.
+    """
+    if is_sharded_launch():
+        return ["No replies were made: the model lies in shards; `es2 evaluate` makes them where one device holds it."]
+    try:
+        source = str(run.config.get("prompts", "builtin"))
+        if load_prompts(source).digest != prompts.digest:  # which of them decided the run is unknown there
+            return [f"No replies were made: the prompts {source!r} have changed since the run began."]
+        wanted = EvaluateConfig(
+            model=config.model, prompts=source, run=run.id, suite="refusal", device=config.device, dtype=config.dtype
+        )
+        evaluate(wanted, prompts, run.path, run=run, store=store, report=report)
+    except Es2Error as error:
+        return [f"No replies were made: {error}"]
+    return []
+
+
+def _lost(result: Mapping[str, Any]) -> list[str]:
+    """What the kept step lost of behaviour on `validation`, in a sentence."""
+    points = {point["step"]: ValidationPoint.from_dict(point) for point in result["validations"]}
+    lost = behaviour_lost(points[result["best_step"]], points[0]) if points else None
+    sentence = f"No step within the KL budget both separates and holds the base's behaviour: the kept one {lost}."
+    return [sentence] if lost else []
 
 
 def _plain(layer: LayerNumbers) -> dict[str, Any]:

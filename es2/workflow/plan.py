@@ -17,15 +17,16 @@ from typing import Any
 from es2.analysis.results import AnalysisConfig
 from es2.core.errors import InputError
 from es2.core.files import home
+from es2.evaluation.config import EvaluateConfig
 from es2.models import costs
-from es2.models.batching import REPLIES_AT_ONCE, usual_tokens
+from es2.models.batching import REPLIES_AT_ONCE, rows_that_fit, usual_tokens
 from es2.models.catalogue import resolve
 from es2.models.checked import refuse_untunable
 from es2.models.costs import DTYPES
 from es2.models.machine import ASSUMED_CPU_FLOPS, Machine, this_machine
 from es2.models.placement import AUTO
 from es2.models.shape import Shape, local_folder
-from es2.prompts.prompt_set import PromptSet
+from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet
 from es2.store.store import Store
 from es2.training.config import FinetuneConfig
 from es2.training.sampling import make_schedule
@@ -33,8 +34,11 @@ from es2.training.terms import parse_objective
 from es2.workflow.derived import find_activations
 from es2.workflow.memory import ALONE, SHARDED, TOGETHER, Way, disk_bytes, find_way, needs, number_format
 
-STAGES = ("start", "base capture", "replies", "steps", "validation", "tuned capture", "analysis")
-"""The parts of a fine-tune whose time is estimated, in the order in which they begin."""
+STAGES = ("start", "base capture", "replies", "steps", "validation", "tuned capture", "analysis", "behaviour")
+"""The parts of a fine-tune whose time is estimated, in the order in which they begin.
+
+`replies` are the base's, which the fine-tune keeps; `behaviour` those of both models at the end.
+"""
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def plan(
     machine: Machine | None = None,
     store: Store | None = None,
 ) -> CostEstimate:
-    """Estimate a fine-tune with its two captures and its analysis, as `finetune_run` does them.
+    """Estimate a fine-tune with its two captures, its analysis and the replies at its end, as `finetune_run` does them.
 
     Args:
         config: of the fine-tune.
@@ -125,7 +129,8 @@ def plan(
         "tuned capture": captured,
         "analysis": analysis_products(shape, n_measured),
     }
-    idle["start"] = costs.start_seconds(2 if known else 3, weight_bytes)
+    idle["behaviour"] = _behaviour_seconds(prompts, shape, own, weight_bytes, machine) if config.replies else 0.0
+    idle["start"] = costs.start_seconds((2 if known else 3) + config.replies, weight_bytes)
     rate = machine.flops * costs.FINETUNE_EFFICIENCY
     together = {"replies": machine.n_devices, "steps": machine.n_devices, "validation": machine.n_devices}
     rates = {stage: rate * together.get(stage, 1) for stage in STAGES}
@@ -152,6 +157,27 @@ def plan(
         free_disk_gb=free_disk,
         commands=tuple(commands),
         advice=tuple(advice),
+    )
+
+
+def _behaviour_seconds(
+    prompts: PromptSet, shape: Shape, own: Sequence[int], weight_bytes: float, machine: Machine
+) -> float:
+    """Seconds of both models' replies to `test` prompts, as many as an evaluation takes."""
+    usual = EvaluateConfig()
+    in_test = prompts.in_split("test")
+    n_replies = sum(min(int((in_test & (prompts.labels == label)).sum()), usual.limit) for label in (HARMFUL, HARMLESS))
+    lengths = [length for length, tested in zip(own, in_test.tolist(), strict=True) if tested]
+    exchange = sum(lengths) / max(len(lengths), 1) + usual.new_tokens
+    key_bytes = exchange * 2 * shape.d_kv * shape.n_layers * weight_bytes / shape.parameters
+    at_once = rows_that_fit("cpu", int(key_bytes)) if machine.device == "cpu" else n_replies  # nothing asks a GPU here
+    return 2 * costs.reply_seconds(
+        n_replies,
+        exchange,
+        usual.new_tokens,
+        tokens_per_second=machine.flops * costs.REPLY_EFFICIENCY / (2 * shape.parameters),
+        reading=weight_bytes / costs.weight_bytes_per_second(machine.device),
+        rows=max(1, at_once),
     )
 
 
@@ -261,6 +287,8 @@ def _command(way: Way, config: FinetuneConfig, machine: Machine) -> str:
             words.append(f"--{name.replace('_', '-')} {shlex.quote(str(value))}")
     if way.config.gradient_checkpointing:
         words.append("--gradient-checkpointing")
+    if not way.config.replies:
+        words.append("--no-replies")
     return " ".join(words)
 
 
@@ -305,7 +333,7 @@ def _work(
 
     # The base: replies with their states, and the embeddings of what else its constants need.
     replied = {row for batch in schedule.batches for row in batch.harmless[: batch.n_kl]}
-    replied |= {*schedule.validation_kl, *schedule.tested}
+    replied |= {*schedule.validation_kl, *schedule.validation_replied, *schedule.tested}
     known = {*schedule.base_harmful, *schedule.base_harmless, *schedule.validation_rows}
     if any(term.name == "anchored" for term in parse_objective(config.objective)):
         known |= set(schedule.harmless)
@@ -334,9 +362,12 @@ def _work(
 
     n_validations = math.ceil(config.steps / config.validate_every)
     kl_rows = set(schedule.validation_kl)
-    validation = blocks(tokens_of(row for row in schedule.validation_rows if row not in kl_rows), n_shallow)
+    harmful = {row for row in schedule.validation_rows if prompts.labels[row] == HARMFUL}
+    validation = blocks(tokens_of({*schedule.validation_rows} - kl_rows - harmful), n_shallow)
     read = tokens_of(kl_rows, n_decoded)
     validation += blocks(read, n_deep) + lm_head(read, 2)
+    refused = costs.REFUSED_SHARE * len(schedule.validation_replied) * n_decoded
+    validation += blocks(tokens_of(harmful) + refused, n_deep) + lm_head(len(harmful) + refused, 1)
     tested = tokens_of(schedule.tested, n_decoded)
     validating = n_validations * validation + blocks(tested, n_deep) + lm_head(tested, 2)
     return (

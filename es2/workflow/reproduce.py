@@ -48,7 +48,7 @@ SHIPPED = ("paper", "reduced")
 
 S = TypeVar("S", bound=Settings)
 _MAX_BYTES = 2**20
-_DECIDED = {"model", "run", "suite", "prompts"}  # by the protocol itself
+_DECIDED = {"model", "run", "suite", "prompts", "replies"}  # by the protocol itself
 
 
 class Sources(Settings):
@@ -179,7 +179,8 @@ def reproduce(protocol: Protocol, model: str, report: Reporter = silent) -> dict
 
 def _tune(config: FinetuneConfig, source: str, prompts: PromptSet, base: str, report: Reporter) -> dict[str, Any]:
     """What the run of this config, these prompts and this base came to: one on disk, gone on with or made."""
-    wanted = config.to_dict() | {"prompts": source}
+    # Whether a run made replies of its own is all the same: its evaluations follow.
+    wanted = {name: value for name, value in config.to_dict().items() if name != "replies"} | {"prompts": source}
     unfinished = None
     for run in find_jobs(FINETUNE, wanted):
         if run.config.get("prompts_digest", prompts.digest) != prompts.digest:
@@ -189,7 +190,7 @@ def _tune(config: FinetuneConfig, source: str, prompts: PromptSet, base: str, re
             return result
         if result is None and unfinished is None:
             unfinished = run
-    return run_here(FINETUNE, wanted | {"prompts_digest": prompts.digest}, unfinished, report)
+    return run_here(FINETUNE, wanted | {"replies": False, "prompts_digest": prompts.digest}, unfinished, report)
 
 
 def _evaluate(

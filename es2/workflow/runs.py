@@ -142,6 +142,7 @@ def import_adapter(
     name: str = "",
     device: str | None = None,
     dtype: str | None = None,
+    replies: bool = True,
 ) -> Job:
     """Create a run whose adapter was made elsewhere; run as a job, it captures the tuned model and compares it.
 
@@ -154,6 +155,7 @@ def import_adapter(
         name: of the run.
         device: where the model runs.
         dtype: the model's number format.
+        replies: whether base and tuned reply to `test` prompts at the end.
 
     Raises:
         InputError: when the folder holds no such adapter. Whether it fits the model is found when the job begins. For a
@@ -165,11 +167,11 @@ def import_adapter(
     if found is not None:
         check_adapter(found)
         given = str(Path(expanded(given)).absolute())
-    config = FinetuneConfig(layers=tuple(layers), model=model, device=device, dtype=dtype).to_dict()
+    settings = FinetuneConfig(layers=tuple(layers), model=model, device=device, dtype=dtype, replies=replies)
     imported = {"prompts": prompts, "imported": str(found or given), "steps": 0, "objective": "imported"}
     if found is not None and str(found) != given:
         imported["imported_from"] = given
-    run = create_job(KIND, config | imported)
+    run = create_job(KIND, settings.to_dict() | imported)
     try:
         if name:
             run.rename(name)

@@ -48,7 +48,7 @@ LIMIT_BYTES = 19_500_000
 
 _HALF_BELOW = 3e4
 _MARGIN_BYTES = 2**16  # headers, digests and meta data of a few files
-_FREE_SETTINGS = ("layers", "model", "device", "dtype")
+_FREE_SETTINGS = ("layers", "model", "device", "dtype", "replies")
 """Settings in which a run may differ and still be the default one; layers and model are checked by what they mean."""
 _OF_THE_MACHINE = ("host", "pid")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from app.charts import canvas, run_charts
 from app.charts.run_charts import History
+from es2.analysis.verdict import LEAST_REFUSALS_KEPT
 from tests.figures import Checked, traces
 
 run_charts = Checked(run_charts)
@@ -99,11 +100,37 @@ def test_held_out_numbers_say_that_they_will_come() -> None:
     assert (after.data[0].x, after.data[0].y) == ((2,), (0.7,))
 
 
+def test_what_became_of_refusals() -> None:
+    shares = {"validation_refusals_kept": 0.4, "validation_refusal_agreement": 0.9, "validation_broken_first": 0.1}
+    seen = history(step(1), step(2, **shares))
+    figure = run_charts.refusals_curve(seen)
+    assert sorted(trace.y for trace in figure.data) == [(0.1,), (0.4,), (0.9,)]
+    assert len({trace.line.dash for trace in figure.data}) == 3, "told apart without colour"
+    (least,) = figure.layout.shapes
+    assert least.y0 == LEAST_REFUSALS_KEPT
+    before = run_charts.refusals_curve(history(step(1)))
+    assert "first look" in before.layout.annotations[0].text
+    nothing = history(step(1, validation_broken_first=0.0))
+    for figure in (
+        run_charts.refusals_curve(nothing),
+        run_charts.held_out_curve(nothing, "validation_refusal_log_prob", "nats"),
+    ):
+        assert "refuses none" in figure.layout.annotations[0].text
+        assert not figure.layout.shapes
+
+
+def test_a_run_of_an_earlier_version_saw_no_refusals() -> None:
+    assert history(step(1)).sees_refusals, "not yet"
+    assert history(step(1), step(2, validation_kl_prompt=0.1, validation_broken_first=0.0)).sees_refusals
+    assert not history(step(1), step(2, validation_kl_prompt=0.1)).sees_refusals
+
+
 def test_nothing_yet_is_a_figure_too() -> None:
     empty = History()
     for figure in (
         run_charts.separation_curve(empty),
         run_charts.kl_curve(empty, 0.1),
         run_charts.held_out_curve(empty, *HELD_OUT),
+        run_charts.refusals_curve(empty),
     ):
         assert figure.layout.xaxis.range == (0, 1.02)

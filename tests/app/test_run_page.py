@@ -152,6 +152,7 @@ class TestForm:
         at.number_input(key="launch_steps").set_value(7).run()
         at.number_input(key="launch_learning_rate").set_value(1e-3).run()
         at.segmented_control(key="launch_method").set_value("full").run()
+        at.checkbox(key="launch_replies").uncheck().run()
         at.multiselect(key="targets").set_value([1, 3]).run()
         typed = {"objective": "1.0*margin+0.5*fisher"}  # AppTest chooses, but does not type
         at.session_state["launch_settings"] = at.session_state["launch_settings"] | typed
@@ -164,6 +165,7 @@ class TestForm:
             learning_rate=1e-3,
             method="full",
             objective="1.0*margin+0.5*fisher",
+            replies=False,
         )
         assert launched == [("finetune", expected.to_dict() | {"prompts": str(prompts)})]
         assert turned == ["runs"]
@@ -465,6 +467,17 @@ class TestList:
         at.button(key=f"curves_{job.id}").click().run()
         assert len(charts_of(at)) == 4
         assert "further* apart" in shown(at)
+
+    def test_its_curves_show_what_became_of_refusals(
+        self, open_runs: Callable[[], AppTest], model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(VALIDATED, "validation_refusals_kept", 0.25)
+        monkeypatch.setitem(VALIDATED, "validation_broken_first", 0.125)
+        job = ended(model, prompts, result())
+        at = open_runs()
+        at.button(key=f"curves_{job.id}").click().run()
+        assert len(charts_of(at)) == 6
+        assert "the base's refusals" in shown(at)
 
     def test_many_runs_come_in_portions(self, open_runs: Callable[[], AppTest], model: Path, prompts: Path) -> None:
         for seed in range(23):

@@ -106,6 +106,7 @@ def main() -> None:
 
     for number, text in enumerate(chosen.settings):
         config = FinetuneConfig(layers=layers, model=model, steps=chosen.steps, device="cpu", **json.loads(text))
+        config = config.replace(replies=False)  # `finetune` alone is measured
         made = plan(config, prompts, local_folder(model))
         per_start = made.seconds["start"] / 3
         if number == 0:

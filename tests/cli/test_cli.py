@@ -87,7 +87,7 @@ class TestResults:
     ) -> None:
         folder = save_tiny_model(tmp_path / "model", chat_template=template)
         common = ("--model", folder, "--prompts", prompts)
-        short = ("--layers", "1,2", "--steps", "2", "--pairs-per-step", "4", "--validate-every", "2")
+        short = ("--layers", "1,2", "--steps", "2", "--pairs-per-step", "4", "--validate-every", "2", "--no-replies")
         commands = [
             ("capture", *common),
             ("analyze", *common),

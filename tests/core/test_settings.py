@@ -19,6 +19,7 @@ class Recipe(Settings):
     steering_limit: int = setting(1, "One that had another name.", ge=1)
     heat: float = setting(0.5, "How hot.", gt=0)
     stir: bool = setting(False, "Whether to.")
+    with_lid: bool = setting(True, "Whether to, usually.")
     cup: str | None = setting(None, "Which cup.", label="Cup", choices=("small", "large"))
     tastes: tuple[str, ...] = setting(("sweet",), "Which tastes.", of="taste", choices=("sweet", "sour"))
     shares: tuple[float, ...] | None = setting(None, "Which shares.", of="share")
@@ -87,5 +88,10 @@ def test_changes_are_checked_and_nothing_else_can_change() -> None:
 
 
 def test_option_words() -> None:
-    values = {"layers": [1, 2], "stir": True, "cup": None, "gradient_checkpointing": False, "kl_weight": 2.0}
-    assert option_words(values) == ["--layers", "1,2", "--stir", "--kl-weight", "2.0"]
+    values = {"layers": [1, 2], "stir": True, "cup": None, "prompts": False, "kl_weight": 2.0}
+    assert option_words(Recipe, values) == ["--layers", "1,2", "--stir", "--kl-weight", "2.0"]
+
+
+@pytest.mark.parametrize(("value", "words"), [(True, ["--with-lid"]), (False, ["--no-with-lid"]), (None, [])])
+def test_what_is_usually_on_is_turned_off_in_words(value: bool | None, words: list[str]) -> None:
+    assert option_words(Recipe, {"with_lid": value, "stir": False}) == words

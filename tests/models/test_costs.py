@@ -55,7 +55,8 @@ def test_a_weight_of_four_bits_has_its_share_of_a_scale() -> None:
 def test_a_start_takes_as_long_in_both_plans(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "tiny-llama")
     machine = Machine("cpu", 1e9, 8.0)
-    found = plan(FinetuneConfig(layers=(1, 2), model=str(folder)), tiny_prompts(60), folder, machine=machine)
+    config = FinetuneConfig(layers=(1, 2), model=str(folder), replies=False)
+    found = plan(config, tiny_prompts(60), folder, machine=machine)
     shape = Shape.of_folder(folder)
     config = EvaluateConfig(model=str(folder), run="x", suite="all")
     loads = evaluation_seconds(config, Sample(4, 4, 4, 0, 80.0), shape, machine)["loading"]

@@ -47,6 +47,7 @@ SETTINGS: dict[str, Any] = {
     "validate_every": 2,
     "validation_prompts": 4,
     "reply_tokens": 4,
+    "replies": False,
     "device": "cpu",
 }
 EVALUATION: dict[str, Any] = {

@@ -159,6 +159,8 @@ class TestShards:
         assert done.returncode == 0, done.stderr
         document = json.loads(done.stdout)
         run = Path(document["path"])
+        assert any("shards" in sentence for sentence in document["warnings"]), "why there are no replies"
+        assert document["behaviour"] is None
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         losses = [event["loss"] for event in events if "loss" in event]
 

@@ -18,6 +18,7 @@ import torch
 
 from es2.cli import main as cli
 from es2.core.errors import InputError
+from es2.core.files import with_checksum, write_json
 from es2.core.progress import Cancelled
 from es2.evaluation import suites
 from es2.evaluation.config import EvaluateConfig
@@ -113,15 +114,21 @@ def test_an_evaluation_of_weights_that_were_made_again_does_not_count(
     def again() -> dict[str, Any]:
         return evaluate(config, other_prompts(), tmp_path / "job", run=run, store=shared_store)
 
-    assert again()["weights"] is None, "the run had no result"
-    assert run_behaviour(run).name == "unchanged"
     digest = weights_digest(tuned_weights(run))
+    assert again()["weights"] == digest, "the run has no result, as while it replies at its end"
+    assert run_behaviour(run).name == run_behaviour(run, digest).name == "unchanged"
+    assert run_behaviour(run, "0" * 24).name is None, "its fine-tune was made again"
     run_job(run.path, {"finetune": lambda *_: {"verdict": "separated", "weights": digest}})
-    assert run_behaviour(run).name is None, "nothing says that these are the weights that replied"
-    document = again()
-    assert document["weights"] == digest
-    assert document["generated"]["replies"] == 0, "the log has them"
     assert run_behaviour(run).name == "unchanged"
+    (kept,) = find_evaluations(run)
+    document = read_evaluation(kept)
+    for stated, counts in ((None, False), ("0" * 24, False), (digest, True)):
+        changed = {name: value for name, value in document.items() if name != "digest"} | {"weights": stated}
+        write_json(kept, with_checksum(changed))
+        assert (run_behaviour(run).name is not None) == counts, "nothing says that these are the weights that replied"
+        assert again()["weights"] == digest
+        assert again()["generated"]["replies"] == 0, "the log has them"
+        assert run_behaviour(run).name == "unchanged"
 
 
 def without_times(document: dict[str, Any]) -> dict[str, Any]:

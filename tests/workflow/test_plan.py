@@ -15,6 +15,7 @@ import pytest
 
 from es2.cli import main as cli
 from es2.core.errors import InputError
+from es2.evaluation.config import EvaluateConfig
 from es2.models import costs
 from es2.models import machine as machines
 from es2.models.catalogue import CATALOGUE
@@ -214,6 +215,20 @@ class TestPlan:
     )
     def test_more_work_takes_longer(self, made, changes: dict[str, Any], stage: str) -> None:
         assert made(**changes).seconds[stage] > made().seconds[stage]
+
+    def test_replies_at_the_end_are_those_of_an_evaluation(self, made, folder: Path, prompts: PromptSet) -> None:
+        """Both models reply to every test prompt, of which there are fewer than an evaluation takes."""
+        found, without = made(lengths=[2] * len(prompts)), made(lengths=[2] * len(prompts), replies=False)
+        shape, usual, n_test = Shape.of_folder(folder), EvaluateConfig(), int(prompts.in_split("test").sum())
+        assert n_test < 2 * usual.limit
+        products = 2 * n_test * (2 + 8 + usual.new_tokens) * 2 * shape.parameters
+        reading = 2 * usual.new_tokens * shape.parameters * 4 / costs.weight_bytes_per_second("cpu")
+        assert found.seconds["behaviour"] == pytest.approx(products / (1e9 * 0.6) + reading)
+        assert without.seconds["behaviour"] == 0
+        loads = found.seconds["start"] - without.seconds["start"]
+        assert found.total_seconds - without.total_seconds == pytest.approx(found.seconds["behaviour"] + loads)
+        assert "--no-replies" in without.commands[-1]
+        assert "replies" not in found.commands[-1]
 
     def test_twice_the_speed_is_half_the_time_of_the_work(self, made) -> None:
         slow, fast = made(), made(machine=replace(FAST, flops=2e9))

@@ -12,11 +12,15 @@ import pytest
 
 from es2.cli import main as cli
 from es2.core.errors import InputError
+from es2.core.progress import silent
 from es2.evaluation import suites
-from es2.jobs.queue import list_jobs
+from es2.jobs.queue import create_job, list_jobs
+from es2.jobs.running import run_job
 from es2.models import loading as models
 from es2.models.catalogue import CATALOGUE
 from es2.training import workload
+from es2.training.config import FinetuneConfig
+from es2.workflow import reproduce as module
 from es2.workflow.reproduce import SHIPPED, protocol_for, read_protocol, table_rows
 from tests.builders import save_tiny_model, tiny_prompts, write_prompts
 
@@ -182,6 +186,21 @@ def test_other_prompts_under_the_same_name_are_another_run(
     assert code == 0
     assert second["run"] != first["run"]
     assert second["evaluations"][0]["path"] != first["evaluations"][0]["path"]
+
+
+@pytest.mark.parametrize("replies", [True, False])
+def test_whether_a_run_made_replies_of_its_own_is_all_the_same(
+    replies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that `es2 finetune` made is taken, and one that is made here leaves them to the evaluations."""
+    monkeypatch.setenv("ES2_HOME", str(tmp_path))
+    config, prompts = FinetuneConfig(layers=(1, 2), replies=replies), tiny_prompts(60)
+    run = create_job("finetune", config.to_dict() | {"prompts": "locks.csv"})
+    run_job(run.path, {"finetune": lambda *_: {"activations": {"base": "a" * 24}}})
+    monkeypatch.setattr(module, "run_here", lambda kind, config, *_: config)
+    wanted = config.replace(replies=not replies)
+    assert module._tune(wanted, "locks.csv", prompts, "a" * 24, silent) == run.result()
+    assert module._tune(wanted, "other.csv", prompts, "a" * 24, silent)["replies"] is False
 
 
 class TestConfig:

@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save_file
 
 from es2.cli import main as cli
 from es2.core.errors import InputError, MachineError
-from es2.evaluation.results import read_evaluation
+from es2.evaluation.results import find_evaluations, read_evaluation, run_behaviour
 from es2.jobs.job import Job
-from es2.jobs.queue import reopen
+from es2.jobs.queue import create_job, reopen
 from es2.jobs.running import run_job
 from es2.models.model_files import save_tokenizer
+from es2.prompts.loading import load_prompts
 from es2.store.store import Store
 from es2.training.config import FinetuneConfig
 from es2.workflow.job_kinds import JOBS
@@ -89,6 +90,25 @@ class TestFinetune:
         np.testing.assert_array_equal(base.texts, tuned.texts)
         assert not np.allclose(base.layer(2), tuned.layer(2)), "the adapter was on"
 
+    def test_its_replies_are_an_evaluation_that_is_found_again(
+        self, done: dict[str, Any], es2, model: Path, prompts: Path
+    ) -> None:
+        run = open_run(done["run"])
+        (kept,) = find_evaluations(run)
+        document = read_evaluation(kept)
+        assert document["suite"].keys() == {"refusal"}
+        own = load_prompts(str(prompts))
+        split_of = dict(zip(own.texts, own.splits, strict=True))
+        replied = [row["prompt"] for row in document["rows"]["refusal"]]
+        assert len(replied) == int(own.in_split("test").sum()) > 0
+        assert {split_of[prompt] for prompt in replied} == {"test"}, "validation chose the step, so it proves nothing"
+        assert done["behaviour"] == run_behaviour(run).name is not None
+        assert done["outcome"] == f"{done['verdict']}, {run_behaviour(run).words}"
+        code, again = es2("evaluate", "--model", model, "--prompts", prompts, "--run", run.id, "--suite", "refusal")
+        assert code == 0
+        assert (again["path"], again["generated"]["replies"]) == (str(kept), 0)
+        assert find_evaluations(run) == [kept]
+
     def test_numbers_are_those_of_analyze(self, done: dict[str, Any], es2, model: Path, prompts: Path) -> None:
         code, document = es2("analyze", "--model", model, "--prompts", prompts, "--run", done["run"])
         assert code == 0
@@ -135,6 +155,30 @@ class TestFinetune:
         assert "tune split" in document["error"]
 
 
+def test_cancelled_while_it_replies_it_goes_on_there(model: Path, prompts: Path) -> None:
+    config = FinetuneConfig(layers=(1, 2), model=str(model), steps=2, pairs_per_step=4, validate_every=2)
+    run = create_job("finetune", config.to_dict() | {"prompts": str(prompts)})
+
+    def stop(stage: str, done: int, total: int, **numbers: float) -> None:
+        if stage == "reply tuned" and done:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert run_job(run.path, JOBS, stop) == 1
+    assert run.status() == "cancelled"
+    assert find_evaluations(run) == []
+    log = run.path / "evaluation" / "replies.jsonl"
+    before = log.read_bytes().splitlines()
+    assert before
+    reopen(run)
+    stages: list[str] = []
+    assert run_job(run.path, JOBS, lambda stage, *_, **__: stages.append(stage)) == 0
+    assert "finetune" not in stages, "its steps are in the checkpoint"
+    assert log.read_bytes().splitlines()[: len(before)] == before
+    keys = [json.loads(line)["key"] for line in log.read_bytes().splitlines()]
+    assert len(keys) == len(set(keys)) == 2 * len(read_evaluation(find_evaluations(run)[0])["rows"]["refusal"])
+    assert (run.result() or {})["behaviour"] is not None
+
+
 @pytest.mark.long
 def test_two_runs_started_at_once_do_not_disturb_each_other(
     done: dict[str, Any], model: Path, prompts: Path, tmp_path: Path
@@ -160,8 +204,9 @@ def test_two_runs_started_at_once_do_not_disturb_each_other(
 def test_an_adapter_made_elsewhere_is_compared_like_a_run(
     done: dict[str, Any], model: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    run = import_adapter(tuned_weights(open_run(done["run"])), str(model), str(prompts), (1, 2))
+    run = import_adapter(tuned_weights(open_run(done["run"])), str(model), str(prompts), (1, 2), replies=False)
     assert run_job(run.path, JOBS) == 0
+    assert find_evaluations(run) == []
     result = run.result()
     assert result is not None
     assert result["activations"] == done["activations"], "it is the same adapter"
@@ -189,6 +234,7 @@ class TestImport:
         run = open_run(document["run"])
         assert run.name == "from afar"
         assert run.path.joinpath("adapter", "adapter_model.safetensors").is_file(), "it is copied, not linked"
+        assert document["behaviour"] == done["behaviour"], "both reply at its end, too"
         code, document = es2("report", "--run", run.id, "--out", tmp_path / "report.html")
         assert code == 0, document
         assert "from afar" in (tmp_path / "report.html").read_text()
@@ -304,8 +350,7 @@ class TestRuns:
     def test_every_command_says_what_is_known_of_behaviour(
         self, done: dict[str, Any], es2, model: Path, prompts: Path, tmp_path: Path
     ) -> None:
-        assert done["behaviour"] is None
-        assert done["outcome"] == f"{done['verdict']}, behaviour not measured"
+        assert done["outcome"] == f"{done['verdict']}, behaviour unchanged", "babble before and after"
         run, of = open_run(done["run"]), ("--run", done["run"])
         own = tiny_prompts(60)
         others = replace(own, texts=tuple(text.replace("lock", "window") for text in own.texts))

@@ -35,7 +35,9 @@ from es2.workflow.runs import export, list_runs, open_run
 from es2.workflow.showcase import LIMIT_BYTES, build, choose_pairs
 from tests.builders import D_MODEL, N_LAYERS, save_tiny_model, tiny_prompts, write_prompts
 
-SETTINGS = FinetuneConfig(layers=(), steps=2, pairs_per_step=4, validate_every=2, validation_prompts=4, reply_tokens=4)
+SETTINGS = FinetuneConfig(
+    layers=(), steps=2, pairs_per_step=4, validate_every=2, validation_prompts=4, reply_tokens=4, replies=False
+)
 
 
 class World:
