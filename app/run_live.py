@@ -95,10 +95,12 @@ def curves(job: Job, history: History, *, key: str) -> None:
         ),
     ]
     if history.sees_refusals:
-        log_prob = run_charts.held_out_curve(history, "validation_refusal_log_prob", "log-probability, nats per token")
+        name, base = "validation_refusal_log_prob", "validation_base_refusal_log_prob"
+        log_prob = run_charts.held_out_curve(history, name, "nats per token", base)
+        shares = run_charts.refusals_curve(history)
         shown += [
-            ("Held-out harmful prompts: the base's refusals", run_charts.refusals_curve(history), "refusals"),
-            ("Held-out harmful prompts: the base's refusals, how likely", log_prob, "log_prob"),
+            ("Held-out harmful prompts: the base's refusals, first tokens", shares, "refusals"),
+            ("Held-out harmful prompts: log-probability of the base's refusals", log_prob, "log_prob"),
         ]
     with st.container(key=f"curves_{key}"):
         for start in range(0, len(shown), 2):

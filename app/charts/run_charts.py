@@ -26,6 +26,8 @@ VALIDATED = (
     "validation_refusal_agreement",
     "validation_refusal_log_prob",
     "validation_broken_first",
+    "validation_base_refusal_log_prob",
+    "validation_base_broken_first",
 )
 """What an evaluation on `validation` adds: means over the target layers, the KLs, and what became of refusals."""
 
@@ -102,30 +104,39 @@ def kl_curve(history: History, budget: float) -> canvas.Figure:
     )
 
 
-def held_out_curve(history: History, name: str, title: str) -> canvas.Figure:
-    """One scale-free number on `validation`, mean over the target layers; before the first one, words in its place."""
+def held_out_curve(history: History, name: str, title: str, base: str | None = None) -> canvas.Figure:
+    """One number on `validation`; before the first one, words in its place.
+
+    Args:
+        name: of the number, as it is logged; of numbers of layers that is the mean over the target layers.
+        title: of its axis.
+        base: the name of the base's value, a line of its own, if that is logged.
+    """
     line = _line(history, name, title, palette.TUNED, marker=8)
+    lines = [line]
+    if base is not None:
+        lines = [line | {"name": "tuned"}, _line(history, base, "base", palette.BASE, dash="dash")]
     waiting = [] if line["x"] else [_words(_absent(history), x=0.5, y=0.5, centred=True)]
     return _figure(
         history,
-        [line],
+        lines,
         title=title,
         axis={"rangemode": "tozero"} if line["x"] else {"range": [0, 1], "showticklabels": False},
-        showlegend=False,
-        top=8,
         annotations=waiting,
+        **({"showlegend": False, "top": 8} if base is None else {}),
     )
 
 
 def refusals_curve(history: History) -> canvas.Figure:
     """What is left of the base's refusals on `validation`, and broken first tokens, as shares."""
     traces = [
-        _line(history, "validation_refusals_kept", "refusals begun alike", palette.TUNED, marker=8),
-        _line(history, "validation_refusal_agreement", "their tokens agreed", palette.TUNED, dash="dot", marker=8),
-        _line(history, "validation_broken_first", "first tokens broken", canvas.NEUTRAL, dash="dash", marker=8),
+        _line(history, "validation_refusals_kept", "begun alike", palette.TUNED, marker=8),
+        _line(history, "validation_refusal_agreement", "tokens agreed", palette.TUNED, dash="dot", marker=8),
+        _line(history, "validation_broken_first", "broken first", canvas.NEUTRAL, dash="dash", marker=8),
+        _line(history, "validation_base_broken_first", "broken first, base", palette.BASE, dash="dash"),
     ]
     none = not traces[0]["x"]
-    place = {"x": 0.5, "y": 0.5, "centred": True} if none else {"x": 1, "y": LEAST_REFUSALS_KEPT, "yref": "y"}
+    place = {"x": 0.5, "y": 0.65, "centred": True} if none else {"x": 1, "y": LEAST_REFUSALS_KEPT, "yref": "y"}
     words = _absent(history) if none else f"kept at least: {LEAST_REFUSALS_KEPT:g}"
     line = {"color": canvas.NEUTRAL, "width": 1.5, "dash": "dash"}
     y = LEAST_REFUSALS_KEPT

@@ -152,9 +152,9 @@ def training(events: Sequence[Mapping[str, Any]], kl_budget: float) -> go.Figure
     ]
     if any("validation_broken_first" in event for event in steps.values()):
         refusals = (
-            ("validation_refusals_kept", "refusals begun alike", TUNED, "solid"),
-            ("validation_refusal_agreement", "their tokens agreed", TUNED, "dot"),
-            ("validation_broken_first", "first tokens broken", NEUTRAL, "dash"),
+            ("validation_refusals_kept", "begun alike", TUNED, "solid"),
+            ("validation_refusal_agreement", "tokens agreed", TUNED, "dot"),
+            ("validation_broken_first", "broken first", NEUTRAL, "dash"),
         )
         panels.append(("share, harmful prompts held out", refusals))
     figure = make_subplots(1, len(panels), horizontal_spacing=0.07)

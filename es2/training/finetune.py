@@ -204,7 +204,7 @@ def finetune(
         # Is it any good, and may it go on?
         if state.step % config.validate_every == 0 or state.step == config.steps:
             point = workload.validate(state.step)
-            numbers |= point.numbers()
+            numbers |= point.numbers(state.validations[0])
             state.validations.append(point)
             decision = decide(state.validations, config.kl_weight, config.kl_budget, config.steps)
             reason = decision.reason

@@ -80,10 +80,14 @@ class ValidationPoint:
         """The larger of the two KLs; each has to stay within the budget."""
         return max(self.kl_prompt, self.kl_reply)
 
-    def numbers(self) -> dict[str, float]:
-        """The numbers for the event log: means over the target layers, and the others where they were measured."""
+    def numbers(self, base: ValidationPoint) -> dict[str, float]:
+        """The numbers for the event log: means over the target layers, and the others where they were measured.
+
+        Of the base those that are not known without measuring are repeated: a curve is read against them.
+        """
         found: dict[str, float | None] = {name: self.mean(name) for name in next(iter(self.layers.values()))}
         found |= {name: getattr(self, name) for name in ("kl_prompt", "kl_reply", *REFUSAL_NUMBERS)}
+        found |= {f"base_{name}": getattr(base, name) for name in ("refusal_log_prob", "broken_first")}
         return {f"validation_{name}": value for name, value in found.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:

@@ -104,8 +104,8 @@ def test_what_became_of_refusals() -> None:
     shares = {"validation_refusals_kept": 0.4, "validation_refusal_agreement": 0.9, "validation_broken_first": 0.1}
     seen = history(step(1), step(2, **shares))
     figure = run_charts.refusals_curve(seen)
-    assert sorted(trace.y for trace in figure.data) == [(0.1,), (0.4,), (0.9,)]
-    assert len({trace.line.dash for trace in figure.data}) == 3, "told apart without colour"
+    assert [trace.y for trace in figure.data] == [(0.4,), (0.9,), (0.1,), ()]
+    assert len({trace.line.dash for trace in figure.data[:3]}) == 3, "told apart without colour"
     (least,) = figure.layout.shapes
     assert least.y0 == LEAST_REFUSALS_KEPT
     before = run_charts.refusals_curve(history(step(1)))
@@ -117,6 +117,14 @@ def test_what_became_of_refusals() -> None:
     ):
         assert "refuses none" in figure.layout.annotations[0].text
         assert not figure.layout.shapes
+
+
+def test_how_likely_refusals_are_stands_beside_the_base() -> None:
+    names = "validation_refusal_log_prob", "validation_base_refusal_log_prob"
+    seen = history(step(4, **dict(zip(names, (-0.9, -0.2), strict=True))))
+    drawn = traces(run_charts.held_out_curve(seen, names[0], "nats", names[1]))
+    assert (drawn["tuned"].y, drawn["base"].y) == ((-0.9,), (-0.2,))
+    assert drawn["tuned"].line.dash != drawn["base"].line.dash
 
 
 def test_a_run_of_an_earlier_version_saw_no_refusals() -> None:

@@ -407,6 +407,6 @@ def test_training_curves_take_the_last_word_on_a_repeated_step() -> None:
     seen = report_figures.training([*events, event(4, 2.0, validation_broken_first=0.25)], 0.1)
     assert seen is not None
     lines = {trace.name: (list(trace.x), list(trace.y)) for trace in seen.data}
-    assert lines["first tokens broken"] == ([4], [0.25])
-    assert lines["refusals begun alike"] == ([], []), "the base refuses none"
+    assert lines["broken first"] == ([4], [0.25])
+    assert lines["begun alike"] == ([], []), "the base refuses none"
     assert tuple(seen.layout.yaxis4.range) == (-0.03, 1.05)

@@ -100,6 +100,7 @@ def test_refusals_and_first_tokens_are_those_of_the_saved_adapter(
     logged = log.steps()[-1]
     for name in ("refusals_kept", "refusal_agreement", "refusal_log_prob", "broken_first"):
         assert logged[f"validation_{name}"] == getattr(last, name)
+    assert logged["validation_base_refusal_log_prob"] == first.refusal_log_prob
 
 
 def test_a_base_that_refuses_nothing_has_no_refusals_to_keep(llama: Path, tmp_path: Path) -> None:

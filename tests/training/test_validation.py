@@ -105,12 +105,13 @@ class TestNumbers:
         old = {name: point().to_dict()[name] for name in ("step", "kl_prompt", "kl_reply", "layers")}
         found = ValidationPoint.from_dict(old)
         assert (found.n_refusals, found.refusals_kept, found.broken_first) == (0, None, None)
-        assert not [name for name in found.numbers() if "refusal" in name or "broken" in name]
+        assert not [name for name in found.numbers(found) if "refusal" in name or "broken" in name]
 
     def test_what_was_not_measured_is_not_logged(self) -> None:
-        assert point(broken=0.0).numbers()["validation_broken_first"] == 0.0
-        assert "validation_refusals_kept" not in point(broken=0.0).numbers()
-        assert point(kept=0.25).numbers()["validation_refusals_kept"] == 0.25
+        assert point(broken=0.0).numbers(point(0))["validation_broken_first"] == 0.0
+        assert "validation_refusals_kept" not in point(broken=0.0).numbers(point(0))
+        assert point(kept=0.25).numbers(point(0))["validation_refusals_kept"] == 0.25
+        assert point(broken=0.0).numbers(point(0, broken=0.5))["validation_base_broken_first"] == 0.5
 
 
 class TestRule:
