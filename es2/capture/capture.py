@@ -20,10 +20,11 @@ from es2.capture.residuals import capture_residuals
 from es2.core.errors import InputError
 from es2.core.files import content_key, is_key, read_json, user_cache, write_json
 from es2.core.progress import Reporter, silent
+from es2.core.rendering import AS_THE_TEMPLATE, Rendering
 from es2.models.batching import SHARING_VERIFIED
 from es2.models.blocks import BlockHooks
 from es2.models.catalogue import resolve
-from es2.models.chat_template import Rendered, render, shown
+from es2.models.chat_template import Rendered, describe_rendering, render, shown
 from es2.models.checked import refuse_failed
 from es2.models.device import choose_device, choose_dtype
 from es2.models.fingerprint import fingerprint
@@ -115,6 +116,7 @@ class CaptureResult:
             "rounding": self.rounding,
         }
         own |= {"hooks": self.activations.hooks, "given_as": self.activations.given_as}
+        own["rendering"] = self.activations.rendering
         return {"key": self.activations.key, "path": str(self.activations.path)} | sizes | own
 
 
@@ -125,6 +127,7 @@ def capture(
     positions: Sequence[str] = POSITIONS,
     adapter: Path | None = None,
     run: str | None = None,
+    rendering: Rendering = AS_THE_TEMPLATE,
     device: str | None = None,
     dtype: str | None = None,
     store: Store | None = None,
@@ -141,6 +144,7 @@ def capture(
         positions: some of `POSITIONS`.
         adapter: folder of a peft adapter to merge into the model.
         run: id of the adapter's fine-tuning run.
+        rendering: how the model is given the prompts; a system prompt that is left open is that of the prompts' file.
         device: a torch device; by default the best there is.
         dtype: `float32`, `bfloat16` or `float16`; by default what suits the device.
         store: by default that of the current home.
@@ -157,6 +161,7 @@ def capture(
         raise InputError(f"A position to capture must be one of {', '.join(POSITIONS)}, not {shown}.")
     positions = [position for position in POSITIONS if position in positions]
     store = store or Store()
+    rendering = prompts.rendered_as(rendering)
     spec = resolve(model)
     folder = model_folder(spec, report)
     refuse_failed(folder, adapter, "capture")
@@ -169,15 +174,17 @@ def capture(
         "format": FORMAT_VERSION,
         "rendering": [_RENDERING, version("transformers"), version("tokenizers")],
     }
+    if asked := rendering.settled.to_dict():
+        request["asked"] = asked
     memo = user_cache() / "requests" / f"{content_key(request)}.json"
     known = (read_json(memo) or {}).get("key")
     found = store.get(known) if isinstance(known, str) and is_key(known) else None
     if found is not None:
-        found = store.add_name(found, spec.name, run)
+        found = store.add_name(found, spec.name, run, rendering)
         return CaptureResult(found, False, time.perf_counter() - started, int(found.meta["tokens"]))
 
     tokenizer = load_tokenizer(folder)
-    rendered = render(tokenizer, prompts.texts)
+    rendered = render(tokenizer, prompts.texts, rendering)
     _check_fit(rendered, prompts, folder)
     dtype = dtype or choose_dtype(choose_device() if device in (None, AUTO) else device)
     decides = {
@@ -196,6 +203,7 @@ def capture(
         "run": run,
         "texts_digest": prompts.texts_digest,
         "templated": rendered.templated,
+        "rendering": describe_rendering(tokenizer, rendering),
         "tokens": rendered.n_tokens,
         "decides": decides,
         "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens")},
@@ -203,7 +211,7 @@ def capture(
     with store.lock(key, lambda: report("wait", 0, 1)):
         found = store.get(key)
         computed = found is None
-        source = _superset(store, decides, prompts, tokenizer) if found is None else None
+        source = _superset(store, decides, prompts, tokenizer, rendering) if found is None else None
         if source is not None:
             row_of = {text: row for row, text in enumerate(source.texts)}
             rows = [row_of[text] for text in prompts.texts]
@@ -227,13 +235,17 @@ def capture(
                 if fits:
                     narrow(file)
         found = store.written(key) if found is None else found
-        found = store.add_name(found, spec.name, run)
+        found = store.add_name(found, spec.name, run, rendering)
     _remember(memo, key)
     return CaptureResult(found, computed, time.perf_counter() - started, rendered.n_tokens)
 
 
 def _superset(
-    store: Store, decides: dict[str, Any], prompts: PromptSet, tokenizer: PreTrainedTokenizerBase
+    store: Store,
+    decides: dict[str, Any],
+    prompts: PromptSet,
+    tokenizer: PreTrainedTokenizerBase,
+    rendering: Rendering,
 ) -> ActivationSet | None:
     """A set that was captured in the same way from these and other prompts."""
     own = ("texts", "tokens")
@@ -245,7 +257,7 @@ def _superset(
         checked = store.get(found.key)
         if checked is None or not set(prompts.texts) <= set(checked.texts):
             continue
-        if render(tokenizer, checked.texts).digest == of["tokens"]:
+        if render(tokenizer, checked.texts, rendering).digest == of["tokens"]:
             return checked
     return None
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from es2.core.settings import Settings, setting
+from es2.core.rendering import Rendering
+from es2.core.settings import setting
 from es2.models.catalogue import DEFAULT_MODEL
 from es2.models.costs import DTYPES
 from es2.store.sources import POSITIONS
 
 
-class CaptureConfig(Settings):
+class CaptureConfig(Rendering):
     """Everything that decides a capture but its prompts."""
 
     model: str = setting(

@@ -8,15 +8,20 @@ import typer
 from rich.table import Table
 
 from es2.cli.prompt_options import read_prompts, with_prompts
+from es2.cli.rendering_options import with_rendering
 from es2.cli.terminal import AllowMirror, AsJson, Device, Dtype, Model, Prompts, emit, out, progress
+from es2.core.rendering import Rendering
 from es2.models.catalogue import DEFAULT_MODEL
 
 
+@with_rendering
 @with_prompts
 def check(
     model: Model = DEFAULT_MODEL,
     adapter: Annotated[str | None, typer.Option(help="A peft adapter to check on the model: folder or Hub id.")] = None,
     prompts: Prompts = "builtin",
+    *,
+    rendering: Rendering,
     device: Device = None,
     dtype: Dtype = None,
     allow_mirror: AllowMirror = False,
@@ -32,7 +37,7 @@ def check(
     prompt_set = read_prompts(prompts)
     with progress() as report:
         found = None if adapter is None else adapter_folder(adapter, report)
-        result = make(model, prompt_set, adapter=found, device=device, dtype=dtype, report=report)
+        result = make(model, prompt_set, adapter=found, rendering=rendering, device=device, dtype=dtype, report=report)
 
     def show() -> None:
         table = Table("check", "", "what was found", box=None, pad_edge=False)

@@ -9,14 +9,19 @@ from rich.table import Table
 
 from es2.cli.options import with_settings
 from es2.cli.prompt_options import read_prompts, with_prompts
+from es2.cli.rendering_options import show_rendering, with_rendering
 from es2.cli.terminal import AllowMirror, AsJson, emit, interval_cell, out, progress, show_given_as, show_outcome
+from es2.core.rendering import Rendering
 from es2.evaluation.config import EvaluateConfig
 from es2.report.findings import accuracy_sentence
 
 
+@with_rendering
 @with_prompts
 @with_settings(EvaluateConfig)
-def evaluate(settings: dict[str, Any], allow_mirror: AllowMirror = False, json_: AsJson = False) -> None:
+def evaluate(
+    *, rendering: Rendering, settings: dict[str, Any], allow_mirror: AllowMirror = False, json_: AsJson = False
+) -> None:
     """Does the separation hold: refusals, over-refusal, ability, and attacks on the embeddings; base and tuned.
 
     Interrupted, the same command goes on from the replies that it has.
@@ -32,7 +37,7 @@ def evaluate(settings: dict[str, Any], allow_mirror: AllowMirror = False, json_:
     decided = {"model": resolve(settings["model"]).name, "prompts": absolute_source(settings["prompts"])}
     decided["questions"] = absolute_questions(settings["questions"])
     decided["steering_limit"] = min(settings["steering_limit"], settings["limit"])
-    config = EvaluateConfig(**settings | decided)
+    config = EvaluateConfig(**settings | decided | dict(rendering))
     run = open_run(config.run) if config.run is not None else None
     if run is not None:
         check_run(run, config.model)
@@ -77,9 +82,13 @@ def _show(result: Mapping[str, Any]) -> None:
     table = Table("number", "base", "tuned", "tuned − base")
     if (refusal := suite.get("refusal")) and "problem" not in refusal:
         counts = refusal["n_prompts"]
+        thought = f", after up to {result['settings'].get('thinking_tokens', 512)} of thinking" * bool(
+            result.get("thinks")
+        )
         out.print(f"Replies to {counts['harmful']} harmful and {counts['harmless']} harmless prompts of up to "
-                  f"{result['settings']['new_tokens']} tokens.")  # fmt: skip
-        for name in ("dsr", "harmful_degenerate", "harmful_empty", "over_refusal", "harmless_degenerate"):
+                  f"{result['settings']['new_tokens']} tokens{thought}.")  # fmt: skip
+        names = ["dsr", "harmful_degenerate", "harmful_empty", "over_refusal", "harmless_degenerate"]
+        for name in names + ["harmful_unfinished", "harmless_unfinished"] * bool(result.get("thinks")):
             table.add_row(name, *map(interval_cell, _cells(refusal, name)))
         if judge := refusal["judge"]:
             for name in ("dsr", "over_refusal"):
@@ -117,4 +126,5 @@ def _show(result: Mapping[str, Any]) -> None:
         if sentence:
             out.print(sentence)
     show_given_as(result)
+    show_rendering(result.get("rendering"))
     out.print(f"Kept with its replies: {result['path']}", soft_wrap=True)

@@ -27,6 +27,7 @@ from es2.cli import runs as cli_runs
 from es2.cli import share as cli_share
 from es2.cli.options import with_settings
 from es2.cli.prompt_options import read_prompts, reading_of, with_prompts
+from es2.cli.rendering_options import show_rendering, with_rendering
 from es2.cli.terminal import (
     AllowMirror,
     AsJson,
@@ -47,6 +48,7 @@ from es2.cli.terminal import (
 )
 from es2.core.errors import Es2Error, InputError, MachineError
 from es2.core.progress import Cancelled
+from es2.core.rendering import Rendering
 from es2.models.catalogue import DEFAULT_MODEL
 from es2.store.sources import OWN_HOOKS, OWN_HOOKS_NOTE
 
@@ -105,6 +107,7 @@ def models(json_: AsJson = False) -> None:
 
 
 @app.command()
+@with_rendering
 @with_prompts
 @with_settings(CaptureConfig, leave_out=("positions",))
 def capture(
@@ -113,6 +116,8 @@ def capture(
     position: Annotated[
         list[str] | None, typer.Option(help="last or last_instruction; may be given twice. Default: both.")
     ] = None,
+    *,
+    rendering: Rendering,
     allow_mirror: AllowMirror = False,
     json_: AsJson = False,
 ) -> None:
@@ -124,16 +129,18 @@ def capture(
     from es2.models.catalogue import resolve
     from es2.models.folders import model_doubts
 
-    config = CaptureConfig(**settings)
+    config = CaptureConfig(**settings | dict(rendering))
     if position:
         config = config.replace(positions=tuple(position))
     prompt_set = read_prompts(prompts)
+    config = config.replace(**dict(prompt_set.rendered_as(config)))
     _say_how_long(config, prompt_set)
     with progress() as report:
         captured = capture_together(
             config.model,
             prompt_set,
             positions=config.positions,
+            rendering=config.rendering,
             device=config.device,
             dtype=config.dtype,
             report=report,
@@ -154,6 +161,7 @@ def capture(
             soft_wrap=True,
         )
         show_given_as(document)
+        show_rendering(document["rendering"])
         if activations.hooks == OWN_HOOKS:
             out.print(OWN_HOOKS_NOTE)
         for sentence in document["warnings"]:
@@ -170,7 +178,7 @@ def _say_how_long(config: CaptureConfig, prompts: PromptSet) -> None:
     from es2.workflow.plan import capture_seconds
 
     spec = resolve(config.model)
-    known = all(find_activations(spec.name, prompts, position) for position in config.positions)
+    known = all(find_activations(spec.name, prompts, position, rendering=config) for position in config.positions)
     if known or os.environ.get("RANK", "0") != "0":
         return
     try:
@@ -186,6 +194,7 @@ def _say_how_long(config: CaptureConfig, prompts: PromptSet) -> None:
 
 
 @app.command()
+@with_rendering
 @with_prompts
 @with_settings(AnalysisConfig)
 def analyze(
@@ -197,6 +206,7 @@ def analyze(
         typer.Option(help="Prompts of another origin that give the numbers, with probes from --prompts."),
     ] = None,
     *,
+    rendering: Rendering,
     settings: dict[str, Any],
     device: Device = None,
     dtype: Dtype = None,
@@ -221,6 +231,7 @@ def analyze(
             prompt_set,
             run=of_run,
             test_prompts=test_set,
+            rendering=rendering,
             config=config,
             device=device,
             dtype=dtype,
@@ -228,7 +239,13 @@ def analyze(
         )
     analysis = prepared.analysis
     activations = prepared.activations
-    of = {"model": activations.model, "run": run, "key": activations.key, "given_as": activations.given_as}
+    of: dict[str, Any] = {
+        "model": activations.model,
+        "run": run,
+        "key": activations.key,
+        "given_as": activations.given_as,
+    }
+    of["rendering"] = activations.rendering
     document = of | analysis.to_dict() | {"reading": reading_of(prompt_set)}
     if test_set is not None:
         document["test_reading"] = reading_of(test_set)
@@ -248,6 +265,7 @@ def analyze(
         if of_run is not None:
             show_outcome(document)
         show_given_as(document)
+        show_rendering(document["rendering"])
 
     emit(document, json_, show)
 
@@ -265,12 +283,15 @@ app.command()(cli_share.report)
 
 
 @app.command()
+@with_rendering
 @with_prompts
 def project(
     model: Model = DEFAULT_MODEL,
     prompts: Prompts = "builtin",
     view: Annotated[str, typer.Option(help="umap (the other views need no preparation).")] = "umap",
     position: Position = "last",
+    *,
+    rendering: Rendering,
     device: Device = None,
     dtype: Dtype = None,
     allow_mirror: AllowMirror = False,
@@ -287,15 +308,17 @@ def project(
     prompt_set = read_prompts(prompts)
     with progress() as report:
         activations, key = project_layers(
-            model, prompt_set, position=position, device=device, dtype=dtype, report=report
+            model, prompt_set, rendering=rendering, position=position, device=device, dtype=dtype, report=report
         )
     seconds = time.perf_counter() - begun
     path = activations.path / "derived" / key
-    document = {"key": key, "seconds": seconds, "given_as": activations.given_as}
+    document: dict[str, Any] = {"key": key, "seconds": seconds, "given_as": activations.given_as}
+    document["rendering"] = activations.rendering
 
     def show() -> None:
         out.print(f"UMAP of every layer: {path}")
         show_given_as(document)
+        show_rendering(document["rendering"])
 
     emit(document, json_, show)
 

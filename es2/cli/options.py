@@ -16,6 +16,7 @@ import typer
 
 from es2.analysis.results import AnalysisConfig
 from es2.capture.config import CaptureConfig
+from es2.core.rendering import Rendering
 from es2.core.settings import Settings, bounds_in_words, entry_kind, extra, kind_of, parse_list
 from es2.evaluation.config import EvaluateConfig
 from es2.training.config import FinetuneConfig
@@ -32,7 +33,7 @@ COMMANDS: Mapping[str, type[Settings]] = {
 def with_settings(
     settings: type[Settings], *, leave_out: Collection[str] = (), left_open: Mapping[str, str] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that gives a command an option for each setting.
+    """A decorator that gives a command an option for each setting, but for those of `with_rendering`.
 
     Args:
         settings: the declarations.
@@ -43,7 +44,7 @@ def with_settings(
         The decorator. The command's parameter `settings` receives the values by name; a list is given with commas.
     """
     left_open = left_open or {}
-    names = [name for name in settings.model_fields if name not in leave_out]
+    names = [name for name in settings.model_fields if name not in (*leave_out, *Rendering.model_fields)]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
@@ -86,6 +87,8 @@ def table(settings: type[Settings]) -> list[str]:
     """The lines of a Markdown table of declared settings."""
     lines = ["| setting | default | may be | what it does |", "| --- | --- | --- | --- |"]
     for name, field in settings.model_fields.items():
+        if name in Rendering.model_fields and settings is not Rendering:
+            continue
         default = "" if field.is_required() else field.default
         if isinstance(default, tuple):
             default = ",".join(map(str, default))
@@ -110,6 +113,9 @@ def page() -> str:
     ]
     for command, settings in COMMANDS.items():
         lines += ["", f"## `es2 {command}`", "", *table(settings)]
+    where = "prompts.md#how-the-model-is-given-them"
+    of_all = f"Of every command that renders prompts ([{where}]({where})); a run keeps them."
+    lines += ["", "## How prompts are given to the model", "", of_all, "", *table(Rendering)]
     return "\n".join(lines) + "\n"
 
 

@@ -10,12 +10,15 @@ from rich.table import Table
 
 from es2.cli.options import with_settings
 from es2.cli.prompt_options import read_prompts, with_prompts
+from es2.cli.rendering_options import with_rendering
 from es2.cli.terminal import AllowMirror, AsJson, Model, Prompts, emit, out
 from es2.core.errors import InputError
+from es2.core.rendering import Rendering
 from es2.models.catalogue import DEFAULT_MODEL, resolve
 from es2.training.config import FinetuneConfig
 
 
+@with_rendering
 @with_prompts
 @with_settings(
     FinetuneConfig,
@@ -29,6 +32,7 @@ def plan(
         str | None, typer.Option(help="Plan for GPUs that are not here: 24 for one of 24 GB, 8x80 for eight of 80 GB.")
     ] = None,
     *,
+    rendering: Rendering,
     settings: dict[str, Any],
     allow_mirror: AllowMirror = False,
     json_: AsJson = False,
@@ -46,10 +50,11 @@ def plan(
     prompt_set = read_prompts(prompts)
     spec = resolve(model)
     targets, first_block = settings["layers"], settings["first_block"]
+    settings |= dict(prompt_set.rendered_as(rendering))
     config = FinetuneConfig(**settings | {"layers": (0,), "first_block": None, "model": spec.name})
     if targets is None:
         measured = prompt_set.measured()
-        found = find_activations(spec.name, measured, "last")
+        found = find_activations(spec.name, measured, "last", rendering=config)
         analysis = find_analysis(found, measured, "last") if found else None
         targets = analysis.recommended if analysis else guessed_layers(Shape.of_model(config.model).n_layers)
     if not targets:
@@ -83,5 +88,6 @@ def plan(
     source = "" if prompts == "builtin" else f" --prompts {shlex.quote(prompts)}"
     commands = [command + source for command in made.commands]
     document = {"model": spec.name, "prompts": prompts, "target_layers": list(config.targets)} | made.to_dict()
+    document["rendering"] = config.settled.to_dict()
     document["commands"] = commands
     emit(document, json_, show)

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from es2.cli.prompt_options import with_prompts
+from es2.cli.rendering_options import show_rendering, with_rendering
 from es2.cli.terminal import (
     AllowMirror,
     AsJson,
@@ -23,11 +24,13 @@ from es2.cli.terminal import (
     show_given_as,
     show_outcome,
 )
+from es2.core.rendering import Rendering
 from es2.models.catalogue import DEFAULT_MODEL
 
 _ABILITY = ("over_refusal", "perplexity", "accuracy", "kl_prompt", "kl_reply", "agreement")
 
 
+@with_rendering
 @with_prompts
 def reproduce(
     model: Model = DEFAULT_MODEL,
@@ -38,6 +41,8 @@ def reproduce(
     prompts: Annotated[
         list[str] | None, typer.Option(help="Evaluate on these instead, as for `es2 evaluate`; may be given again.")
     ] = None,
+    *,
+    rendering: Rendering,
     device: Device = None,
     dtype: Dtype = None,
     allow_mirror: AllowMirror = False,
@@ -52,6 +57,7 @@ def reproduce(
 
     protocol = read_protocol(config) if config is not None else protocol_for(model)
     given: dict[str, Any] = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
+    given |= rendering.to_dict()
     protocol = replace(
         protocol,
         sources=protocol.sources.replace(evaluated_on=tuple(prompts or protocol.sources.evaluated_on)),
@@ -68,6 +74,7 @@ def _show(result: Mapping[str, Any]) -> None:
     out.print(f"{result['model']}, {result['objective']} at layers {layers}, run {result['run']}.")
     show_outcome(result)
     show_given_as(result)
+    show_rendering(result["rendering"])
     for found in result["evaluations"]:
         counts = found["n_prompts"] or {"harmful": 0, "harmless": 0}
         out.print(

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from es2.cli.options import with_settings
 from es2.cli.prompt_options import read_prompts, with_prompts
+from es2.cli.rendering_options import show_rendering, with_rendering
 from es2.cli.terminal import (
     AllowMirror,
     AsJson,
@@ -27,6 +28,7 @@ from es2.cli.terminal import (
 )
 from es2.core.errors import InputError
 from es2.core.progress import Reporter
+from es2.core.rendering import Rendering
 from es2.core.settings import parse_list
 from es2.jobs.job import Job
 from es2.jobs.running import jobs_ahead
@@ -38,12 +40,14 @@ if TYPE_CHECKING:
     from es2.prompts.prompt_set import PromptSet
 
 
+@with_rendering
 @with_prompts
 @with_settings(FinetuneConfig, leave_out=("model",), left_open={"layers": "the two that `analyze` recommends"})
 def finetune(
     model: Model = DEFAULT_MODEL,
     prompts: Prompts = "builtin",
     *,
+    rendering: Rendering,
     settings: dict[str, Any],
     allow_mirror: AllowMirror = False,
     json_: AsJson = False,
@@ -62,13 +66,14 @@ def finetune(
         spec = resolve(model)
         model_files = model_folder(spec, report)
         n_layers = count_layers(model_files)
+        settings |= dict(prompt_set.rendered_as(rendering))
         given, first_block = settings["layers"], settings["first_block"]
         until_then = {} if given else {"layers": (0,), "first_block": None}
         config = FinetuneConfig(**settings | {"model": spec.name} | until_then)
         config.check(n_layers, prompt_set)
         refuse_untunable(model_files, config.method)
         if not given:
-            base = prepare(model, prompt_set, device=config.device, dtype=config.dtype, report=report)
+            base = prepare(model, prompt_set, rendering=config, device=config.device, dtype=config.dtype, report=report)
             config = config.replace(layers=base.analysis.recommended, first_block=first_block)
             config.check(n_layers, prompt_set)
         if int(os.environ.get("RANK", "0")) > 0:
@@ -79,6 +84,7 @@ def finetune(
     emit(result, json_, lambda: _show_run(result))
 
 
+@with_rendering
 @with_prompts
 def import_(
     adapter: Annotated[
@@ -91,6 +97,8 @@ def import_(
         str | None, typer.Option(help="Its target layers, such as 12,18. Default: the two that `analyze` recommends.")
     ] = None,
     name: Annotated[str, typer.Option(help="What to call the run.")] = "",
+    *,
+    rendering: Rendering,
     replies: Annotated[bool, typer.Option(help=FinetuneConfig.model_fields["replies"].description)] = True,
     device: Device = None,
     dtype: Dtype = None,
@@ -103,7 +111,7 @@ def import_(
     from es2.prompts.benchmarks import absolute_source
     from es2.workflow.runs import import_adapter
 
-    read_prompts(prompts)
+    rendering = read_prompts(prompts).rendered_as(rendering)
     with progress() as report:
         # Everything is checked before anything heavy is done.
         spec = resolve(model)
@@ -113,7 +121,15 @@ def import_(
             raise InputError(f"There is no layer {outside[0]}: the model's layers are 0 to {n_layers - 1}.")
         source = absolute_source(prompts)
         run = import_adapter(
-            adapter, spec.name, source, targets, name=name, device=device, dtype=dtype, replies=replies
+            adapter,
+            spec.name,
+            source,
+            targets,
+            name=name,
+            rendering=rendering,
+            device=device,
+            dtype=dtype,
+            replies=replies,
         )
         result = _result_of(run, report)
     emit(result, json_, lambda: _show_run(result))
@@ -167,6 +183,7 @@ def _show_run(result: Mapping[str, Any]) -> None:
     if result.get("trained"):
         out.print(f"Trained: {result['trained']['sentence']}")
     show_given_as(result)
+    show_rendering(result.get("rendering"))
     out.print(f"Run {result['run']}: {result['path']}", soft_wrap=True)
 
 

@@ -18,6 +18,8 @@ from es2.core.errors import InputError
 from es2.core.former import todays_names
 
 _LARGEST = 2**63
+REPEATED = ("template_arg",)
+"""List settings whose entries may hold commas: on the command line the option is given once for each."""
 _EXAMPLES = {int: "12,18", float: "0.1,0.2", str: "a,b"}
 
 
@@ -30,6 +32,7 @@ def setting(
     of: str = "value",
     choices: Sequence[str] = (),
     suggestions: Sequence[str] = (),
+    implicit: bool = False,
     step: float | None = None,
     format: str | None = None,
     ge: float | None = None,
@@ -45,11 +48,12 @@ def setting(
         of: the word for one entry of a list.
         choices: the values that it, or an entry of it, may have; any if empty.
         suggestions: values that a form offers among others.
+        implicit: whether JSON leaves it out at its default, so that keys of before it was declared are as they were.
         step, format: of a form's number field.
         ge, gt: its least value, or a value below all that it may have.
     """
     extra: Any = {"label": label, "group": group, "of": of, "step": step, "format": format}
-    extra |= {"choices": tuple(choices), "suggestions": tuple(suggestions)}
+    extra |= {"choices": tuple(choices), "suggestions": tuple(suggestions), "implicit": implicit}
     return Field(default, description=help, ge=ge, gt=gt, json_schema_extra=extra)
 
 
@@ -83,8 +87,13 @@ class Settings(BaseModel):
         return type(self)(**dict(self) | changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values by name."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in self}
+        """JSON values by name, without `implicit` settings at their default."""
+        fields = type(self).model_fields
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in self
+            if value != fields[name].default or not extra(fields[name], "implicit")
+        }
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Self:
@@ -142,6 +151,9 @@ def option_words(settings: type[Settings], values: Mapping[str, Any]) -> list[st
     for name, value in values.items():
         usual = settings.model_fields[name].default if name in settings.model_fields else None
         if value is None or (value is False and usual is not True):
+            continue
+        if name in REPEATED:
+            words += [f"--{name.replace('_', '-')}={entry}" for entry in value]
             continue
         words.append(f"--{'no-' if value is False else ''}{name.replace('_', '-')}")
         if value is False:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from es2.analysis.probes import Probes
-from es2.analysis.refusal import RULES_VERSION, judge_reply
+from es2.analysis.refusal import RULES_VERSION
 from es2.analysis.resampling import interval, resample_pairs
 from es2.analysis.results import Analysis
 from es2.evaluation.behaviour import rate_interval
@@ -61,7 +61,7 @@ def perturbation(
     sweep = steering_sweep(config.directions, config.budgets, config.p0s)
     tokenizer = load_tokenizer(work.folder)
     tokens = rendered(work, tokenizer, sample)
-    prefix = template_prefix(tokenizer, tokens)
+    prefix = template_prefix(tokenizer, tokens, work.rendering)
     found = {
         name: _reply_steered(work, name, attackers[name], tokenizer, sample, tokens, prefix, sweep)
         for name in work.models
@@ -138,7 +138,7 @@ def _reply_steered(
             return {
                 "prompt": texts[index],
                 "steering": cases[index][0].to_dict(),
-                "verdict": judge_reply(text),
+                "verdict": work.read(tokenizer, reply, text)[0],
                 "text": text[:SHOWN_CHARACTERS],
                 "read": steered.read.of(index),
             }
@@ -157,7 +157,7 @@ def curve_point(
     attack: Mapping[str, Any], found: Mapping[str, Sequence[Mapping[str, Any]]], weights: np.ndarray
 ) -> dict[str, Any]:
     """One steering or soft prompt: rates and what the hooks read, under each model, and base → tuned."""
-    classes = {"dsr": "refusal", "degenerate": "degenerate", "answered": "answer"}
+    classes = {"dsr": "refusal", "degenerate": "degenerate", "answered": "answer", "unfinished": "unfinished"}
     flags = {
         name: {
             entry: np.array([record["verdict"] == one for record in records], dtype=np.float64)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from es2.core.errors import InputError
-from es2.core.settings import Settings, setting
+from es2.core.rendering import Rendering
+from es2.core.settings import setting
 from es2.evaluation.judge import KEY_VARIABLE, check_endpoint
 from es2.evaluation.robustness import DIRECTIONS, P0, logit
 from es2.evaluation.soft_prompt import BUDGETS as SOFT_BUDGETS
@@ -19,7 +20,7 @@ ANSWER_BY = ("text", "letter")
 SUITES = ("refusal", "kl", "perturbation", "soft_prompt", "ability")
 
 
-class EvaluateConfig(Settings):
+class EvaluateConfig(Rendering):
     """Everything that decides an evaluation, but the judge's key."""
 
     model: str = setting(
@@ -60,6 +61,15 @@ class EvaluateConfig(Settings):
     )
     new_tokens: int = setting(
         64, "The longest reply, in tokens. Late refusals come after 20 to 30.", label="Reply tokens", step=8, ge=1
+    )
+    thinking_tokens: int = setting(
+        512,
+        "The longest thinking before a reply, in tokens, where the model thinks; a reply that still thinks then counts "
+        "as unfinished. Reply tokens are those of the answer.",
+        label="Thinking tokens",
+        step=64,
+        ge=1,
+        implicit=True,
     )
     kl_tokens: int = setting(
         32, "Tokens of the base's reply that KL, perplexity and agreement cover.", label="KL tokens", step=8, ge=1

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from es2.core.errors import InputError
+from es2.core.rendering import AS_THE_TEMPLATE, Rendering
 from es2.evaluation.behaviour import rate_interval
 from es2.evaluation.results import SHOWN_CHARACTERS
 from es2.evaluation.suites import BOOTSTRAP, Work, load
@@ -39,9 +40,9 @@ def ability(work: Work, questions: QuestionSet) -> tuple[dict[str, Any], list[di
     asked = questions.choose(work.config.question_limit)
     tokenizer = load_tokenizer(work.folder)
     by = work.config.answer_by
-    contexts, tokens = tokens_of(tokenizer, asked, by)
+    contexts, tokens = tokens_of(tokenizer, asked, by, work.rendering)
     _check_lengths(work, asked, tokens)
-    prefix = template_prefix(tokenizer, contexts)
+    prefix = template_prefix(tokenizer, contexts, work.rendering)
     found: dict[str, list[int]] = {}
     model: Any = None
     for name in work.models:
@@ -83,13 +84,17 @@ def ability(work: Work, questions: QuestionSet) -> tuple[dict[str, Any], list[di
 
 
 def tokens_of(
-    tokenizer: PreTrainedTokenizerBase, asked: Sequence[Question], by: str
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Question],
+    by: str,
+    rendering: Rendering = AS_THE_TEMPLATE,
 ) -> tuple[list[tuple[int, ...]], list[list[tuple[int, ...]]]]:
     """Of each question, the tokens up to `OPENING`, and of each of its options, these and the option's own."""
     texts = [question_text(question, by) for question in asked]
-    contexts = render(tokenizer, texts, [OPENING] * len(asked)).token_ids
+    contexts = render(tokenizer, texts, rendering, [OPENING] * len(asked)).token_ids
     pairs = [(text, f"{OPENING} {one}") for text, of in zip(texts, asked, strict=True) for one in answers(of, by)]
-    every = iter(render(tokenizer, *zip(*pairs, strict=True)).token_ids)
+    said, begun = zip(*pairs, strict=True)
+    every = iter(render(tokenizer, said, rendering, begun).token_ids)
     return list(contexts), [[next(every) for _ in question.options] for question in asked]
 
 

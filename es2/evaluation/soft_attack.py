@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from es2.analysis.refusal import RULES_VERSION, judge_reply
+from es2.analysis.refusal import RULES_VERSION
 from es2.analysis.resampling import resample_pairs
 from es2.analysis.results import Analysis
 from es2.core.errors import InputError
@@ -30,7 +30,7 @@ from es2.evaluation.soft_prompt import (
 )
 from es2.evaluation.steering import Steered, Steering
 from es2.evaluation.suites import BOOTSTRAP, Work, check_length, choose_prompts, generate, load
-from es2.models.chat_template import Rendered, render, template_prefix
+from es2.models.chat_template import Rendered, render, reply_thinking, template_prefix
 from es2.models.loading import load_tokenizer
 from es2.prompts.prompt_set import HARMFUL, PromptSet
 from es2.store.sources import LayerSource
@@ -56,7 +56,8 @@ def soft_prompts(
     sample = choose_prompts(measured.select(measured.in_split("test")), config.steering_limit, HARMFUL)
     fitted_on = choose_prompts(measured.select(measured.in_split("probe")), N_FITTED, HARMFUL)
     tokenizer = load_tokenizer(work.folder)
-    rendered, fitting = (render(tokenizer, some.texts) for some in (sample, fitted_on))
+    rendered, fitting = (render(tokenizer, some.texts, work.rendering) for some in (sample, fitted_on))
+    work.thinking = reply_thinking(tokenizer, work.rendering)
     longest = max(config.soft_lengths) + max(map(len, (*rendered.token_ids, *fitting.token_ids)))
     check_length(work, longest)
     sweep = soft_sweep(config.soft_lengths, config.soft_budgets)
@@ -143,7 +144,7 @@ def _generate_soft(
         read_lm_head(model)
     except InputError as error:
         raise InputError(f"No soft prompt can be fitted to this model: {error}") from error
-    prefix = template_prefix(tokenizer, [*rendered.token_ids, *fitting.token_ids])
+    prefix = template_prefix(tokenizer, [*rendered.token_ids, *fitting.token_ids], work.rendering)
     prefix = prefix[: min(*rendered.first_instruction, *fitting.first_instruction)]
     refusals = own_refusals(model, tokenizer, fitting.token_ids, prefix, work.report, f"reply {name}")
     numbers = {"n_refused": sum(map(bool, refusals)), "n_fitted": len(refusals)}
@@ -172,7 +173,8 @@ def _generate_soft(
     def entries(index: int, reply: tuple[int, ...], text: str) -> dict[str, Any]:
         soft = cases[index][0]
         read = reading.read.of(index) | {"relative": soft.budget}
-        return {"prompt": texts[index], "steering": soft.to_dict(), "verdict": judge_reply(text), "read": read}
+        verdict = work.read(tokenizer, reply, text)[0]
+        return {"prompt": texts[index], "steering": soft.to_dict(), "verdict": verdict, "read": read}
 
     with SoftTokens(model, torch.cat(bank)), reading:
         stage = f"soft {name}"

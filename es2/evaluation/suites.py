@@ -9,6 +9,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +20,18 @@ from es2.analysis.resampling import canonical, resample_pairs
 from es2.core.errors import InputError
 from es2.core.files import content_key
 from es2.core.progress import Reporter
+from es2.core.rendering import AS_THE_TEMPLATE, Rendering
 from es2.evaluation.behaviour import ability_numbers, compare_exchange, refusal_numbers
 from es2.evaluation.judge import Judge, judge_replies
 from es2.evaluation.reply_log import ReplyLog
 from es2.jobs.job import Job
 from es2.models.adapters import apply_finetune
 from es2.models.batching import end_tokens
-from es2.models.chat_template import render, template_prefix
+from es2.models.chat_template import render, reply_thinking, template_prefix
 from es2.models.loading import load_model, load_tokenizer
 from es2.models.replies import Steering, exchange_states, greedy_replies
 from es2.models.shape import context_length
+from es2.models.thinking import ReplyThinking
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, normalised, stable_hash, warn_of_likeness
 from es2.store.store import Store
 
@@ -96,11 +99,33 @@ class Work:
     log: ReplyLog
     store: Store
     report: Reporter
+    rendering: Rendering = AS_THE_TEMPLATE
+    thinking: ReplyThinking | None = None
     generated: dict[str, float] = field(default_factory=lambda: {"tokens": 0, "seconds": 0.0, "replies": 0})
 
     @property
     def models(self) -> tuple[str, ...]:
         return ("base",) if self.run is None else ("base", "tuned")
+
+    @property
+    def reply_tokens(self) -> int:
+        """The longest reply, with its thinking where there is any."""
+        return self.config.new_tokens + (self.config.thinking_tokens if self.thinking is not None else 0)
+
+    def read(self, tokenizer: Any, tokens: Sequence[int], text: str) -> tuple[str, str, str]:
+        """The class of a reply, which is judged after its thinking, its answer, and its thinking.
+
+        Args:
+            tokens, text: of the whole reply.
+        """
+        if self.thinking is None:
+            return judge_reply(text), text, ""
+        start = self.thinking.answer_at(tokens, partial(tokenizer.decode, skip_special_tokens=False))
+        if start is None or start > self.config.thinking_tokens:
+            return "unfinished", "", text
+        thought, answer = tokens[:start], tokens[start : start + self.config.new_tokens]
+        shown, said = (tokenizer.decode(part, skip_special_tokens=True) for part in (thought, answer))
+        return judge_reply(said), said, shown
 
     def key(self, model: str, tokens: Sequence[int], **more: Any) -> str:
         """Everything that decides a reply of `base` or `tuned`."""
@@ -112,14 +137,19 @@ class Work:
                 "new_tokens": self.config.new_tokens,
                 "device": self.device.partition(":")[0],
                 "dtype": self.dtype,
+                **({} if self.thinking is None else {"thinking_tokens": self.config.thinking_tokens}),
                 **more,
             }
         )
 
 
 def rendered(work: Work, tokenizer: Any, prompts: PromptSet) -> list[tuple[int, ...]]:
-    """The tokens of every prompt; raises `InputError` when one and its reply are longer than the model reads."""
-    tokens = list(render(tokenizer, prompts.texts).token_ids)
+    """The tokens of every prompt; `work` learns how replies think.
+
+    Raises `InputError` when a prompt and its reply are longer than the model reads.
+    """
+    work.thinking = reply_thinking(tokenizer, work.rendering)
+    tokens = list(render(tokenizer, prompts.texts, work.rendering).token_ids)
     check_length(work, max(map(len, tokens)))
     return tokens
 
@@ -127,10 +157,10 @@ def rendered(work: Work, tokenizer: Any, prompts: PromptSet) -> list[tuple[int, 
 def check_length(work: Work, n_tokens: int) -> None:
     """Raise `InputError` when a prompt of this many tokens and its reply are longer than the model reads."""
     limit = context_length(work.folder)
-    longest = n_tokens + work.config.new_tokens
+    longest = n_tokens + work.reply_tokens
     if limit is not None and longest > limit:
         raise InputError(
-            f"The longest prompt and a reply of {work.config.new_tokens} tokens need {longest:,}, but the model reads "
+            f"The longest prompt and a reply of {work.reply_tokens} tokens need {longest:,}, but the model reads "
             f"at most {limit:,}; shorten the prompt or the reply."
         )
 
@@ -144,7 +174,7 @@ def behaviour(
         raise InputError(f"{prompts.name!r} has no harmless prompt, so there is no ability to measure; add some.")
     tokenizer = load_tokenizer(work.folder)
     tokens = rendered(work, tokenizer, sample)
-    prefix = template_prefix(tokenizer, tokens)
+    prefix = template_prefix(tokenizer, tokens, work.rendering)
     needed = work.models if suite == "refusal" else ("base",)
     model: Any = None
     states: dict[str, list[Any]] = {}
@@ -181,15 +211,23 @@ def behaviour(
         numbers = ability_numbers(exchanges, weights, "tuned" in states)
         return {"n_prompts": len(sample), "reply_tokens": work.config.kl_tokens} | numbers, []
 
-    texts = {name: [work.log[work.key(name, prompt)]["text"] for prompt in tokens] for name in work.models}
-    verdicts = {name: [judge_reply(text) for text in texts[name]] for name in work.models}
+    read: dict[str, list[tuple[str, str, str]]] = {}
+    for name in work.models:
+        records = [work.log[work.key(name, prompt)] for prompt in tokens]
+        read[name] = [work.read(tokenizer, record["tokens"], record["text"]) for record in records]
+    verdicts = {name: [verdict for verdict, _, _ in read[name]] for name in work.models}
+    texts = {name: [text for _, text, _ in read[name]] for name in work.models}
     result: dict[str, Any] = {
         "n_prompts": {LABEL_NAMES[one]: int((sample.labels == one).sum()) for one in (HARMFUL, HARMLESS)}
     }
     result |= refusal_numbers(sample, verdicts, weights)
     rows = [
         {"prompt": text, "label": LABEL_NAMES[int(label)], "category": category}
-        | {name: {"verdict": verdicts[name][row], "text": texts[name][row]} for name in work.models}
+        | {
+            name: {"verdict": verdicts[name][row], "text": texts[name][row]}
+            | ({"thinking": read[name][row][2]} if work.thinking is not None else {})
+            for name in work.models
+        }
         for row, (text, label, category) in enumerate(zip(sample.texts, sample.labels, sample.categories, strict=True))
     ]
     result["judge"] = None
@@ -236,7 +274,7 @@ def generate(
         steering: hooks that are in the model.
     """
     done = {index for index, key in enumerate(keys) if key in work.log}
-    n_tokens, ends = work.config.new_tokens, end_tokens(model)
+    n_tokens, ends = work.reply_tokens, end_tokens(model)
     begun = time.perf_counter()
     for batch in greedy_replies(
         model, tokens, n_tokens, ends, prefix=prefix, done=done, steering=steering, report=work.report, stage=stage

@@ -10,15 +10,31 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from es2.core.errors import InputError
+from es2.core.rendering import AS_THE_TEMPLATE, NONE, Rendering
 from es2.models.batching import n_alike
 from es2.models.model_files import first_line
-from es2.models.thinking import Thinking, thinking_of
+from es2.models.template_settings import (
+    UnrenderedError,
+    check_arguments,
+    check_system_prompt,
+    own_system_prompt,
+    thinking_switch,
+    without_system_prompt,
+)
+from es2.models.thinking import (
+    ReplyThinking,
+    Thinking,
+    last_in_words,
+    marks_between,
+    marks_in_source,
+    thinking_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,20 +99,64 @@ class PromptFrame:
         prefix, tail: what stands before and after the text; empty for a model without a chat template.
         template: the chat template, its date pinned; None for a model without one.
         in_parts: whether the template takes a text in a list of parts only.
+        system: the text of the system turn before the user's; None where there is none.
+        system_in_parts: whether that goes in as a list of parts.
+        arguments: what the template gets by name.
+        own_system_prompt: what the template puts in the place of a system prompt by itself; None for nothing.
     """
 
     prefix: str = ""
     tail: str = ""
     template: str | None = None
     in_parts: bool = False
+    system: str | None = None
+    system_in_parts: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    own_system_prompt: str | None = None
 
     @property
     def thinking(self) -> Thinking:
         """What the end of a prompt does with the model's thinking, as `thinking_of` says."""
         return thinking_of(self.tail)
 
+    @property
+    def around(self) -> tuple[str, str]:
+        """All that every prompt shares, by which two renderings are compared."""
+        return self.prefix, self.tail
 
-def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], replies: Sequence[str] | None = None) -> Rendered:
+    def messages(self, text: str) -> list[dict[str, Any]]:
+        """The conversation that a template renders."""
+
+        def content(words: str, in_parts: bool) -> Any:
+            return [{"type": "text", "text": words}] if in_parts else words
+
+        user = [{"role": "user", "content": content(text, self.in_parts)}]
+        if self.system is None:
+            return user
+        return [{"role": "system", "content": content(self.system, self.system_in_parts)}, *user]
+
+    def to_dict(self) -> dict[str, Any]:
+        """How prompts are given, for JSON: the system prompt, what stands around a text, and where `last` lies."""
+        return {
+            "system_prompt": self.own_system_prompt if self.system is None else self.system,
+            "system_prompt_from": (
+                "given" if self.system else None if self.own_system_prompt is None or self.system == "" else "template"
+            ),
+            "default_system_prompt": self.own_system_prompt,
+            "thinking": self.thinking,
+            "template_arguments": dict(self.arguments),
+            "prefix": self.prefix,
+            "tail": self.tail,
+            "last": last_in_words(self.template, self.tail),
+        }
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    rendering: Rendering = AS_THE_TEMPLATE,
+    replies: Sequence[str] | None = None,
+) -> Rendered:
     """Texts as the model reads them: one user message under the chat template, with the generation prompt.
 
     Templates that ask for today's date get `PINNED_DATE`. Without a chat template the plain text is tokenised.
@@ -106,11 +166,12 @@ def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], replies: Se
         replies: for each text, what the model's turn begins with; without a chat template it is the text's next line.
 
     Raises:
-        InputError: when the template refuses or rewrites a text, or the tokenizer has no character spans of tokens.
+        InputError: when the template refuses or rewrites a text, or does not take what `rendering` asks for, or the
+            tokenizer has no character spans of tokens.
     """
     if not tokenizer.is_fast:
         raise InputError("This model's tokenizer has no fast version (tokenizer.json); use a model that has one.")
-    frame = prompt_frame(tokenizer)
+    frame = prompt_frame(tokenizer, rendering)
     strings = [_framed(tokenizer, frame, text) for text in texts]
     templated = frame.template is not None
     between = "" if templated else "\n"
@@ -130,10 +191,12 @@ def render(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], replies: Se
     )
 
 
-def template_prefix(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def template_prefix(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], rendering: Rendering = AS_THE_TEMPLATE
+) -> tuple[int, ...]:
     """The shared prefix: the tokens with which every prompt under the chat template begins, whatever its text."""
     # Two texts without a common beginning show where the prefix ends, also when the prompts all begin with one word.
-    frame = prompt_frame(tokenizer)
+    frame = prompt_frame(tokenizer, rendering)
     two = [f"{frame.prefix}{text}{frame.tail}" for text in "A1"]
     unlike = tokenizer(two, add_special_tokens=frame.template is None, verbose=False)["input_ids"]
     every = [*map(tuple, prompts), *map(tuple, unlike)]
@@ -141,34 +204,133 @@ def template_prefix(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequen
     return first[: min(n_alike(first, last), min(map(len, every)) - 1)]
 
 
-def prompt_frame(tokenizer: PreTrainedTokenizerBase) -> PromptFrame:
+def prompt_frame(tokenizer: PreTrainedTokenizerBase, rendering: Rendering = AS_THE_TEMPLATE) -> PromptFrame:
     """What the tokenizer puts around a user's text.
 
     Raises:
-        InputError: when its chat template cannot be used for prompts of one user's message.
+        InputError: when its chat template cannot be used for prompts of one user's message, or refuses or ignores a
+            part of `rendering`.
     """
+    wanted = rendering.settled
     if tokenizer.chat_template is None:
+        if wanted != AS_THE_TEMPLATE:
+            raise InputError(
+                "This model has no chat template, so it takes no system prompt, thinking or template argument; leave "
+                "--system-prompt, --thinking and --template-arg out."
+            )
         return PromptFrame()
-    template = _pinned_template(tokenizer)
-    refused: InputError | None = None
-    for in_parts in (False, True):
+    arguments = wanted.arguments
+    if taken := sorted(_TAKEN & arguments.keys()):
+        raise InputError(f"{taken[0]!r} is no argument of a chat template here; leave it out of --template-arg.")
+    template = _pinned_template(tokenizer, arguments.get("tools"))
+
+    def frame(system: str | None, given: Mapping[str, Any]) -> PromptFrame:
+        return _find_frame(tokenizer, template, system, given)
+
+    own = own_system_prompt(frame, arguments)
+    system = wanted.system_prompt
+    if system == NONE:
+        system = without_system_prompt(frame, arguments, own)
+    elif system is not None:
+        check_system_prompt(frame, arguments, system, own)
+    if wanted.thinking is not None:
+        arguments = arguments | thinking_switch(frame, system, arguments, wanted.thinking)
+    found = replace(frame(system, arguments), own_system_prompt=own)
+    check_arguments(frame, found, wanted.arguments)
+    return found
+
+
+def describe_rendering(tokenizer: PreTrainedTokenizerBase, rendering: Rendering = AS_THE_TEMPLATE) -> dict[str, Any]:
+    """How prompts are given to the model, for artifacts and outputs: the `settings`, and what `PromptFrame` says."""
+    return {"settings": rendering.settled.to_dict()} | prompt_frame(tokenizer, rendering).to_dict()
+
+
+def reply_thinking(tokenizer: PreTrainedTokenizerBase, rendering: Rendering = AS_THE_TEMPLATE) -> ReplyThinking | None:
+    """How replies to these prompts think before they answer, by the template's own markers; None where they do not.
+
+    The markers are those around the thinking of a past turn, as the template shows it, or that it mentions.
+    """
+    frame = prompt_frame(tokenizer, rendering)
+    if frame.template is None or frame.thinking == "closed":
+        return None
+    marks = _marks_of_a_past_turn(tokenizer, frame) or marks_in_source(str(tokenizer.get_chat_template()), frame.tail)
+    if marks is None:
+        return None
+    opens, closes = marks
+    opened = frame.thinking == "opened"
+    return ReplyThinking(None if opened else opens, closes, opened)
+
+
+def _marks_of_a_past_turn(tokenizer: PreTrainedTokenizerBase, frame: PromptFrame) -> tuple[str | None, str] | None:
+    """The markers around the thinking of a past reply, where the template shows any."""
+    thought, answer = "zarfing", "quibbed"
+    turn = {"role": "assistant", "content": answer} | dict.fromkeys(_THOUGHTS, thought)
+    try:
+        whole = _apply(tokenizer, frame, _MARK, [turn])
+    except _TEMPLATE_ERRORS:
+        return None
+    head, found, rest = whole.partition(thought)
+    between, answered, _ = rest.partition(answer)
+    if not found or not answered:
+        return None
+    before = f"{frame.prefix}{_MARK}{frame.tail}"
+    return marks_between(head[len(before) :] if head.startswith(before) else "", between)
+
+
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # what templates call the thinking of a past turn
+
+_TAKEN = {
+    "conversation",
+    "messages",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "sanitize_control_tokens",
+    "tokenizer_kwargs",
+    "self",
+    "strftime_now",
+}
+"""Arguments of `apply_chat_template` that are not the template's, and the clock, which is pinned."""
+
+
+def _find_frame(
+    tokenizer: PreTrainedTokenizerBase, template: str, system: str | None, arguments: Mapping[str, Any]
+) -> PromptFrame:
+    """What a template puts around a text, in the first form of messages that it takes."""
+    mark = _MARK
+    while mark in f"{system}{arguments}":
+        mark += "o"
+    forms = ((False, False), (True, True), (True, False), (False, True))
+    refused: UnrenderedError | None = None
+    for in_parts, system_in_parts in forms[:2] if system is None else forms:
+        own = system_in_parts and system is not None
+        tried = PromptFrame("", "", template, in_parts, system, own, arguments)
         try:
-            prefix, found, tail = _apply(tokenizer, template, _MARK, in_parts).partition(_MARK)
+            prefix, found, tail = _apply(tokenizer, tried, mark).partition(mark)
         except _TEMPLATE_ERRORS as error:
-            reason = re.sub(r" at \d+$", "", first_line(error).replace(_MARK, "…"))  # counted from the clock on
-            refused = refused or InputError(
+            reason = re.sub(r" at \d+$", "", first_line(error).replace(mark, "…"))  # counted from the clock on
+            refused = refused or UnrenderedError(
                 f"The model's chat template cannot render one user's message without tools ({reason}); "
-                "use another template or another model."
+                "use another template or another model.",
+                reason,
             )
             continue
-        if found and _MARK not in tail:
-            return PromptFrame(prefix, tail, template, in_parts)
-    raise refused or InputError(
-        "This model's chat template does not show the user's text exactly once; use another template or another model."
+        if found and mark not in tail:
+            return replace(tried, prefix=prefix, tail=tail)
+    raise refused or UnrenderedError(
+        "This model's chat template does not show the user's text exactly once; use another template or another model.",
+        "",
     )
 
 
-def _pinned_template(tokenizer: PreTrainedTokenizerBase) -> str:
+def _pinned_template(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
     """The chat template behind a macro that hides transformers' clock of the same name.
 
     Templates cannot be given a function: transformers replaces everything but plain data.
@@ -188,7 +350,7 @@ def _pinned_template(tokenizer: PreTrainedTokenizerBase) -> str:
         "{% set shown.date = shown.date | replace(flag, value) %}{% endfor %}{{ shown.date }}{% endmacro %}"
     )
     # The newline is swallowed (trim_blocks), so the template begins at the start of a line, as it does by itself.
-    return f"{clock}\n{tokenizer.get_chat_template()}"
+    return f"{clock}\n{tokenizer.get_chat_template(tools=tools)}"
 
 
 def _framed(tokenizer: PreTrainedTokenizerBase, frame: PromptFrame, text: str) -> str:
@@ -200,7 +362,7 @@ def _framed(tokenizer: PreTrainedTokenizerBase, frame: PromptFrame, text: str) -
     if frame.template is None:
         return text
     try:
-        whole = _apply(tokenizer, frame.template, text, frame.in_parts)
+        whole = _apply(tokenizer, frame, text)
     except _TEMPLATE_ERRORS as error:
         raise InputError(
             f"The model's chat template fails on the prompt {shown(text)} ({first_line(error)}); "
@@ -221,15 +383,21 @@ def _framed(tokenizer: PreTrainedTokenizerBase, frame: PromptFrame, text: str) -
     )
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, template: str, text: str, in_parts: bool) -> str:
-    """The rendered text; errors are those that a template can cause."""
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, frame: PromptFrame, text: str, reply: Sequence[dict[str, Any]] = ()
+) -> str:
+    """The rendered text, or with a past `reply` that conversation; errors are those that a template can cause."""
     from jinja2 import TemplateError
 
-    content = [{"type": "text", "text": text}] if in_parts else text
-    message: dict[str, Any] = {"role": "user", "content": content}
     try:
         return str(
-            tokenizer.apply_chat_template([message], chat_template=template, tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(
+                [*frame.messages(text), *reply],
+                chat_template=frame.template,
+                tokenize=False,
+                add_generation_prompt=not reply,
+                **frame.arguments,
+            )
         )
     except TemplateError as error:
         raise ValueError(first_line(error)) from error

@@ -236,6 +236,10 @@ def _listed(columns: Sequence[str]) -> str:
 # --------------------------------------------------------------------------------------------------------------- chats
 
 
+_USER = ("user", "human", "prompter", "")
+_SYSTEM = ("system", "developer")
+
+
 def is_chat(value: object, *, of_both_sides: bool = False) -> bool:
     """Whether a value is a list of turns, each with a role and a content; `of_both_sides`: and nothing else, by two."""
     if not isinstance(value, list) or not value:
@@ -252,6 +256,38 @@ def text_of(cell: object, column: str) -> object:
 
     Raises `ValueError` with what is missing; anything else is given back as it is.
     """
+    turns = _turns(cell, column)
+    if not isinstance(turns, (list, tuple)):
+        return turns
+    if not turns:
+        raise ValueError("a chat without turns")
+    if all(isinstance(turn, str) for turn in turns):
+        return turns[0]
+    for turn in turns:
+        if isinstance(turn, dict) and _role(turn) in _USER:
+            return _content(turn)
+    raise ValueError("a chat without a user's turn")
+
+
+def system_of(cell: object, column: str, row: Mapping[str, Any]) -> str:
+    """The system turns of a chat before its first user turn, or the row's own column of that name; empty for none."""
+    texts = []
+    try:
+        turns = _turns(cell, column)
+    except ValueError:
+        return ""
+    beside = [cell, row] if isinstance(cell, dict) else [row] if folded(column) in _CHATS else []
+    for turn in turns if isinstance(turns, (list, tuple)) else ():
+        if isinstance(turn, dict) and _role(turn) in _USER:
+            break
+        if isinstance(turn, dict) and _role(turn) in _SYSTEM:
+            texts.append(_content(turn))
+    texts += [named[name] for named in beside for name in ("system", "system_prompt") if name in named]
+    return "\n\n".join(text.strip() for text in texts if isinstance(text, str) and text.strip())
+
+
+def _turns(cell: object, column: str) -> object:
+    """The turns of a chat in a cell; a cell that holds none as it is."""
     if isinstance(cell, str):
         if folded(column) in _TRANSCRIPTS:
             spoken = _TRANSCRIPT.match(cell)
@@ -263,26 +299,20 @@ def text_of(cell: object, column: str) -> object:
         lists = [name for name, inner in cell.items() if isinstance(inner, list)]
         nested = next((cell[name] for name in _CHATS if isinstance(cell.get(name), list)), None)
         if nested is not None:
-            return text_of(nested, column)
+            return _turns(nested, column)
         if len(lists) > 1:  # a struct of arrays
             length = min(len(cell[name]) for name in lists)
-            cell = [{name: cell[name][number] for name in lists} for number in range(length)]
-        else:
-            cell = [cell]
-    if not isinstance(cell, (list, tuple)):
-        return cell
-    if not cell:
-        raise ValueError("a chat without turns")
-    if all(isinstance(turn, str) for turn in cell):
-        return cell[0]
-    for turn in cell:
-        if isinstance(turn, dict) and _role(turn) in ("user", "human", "prompter", ""):
-            content = next((turn[name] for name in _CONTENTS if name in turn), None)
-            if isinstance(content, list):  # parts of a message
-                parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-                content = "\n".join(part for part in parts if isinstance(part, str))
-            return content
-    raise ValueError("a chat without a user's turn")
+            return [{name: cell[name][number] for name in lists} for number in range(length)]
+        return [cell]
+    return cell
+
+
+def _content(turn: Mapping[str, Any]) -> object:
+    content = next((turn[name] for name in _CONTENTS if name in turn), None)
+    if isinstance(content, list):  # parts of a message
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        content = "\n".join(part for part in parts if isinstance(part, str))
+    return content
 
 
 def _role(turn: Mapping[str, Any]) -> str:

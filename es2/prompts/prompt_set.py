@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from es2.core.errors import InputError
+from es2.core.rendering import AS_THE_TEMPLATE, Rendering
 from es2.prompts.near_duplicates import near_duplicates
 
 if TYPE_CHECKING:
@@ -53,12 +55,24 @@ class Reading:
     skipped: tuple[str, ...] = ()
 
     @property
+    def system_prompts(self) -> tuple[str, ...]:
+        """What stands in system turns of chats, the first few different ones; empty for rows without one."""
+        found = [table.get("system_prompts") for table in self.tables]
+        if not any(found):
+            return ()
+        return tuple(dict.fromkeys(text for own in found for text in own or ("",)))
+
+    @property
     def is_plain(self) -> bool:
         """Whether nothing had to be interpreted: columns `prompt` and `label` with the two words, every row read."""
-        return not self.skipped and all(
-            (table["prompt_column"], table["label_column"]) == ("prompt", "label")
-            and all(value == own["label"] for value, own in table["values"].items())
-            for table in self.tables
+        return (
+            not self.skipped
+            and not self.system_prompts
+            and all(
+                (table["prompt_column"], table["label_column"]) == ("prompt", "label")
+                and all(value == own["label"] for value, own in table["values"].items())
+                for table in self.tables
+            )
         )
 
     @property
@@ -72,6 +86,9 @@ class Reading:
                 part += f" ({', '.join(named[:6])}{', …' if len(named) > 6 else ''})"
             parts.append(part)
         rest = [f"{number:,} {word}" for word, number in self.counts.items()]
+        if found := self.system_prompts:
+            one = f"the system prompt of its chats, {_quoted(found[0])}"
+            rest.append(one if len(found) == 1 else "system prompts that differ from row to row")
         rest += [f"{self.duplicates:,} duplicate(s) merged"] * bool(self.duplicates)
         rest += [f"{len(self.skipped):,} wrong row(s) left out"] * bool(self.skipped)
         return " ".join(f"Read {'; '.join(parts)}; {', '.join(rest)}.".split())  # a value may have line breaks
@@ -137,6 +154,26 @@ class PromptSet:
             f"`test` may flatter; give such prompts one pair id (the first: {first}, {second})."
         )
 
+    def rendered_as(self, *given: Rendering) -> Rendering:
+        """How these prompts are given to a model: what the first of `given` leaves open is as in the next one.
+
+        A system prompt that all leave open is the one in the system turns of the prompts' own chats.
+
+        Raises:
+            InputError: when those turns differ.
+        """
+        chosen = AS_THE_TEMPLATE
+        for one in given:
+            chosen = chosen.over(one.rendering)
+        own = self.reading.system_prompts if self.reading is not None and chosen.system_prompt is None else ()
+        if len(own) > 1:
+            first, second = (repr(text[:60]) if text else "none" for text in own[:2])
+            raise InputError(
+                f"The chats in {self.name!r} have different system prompts ({first}, {second}), and prompts are "
+                "compared under one; give it with --system-prompt, or --system-prompt default for the template's own."
+            )
+        return chosen.replace(system_prompt=own[0]) if own else chosen
+
     def in_split(self, split: str) -> Bool[np.ndarray, "prompt"]:
         """Which prompts are in `split`."""
         if split not in SPLITS:
@@ -161,6 +198,10 @@ class PromptSet:
         columns = (self.texts, self.categories, self.pairs, self.splits)
         texts, categories, pairs, splits = (tuple(column[row] for row in rows) for column in columns)
         return PromptSet(self.name, texts, self.labels[list(rows)], categories, pairs, splits, self.reading)
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:60] + "…")
 
 
 def _digest(value: object) -> str:

@@ -26,6 +26,7 @@ from es2.prompts.columns import (
     labels_of,
     named_label_columns,
     readable_labels,
+    system_of,
     text_of,
     value_of,
 )
@@ -35,6 +36,7 @@ from es2.prompts.sources import Source
 from es2.prompts.tables import MAX_FILE_BYTES, Twice, read_table
 
 _HEAD_CHARACTERS = 64 * 2**20  # of rows that are looked at together; later ones are read by what these say
+_SYSTEM_PROMPTS = 3  # that are kept: two different ones are a disagreement
 _HARMFUL_FILES = {"harmful", "malicious", "toxic", "unsafe", "jailbreak", "jailbreaks", "forbidden", "redteam"}
 _HARMFUL_FILES |= {"advbench", "harmbench", "strongreject"}
 _HARMLESS_FILES = {"harmless", "benign", "safe", "unharmful", "alpaca"}
@@ -147,6 +149,7 @@ def _converted(
     splits = {value_of(row.get("split")) for row in head}
     keep = ["category", "pair"] + ["split"] * (is_plain or splits <= {"", *SPLITS, *FORMER_SPLITS})
     names = {"prompt": prompt, "label": column or "label"}
+    systems: dict[str, int] = {}
     has_input = folded(prompt) == "instruction" and prompt != "input"
     instead = FALLBACKS.get(prompt, prompt)
     for place, row in rows:
@@ -162,6 +165,7 @@ def _converted(
         if has_input and isinstance(text, str) and isinstance(more := row.get("input"), str) and more.strip():
             text = f"{text}\n\n{more}"  # as Alpaca's authors put them together
         cells["prompt"] = text
+        _count_system_prompt(about, systems, system_of(row.get(prompt) or row.get(instead), prompt, row))
         if column is None:
             cells["label"] = label
         else:
@@ -182,6 +186,14 @@ def _converted(
             if name not in (prompt, column) and (is_plain or isinstance(cell, (str, int))):
                 cells[name] = cell
         yield place, cells
+
+
+def _count_system_prompt(about: dict[str, Any], systems: dict[str, int], text: str) -> None:
+    """Count one more row by its system prompt: the first few different ones, and only where there are any."""
+    if text in systems or len(systems) < _SYSTEM_PROMPTS:
+        systems[text] = systems.get(text, 0) + 1
+    if text:
+        about["system_prompts"] = systems
 
 
 def _benchmark(cells: Sequence[Mapping[str, Any]], columns: Sequence[str], file_name: str) -> Benchmark | None:

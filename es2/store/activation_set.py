@@ -90,6 +90,17 @@ class ActivationSet:
         return (self.run, *(id for id in self.meta.get("other_runs") or () if isinstance(id, str)))
 
     @property
+    def rendering(self) -> dict[str, Any]:
+        """How the model was given the prompts: `settings`, the system prompt, the words around a text, and where `last`
+        lies; empty for sets of before this was written down."""
+        return dict(self.meta.get("rendering") or {})
+
+    @property
+    def renderings(self) -> tuple[dict[str, Any], ...]:
+        """Every rendering (`Rendering.to_dict()`) that was asked for and gave the model these tokens."""
+        return (self.rendering.get("settings", {}), *self.meta.get("other_renderings", ()))
+
+    @property
     def hooks(self) -> str:
         """Whose hooks read it: `LENS` or `OWN_HOOKS`."""
         return OWN_HOOKS if self.meta.get("hooks") == OWN_HOOKS else LENS
@@ -257,7 +268,8 @@ def _read_meta(path: Path) -> ActivationSet:
         and isinstance(positions, list)
         and all(isinstance(text, str) for text in (meta.get("model"), meta.get("texts_digest"), *positions))
         and isinstance(meta.get("files"), dict)
-        and all(isinstance(meta.get(name, []), list) for name in ("aliases", "other_runs"))
+        and all(isinstance(meta.get(name, []), list) for name in ("aliases", "other_runs", "other_renderings"))
+        and isinstance(meta.get("rendering", {}), dict)
         and meta.get("key", path.name) == path.name
     )
     if not sound:

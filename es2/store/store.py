@@ -29,6 +29,7 @@ from es2.core.files import (
     write_json,
     writing,
 )
+from es2.core.rendering import AS_THE_TEMPLATE, Rendering
 from es2.store.activation_set import (
     ACTIVATIONS,
     FORMAT_VERSION,
@@ -113,22 +114,40 @@ class Store:
                 logger.warning("Skipped %s: %s", path, error)
         return sorted(found, key=lambda activations: (activations.created, activations.key), reverse=True)
 
-    def find(self, *, model: str, texts_digest: str, position: str, run: str | None = None) -> ActivationSet | None:
-        """The newest checked set of these prompts under this model and run that holds `position`; None if none does."""
+    def find(
+        self,
+        *,
+        model: str,
+        texts_digest: str,
+        position: str,
+        run: str | None = None,
+        rendering: Rendering = AS_THE_TEMPLATE,
+    ) -> ActivationSet | None:
+        """The newest checked set of these prompts under this model, run and rendering that holds `position`, if any."""
+        asked = rendering.settled.to_dict()
         for activations in self.list():
-            of_it = model in activations.models and run in activations.runs
+            of_it = model in activations.models and run in activations.runs and asked in activations.renderings
             wanted = of_it and activations.texts_digest == texts_digest and position in activations.positions
             if wanted and (checked := self.get(activations.key)):
                 return checked
         return None
 
-    def add_name(self, activations: ActivationSet, model: str, run: str | None = None) -> ActivationSet:
-        """The set under one more name of its model, or one more run, for `find`. Raises `MachineError`."""
+    def add_name(
+        self, activations: ActivationSet, model: str, run: str | None = None, rendering: Rendering = AS_THE_TEMPLATE
+    ) -> ActivationSet:
+        """The set under one more name of its model, run or rendering, for `find`. Raises `MachineError`."""
+        asked = rendering.settled.to_dict()
+        renderings = [] if asked in activations.renderings else [asked]
         models = [] if model in activations.models else [model]
         runs = [] if run is None or run in activations.runs else [run]
-        if not models and not runs:
+        if not models and not runs and not renderings:
             return activations
-        names = {"aliases": [*activations.models[1:], *models], "other_runs": [*activations.runs[1:], *runs]}
+        names: dict[str, Any] = {
+            "aliases": [*activations.models[1:], *models],
+            "other_runs": [*activations.runs[1:], *runs],
+        }
+        if renderings:
+            names["other_renderings"] = [*activations.renderings[1:], *renderings]
         with writing(activations.path):
             write_json(activations.path / META, with_checksum(activations.meta | names))
         return _read_meta(activations.path)

@@ -6,7 +6,8 @@ import math
 
 from es2.analysis.verdict import KL_BUDGET
 from es2.core.errors import InputError
-from es2.core.settings import Settings, setting
+from es2.core.rendering import Rendering
+from es2.core.settings import setting
 from es2.models.catalogue import DEFAULT_MODEL
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 from es2.training.sampling import count_tune, held_out_rows
@@ -17,7 +18,7 @@ _FIRST_BLOCK = 4  # blocks below read words; nothing there is about harm yet
 _LAST_LEARNING_RATE = 0.1  # part of the learning rate that the decay ends at
 
 
-class FinetuneConfig(Settings):
+class FinetuneConfig(Rendering):
     """Everything that decides what a fine-tune does."""
 
     layers: tuple[int, ...] = setting(

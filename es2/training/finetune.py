@@ -132,6 +132,7 @@ def finetune(
     started = time.perf_counter()
     _check_launcher(config)
     spec = resolve(config.model)
+    config = config.replace(**dict(prompts.rendered_as(config)))
     model_files = model_folder(spec, report)
     config.check(count_layers(model_files), prompts)
     refuse_untunable(model_files, config.method)
@@ -146,7 +147,7 @@ def finetune(
 
     # The base is measured before the adapter goes in, from the same weights: there is no second model.
     tokenizer = load_tokenizer(model_files)
-    tokens, template_prefix = _tokens(tokenizer, context_length(model_files), prompts, plan, config.reply_tokens)
+    tokens, template_prefix = _tokens(tokenizer, context_length(model_files), prompts, plan, config)
     processes = processes_of_launch(config.device)
     report = report if processes.is_main_process else silent
     report("load", 0, 1)
@@ -325,14 +326,18 @@ def _check_launcher(config: FinetuneConfig) -> None:
 
 
 def _tokens(
-    tokenizer: PreTrainedTokenizerBase, limit: int | None, prompts: PromptSet, plan: BatchSchedule, reply_tokens: int
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    prompts: PromptSet,
+    plan: BatchSchedule,
+    config: FinetuneConfig,
 ) -> tuple[dict[int, tuple[int, ...]], tuple[int, ...]]:
     """The tokens of every prompt in the plan, and the template's shared prefix; `limit` is what the model reads."""
-    rendered = render(tokenizer, [prompts.texts[row] for row in plan.rows]).token_ids
-    longest = max(map(len, rendered)) + reply_tokens
+    rendered = render(tokenizer, [prompts.texts[row] for row in plan.rows], config).token_ids
+    longest = max(map(len, rendered)) + config.reply_tokens
     if limit is not None and longest > limit:
         raise InputError(
-            f"The longest prompt and {reply_tokens} tokens of reply need {longest:,} tokens, but the model reads at "
-            f"most {limit:,}; shorten the prompt or the reply."
+            f"The longest prompt and {config.reply_tokens} tokens of reply need {longest:,} tokens, but the model "
+            f"reads at most {limit:,}; shorten the prompt or the reply."
         )
-    return dict(zip(plan.rows, rendered, strict=True)), template_prefix(tokenizer, rendered)
+    return dict(zip(plan.rows, rendered, strict=True)), template_prefix(tokenizer, rendered, config)

@@ -19,13 +19,21 @@ import numpy as np
 from es2.capture.residuals import capture_residuals
 from es2.core.errors import Es2Error, one_line
 from es2.core.progress import Reporter, silent
+from es2.core.rendering import AS_THE_TEMPLATE, Rendering
 from es2.models.adapter_fit import fit_adapter
 from es2.models.adapters import apply_finetune
 from es2.models.architecture import empty_model
 from es2.models.batching import end_tokens, rounding_of
 from es2.models.blocks import BlockHooks, find_blocks, output_of
 from es2.models.catalogue import resolve
-from es2.models.chat_template import Rendered, prompt_frame, render, template_prefix
+from es2.models.chat_template import (
+    PromptFrame,
+    Rendered,
+    describe_rendering,
+    prompt_frame,
+    render,
+    template_prefix,
+)
 from es2.models.checked import remember_check
 from es2.models.folders import model_doubts, model_folder
 from es2.models.loading import load_bridge, load_model, load_tokenizer, load_tuned
@@ -121,6 +129,7 @@ def check(
     prompts: PromptSet,
     *,
     adapter: Path | None = None,
+    rendering: Rendering = AS_THE_TEMPLATE,
     device: str | None = None,
     dtype: str | None = None,
     report: Reporter = silent,
@@ -133,6 +142,7 @@ def check(
         model: a name for `resolve`.
         prompts: the shortest, the longest and some between are read.
         adapter: folder of a peft adapter to check on the model, too.
+        rendering: how the model is given the prompts.
         device, dtype: as of `load_model`.
         report: receives the number of checks done.
 
@@ -143,7 +153,7 @@ def check(
     spec = resolve(model)
     folder = model_folder(spec, report)
     checks = _Checks()
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"rendering": prompts.rendered_as(rendering)}
 
     def step(name: str, find: Callable[[], tuple[str, Mapping[str, Any]]]) -> bool:
         report("check", len(checks), len(_PLAN) + (adapter is not None))
@@ -191,43 +201,31 @@ def _template(folder: Path, prompts: PromptSet, found: dict[str, Any]) -> tuple[
     order = sorted(set(prompts.texts), key=lambda text: (len(text), text))
     places = np.linspace(0, len(order) - 1, min(N_PROMPTS, len(order))).astype(int)
     texts = found["texts"] = [order[place] for place in places]
-    render(tokenizer, order)  # every text may be refused, and rendering takes no model
-    rendered: Rendered = render(tokenizer, texts)
+    rendering = found["rendering"]
+    frame = prompt_frame(tokenizer, rendering)
+    render(tokenizer, order, rendering)  # every text may be refused, and rendering takes no model
+    rendered: Rendered = render(tokenizer, texts, rendering)
     found["rendered"] = rendered
-    found["prefix"] = template_prefix(tokenizer, rendered.token_ids)
+    found["prefix"] = template_prefix(tokenizer, rendered.token_ids, rendering)
     if not rendered.templated:
         return PLAIN_TEXT_NOTE, {"templated": False}
-    own = str(tokenizer.chat_template)
-    dated = re.search(r"strftime_now|date_string|current_date|todays?_date", own) is not None
-    if not dated and not all(map(partial(_as_transformers, tokenizer), texts, rendered.token_ids)):
+    source = str(tokenizer.chat_template)
+    dated = re.search(r"strftime_now|date_string|current_date|todays?_date", source) is not None
+    if not dated and not all(map(partial(_as_transformers, tokenizer, frame), texts, rendered.token_ids)):
         raise _WrongError("The prompts' tokens are not those of transformers' apply_chat_template")
     tail = tokenizer.decode(list(rendered.token_ids[0][rendered.last_instruction[0] + 1 :]))
-    thinking = prompt_frame(tokenizer).thinking
     sentence = f"After the user's text the template puts {tail!r}{'; its date is pinned' if dated else ''}; "
-    return f"{sentence}{_THINKING[thinking]}.", {"templated": True, "tail": tail, "thinking": thinking}
+    own = describe_rendering(tokenizer, rendering)
+    details = {"templated": True, "tail": tail, "thinking": frame.thinking, "rendering": own}
+    return f"{sentence}last lies {own['last']}.", details
 
 
-_THINKING = {
-    "opened": "the model goes on inside a thinking block",
-    "closed": "a thinking block is closed there",
-    "none": "there is no thinking block",
-}
-
-
-def _as_transformers(tokenizer: Any, text: str, tokens: Sequence[int]) -> bool:
+def _as_transformers(tokenizer: Any, frame: PromptFrame, text: str, tokens: Sequence[int]) -> bool:
     """Whether transformers' own rendering of a text has these tokens."""
-    from jinja2 import TemplateError
-
-    for content in (text, [{"type": "text", "text": text}]):  # some templates take content in parts only
-        try:
-            theirs = tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, return_dict=False
-            )
-        except (TypeError, ValueError, TemplateError):
-            continue
-        if tuple(theirs) == tuple(tokens):
-            return True
-    return False
+    theirs = tokenizer.apply_chat_template(
+        frame.messages(text), add_generation_prompt=True, return_dict=False, **frame.arguments
+    )
+    return tuple(theirs) == tuple(tokens)
 
 
 def _tokens(found: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

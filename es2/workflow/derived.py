@@ -15,6 +15,7 @@ from es2.analysis.results import ANALYSIS_FORMAT, Analysis, AnalysisConfig
 from es2.core.errors import InputError
 from es2.core.files import content_key, read_json, stamp_of
 from es2.core.former import former_names
+from es2.core.rendering import AS_THE_TEMPLATE, Rendering
 from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import ActivationSet
 from es2.store.store import Store
@@ -69,10 +70,17 @@ def views_key(
 
 
 def find_activations(
-    model: str, prompts: PromptSet, position: str, store: Store | None = None, run: str | None = None
+    model: str,
+    prompts: PromptSet,
+    position: str,
+    store: Store | None = None,
+    run: str | None = None,
+    rendering: Rendering = AS_THE_TEMPLATE,
 ) -> ActivationSet | None:
-    """The newest activation set of exactly these prompts under this model or run, if there is one on disk."""
-    return (store or Store()).find(model=model, texts_digest=prompts.texts_digest, position=position, run=run)
+    """The newest activation set of exactly these prompts under this model or run and rendering, if one is on disk."""
+    asked = prompts.rendered_as(rendering)
+    digest = prompts.texts_digest
+    return (store or Store()).find(model=model, texts_digest=digest, position=position, run=run, rendering=asked)
 
 
 def find_analysis(

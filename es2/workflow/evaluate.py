@@ -17,6 +17,7 @@ from es2.core.errors import InputError
 from es2.core.files import content_key, expanded, with_checksum, write_json, writing
 from es2.core.former import former_names
 from es2.core.progress import Reporter, silent
+from es2.core.rendering import UNMENTIONED
 from es2.evaluation.attack import perturbation
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.judge import Judge, classifier_judge, endpoint_judge
@@ -28,17 +29,19 @@ from es2.evaluation.suites import Work, behaviour, held_out
 from es2.jobs.job import Job
 from es2.jobs.queue import list_jobs
 from es2.models.catalogue import resolve
+from es2.models.chat_template import describe_rendering, reply_thinking
 from es2.models.checked import refuse_failed
 from es2.models.device import choose_device, choose_dtype
 from es2.models.fingerprint import fingerprint
 from es2.models.folders import model_folder
+from es2.models.loading import load_tokenizer
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
 from es2.prompts.questions import QuestionSet, load_questions
 from es2.store.sources import CHAT_TEMPLATE, PLAIN_TEXT, LayerSource
 from es2.store.store import Store
 from es2.workflow.prepare import prepare
-from es2.workflow.runs import check_run, config_of, tuned_weights, weights_digest
+from es2.workflow.runs import check_run, config_of, rendering_of, tuned_weights, weights_digest
 
 _LATER = ("soft_lengths", "soft_budgets")
 """Settings that earlier results do not have."""
@@ -83,6 +86,7 @@ def evaluate(
             tuned_on = load_prompts(str(run.config.get("prompts", "builtin")))
         except InputError as error:
             note = f"The run's own prompts cannot be read, so none of them was left out here ({error})"
+    config = _decided(config, prompts, run)
     questions = _questions(config)
     judge = _make_judge(config)
     model_files = model_folder(spec, report)
@@ -92,11 +96,10 @@ def evaluate(
     place = (run.path if run is not None else folder) / FOLDER
     path = _kept_at(place, config, prompts, identity, questions)
     # Else other prompts were left out, or the run ended meanwhile.
-    if (
-        (kept := _kept(path, config.suites)) is not None
-        and kept.get("note") == note
-        and kept.get("weights", digest) == digest
-    ):
+    kept = _kept(path, config.suites)
+    if kept is not None and "rendering" not in kept and reply_thinking(load_tokenizer(model_files), config):
+        kept = None  # judged with the thinking
+    if kept is not None and kept.get("note") == note and kept.get("weights", digest) == digest:
         return kept | {"given_as": given_as, "path": str(path), "seconds": time.perf_counter() - begun}
     device = config.device or choose_device()
     work = Work(
@@ -110,7 +113,9 @@ def evaluate(
         log=ReplyLog(place / LOG),
         store=store or Store(),
         report=report,
+        rendering=config.rendering,
     )
+    rendering = describe_rendering(load_tokenizer(model_files), config)
     suite: dict[str, Any] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     known = cache(lambda: _known_embeddings(work, held_out(prompts, tuned_on, probing=True)))
@@ -137,6 +142,8 @@ def evaluate(
         "run": config.run,
         "prompts": prompts.name,
         "given_as": given_as,
+        "rendering": rendering,
+        "thinks": work.thinking is not None,
         "note": note,
         "weights": digest,
         "settings": config.to_dict(),
@@ -180,6 +187,7 @@ def _known_embeddings(
         config.model,
         prompts,
         run=work.run,
+        rendering=config,
         config=AnalysisConfig(position="last"),
         device=config.device,
         dtype=config.dtype,
@@ -189,6 +197,12 @@ def _known_embeddings(
     sources: dict[str, LayerSource] = {"base": prepared.activations}
     sources |= {"tuned": prepared.tuned} if prepared.tuned else {}
     return prompts, sources, prepared.analysis, config_of(work.run).targets if work.run is not None else ()
+
+
+def _decided(config: EvaluateConfig, prompts: PromptSet, run: Job | None) -> EvaluateConfig:
+    """The settings with what they leave open of the rendering: as the run was tuned, else as the prompts say."""
+    found = prompts.rendered_as(config, *([rendering_of(run)] if run is not None else ()))
+    return config.replace(**dict(found))
 
 
 def _questions(config: EvaluateConfig) -> QuestionSet | None:
@@ -208,7 +222,7 @@ def _kept_at(
     Settings that came later count where they differ from their defaults alone, and those of questions where questions
     are asked, so that earlier results are found.
     """
-    defaults, settings = EvaluateConfig().to_dict(), config.to_dict()
+    defaults, settings = EvaluateConfig().to_dict(), config.replace(**dict(config.settled)).to_dict()
     asked = {name: settings.pop(name) for name in ("questions", "question_limit", "answer_by")}
     decided = {name: value for name, value in settings.items() if name not in _LATER or value != defaults[name]}
     parts = {"config": former_names(decided), "prompts": prompts.digest, "identity": identity}
@@ -232,13 +246,16 @@ def find_evaluation(config: EvaluateConfig, prompts: PromptSet, run: Job) -> dic
         InputError, MachineError: when the model or the run cannot be used, or the result cannot be read.
     """
     identity = fingerprint(model_folder(resolve(config.model)), tuned_weights(run)).to_dict()
-    path = _kept_at(run.path / FOLDER, config, prompts, identity, _questions(config))
+    path = _kept_at(run.path / FOLDER, _decided(config, prompts, run), prompts, identity, _questions(config))
     return read_evaluation(path) | {"path": str(path)} if path.is_file() else None
 
 
 def unfinished_job(config: EvaluateConfig, root: Path | None = None) -> Job | None:
     """The newest evaluation of exactly this config that ended before its time, so that it can be gone on with."""
-    defaults = EvaluateConfig().to_dict()  # of settings that an earlier job does not name
-    same = (job for job in list_jobs(root, KIND) if {**defaults, **job.config}.items() >= config.to_dict().items())
+    usual = EvaluateConfig()
+    unnamed = {"thinking_tokens": usual.thinking_tokens, **UNMENTIONED}
+    defaults = usual.to_dict() | unnamed  # of settings that an earlier job does not name
+    wanted = unnamed | config.to_dict()
+    same = (job for job in list_jobs(root, KIND) if {**defaults, **job.config}.items() >= wanted.items())
     newest = next(same, None)
     return newest if newest and newest.status() in ("cancelled", "interrupted", "failed") else None

@@ -64,13 +64,14 @@ def evaluation_seconds(
     weight_bytes = 4 * shape.parameters
     key_bytes = 4 * 2 * shape.d_kv * shape.n_layers
     prompt = sample.characters / costs.CHARACTERS_PER_TOKEN + costs.TEMPLATE_TAIL
-    exchange = prompt + config.new_tokens
+    reply = config.new_tokens + (config.thinking_tokens if config.thinking == "on" else 0)
+    exchange = prompt + reply
 
     def replying(replies: int) -> float:
         reading = 0.0 if tokens_per_second else weight_bytes / costs.weight_bytes_per_second(device)
         rows = rows_that_fit(device, int(exchange * key_bytes))
         return n_models * costs.reply_seconds(
-            replies, exchange, config.new_tokens, tokens_per_second=counted, reading=reading, rows=rows
+            replies, exchange, reply, tokens_per_second=counted, reading=reading, rows=rows
         )
 
     found: dict[str, float] = {}

@@ -87,7 +87,14 @@ def _compared(
     run = open_job(folder.name, folder.parent)
     weights = weights_digest(tuned_weights(run))
     prepared = prepare(
-        config.model, prompts, run=run, device=config.device, dtype=config.dtype, store=store, report=report
+        config.model,
+        prompts,
+        run=run,
+        rendering=config,
+        device=config.device,
+        dtype=config.dtype,
+        store=store,
+        report=report,
     )
     warnings = model_doubts(resolve(config.model)) + _lost(result)
     if config.replies:
@@ -109,6 +116,7 @@ def _compared(
         **run_behaviour(run, weights).to_dict(verdict.name),
         "verdicts": {str(layer.layer): layer_verdict(layer, kl, config.kl_budget).to_dict() for layer in tuned_layers},
         "given_as": prepared.activations.given_as,
+        "rendering": prepared.activations.rendering,
         "activations": {"base": prepared.activations.key, "tuned": prepared.tuned and prepared.tuned.key},
         "warnings": warnings,
         "before": {str(layer.layer): _plain(layer) for layer in analysis.base_layers},

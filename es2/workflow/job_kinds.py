@@ -9,6 +9,7 @@ from typing import Any
 from es2.analysis.results import AnalysisConfig
 from es2.analysis.setup import check_prompts
 from es2.core.progress import Reporter, silent
+from es2.core.rendering import Rendering
 from es2.evaluation.config import EvaluateConfig
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job, open_job, reopen
@@ -35,6 +36,7 @@ def _prepare_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict
         prompts,
         run=run,
         against=against,
+        rendering=_rendering(config),
         config=AnalysisConfig(position=config["position"]),
         report=report,
     )
@@ -45,9 +47,20 @@ def _project_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict
     run, against = _runs(config, folder)
     prompts = load_prompts(config["prompts"])
     activations, key = project(
-        config["model"], prompts, run=run, against=against, position=config["position"], report=report
+        config["model"],
+        prompts,
+        run=run,
+        against=against,
+        rendering=_rendering(config),
+        position=config["position"],
+        report=report,
     )
     return {"activations": activations.key, "umap": key}
+
+
+def _rendering(config: dict[str, Any]) -> Rendering:
+    """What a job's config says of how the model is given the prompts; open where it says nothing."""
+    return Rendering.read(config.get("rendering") or {}, "The config.json of the job")
 
 
 def _runs(config: dict[str, Any], folder: Path) -> tuple[Job | None, Job | None]:
@@ -72,7 +85,9 @@ def _check_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[s
     run, _ = _runs(config, folder)
     adapter = tuned_weights(run) if run is not None else None
     adapter = adapter if adapter is not None and adapter.is_dir() else None
-    return check(config["model"], load_prompts(config["prompts"]), adapter=adapter, report=report).to_dict()
+    return check(
+        config["model"], load_prompts(config["prompts"]), adapter=adapter, rendering=_rendering(config), report=report
+    ).to_dict()
 
 
 JOBS: Mapping[str, Task] = {

@@ -123,7 +123,7 @@ def plan(
     n_measured = int(measured.sum())
     tokens = sum(length for length, keep in zip(own, measured.tolist(), strict=True) if keep)
     captured = capture_products(shape, tokens)
-    known = find_activations(resolve(config.model).name, prompts.measured(), "last", store)
+    known = find_activations(resolve(config.model).name, prompts.measured(), "last", store, rendering=config)
     products |= {
         "base capture": 0.0 if known else captured,
         "tuned capture": captured,

@@ -18,6 +18,7 @@ from es2.analysis.setup import check_prompts
 from es2.capture.capture import capture
 from es2.core.errors import InputError
 from es2.core.progress import Reporter, silent
+from es2.core.rendering import AS_THE_TEMPLATE, Rendering
 from es2.jobs.job import Job
 from es2.models.catalogue import resolve
 from es2.models.folders import is_cached
@@ -25,8 +26,8 @@ from es2.prompts.prompt_set import PromptSet, normalised, warn_of_likeness
 from es2.store.activation_set import ActivationSet
 from es2.store.sources import TestSet
 from es2.store.store import Store
-from es2.workflow.derived import Captured, analysis_key, umap_key, views_key
-from es2.workflow.runs import check_run, tuned_weights
+from es2.workflow.derived import Captured, analysis_key, find_activations, umap_key, views_key
+from es2.workflow.runs import check_run, rendering_of, tuned_weights
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ def prepare(
     run: Job | None = None,
     against: Job | None = None,
     test_prompts: PromptSet | None = None,
+    rendering: Rendering = AS_THE_TEMPLATE,
     config: AnalysisConfig | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -66,6 +68,7 @@ def prepare(
         run: a fine-tuning run of this model, to be compared with its base.
         against: another run of this model, to be compared with instead of the base.
         test_prompts: prompts of another origin that give the numbers instead, without those of `prompts`.
+        rendering: how the models are given the prompts, both in the same way; what it leaves open is as in the run.
         config: the analysis' settings.
         device: where the model runs; chosen by `es2.models.device.choose_device` if not given.
         dtype: the model's number format; chosen by `es2.models.device.choose_dtype` if not given.
@@ -81,9 +84,15 @@ def prepare(
     for one in filter(None, (run, against)):
         check_run(one, model)
 
-    captured = partial(_captured, model, config.position, run, against, device, dtype, store, report)
     # First what may be refused: an empty rest, before minutes of work.
+    rendering = common_rendering(prompts, rendering, run, against)
+    captured = partial(_captured, model, config.position, run, against, rendering, device, dtype, store, report)
     rest = without_shared(test_prompts, prompts) if test_prompts is not None else None
+    if rest is not None and rest.rendered_as(rendering).settled != rendering.settled:
+        raise InputError(
+            f"The chats in {rest.name!r} have a system prompt and {prompts.name!r} has none, and prompts are compared "
+            "under one; give it with --system-prompt, or --system-prompt default for the template's own."
+        )
     check_prompts(prompts, rest)
     prompts = prompts.measured()
     own = captured(prompts)
@@ -101,6 +110,21 @@ def prepare(
         if test is None and are_worthwhile(len(prompts), own.base.d_model):
             write_views(prompts, own.base, own.tuned, analysis, report)
     return Prepared(own.base, own.tuned, analysis)
+
+
+def common_rendering(prompts: PromptSet, given: Rendering, run: Job | None, against: Job | None = None) -> Rendering:
+    """The one rendering under which models are compared: as given, else as the run was tuned, else as the prompts say.
+
+    Raises:
+        InputError: when two runs were tuned under different ones, and none is given.
+    """
+    found = [prompts.rendered_as(given, rendering_of(one)) for one in (run, against) if one is not None]
+    if len(found) == 2 and found[0].settled != found[1].settled and run is not None and against is not None:
+        raise InputError(
+            f"The runs {run.id} and {against.id} were tuned under different renderings, and models are compared under "
+            "one; give it with --system-prompt, --thinking and --template-arg."
+        )
+    return found[0] if found else prompts.rendered_as(given)
 
 
 def write_views(
@@ -121,6 +145,7 @@ def _captured(
     position: str,
     run: Job | None,
     against: Job | None,
+    rendering: Rendering,
     device: str | None,
     dtype: str | None,
     store: Store,
@@ -133,12 +158,20 @@ def _captured(
     def activations(of: Job | None) -> ActivationSet:
         """From the store if the model is not on this machine but its embeddings are."""
         run_id = of.id if of else None
-        known = store.find(model=spec.name, texts_digest=prompts.texts_digest, position=position, run=run_id)
+        known = find_activations(spec.name, prompts, position, store, run_id, rendering)
         if known is not None and not is_cached(spec):
             return known
         weights = tuned_weights(of) if of else None
         return capture(
-            model, prompts, adapter=weights, run=run_id, device=device, dtype=dtype, store=store, report=report
+            model,
+            prompts,
+            adapter=weights,
+            run=run_id,
+            rendering=rendering,
+            device=device,
+            dtype=dtype,
+            store=store,
+            report=report,
         ).activations
 
     return Captured(prompts, activations(against), activations(run) if run else None)
@@ -165,6 +198,7 @@ def project(
     *,
     run: Job | None = None,
     against: Job | None = None,
+    rendering: Rendering = AS_THE_TEMPLATE,
     position: str = "last",
     device: str | None = None,
     dtype: str | None = None,
@@ -181,7 +215,8 @@ def project(
     prompts = prompts.measured()
     for one in filter(None, (run, against)):
         check_run(one, model)
-    own = _captured(model, position, run, against, device, dtype, store, report, prompts)
+    rendering = common_rendering(prompts, rendering, run, against)
+    own = _captured(model, position, run, against, rendering, device, dtype, store, report, prompts)
     base, tuned = own.base, own.tuned
     holder = tuned or base
     key = umap_key(base, prompts, position, tuned)

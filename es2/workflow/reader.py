@@ -19,6 +19,7 @@ from es2.capture.residuals import capture_residuals
 from es2.core.errors import Es2Error, InputError, one_line
 from es2.core.files import parse_json, read_json, write_json, writing
 from es2.core.progress import Reporter
+from es2.core.rendering import AS_THE_TEMPLATE, Rendering
 from es2.jobs.job import Job
 from es2.jobs.queue import launch, list_jobs, open_job
 from es2.models.catalogue import resolve
@@ -61,13 +62,13 @@ class PromptEmbeddings:
     n_tokens: int
 
 
-def open_reader(model: str, run: str | None = None) -> Job:
-    """The reader of a model, and of a run of it; one that is up already, else a new one.
+def open_reader(model: str, run: str | None = None, rendering: Rendering = AS_THE_TEMPLATE) -> Job:
+    """The reader of a model, and of a run of it, under a rendering; one that is up already, else a new one.
 
     Raises:
         MachineError: when it cannot be started.
     """
-    config = {"model": model, "run": run}
+    config = {"model": model, "run": run, "rendering": rendering.settled.to_dict()}
     for job in list_jobs(kind=KIND):
         if config.items() <= job.config.items() and job.is_active() and not (job.path / "cancel").exists():
             return job
@@ -129,6 +130,7 @@ def read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str
     report("load", 0, 1)
     files = model_folder(resolve(config["model"]), report)
     tokenizer = load_tokenizer(files)
+    rendering = Rendering.read(config.get("rendering") or {}, "The config.json of the reader")
     bridges = {"base": load_bridge(files)}
     if config.get("run"):
         run = open_job(config["run"], folder.parent)
@@ -139,7 +141,7 @@ def read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str
     answered, last, reported = 0, time.monotonic(), 0.0
     while time.monotonic() - last < IDLE_SECONDS:
         for question in sorted((folder / _QUESTIONS).glob("*.json")):
-            _answer(bridges, tokenizer, question, folder / _ANSWERS)
+            _answer(bridges, tokenizer, rendering, question, folder / _ANSWERS)
             answered += 1
             last = time.monotonic()
         if time.monotonic() - reported >= 1:
@@ -150,7 +152,11 @@ def read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str
 
 
 def _answer(
-    bridges: Mapping[str, TransformerBridge | BlockHooks], tokenizer: Any, question: Path, answers: Path
+    bridges: Mapping[str, TransformerBridge | BlockHooks],
+    tokenizer: Any,
+    rendering: Rendering,
+    question: Path,
+    answers: Path,
 ) -> None:
     """Answer one question and remove it; a prompt that cannot be read is answered with the error."""
     from safetensors.numpy import save_file
@@ -158,7 +164,7 @@ def _answer(
     document: dict[str, Any]
     try:
         text = str(parse_json(question.read_bytes())["text"])
-        rendered = render(tokenizer, [text])
+        rendered = render(tokenizer, [text], rendering)
         arrays = {
             f"{name}.{position}": np.ascontiguousarray(values[:, 0])
             for name, bridge in bridges.items()

@@ -18,6 +18,7 @@ from es2.core.errors import InputError, one_line
 from es2.core.files import expanded
 from es2.core.former import todays_names
 from es2.core.progress import Reporter, silent
+from es2.core.rendering import UNMENTIONED
 from es2.core.settings import Settings, setting
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.results import run_behaviour
@@ -159,7 +160,7 @@ def reproduce(protocol: Protocol, model: str, report: Reporter = silent) -> dict
     stand_in = config if config.layers else config.replace(layers=(0,), first_block=None)
     stand_in.check(n_layers, prompts)
 
-    prepared = prepare(spec.name, prompts, device=config.device, dtype=config.dtype, report=report)
+    prepared = prepare(spec.name, prompts, rendering=config, device=config.device, dtype=config.dtype, report=report)
     if not config.layers:
         config = config.replace(layers=prepared.analysis.recommended)
         config.check(n_layers, prompts)
@@ -171,6 +172,7 @@ def reproduce(protocol: Protocol, model: str, report: Reporter = silent) -> dict
         "config": protocol.name,
         "objective": config.objective,
         "given_as": prepared.activations.given_as,
+        "rendering": prepared.activations.rendering,
         **{name: tuned[name] for name in kept},
         **run_behaviour(open_job(tuned["run"])).to_dict(tuned["verdict"]),
         "evaluations": evaluated,
@@ -182,7 +184,7 @@ def _tune(config: FinetuneConfig, source: str, prompts: PromptSet, base: str, re
     # Whether a run made replies of its own is all the same: its evaluations follow.
     wanted = {name: value for name, value in config.to_dict().items() if name != "replies"} | {"prompts": source}
     unfinished = None
-    for run in find_jobs(FINETUNE, wanted):
+    for run in find_jobs(FINETUNE, UNMENTIONED | wanted):
         if run.config.get("prompts_digest", prompts.digest) != prompts.digest:
             continue  # the file had other prompts then
         result = run.result()

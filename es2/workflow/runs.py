@@ -32,6 +32,7 @@ from es2.core.files import (
     writing,
 )
 from es2.core.progress import Reporter, silent
+from es2.core.rendering import AS_THE_TEMPLATE, Rendering
 from es2.jobs.job import Job, read_job
 from es2.jobs.queue import create_job, list_jobs, open_job
 from es2.models.adapter_files import (
@@ -98,6 +99,13 @@ def config_of(run: Job) -> FinetuneConfig:
     return FinetuneConfig.read(document, f"The config.json of run {run.id}")
 
 
+def rendering_of(run: Job) -> Rendering:
+    """How the run's model was given its prompts, when it was tuned or first compared."""
+    known = ((run.result() or {}).get("rendering") or {}).get("settings")
+    decided = config_of(run).rendering
+    return decided if known is None else decided.over(Rendering.read(known, f"The result of run {run.id}"))
+
+
 def tuned_weights(run: Job) -> Path:
     """What the run trained: the folder of its adapter, or the file of the blocks it changed.
 
@@ -140,6 +148,7 @@ def import_adapter(
     layers: Sequence[int] = (),
     *,
     name: str = "",
+    rendering: Rendering = AS_THE_TEMPLATE,
     device: str | None = None,
     dtype: str | None = None,
     replies: bool = True,
@@ -153,6 +162,7 @@ def import_adapter(
         prompts: the source of the prompts to compare on.
         layers: its target layers, if it had any; else those that the base's analysis recommends.
         name: of the run.
+        rendering: how both models are given the prompts.
         device: where the model runs.
         dtype: the model's number format.
         replies: whether base and tuned reply to `test` prompts at the end.
@@ -167,7 +177,9 @@ def import_adapter(
     if found is not None:
         check_adapter(found)
         given = str(Path(expanded(given)).absolute())
-    settings = FinetuneConfig(layers=tuple(layers), model=model, device=device, dtype=dtype, replies=replies)
+    settings = FinetuneConfig(
+        layers=tuple(layers), model=model, device=device, dtype=dtype, replies=replies, **dict(rendering.rendering)
+    )
     imported = {"prompts": prompts, "imported": str(found or given), "steps": 0, "objective": "imported"}
     if found is not None and str(found) != given:
         imported["imported_from"] = given

@@ -28,6 +28,7 @@ from es2.capture.residuals import _shared_tokens, _ways, capture_residuals
 from es2.core.errors import InputError, MachineError
 from es2.core.files import user_cache
 from es2.core.progress import Cancelled
+from es2.core.rendering import Rendering
 from es2.models import batching
 from es2.models.batching import batches_by_length, cache_before, cache_of, keys_and_values, pack_shared_prefixes
 from es2.models.catalogue import DEFAULT_MODEL, resolve
@@ -36,6 +37,7 @@ from es2.models.folders import model_folder
 from es2.models.loading import load_bridge, load_tokenizer
 from es2.store.sources import POSITIONS
 from es2.store.store import Store
+from es2.workflow.derived import find_activations
 from tests.builders import (
     ARCHITECTURES,
     CONTEXT_LENGTH,
@@ -687,6 +689,35 @@ def test_what_decides_the_numbers_decides_the_key(llama: Path, tmp_path: Path) -
     assert capture(str(llama), prompts, dtype="float32", device="cpu").activations.key == keys[0]
     same_elsewhere = save_tiny_model(tmp_path / "copy")
     assert capture(str(same_elsewhere), prompts).activations.key == keys[0]
+
+
+def test_a_rendering_decides_the_key_and_is_told(llama: Path) -> None:
+    prompts = tiny_prompts()
+    plain = capture(str(llama), prompts).activations
+    asked = Rendering(system_prompt="Be brief.")
+    given = capture(str(llama), prompts, rendering=asked).activations
+    assert given.key != plain.key
+    assert (plain.renderings, given.renderings) == (({},), (asked.to_dict(),))
+    assert given.rendering["system_prompt"] == "Be brief."
+    assert given.rendering["last"] == "at the end of the generation prompt, before the reply"
+    assert not capture(str(llama), prompts, rendering=asked).computed
+    for found, rendering in ((plain, Rendering()), (given, asked)):
+        assert find_activations(plain.model, prompts, "last", rendering=rendering) == found
+    assert find_activations(plain.model, prompts, "last", rendering=Rendering(system_prompt="Other")) is None
+
+
+def test_another_way_to_ask_for_the_same_tokens_finds_the_same_set(llama: Path) -> None:
+    prompts = tiny_prompts()
+    plain = capture(str(llama), prompts).activations
+    asked = Rendering(system_prompt="default", thinking="default")
+    assert capture(str(llama), prompts, rendering=asked).activations == plain
+    switch = "{% if loud %}{{ '!' }}{% endif %}"
+    folder = save_tiny_model(llama.parent / "switch", chat_template="<{{ messages[0].content }}>" + switch)
+    first = capture(str(folder), prompts)
+    quiet = Rendering(template_arg=("loud=false",))
+    second = capture(str(folder), prompts, rendering=quiet)
+    assert (second.activations.key, second.computed) == (first.activations.key, False)
+    assert find_activations(first.activations.model, prompts, "last", rendering=quiet) is not None
 
 
 def test_a_removed_set_is_computed_again(llama: Path) -> None:

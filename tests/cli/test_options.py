@@ -15,6 +15,7 @@ from streamlit.testing.v1 import AppTest
 
 from es2.cli import main as cli
 from es2.cli import options
+from es2.core.rendering import Rendering
 from es2.core.settings import extra
 from es2.training.config import FinetuneConfig
 
@@ -73,7 +74,7 @@ def _form() -> None:
 def test_the_form_has_every_setting_that_has_no_place_of_its_own() -> None:
     shown = json.loads(AppTest.from_function(_form, default_timeout=30).run().json[0].value)
     own = [name for name, field in FinetuneConfig.model_fields.items() if extra(field, "group") == "own"]
-    assert own == ["layers", "model", "allow_many_layers"]
+    assert own == [*Rendering.model_fields, "layers", "model", "allow_many_layers"]
     assert set(shown) | set(own) == set(FinetuneConfig.model_fields)
 
 

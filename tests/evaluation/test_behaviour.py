@@ -202,7 +202,7 @@ class TestRates:
         width = numbers["change"]["dsr"]["high"] - numbers["change"]["dsr"]["low"]
         assert 0.3 < width < 0.7
         counts = numbers["tuned"]["counts"]["harmful"]
-        assert counts == {"refusal": 6, "answer": 3, "empty": 0, "degenerate": 1}
+        assert counts == {"refusal": 6, "answer": 3, "empty": 0, "degenerate": 1, "unfinished": 0}
 
     def test_a_degenerate_reply_is_no_defence(self) -> None:
         _, prompts = canonical(tiny_prompts(5))

@@ -98,7 +98,7 @@ def test_a_question_as_the_model_reads_it(tmp_path: Path) -> None:
 
 def test_the_beginning_of_a_reply_moves_no_position(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(save_tiny_model(tmp_path / "model"))
-    plain, begun = render(tokenizer, ["Hi!"]), render(tokenizer, ["Hi!"], [OPENING])
+    plain, begun = render(tokenizer, ["Hi!"]), render(tokenizer, ["Hi!"], replies=[OPENING])
     assert begun.last_instruction == plain.last_instruction
     assert begun.token_ids[0][: len(plain.token_ids[0])] == plain.token_ids[0]
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from es2.core.errors import InputError
+from es2.core.rendering import Rendering
 from es2.prompts.benchmarks import absolute_source, is_remote, source_files
 from es2.prompts.loading import load_prompts, table_columns, two_files
 from es2.prompts.prompt_set import PromptSet
@@ -181,6 +182,54 @@ def test_every_layout_gives_the_same_prompts(layout: str, tmp_path: Path) -> Non
     assert prompts.digest == plain.digest
     assert prompts.reading is not None
     assert prompts.reading.counts == {"harmful": 5, "harmless": 7}
+
+
+class TestSystemTurns:
+    """A system turn that all chats share is the system prompt; others are a sentence, unless one is given."""
+
+    def read(self, tmp_path: Path, rows: list[Any], **more: Any) -> PromptSet:
+        file = tmp_path / "m.jsonl"
+        file.write_text("\n".join(json.dumps({"messages": row, "label": n % 2} | more) for n, row in enumerate(rows)))
+        return load_prompts(str(file))
+
+    def turns(self, system: str | None, text: str, role: str = "system") -> list[dict[str, str]]:
+        before = [] if system is None else [{"role": role, "content": system}]
+        return [*before, {"role": "user", "content": text}]
+
+    @pytest.mark.parametrize("role", ["system", "System", "developer"])
+    def test_one_that_all_share_is_the_system_prompt(self, role: str, tmp_path: Path) -> None:
+        prompts = self.read(tmp_path, [self.turns("Be nice.", text, role) for text in ("a", "b", "c")])
+        assert prompts.rendered_as(Rendering()) == Rendering(system_prompt="Be nice.")
+        assert prompts.measured().rendered_as().system_prompt == "Be nice."
+        assert prompts.rendered_as(Rendering(system_prompt="none")).system_prompt == "none"
+        assert prompts.rendered_as(Rendering(thinking="on"), Rendering(system_prompt="As the run")) == Rendering(
+            system_prompt="As the run", thinking="on"
+        )
+        assert prompts.reading is not None
+        assert "the system prompt of its chats, 'Be nice.'" in prompts.reading.sentence
+
+    def test_one_beside_the_chat(self, tmp_path: Path) -> None:
+        prompts = self.read(tmp_path, [self.turns(None, text) for text in ("a", "b")], system="Be nice.")
+        assert prompts.rendered_as().system_prompt == "Be nice."
+
+    @pytest.mark.parametrize("systems", [["Be nice.", "Be terse."], ["Be nice.", None], [None, "Be nice."]])
+    def test_rows_that_disagree_are_a_sentence(self, systems: list[str | None], tmp_path: Path) -> None:
+        prompts = self.read(tmp_path, [self.turns(system, text) for system, text in zip(systems, "ab", strict=True)])
+        with pytest.raises(InputError, match=r"different system prompts \(.*'Be nice.'.*--system-prompt"):
+            prompts.rendered_as()
+        assert prompts.rendered_as(Rendering(system_prompt="default")).settled == Rendering()
+
+    def test_no_system_turn_is_nothing(self, tmp_path: Path) -> None:
+        prompts = self.read(tmp_path, [self.turns(None, text) for text in ("a", "b")])
+        assert prompts.rendered_as() == Rendering()
+
+    def test_two_files_have_to_agree(self, tmp_path: Path) -> None:
+        for name, system in (("harmful", "Be nice."), ("harmless", None)):
+            row = {"messages": self.turns(system, f"A {name} one")}
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        prompts = load_prompts(f"pair:{tmp_path / 'harmful.jsonl'}|{tmp_path / 'harmless.jsonl'}")
+        with pytest.raises(InputError, match="different system prompts"):
+            prompts.rendered_as()
 
 
 class TestTwoFiles:

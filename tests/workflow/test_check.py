@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from es2.capture.capture import capture
 from es2.core.errors import InputError
+from es2.core.rendering import AS_THE_TEMPLATE
 from es2.store.store import Store
 from es2.workflow import check as check_module
 from es2.workflow.check import ModelCheck, check
@@ -61,14 +62,14 @@ def test_a_wrapper_without_a_template_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("end", "thinking", "words"),
     [
-        ("<think>\n{{ '' }}", "opened", "goes on inside a thinking block"),
-        ("<think></think>", "closed", "a thinking block is closed there"),
-        ("", "none", "there is no thinking block"),
+        ("<think>\n{{ '' }}", "opened", "last lies inside a thinking block that the prompt opens"),
+        ("<think></think>", "closed", "last lies after an empty thinking block, before the answer"),
+        ("", "none", "last lies at the end of the generation prompt, before the reply."),
     ],
 )
 def test_it_says_what_the_template_does_with_the_thinking(end: str, thinking: str, words: str, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE + end)
-    sentence, details = check_module._template(folder, tiny_prompts(), {})
+    sentence, details = check_module._template(folder, tiny_prompts(), {"rendering": AS_THE_TEMPLATE})
     assert details["thinking"] == thinking
     assert words in sentence
 

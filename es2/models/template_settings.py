@@ -1,0 +1,167 @@
+"""A system prompt, a switch of thinking and other arguments, held against what a chat template makes of them.
+
+Templates ignore what they do not know without a word. So each of these is tried: a prompt that it leaves as it is means
+that the model would not read what was asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from es2.core.errors import InputError
+from es2.models.thinking import ABSENT, SWITCHES, last_in_words
+
+if TYPE_CHECKING:
+    from es2.models.chat_template import PromptFrame
+
+    Frames = Callable[[str | None, Mapping[str, Any]], PromptFrame]
+    """What a template makes of a system prompt and of arguments; raises `UnrenderedError`."""
+
+_MARK = "gnarv"  # in the place of a system prompt: one word in lower case, which no escaping or splitting changes
+_OWN_WORDS = 4  # before every text, markers and the role's name not counted: more than a heading
+_TRIED: tuple[Any, ...] = (
+    True,
+    False,
+    0,
+    1,
+    512,
+    "",
+    "x",
+    "low",
+    "medium",
+    "high",
+    "none",
+    "on",
+    "off",
+    [],
+    {},
+    [{"title": "x", "text": "y"}],
+)
+"""Values that a template may tell apart."""
+_USUAL = {"messages", "add_generation_prompt", "continue_final_message", "strftime_now"}
+
+
+class UnrenderedError(InputError):
+    """A template cannot render a conversation, for a `reason` of its own, or does not show the user's text once."""
+
+    def __init__(self, sentence: str, reason: str) -> None:
+        super().__init__(sentence)
+        self.reason = reason
+
+
+def own_system_prompt(frames: Frames, arguments: Mapping[str, Any]) -> str | None:
+    """What a template puts where a system prompt would be when none is given; None for nothing."""
+    try:
+        plain, marked = frames(None, arguments), frames(_MARK, arguments)
+    except UnrenderedError:
+        return None
+    before, found, after = marked.prefix.partition(_MARK)
+    room = len(plain.prefix) - len(before) - len(after)
+    if not found or room <= 0 or not (plain.prefix.startswith(before) and plain.prefix.endswith(after)):
+        return None
+    return plain.prefix[len(before) : len(before) + room].strip() or None
+
+
+def without_system_prompt(frames: Frames, arguments: Mapping[str, Any], own: str | None) -> str | None:
+    """The system prompt to give so that the template's own is left out; raises `InputError` where none is."""
+    advice = "leave out --system-prompt none, or give another text in its place"
+    if own is not None:
+        try:
+            found = frames("", arguments)
+        except UnrenderedError:
+            found = None
+        if found is None or own in "".join(found.around):
+            raise InputError(f"The model's chat template puts in a system prompt of its own in any case; {advice}.")
+        return ""
+    prefix = frames(None, arguments).prefix
+    words = re.sub(r"<[^<>\s][^<>]*>|\[[^\[\]\s]*\]", " ", prefix).split()
+    if len(words) >= _OWN_WORDS:
+        raise InputError(
+            f"The model's chat template begins every prompt with {' '.join(words)[:100]!r}, whatever the system "
+            "prompt; leave out --system-prompt none."
+        )
+    return None
+
+
+def check_system_prompt(frames: Frames, arguments: Mapping[str, Any], text: str, own: str | None) -> None:
+    """Refuse a system prompt (`InputError`) that the template refuses, ignores or rewrites."""
+    plain = None
+    try:
+        plain = frames(None, arguments)
+    except UnrenderedError:
+        found = frames(text, arguments)  # some templates need one
+    else:
+        try:
+            found = frames(text, arguments)
+        except UnrenderedError as error:
+            reason = error.reason or "with one it does not show the user's text once"
+            raise InputError(
+                f"The model's chat template refuses a system prompt ({reason}); leave --system-prompt out."
+            ) from error
+    if plain is not None and plain.around == found.around and text.strip() != own:
+        raise InputError(
+            "The model's chat template ignores a system prompt, so the model would not read it; leave --system-prompt "
+            "out, or put its words into the prompts."
+        )
+    if not any(text.strip() in part for part in found.around):
+        raise InputError(
+            "The model's chat template rewrites the system prompt, so the model would read another one (a part of it "
+            "may be a switch, such as /no_think, for which there is --thinking); change it."
+        )
+
+
+def thinking_switch(frames: Frames, system: str | None, arguments: Mapping[str, Any], wanted: str) -> dict[str, Any]:
+    """The argument that turns thinking `on` or `off`; raises `InputError` where the template has none that is known."""
+    for key, on, off in SWITCHES:
+        others = {name: value for name, value in arguments.items() if name != key}
+        ends = [_around(frames, system, others | ({} if value is ABSENT else {key: value})) for value in (on, off)]
+        if None in ends or ends[0] == ends[1]:
+            continue
+        if key in arguments:
+            raise InputError(
+                f"--thinking and the template argument {key} decide the same; leave out --thinking, or "
+                f"--template-arg {key}."
+            )
+        value = on if wanted == "on" else off
+        return {} if value is ABSENT else {key: value}
+    plain = frames(system, arguments)
+    raise InputError(
+        "The model's chat template has no switch for thinking that is known here (enable_thinking, thinking, "
+        "reasoning_effort and the like), and last always lies "
+        f"{last_in_words(plain.template, plain.tail)}; leave --thinking out, or give the template's own switch with "
+        f"--template-arg (it knows {names_in(plain.template or '')})."
+    )
+
+
+def check_arguments(frames: Frames, found: PromptFrame, keys: Mapping[str, Any]) -> None:
+    """Refuse an argument (`InputError`) that changes no prompt whatever its value, as a mistyped one."""
+    for key in keys:
+        others = {name: value for name, value in found.arguments.items() if name != key}
+        tried: Iterator[Mapping[str, Any]] = iter([others, *(others | {key: value} for value in _TRIED)])
+        if not any(_around(frames, found.system, given) not in (None, found.around) for given in tried):
+            raise InputError(
+                f"The model's chat template makes nothing of {key!r}: no value changes the prompt (it knows "
+                f"{names_in(found.template or '')}); correct --template-arg, or leave it out."
+            )
+
+
+def _around(frames: Frames, system: str | None, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
+    try:
+        return frames(system, arguments).around
+    except UnrenderedError:
+        return None
+
+
+def names_in(template: str) -> str:
+    """The arguments that a template mentions, in words."""
+    from jinja2 import TemplateError, meta
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        environment = _compile_jinja_template(template).environment
+        known = meta.find_undeclared_variables(environment.parse(template)) - _USUAL - environment.globals.keys()
+    except TemplateError:
+        known = set()
+    return ", ".join(sorted(name for name in known if not name.endswith("_token"))) or "none"
