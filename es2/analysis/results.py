@@ -18,7 +18,7 @@ from es2.analysis.resampling import Interval
 from es2.core.errors import InputError
 from es2.core.records import RecordFiles
 from es2.core.settings import Settings, setting
-from es2.store.sources import POSITIONS
+from es2.store.sources import check_position
 
 ANALYSIS_FORMAT = 1
 _FILES = RecordFiles(
@@ -74,11 +74,14 @@ class AnalysisConfig(Settings):
     confidence: float = setting(0.95, "Of the intervals.", gt=0)
     seed: int = setting(0, "Of the resamples and the shuffles.", ge=0)
     position: str = setting(
-        "last", "last (last prompt token) or last_instruction (last token of the request).", choices=POSITIONS
+        "last",
+        "last (last prompt token), last-1, last-2 … (tokens before it, after the request), last_instruction (last "
+        "token of the request) or mean (over the request's tokens).",
     )
 
     def model_post_init(self, _: Any) -> None:
         """Refuse what does not go together (`InputError`)."""
+        check_position(self.position)
         if not self.Cs or list(self.Cs) != sorted(set(self.Cs)) or self.Cs[0] <= 0:
             raise InputError(f"The Cs must be positive and ascending, not {self.Cs}.")
         if self.confidence >= 1:

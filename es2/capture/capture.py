@@ -36,7 +36,7 @@ from es2.models.shape import context_length
 from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import FORMAT_VERSION, ActivationSet
 from es2.store.embeddings import lay_out, layers_of, narrow, release_pages
-from es2.store.sources import LENS, OWN_HOOKS, POSITIONS
+from es2.store.sources import LENS, MEAN, OWN_HOOKS, POSITIONS, in_order
 from es2.store.store import Store
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ def capture(
     prompts: PromptSet,
     *,
     positions: Sequence[str] = POSITIONS,
+    or_more: bool = False,
     adapter: Path | None = None,
     run: str | None = None,
     rendering: Rendering = AS_THE_TEMPLATE,
@@ -141,7 +142,8 @@ def capture(
     Args:
         model: a name for `resolve`.
         prompts: the prompts; their labels do not matter.
-        positions: some of `POSITIONS`.
+        positions: which tokens are read (`es2.store.sources.check_position`).
+        or_more: whether a set that holds other positions, too, will do.
         adapter: folder of a peft adapter to merge into the model.
         run: id of the adapter's fine-tuning run.
         rendering: how the model is given the prompts; a system prompt that is left open is that of the prompts' file.
@@ -156,10 +158,7 @@ def capture(
         MachineError: when network, memory or disk refuse.
     """
     started = time.perf_counter()
-    if not positions or (unknown := sorted(set(positions) - set(POSITIONS))):
-        shown = repr(unknown[0][:40]) if positions else "none"
-        raise InputError(f"A position to capture must be one of {', '.join(POSITIONS)}, not {shown}.")
-    positions = [position for position in POSITIONS if position in positions]
+    positions = in_order(positions or ["none"])
     store = store or Store()
     rendering = prompts.rendered_as(rendering)
     spec = resolve(model)
@@ -186,6 +185,8 @@ def capture(
     tokenizer = load_tokenizer(folder)
     rendered = render(tokenizer, prompts.texts, rendering)
     _check_fit(rendered, prompts, folder)
+    for position in positions:
+        rendered.spans(position)  # one may lie beyond the template's end
     dtype = dtype or choose_dtype(choose_device() if device in (None, AUTO) else device)
     decides = {
         "format": FORMAT_VERSION,
@@ -197,6 +198,8 @@ def capture(
         "positions": positions,
         "dtype": dtype,
     }
+    if MEAN in positions:
+        decides["first_instruction"] = content_key({"of": rendered.first_instruction})
     key = content_key(decides)
     meta: dict[str, Any] = {
         "model": spec.name,
@@ -209,7 +212,9 @@ def capture(
         "versions": {name: version(name) for name in ("torch", "transformers", "transformer-lens")},
     }
     with store.lock(key, lambda: report("wait", 0, 1)):
-        found = store.get(key)
+        found = exact = store.get(key)
+        if found is None and or_more:
+            found = _with_more_positions(store, decides)
         computed = found is None
         source = _superset(store, decides, prompts, tokenizer, rendering) if found is None else None
         if source is not None:
@@ -236,8 +241,21 @@ def capture(
                     narrow(file)
         found = store.written(key) if found is None else found
         found = store.add_name(found, spec.name, run, rendering)
-    _remember(memo, key)
+    if computed or exact is not None:
+        _remember(memo, key)
     return CaptureResult(found, computed, time.perf_counter() - started, rendered.n_tokens)
+
+
+def _with_more_positions(store: Store, decides: dict[str, Any]) -> ActivationSet | None:
+    """The newest set that was captured in the same way at these positions and others."""
+    left_out = ("positions", "first_instruction")
+    wanted = {name: value for name, value in decides.items() if name not in left_out}
+    for found in store.list():
+        of = found.meta.get("decides", {})
+        same = wanted == {name: value for name, value in of.items() if name not in left_out}
+        if same and set(decides["positions"]) < set(found.positions) and (checked := store.get(found.key)) is not None:
+            return checked
+    return None
 
 
 def _superset(
@@ -248,7 +266,7 @@ def _superset(
     rendering: Rendering,
 ) -> ActivationSet | None:
     """A set that was captured in the same way from these and other prompts."""
-    own = ("texts", "tokens")
+    own = ("texts", "tokens", "first_instruction")
     wanted = {name: value for name, value in decides.items() if name not in own}
     for found in store.list():
         of = found.meta.get("decides", {})

@@ -72,7 +72,7 @@ def capture_residuals(
     Args:
         bridge: from `load_bridge`.
         rendered: from `render`.
-        positions: some of `POSITIONS`.
+        positions: which tokens are read, as `Rendered.spans` knows them.
         max_tokens_per_batch: padded tokens run at once, at least one prompt; by default what suits the device. Halved
             whenever memory runs out.
         padding: the side on which the shorter prompts of a batch are filled up; both give the same embeddings.
@@ -92,7 +92,7 @@ def capture_residuals(
         usual = _CPU_TOKENS
         keep_freed_memory()
     budget = max_tokens_per_batch or usual
-    columns = np.array([rendered.columns(position) for position in positions]).T
+    columns = np.array([rendered.spans(position) for position in positions]).transpose(1, 0, 2)
     n_shared, packed = _ways(bridge, rendered, columns) if padding == "right" else (0, False)
     own_tokens = [tokens[n_shared:] for tokens in rendered.token_ids]
     shape = (int(bridge.cfg.n_layers), len(own_tokens), int(bridge.cfg.d_model))
@@ -198,7 +198,7 @@ def _ways(bridge: TransformerBridge | BlockHooks, rendered: Rendered, columns: n
 def _run_batch(
     bridge: TransformerBridge | BlockHooks,
     trees: Sequence[PrefixTree],
-    columns: Int[np.ndarray, "prompt position"],
+    columns: Int[np.ndarray, "prompt position end"],
     padding: Literal["right", "left"],
     shared: KeysAndValues,
     packed: bool,
@@ -207,7 +207,8 @@ def _run_batch(
 
     Args:
         trees: the rows; without `packed` of one prompt each.
-        columns: the wanted tokens of each prompt, counted after `shared`.
+        columns: for each prompt and position, the first and the last token whose mean is wanted, counted after
+            `shared`.
         shared: keys and values of the tokens before, in every block.
         packed: whether a mask and positions describe the trees, rather than padding alone.
     """
@@ -228,21 +229,34 @@ def _run_batch(
     if shared:
         inputs["past_key_values"] = cache_before(shared)
     wanted = [
-        (row, [slots[column] + shift for column in columns[prompt]])
+        (row, [slot + shift for slot in slots[first : last + 1]])
         for row, (tree, shift) in enumerate(zip(trees, shifts, strict=True))
         for prompt, slots in tree.slots.items()
+        for first, last in columns[prompt]
     ]
-    rows = torch.tensor([row for row, _ in wanted], device=model.device)[:, None]
-    places = torch.tensor([place for _, place in wanted], device=model.device)
+    n_positions = columns.shape[1]
+    counts = torch.tensor([len(places) for _, places in wanted], device=model.device)
+    means = int(counts.max()) > 1
+    rows = torch.tensor([row for row, own in wanted for _ in own], device=model.device)
+    places = torch.tensor([place for _, own in wanted for place in own], device=model.device)
+    # A row of tokens for each prompt, or where some are averaged each for itself.
+    shaped = (-1, 1 if means else n_positions)
+    rows, places = rows.reshape(shaped), places.reshape(shaped)
+    owners = torch.arange(len(wanted), device=model.device).repeat_interleave(counts)
     names = [f"blocks.{layer}.hook_out" for layer in range(int(bridge.cfg.n_layers))]
     # In one piece, allocated first: small tensors between the large temporary ones of each layer fragment memory.
-    shape = (len(names), *places.shape, int(bridge.cfg.d_model))
+    shape = (len(names), len(wanted) // n_positions, n_positions, int(bridge.cfg.d_model))
     kept = torch.empty(shape, dtype=torch.float32, device=model.device)
     fired: set[str] = set()
 
     def keep(activation: torch.Tensor, hook: Any) -> None:
         # Blocks may be on several devices.
-        kept[names.index(hook.name)] = activation[rows.to(activation.device), places.to(activation.device)]
+        found = activation[rows.to(activation.device), places.to(activation.device)]
+        if means:
+            sums = found.new_zeros(len(wanted), found.shape[-1], dtype=torch.float32)
+            sums.index_add_(0, owners.to(found.device), found[:, 0].float())
+            found = (sums / counts.to(found.device)[:, None]).view(shape[1:])
+        kept[names.index(hook.name)] = found
         fired.add(hook.name)
 
     hooks: list[tuple[str, Any]] = [(name, keep) for name in names]
@@ -272,7 +286,7 @@ def _last_mlp_hooks(layer: int, shape: tuple[int, int], rows: Any, places: Any) 
     """Hooks that restrict the last block's MLP to the wanted tokens, since no later block needs the others.
 
     Outputs of other tokens are zero, and nothing reads them. `shape` is `[row, token]` of the batch; `rows`
-    `[prompt, 1]` and `places` `[prompt, position]` are the wanted tokens.
+    and `places` are the wanted tokens.
     """
 
     def narrow(activation: torch.Tensor, hook: Any) -> torch.Tensor:

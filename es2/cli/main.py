@@ -114,7 +114,11 @@ def capture(
     settings: dict[str, Any],
     prompts: Prompts = "builtin",
     position: Annotated[
-        list[str] | None, typer.Option(help="last or last_instruction; may be given twice. Default: both.")
+        list[str] | None,
+        typer.Option(
+            help="last, last-1, last-2 …, last_instruction or mean; may be given again. Default: last and "
+            "last_instruction."
+        ),
     ] = None,
     *,
     rendering: Rendering,

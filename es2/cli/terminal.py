@@ -49,7 +49,11 @@ Prompts = Annotated[
     str, typer.Option(help="builtin, a file (CSV, TSV, JSON, JSONL, TXT, Parquet; also .gz), or hf:<dataset>[:split].")
 ]
 Position = Annotated[
-    str, typer.Option(help="last (last prompt token) or last_instruction (last token of the request).")
+    str,
+    typer.Option(
+        help="last (last prompt token), last-1, last-2 … (tokens before it, after the request), last_instruction (last "
+        "token of the request) or mean (over the request's tokens)."
+    ),
 ]
 Device = Annotated[
     str | None,

@@ -35,6 +35,7 @@ from es2.models.thinking import (
     marks_in_source,
     thinking_of,
 )
+from es2.store.sources import MEAN, before_last, check_position
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,10 +86,29 @@ class Rendered:
         return Rendered(token_ids, last, self.templated, first)
 
     def columns(self, position: str) -> list[int]:
-        """For each prompt, the index of the token whose embedding `position` names."""
-        if position == "last":
-            return [len(tokens) - 1 for tokens in self.token_ids]
-        return list(self.last_instruction)
+        """For each prompt, the index of the token whose embedding `position` names; the last one of several."""
+        return [last for _, last in self.spans(position)]
+
+    def spans(self, position: str) -> list[tuple[int, int]]:
+        """For each prompt, the first and the last token over which the embedding at `position` is a mean.
+
+        Raises:
+            InputError: for a token before the end that is not after the user's text.
+        """
+        if position == MEAN:
+            return list(zip(self.first_instruction, self.last_instruction, strict=True))
+        distance = before_last(check_position(position))
+        if distance is None:
+            return [(last, last) for last in self.last_instruction]
+        ends = [len(tokens) - 1 for tokens in self.token_ids]
+        n_after = min(end - last for end, last in zip(ends, self.last_instruction, strict=True))
+        if distance >= max(1, n_after):
+            furthest = f"last to last-{n_after - 1} lie" if n_after > 1 else "last alone lies"
+            raise InputError(
+                f"Position {position} is no token after the user's text: of the {n_after} there, {furthest} before the "
+                "reply; choose one of these, last_instruction or mean."
+            )
+        return [(end - distance, end - distance) for end in ends]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ alike. It gets rows that are finite and of the right model, or one sentence on w
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -22,6 +23,43 @@ if TYPE_CHECKING:
 
 POSITIONS = ("last", "last_instruction")
 """Which token is read: the last prompt token after the chat template, or the last token of the user's own text."""
+
+MEAN = "mean"
+"""The position that is the mean over all tokens of the user's own text."""
+
+_BEFORE_LAST = re.compile(r"last-([1-9][0-9]{0,3})")
+
+
+def before_last(position: str) -> int | None:
+    """Number of tokens from a position to the last: 0 for `last`, 2 for `last-2`, None for other positions."""
+    found = _BEFORE_LAST.fullmatch(position)
+    return 0 if position == "last" else int(found[1]) if found else None
+
+
+def check_position(position: str) -> str:
+    """A position as it is; raises `InputError` for what is none."""
+    if position in (*POSITIONS, MEAN) or before_last(position) is not None:
+        return position
+    raise InputError(
+        f"A position must be one of {', '.join((*POSITIONS, MEAN))}, or last-1, last-2 … for tokens before the last, "
+        f"not {position[:40]!r}."
+    )
+
+
+def in_order(positions: Iterable[str]) -> list[str]:
+    """Positions, each once, from the end of the prompt on; raises `InputError` as `check_position`."""
+
+    def place(position: str) -> tuple[int, int]:
+        distance = before_last(position)
+        return (0, distance) if distance is not None else (1 + (position == MEAN), 0)
+
+    return sorted({check_position(position) for position in positions}, key=place)
+
+
+def usual_positions(position: str) -> tuple[str, ...]:
+    """The positions that are captured together where this one is wanted."""
+    return POSITIONS if position in POSITIONS else (position,)
+
 
 CHAT_TEMPLATE, PLAIN_TEXT = "chat template", "plain text"
 """How a model is given a prompt: as a user's message under its chat template, or, for want of one, as it is."""
@@ -80,7 +118,7 @@ def read_rows(
     """One layer's embeddings at `rows`, as exact as they are stored.
 
     Args:
-        position: one of `POSITIONS`.
+        position: as `check_position` takes it.
         n_prompts: number of prompts in the prompt set.
         model: `base` or `tuned`, for the message.
 
@@ -113,7 +151,7 @@ class Readers:
         n_prompts: number of prompts in the prompt set.
         n_test_prompts: number of prompts in the set of the test prompts.
         probe_rows, test_rows: rows of `probe`, and of the test prompts.
-        position: one of `POSITIONS`.
+        position: as `check_position` takes it.
     """
 
     models: Mapping[str, LayerSource]

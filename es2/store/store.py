@@ -41,6 +41,7 @@ from es2.store.activation_set import (
     _UnsoundError,
 )
 from es2.store.embeddings import STORED_DTYPES, lay_out, read_header, release_pages, shape_and_dtype
+from es2.store.sources import usual_positions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,7 +126,9 @@ class Store:
     ) -> ActivationSet | None:
         """The newest checked set of these prompts under this model, run and rendering that holds `position`, if any."""
         asked = rendering.settled.to_dict()
-        for activations in self.list():
+        usual = usual_positions(position)
+        # Such a set is what an analysis captures; of others the newest.
+        for activations in sorted(self.list(), key=lambda found: found.positions != usual):
             of_it = model in activations.models and run in activations.runs and asked in activations.renderings
             wanted = of_it and activations.texts_digest == texts_digest and position in activations.positions
             if wanted and (checked := self.get(activations.key)):

@@ -11,6 +11,7 @@ from es2.analysis.comparison import Comparison
 from es2.analysis.results import Analysis
 from es2.core.errors import InputError
 from es2.core.files import checked_key, way_out
+from es2.core.rendering import Rendering
 from es2.evaluation.results import newest_attack, run_ability, run_behaviour
 from es2.jobs.job import Job
 from es2.prompts.loading import load_prompts
@@ -83,7 +84,17 @@ def find_comparison(
     base, tuned = map(Store().get, keys)
     if base is None or tuned is None:
         raise AbsentError(f"The embeddings of run {run.id} are not here any more; {_again(run)}.")
+    if not run.is_shipped:  # a position that the run itself did not capture lies in sets of their own
+        base, tuned = _holding(base, position), _holding(tuned, position)
+        if base is None or tuned is None:
+            what = f"The embeddings of run {run.id} at position {position}"
+            raise AbsentError(f"{what} are not here; {_again(run, position)}.")
     base, tuned = keep(base), keep(tuned)
+    if not any(rendering in tuned.renderings for rendering in base.renderings):
+        raise AbsentError(
+            f"Run {run.id} and what it is compared with were captured under different renderings (system prompt, "
+            "thinking, template arguments), and models are compared under one; compare it with its base."
+        )
     shown = captured_of(prompts, base)
     if shown is None or base.texts_digest != tuned.texts_digest:
         raise AbsentError(f"The prompts {prompts.name!r} have changed since run {run.id}; {again}.")
@@ -92,7 +103,7 @@ def find_comparison(
     analysis = find(base, prompts, position, tuned)
     if analysis is None:
         what = f"The analysis of run {run.id} at position {position} of its prompts as they are now"
-        raise AbsentError(f"{what} is not here; {_again(run)}.")
+        raise AbsentError(f"{what} is not here; {_again(run, position)}.")
     return Comparison(
         prompts=shown,
         base=base,
@@ -116,7 +127,18 @@ def captured_of(prompts: PromptSet, activations: ActivationSet) -> PromptSet | N
     return prompts if prompts.texts_digest == activations.texts_digest else None
 
 
-def _again(run: Job) -> str:
+def _holding(found: ActivationSet, position: str) -> ActivationSet | None:
+    """The set itself where it holds a position, else one of the same model, prompts and rendering that does."""
+    if position in found.positions:
+        return found
+    rendering = Rendering.from_dict(found.renderings[0])
+    return Store().find(
+        model=found.model, texts_digest=found.texts_digest, position=position, run=found.run, rendering=rendering
+    )
+
+
+def _again(run: Job, position: str = "last") -> str:
     model, prompts = (str(run.config.get(name)) for name in ("model", "prompts"))
-    options = shlex.join(("--model", model, "--prompts", prompts, "--run", run.id))
+    of_position = () if position == "last" else ("--position", position)
+    options = shlex.join(("--model", model, "--prompts", prompts, "--run", run.id, *of_position))
     return way_out(run.path, f"`es2 analyze {options}` makes it again")

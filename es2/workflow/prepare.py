@@ -24,7 +24,7 @@ from es2.models.catalogue import resolve
 from es2.models.folders import is_cached
 from es2.prompts.prompt_set import PromptSet, normalised, warn_of_likeness
 from es2.store.activation_set import ActivationSet
-from es2.store.sources import TestSet
+from es2.store.sources import TestSet, usual_positions
 from es2.store.store import Store
 from es2.workflow.derived import Captured, analysis_key, find_activations, umap_key, views_key
 from es2.workflow.runs import check_run, rendering_of, tuned_weights
@@ -167,6 +167,8 @@ def _captured(
             prompts,
             adapter=weights,
             run=run_id,
+            positions=usual_positions(position),
+            or_more=True,
             rendering=rendering,
             device=device,
             dtype=dtype,

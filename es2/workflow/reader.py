@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from es2.models.chat_template import render
 from es2.models.folders import model_folder
 from es2.models.loading import load_bridge, load_tokenizer
 from es2.prompts.rows import MAX_PROMPT_CHARACTERS
-from es2.store.sources import POSITIONS
+from es2.store.sources import POSITIONS, in_order
 from es2.workflow.runs import tuned_weights
 
 if TYPE_CHECKING:
@@ -62,13 +62,18 @@ class PromptEmbeddings:
     n_tokens: int
 
 
-def open_reader(model: str, run: str | None = None, rendering: Rendering = AS_THE_TEMPLATE) -> Job:
-    """The reader of a model, and of a run of it, under a rendering; one that is up already, else a new one.
+def open_reader(
+    model: str, run: str | None = None, rendering: Rendering = AS_THE_TEMPLATE, position: str = "last"
+) -> Job:
+    """The reader of a model, and of a run of it, under a rendering: one that is up already, else a new one.
+
+    It reads at `POSITIONS` and at `position`.
 
     Raises:
         MachineError: when it cannot be started.
     """
-    config = {"model": model, "run": run, "rendering": rendering.settled.to_dict()}
+    config: dict[str, Any] = {"model": model, "run": run, "rendering": rendering.settled.to_dict()}
+    config["positions"] = in_order((*POSITIONS, position))
     for job in list_jobs(kind=KIND):
         if config.items() <= job.config.items() and job.is_active() and not (job.path / "cancel").exists():
             return job
@@ -115,11 +120,10 @@ def answer(reader: Job, id: str) -> PromptEmbeddings | None:
         raise InputError(f"{one_line(document['error'])}.")
     try:
         arrays = load_file(path.with_suffix(".safetensors"))
-        models = {
-            name: {position: arrays[f"{name}.{position}"] for position in POSITIONS}
-            for name in ("base", "tuned")
-            if f"{name}.{POSITIONS[0]}" in arrays
-        }
+        models: dict[str, dict[str, Any]] = {"base": {}}
+        for key, array in arrays.items():
+            name, _, position = key.partition(".")
+            models.setdefault(name, {})[position] = array
         return PromptEmbeddings(str(document["text"]), models["base"], models.get("tuned"), int(document["n_tokens"]))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"The answer in {str(path)!r} cannot be read ({one_line(error)}); ask again.") from error
@@ -131,6 +135,7 @@ def read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str
     files = model_folder(resolve(config["model"]), report)
     tokenizer = load_tokenizer(files)
     rendering = Rendering.read(config.get("rendering") or {}, "The config.json of the reader")
+    positions = config.get("positions") or POSITIONS
     bridges = {"base": load_bridge(files)}
     if config.get("run"):
         run = open_job(config["run"], folder.parent)
@@ -141,7 +146,7 @@ def read_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str
     answered, last, reported = 0, time.monotonic(), 0.0
     while time.monotonic() - last < IDLE_SECONDS:
         for question in sorted((folder / _QUESTIONS).glob("*.json")):
-            _answer(bridges, tokenizer, rendering, question, folder / _ANSWERS)
+            _answer(bridges, tokenizer, rendering, positions, question, folder / _ANSWERS)
             answered += 1
             last = time.monotonic()
         if time.monotonic() - reported >= 1:
@@ -155,6 +160,7 @@ def _answer(
     bridges: Mapping[str, TransformerBridge | BlockHooks],
     tokenizer: Any,
     rendering: Rendering,
+    positions: Sequence[str],
     question: Path,
     answers: Path,
 ) -> None:
@@ -168,7 +174,7 @@ def _answer(
         arrays = {
             f"{name}.{position}": np.ascontiguousarray(values[:, 0])
             for name, bridge in bridges.items()
-            for position, values in capture_residuals(bridge, rendered).items()
+            for position, values in capture_residuals(bridge, rendered, positions).items()
         }
         save_file(arrays, answers / f"{question.stem}.safetensors")
         document = {"text": text, "n_tokens": rendered.n_tokens, "error": None}

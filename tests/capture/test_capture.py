@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
@@ -526,10 +526,79 @@ def test_freed_memory_is_kept_for_the_next_batch(kept: bool) -> None:
     assert given_back < 5e6 if kept else given_back > 9e7
 
 
+def user_tokens(tokenizer: Any, tokens: Sequence[int], text: str) -> tuple[int, int]:
+    """The shortest stretch of a prompt's tokens whose text is the user's."""
+    pairs = [(first, last) for first in range(len(tokens)) for last in range(first, len(tokens))]
+    fitting = [(a, b) for a, b in pairs if tokenizer.decode(tokens[a : b + 1]).strip() == text.strip()]
+    return min(fitting, key=lambda pair: pair[1] - pair[0])
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_every_position_equals_plain_hidden_states(
+    architecture: str, sharing: bool, padding: Any, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    if not sharing:
+        monkeypatch.setattr(batching, "SHARING_VERIFIED", ())
+    folder = folder_of(architecture)
+    tokenizer = load_tokenizer(folder)
+    texts = ("How do I bake bread?", "How do I bake bread at home?", " Why? \n", "Größe 🍞?")
+    rendered = render(tokenizer, texts)
+    spans = [user_tokens(tokenizer, tokens, text) for tokens, text in zip(rendered.token_ids, texts, strict=True)]
+    assert rendered.spans("mean") == spans
+    positions = ["last", "last-1", "last-3", "last_instruction", "mean"]
+    bridge = load_bridge(folder, dtype="float32", device="cpu")
+    captured = capture_residuals(bridge, rendered, positions, padding=padding, max_tokens_per_batch=300)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for row, tokens in enumerate(rendered.token_ids):
+        with torch.no_grad():
+            states = model(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+        plain = torch.stack(states[1:-1])[:, 0].numpy()  # the last of them is normalised
+        first, last = spans[row]
+        expected = {f"last-{k}": plain[:, -1 - k] for k in (1, 3)} | {"last": plain[:, -1]}
+        expected |= {"last_instruction": plain[:, last], "mean": plain[:, first : last + 1].mean(axis=1)}
+        for position in positions:
+            assert largest_error(captured[position][:-1, row], expected[position]) < 1e-5, position
+
+
+def test_a_position_has_to_lie_after_the_text(llama: Path) -> None:
+    rendered = render(load_tokenizer(llama), TEXTS)
+    n_after = len(rendered.token_ids[0]) - 1 - rendered.last_instruction[0]
+    furthest = rendered.columns(f"last-{n_after - 1}")
+    assert furthest == [place + 1 for place in rendered.last_instruction]
+    with pytest.raises(InputError, match=rf"no token after the user's text: of the {n_after} there, last to last-"):
+        capture(str(llama), tiny_prompts(), positions=[f"last-{n_after}"])
+    plain = render(tiny_tokenizer(chat_template=None), TEXTS)
+    assert plain.columns("last") == plain.columns("last_instruction")
+    with pytest.raises(InputError, match="no token after"):
+        plain.spans("last-1")
+
+
+def test_a_set_of_more_positions_serves_an_analysis(llama: Path) -> None:
+    prompts = tiny_prompts()
+    wide = capture(str(llama), prompts, positions=["mean", "last-1", "last"]).activations
+    assert wide.positions == ("last", "last-1", "mean")
+    assert capture(str(llama), prompts, positions=["mean"], or_more=True).activations == wide
+    alone = capture(str(llama), prompts, positions=["mean"])
+    assert alone.computed
+    np.testing.assert_array_equal(alone.activations.layer(1, "mean"), wide.layer(1, "mean"))
+    usual = capture(str(llama), prompts).activations
+    for position, expected in (
+        ("last", usual),
+        ("last_instruction", usual),
+        ("mean", alone.activations),
+        ("last-1", wide),
+    ):
+        assert find_activations(wide.model, prompts, position) == expected
+
+
 def test_an_architecture_nobody_looked_at_is_tried_out(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rendered = render(load_tokenizer(llama), TEXTS)
     bridge = load_bridge(llama)
-    columns = np.array([rendered.last_instruction]).T
+    columns = np.array([rendered.spans("last_instruction")]).transpose(1, 0, 2)
     known = _ways(bridge, rendered, columns)
     assert known[0] > 20
     assert known[1]

@@ -22,7 +22,7 @@ def test_arguments_are_json_or_text_in_one_spelling() -> None:
     assert given.arguments == {"a": False, "b": "low", "c": [1, 2], "d": "512", "e": 512, "f": None}
     assert Rendering(template_arg=given.template_arg) == given
     assert Rendering.from_dict(given.to_dict()) == given
-    assert option_words(given.to_dict())[:2] == ["--template-arg=a=false", '--template-arg=b="low"']
+    assert option_words(Rendering, given.to_dict())[:2] == ["--template-arg=a=false", '--template-arg=b="low"']
 
 
 @pytest.mark.parametrize("wrong", ["effort", "=low", "an effort=low", "a=1,a=2", "x-y=1"])
