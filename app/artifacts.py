@@ -25,6 +25,7 @@ from es2.analysis.projection import FitOn, View
 from es2.analysis.results import Analysis
 from es2.core.errors import Es2Error
 from es2.core.files import files_below, stamp_of
+from es2.core.rendering import AS_THE_TEMPLATE, Rendering
 from es2.evaluation.results import find_evaluations
 from es2.jobs.job import Job
 from es2.models.catalogue import CATALOGUE, resolve
@@ -35,7 +36,7 @@ from es2.store.activation_set import ACTIVATIONS, META, TEXTS, ActivationSet
 from es2.store.store import Store
 from es2.workflow import compared
 from es2.workflow.derived import find_activations, find_analysis_folder, find_umap, find_views_folder
-from es2.workflow.runs import list_runs, open_run, shipped_run
+from es2.workflow.runs import list_runs, open_run, rendering_of, shipped_run
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -118,10 +119,10 @@ class Opened:
         return (self.base.key, self.prompts.digest, self.position, str(self.analysis.config))
 
 
-def find(model: str, prompt_set: PromptSet, position: str) -> Opened | None:
+def find(model: str, prompt_set: PromptSet, position: str, rendering: Rendering = AS_THE_TEMPLATE) -> Opened | None:
     """The activation set of the measured prompts and its analysis, if both are there."""
     prompt_set = prompt_set.measured()
-    found = find_activations(model, prompt_set, position)
+    found = find_activations(model, prompt_set, position, rendering=rendering)
     if found is None:
         return None
     activations = _keep(found)
@@ -247,7 +248,12 @@ def find_comparison(choice: Choice) -> Comparison | None:
 
 
 def _is_of(choice: Choice, run: Job) -> bool:
-    return (run.config.get("model"), run.config.get("prompts")) == (choice.model, choice.prompts)
+    if (run.config.get("model"), run.config.get("prompts")) != (choice.model, choice.prompts):
+        return False
+    if choice.rendering == AS_THE_TEMPLATE:
+        return True
+    tuned = rendering_of(run)
+    return choice.rendering.over(tuned).settled == tuned.settled
 
 
 def of_run(choice: Choice) -> dict[str, Any]:
@@ -313,6 +319,8 @@ def umap_seconds(shown: Opened | Comparison) -> float:
     return UMAP_START_SECONDS + UMAP_SECONDS_PER_PROMPT * n_points
 
 
-def job_config(choice: Choice) -> dict[str, str]:
+def job_config(choice: Choice) -> dict[str, Any]:
     """The settings of a job that makes what the page looks for."""
-    return {"model": choice.model, "prompts": choice.prompts, "position": choice.position}
+    asked = choice.rendering.to_dict()
+    of = {"model": choice.model, "prompts": choice.prompts, "position": choice.position}
+    return of | ({"rendering": asked} if asked else {})

@@ -27,6 +27,7 @@ from es2.prompts.prompt_set import HARMFUL, HARMLESS
 from es2.prompts.questions import absolute_questions, load_questions
 from es2.workflow.derived import find_activations
 from es2.workflow.evaluation_plan import Sample, evaluation_seconds
+from es2.workflow.runs import rendering_of
 
 FORM = "evaluation_form"
 """The session's key for whether the form is open above an evaluation."""
@@ -155,7 +156,9 @@ def _sample(config: EvaluateConfig, run: Job) -> tuple[Sample, list[str]]:
         return found, problems
     measured = probing.measured()
     in_test = measured.in_split("test") & (measured.labels == HARMFUL)
-    known = find_activations(artifacts.model_name(config.model), measured, "last", run=run.id)
+    known = find_activations(
+        artifacts.model_name(config.model), measured, "last", run=run.id, rendering=rendering_of(run)
+    )
     return replace(
         found, steered=min(config.steering_limit, int(in_test.sum())), measured=0 if known else len(measured)
     ), problems

@@ -82,7 +82,7 @@ def _config(
     widgets = SettingsForm(FinetuneConfig, "launch", {"method": METHOD_NAMES})
     spec = resolve(choice.model)
     model = spec.location if spec.kind in ("folder", "gguf") else spec.name
-    values: dict[str, Any] = {"layers": layers, "model": model}
+    values: dict[str, Any] = {"layers": layers, "model": model} | dict(choice.rendering)
     if len(layers) >= MANY_LAYERS:
         st.warning(
             f"{len(layers)} target layers: the ES2 paper saw models collapse from three on. Two are its finding.",
@@ -107,7 +107,7 @@ def _config(
 
 def target_layers(choice: Choice, model: str, prompts: PromptSet, n_layers: int) -> tuple[int, ...]:
     """Let target layers be picked, by a click in the strip or in the list; returns the choice."""
-    opened = artifacts.find(model, prompts, choice.position)
+    opened = artifacts.find(model, prompts, choice.position, choice.rendering)
     analysis = opened.analysis if opened is not None and len(opened.analysis.base_layers) == n_layers else None
     usual = analysis.recommended if analysis is not None else guessed_layers(n_layers)
     layers = tuple(layer for layer in state.targets(choice.model, usual) if layer < n_layers)

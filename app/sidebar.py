@@ -10,9 +10,17 @@ from es2.jobs.queue import list_jobs
 from es2.models.catalogue import CATALOGUE, resolve
 from es2.models.mirror import has_mirrored
 from es2.prompts.sources import Source, read_source, source_title
-from es2.store.sources import POSITIONS
+from es2.store.sources import POSITIONS, before_last
 
 POSITION_NAMES = {"last": "Last token", "last_instruction": "Last of request"}
+
+
+def position_name(position: str) -> str:
+    """What a position is called."""
+    distance = before_last(position)
+    return POSITION_NAMES.get(position) or ("Mean of request" if distance is None else f"Last − {distance}")
+
+
 _ENTRIES = {entry.name: entry for entry in CATALOGUE}
 
 
@@ -49,9 +57,9 @@ def show() -> None:
     _how_they_are_read(choice.prompts)
     st.segmented_control(
         "Position",
-        POSITIONS,
+        dict.fromkeys((*POSITIONS, choice.position)),
         key="position",
-        format_func=POSITION_NAMES.__getitem__,
+        format_func=position_name,
         required=True,
         width="stretch",
         help="Whose embedding is read. **Last token**: the last token of the chat template, where the model is about "

@@ -6,6 +6,7 @@ and the selection have keys of their own: widgets are set from them and write ba
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,9 +16,11 @@ import streamlit as st
 
 from es2.analysis.projection import FitOn
 from es2.core.errors import InputError
+from es2.core.files import parse_json
+from es2.core.rendering import AS_THE_TEMPLATE, Rendering
 from es2.models.catalogue import DEFAULT_MODEL
 from es2.prompts.benchmarks import absolute_source
-from es2.store.sources import POSITIONS
+from es2.store.sources import POSITIONS, check_position
 
 VIEWS = ("separation", "pca", "umap")
 ARRANGEMENTS = ("side", "overlay", "morph")
@@ -27,7 +30,8 @@ MAX_NAME = 1000
 MAX_SOURCE = 8000
 """Characters of a prompt source that an address holds, each of which may take three there: servers read 65,536."""
 _RUNS = ("run", "against")
-_OPTIONAL = ("layer", "splits", "arrange", "fit", "lengths", *_RUNS)
+_OPTIONAL = ("layer", "splits", "arrange", "fit", "lengths", *_RUNS, *Rendering.model_fields)
+_MAX_RENDERING = 8000  # characters of an address
 _RUN_ID = re.compile(r"[a-z0-9-]{1,80}")
 
 _CHOICE, _LINK, _NOTES = "choice", "choice_link", "choice_notes"
@@ -43,7 +47,7 @@ class Choice:
     Attributes:
         model: a catalogue name, Hub id, or the absolute path of a folder or `.gguf` file.
         prompts: `builtin`, `hf:…`, or the absolute path of a file or two (`es2.prompts.sources`).
-        position: one of `POSITIONS`.
+        position: as `es2.store.sources.check_position` takes it.
         layer: the chosen layer; None until there is an analysis to recommend one.
         view: one of `VIEWS`.
         others: whether prompts of other splits than `test` are shown too.
@@ -52,6 +56,7 @@ class Choice:
         arrangement: of base and tuned, one of `ARRANGEMENTS`.
         fit_on: what the axes are fitted on, one of `FITS`.
         raw: whether lengths are the models' own rather than divided by each model's scale.
+        rendering: how the model is given the prompts; what it leaves open is as in the run, or as the prompts say.
     """
 
     model: str = DEFAULT_MODEL
@@ -65,6 +70,7 @@ class Choice:
     arrangement: str = "side"
     fit_on: FitOn = "base"
     raw: bool = False
+    rendering: Rendering = AS_THE_TEMPLATE
 
     def to_link(self) -> dict[str, str]:
         """The query parameters that reopen this choice."""
@@ -79,6 +85,8 @@ class Choice:
             link["fit"] = self.fit_on
         if self.raw:
             link["lengths"] = "raw"
+        for name, value in self.rendering.to_dict().items():
+            link[name] = value if isinstance(value, str) else json.dumps(value)
         for name in _RUNS:
             if (id := getattr(self, name)) is not None:
                 link[name] = id
@@ -110,6 +118,25 @@ def read_link(link: Mapping[str, str]) -> tuple[Choice, list[str]]:
         notes.append(f"The link's {key} {id[:40]!r} is no run's id.")
         return None
 
+    def position() -> str:
+        asked = link.get("position", POSITIONS[0])
+        try:
+            return check_position(asked)
+        except InputError:
+            return word("position", POSITIONS)
+
+    def rendering() -> Rendering:
+        values: dict[str, Any] = {name: link[name] for name in Rendering.model_fields if name in link}
+        try:
+            if sum(map(len, values.values())) > _MAX_RENDERING:
+                raise ValueError
+            if "template_arg" in values:
+                values["template_arg"] = tuple(parse_json(values["template_arg"]))
+            return Rendering(**values)
+        except (InputError, TypeError, ValueError):
+            notes.append("The link's system prompt, thinking or template_arg cannot be; the template has its way.")
+            return AS_THE_TEMPLATE
+
     layer = None
     if "layer" in link:
         if re.fullmatch(r"[0-9]{1,5}", link["layer"]):
@@ -119,7 +146,7 @@ def read_link(link: Mapping[str, str]) -> tuple[Choice, list[str]]:
     choice = Choice(
         model=name("model", Choice.model),
         prompts=absolute_source(name("prompts", Choice.prompts, MAX_SOURCE)),
-        position=word("position", POSITIONS),
+        position=position(),
         layer=layer,
         view=word("view", VIEWS),
         others=word("splits", ("test", "all")) == "all",
@@ -128,6 +155,7 @@ def read_link(link: Mapping[str, str]) -> tuple[Choice, list[str]]:
         arrangement=word("arrange", ARRANGEMENTS),
         fit_on="both" if word("fit", FITS) == "both" else "base",
         raw=word("lengths", ("scaled", "raw")) == "raw",
+        rendering=rendering(),
     )
     return choice, notes
 

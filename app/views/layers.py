@@ -41,7 +41,7 @@ def page() -> None:
     link_notes()
     choice = state.current()
     model = artifacts.model_name(choice.model)
-    opened = artifacts.find(model, artifacts.prompts(choice.prompts), choice.position)
+    opened = artifacts.find(model, artifacts.prompts(choice.prompts), choice.position, choice.rendering)
     if opened is None:
         welcome(choice)
         return

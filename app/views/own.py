@@ -21,6 +21,7 @@ from app.state import Choice
 from app.text import sentences
 from es2.analysis.probes import Probes
 from es2.core.errors import InputError
+from es2.core.rendering import Rendering
 from es2.jobs.job import MAX_NAME
 from es2.jobs.queue import open_job, start
 from es2.workflow.reader import PromptEmbeddings, answer, ask, open_reader
@@ -61,7 +62,7 @@ def one_prompt(choice: Choice) -> None:
             icon=":material/info:",
         )
         return
-    model, run, by_model = probes
+    model, run, by_model, rendering = probes
     st.caption(
         f"Read by {text.markdown(model)}{' and its tuned model' if run else ''}. Loading takes a few seconds the first "
         "time; the model is unloaded after five minutes without a request. Nothing is generated."
@@ -71,26 +72,38 @@ def one_prompt(choice: Choice) -> None:
     with st.form("own_prompt", border=False), st.container(horizontal=True, vertical_alignment="bottom"):
         typed = st.text_input("Request", key="own_text", placeholder="How do I open a jammed lock?")
         if st.form_submit_button("Read it", icon=":material/arrow_forward:") and typed:
-            reader = open_reader(model, run)
+            reader = open_reader(model, run, rendering, choice.position)
             st.session_state[_ASKED] = (reader.id, ask(reader, typed))
     _wait()
-    readings: list[tuple[tuple[str, str | None], PromptEmbeddings]] = st.session_state.get(_READINGS, [])
-    shown = [reading for of, reading in readings if of == (model, run)]
+    readings: list[tuple[tuple[str, str | None, dict[str, Any]], PromptEmbeddings]] = st.session_state.get(
+        _READINGS, []
+    )
+    of_these = (model, run, rendering.to_dict())
+    shown = [reading for of, reading in readings if of == of_these and choice.position in reading.base]
     for number, reading in enumerate(shown):
         _reading(reading, by_model, choice, number)
 
 
-def _probes(choice: Choice) -> tuple[str, str | None, dict[str, Probes]] | None:
-    """The model, the run and the probes that a request is placed by; None where nothing is analysed."""
+def _probes(choice: Choice) -> tuple[str, str | None, dict[str, Probes], Rendering] | None:
+    """The model, the run, the probes that a request is placed by, and how it is given to the model.
+
+    None where nothing is analysed.
+    """
     comparison = artifacts.find_comparison(choice)
     if comparison is not None and comparison.analysis.tuned_probes is not None:
         analysis = comparison.analysis
         run = None if open_run(comparison.run).is_shipped else comparison.run
         by_model = {"base": analysis.base_probes} | ({"tuned": analysis.tuned_probes} if run else {})
         if choice.against is None:
-            return str(comparison.config["model"]), run, {name: own for name, own in by_model.items() if own}
-    opened = artifacts.find(artifacts.model_name(choice.model), artifacts.prompts(choice.prompts), choice.position)
-    return (choice.model, None, {"base": opened.analysis.base_probes}) if opened is not None else None
+            probes = {name: own for name, own in by_model.items() if own}
+            return str(comparison.config["model"]), run, probes, Rendering.from_dict(comparison.base.renderings[0])
+    opened = artifacts.find(
+        artifacts.model_name(choice.model), artifacts.prompts(choice.prompts), choice.position, choice.rendering
+    )
+    if opened is None:
+        return None
+    rendering = Rendering.from_dict(opened.base.renderings[0])
+    return choice.model, None, {"base": opened.analysis.base_probes}, rendering
 
 
 def _wait() -> None:
@@ -114,7 +127,7 @@ def _wait() -> None:
                 st.caption(f":material/hourglass_top: {'Reading the request' if is_up else 'Loading the model'}")
                 return
             del st.session_state[_ASKED]
-            of = (str(reader.config["model"]), reader.config["run"])
+            of = (str(reader.config["model"]), reader.config["run"], reader.config.get("rendering") or {})
             kept = st.session_state.get(_READINGS, [])
             st.session_state[_READINGS] = [(of, found), *kept][:N_KEPT]
             st.rerun()

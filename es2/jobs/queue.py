@@ -141,8 +141,9 @@ def list_jobs(root: Path | None = None, kind: str | None = None) -> list[Job]:
 
 
 def find_jobs(kind: str, config: Mapping[str, Any], root: Path | None = None) -> list[Job]:
-    """The jobs of this kind whose config includes `config`, newest first."""
-    return [job for job in list_jobs(root, kind) if {name: job.config.get(name) for name in config} == dict(config)]
+    """The jobs of this kind whose config includes `config`, and no `rendering` beside it, newest first."""
+    wanted = {"rendering": None} | dict(config)
+    return [job for job in list_jobs(root, kind) if {name: job.config.get(name) for name in wanted} == wanted]
 
 
 def open_job(id: str, root: Path | None = None) -> Job:

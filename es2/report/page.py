@@ -135,6 +135,7 @@ def _head(compared: Compared) -> str:
         ("Model", compared.config.get("model", compared.base.model)),
         ("Prompts", compared.config.get("prompts", compared.prompts.name)),
         ("Prompts given as", compared.base.given_as),
+        *_rendering(compared.base.rendering),
         ("Hooks", "the model's own blocks" if compared.base.hooks == OWN_HOOKS else "TransformerLens"),
         ("Compared", f"{left} and {right}"),
         ("Target layers", ", ".join(map(str, compared.targets))),
@@ -289,6 +290,18 @@ def reproduce(config: Mapping[str, Any]) -> str:
     """The command that makes a run of these settings, with every option spelled out."""
     ordered = dict.fromkeys(["model", "prompts", *FinetuneConfig.model_fields])
     return shlex.join(["es2", "finetune", *option_words(FinetuneConfig, {name: config.get(name) for name in ordered})])
+
+
+def _rendering(rendering: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How the model was given the prompts, as far as the embeddings say it."""
+    if not rendering:
+        return []
+    prompt, arguments = rendering.get("system_prompt"), rendering.get("template_arguments") or {}
+    of = " (the template's own)" if rendering.get("system_prompt_from") == "template" else ""
+    facts = [("System prompt", f"{shortened(prompt, 300)}{of}" if prompt else "none")]
+    if arguments:
+        facts.append(("Template arguments", ", ".join(f"{name} = {value}" for name, value in arguments.items())))
+    return [*facts, ("Position last lies", str(rendering.get("last", "")))]
 
 
 def _shown(compared: Compared) -> tuple[Int[np.ndarray, "row"], str]:

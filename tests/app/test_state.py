@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.state import ARRANGEMENTS, FITS, VIEWS, Choice, picked, read_link
+from es2.core.rendering import Rendering
 from es2.prompts.benchmarks import absolute_source
-from es2.store.sources import POSITIONS
+from es2.store.sources import POSITIONS, check_position
 
 names = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=60)
 
@@ -20,13 +21,19 @@ names = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_si
         Choice,
         model=names,
         prompts=names.map(lambda name: f"/{name}.csv".replace("//", "/")),
-        position=st.sampled_from(POSITIONS),
+        position=st.sampled_from((*POSITIONS, "last-3", "mean")),
         layer=st.none() | st.integers(0, 99),
         view=st.sampled_from(VIEWS),
         others=st.booleans(),
         arrangement=st.sampled_from(ARRANGEMENTS),
         fit_on=st.sampled_from(FITS),
         raw=st.booleans(),
+        rendering=st.builds(
+            Rendering,
+            system_prompt=st.none() | names | st.just("Two\nlines & more"),
+            thinking=st.sampled_from([None, "on", "off"]),
+            template_arg=st.sampled_from([(), ("effort=low", "budget=512"), ('tools=[{"a": "b, c"}]',)]),
+        ),
     )
 )
 def test_a_link_reopens_the_choice(choice: Choice) -> None:
@@ -38,7 +45,7 @@ def test_a_link_reopens_the_choice(choice: Choice) -> None:
 @given(st.dictionaries(st.sampled_from(["model", "prompts", "position", "layer", "view", "splits"]), st.text()))
 def test_a_damaged_link_falls_back_and_says_so(link: dict[str, str]) -> None:
     choice, notes = read_link(link)
-    assert choice.position in POSITIONS
+    assert choice.position == check_position(choice.position)
     assert choice.view in VIEWS
     assert choice.layer is None or choice.layer >= 0
     for name in ("position", "view"):
@@ -57,6 +64,15 @@ def test_an_empty_link_is_the_usual_choice() -> None:
 def test_a_layer_is_a_plain_number(layer: str) -> None:
     choice, notes = read_link({"layer": layer})
     assert choice.layer is None
+    assert len(notes) == 1
+
+
+@pytest.mark.parametrize(
+    "link", [{"thinking": "maybe"}, {"template_arg": "x"}, {"template_arg": "[1]"}, {"system_prompt": "x" * 9000}]
+)
+def test_a_rendering_that_cannot_be_is_noted(link: dict[str, str]) -> None:
+    choice, notes = read_link(link)
+    assert choice == Choice()
     assert len(notes) == 1
 
 
