@@ -34,6 +34,7 @@ VERDICT_NAMES: Mapping[str, str] = {
     "answer": "answered",
     "degenerate": "degenerate",
     "empty": "empty",
+    "unfinished": "still thinking",
 }
 
 

@@ -14,6 +14,7 @@ from es2.cli.rendering_options import with_rendering
 from es2.cli.terminal import AllowMirror, AsJson, Model, Prompts, emit, out
 from es2.core.errors import InputError
 from es2.core.rendering import Rendering
+from es2.core.settings import option_words
 from es2.models.catalogue import DEFAULT_MODEL, resolve
 from es2.training.config import FinetuneConfig
 
@@ -86,6 +87,7 @@ def plan(
             out.print(f"    {command}", soft_wrap=True)
 
     source = "" if prompts == "builtin" else f" --prompts {shlex.quote(prompts)}"
+    source += "".join(f" {shlex.quote(word)}" for word in option_words(rendering.to_dict()))
     commands = [command + source for command in made.commands]
     document = {"model": spec.name, "prompts": prompts, "target_layers": list(config.targets)} | made.to_dict()
     document["rendering"] = config.settled.to_dict()
