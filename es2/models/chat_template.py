@@ -254,7 +254,8 @@ def prompt_frame(tokenizer: PreTrainedTokenizerBase, rendering: Rendering = AS_T
     elif system is not None:
         check_system_prompt(frame, arguments, system, own)
     if wanted.thinking is not None:
-        arguments = arguments | thinking_switch(frame, system, arguments, wanted.thinking)
+        system, switch = thinking_switch(frame, system, arguments, wanted.thinking, own)
+        arguments = arguments | switch
     found = replace(frame(system, arguments), own_system_prompt=own)
     check_arguments(frame, found, wanted.arguments)
     return found

@@ -40,6 +40,7 @@ _TRIED: tuple[Any, ...] = (
     [{"title": "x", "text": "y"}],
 )
 """Values that a template may tell apart."""
+_WORDS = ("/think", "/no_think")  # of a system prompt, which some templates take for switches
 _USUAL = {"messages", "add_generation_prompt", "continue_final_message", "strftime_now"}
 
 
@@ -112,12 +113,25 @@ def check_system_prompt(frames: Frames, arguments: Mapping[str, Any], text: str,
         )
 
 
-def thinking_switch(frames: Frames, system: str | None, arguments: Mapping[str, Any], wanted: str) -> dict[str, Any]:
-    """The argument that turns thinking `on` or `off`; raises `InputError` where the template has none that is known."""
+def thinking_switch(
+    frames: Frames, system: str | None, arguments: Mapping[str, Any], wanted: str, own: str | None
+) -> tuple[str | None, dict[str, Any]]:
+    """The system prompt and the arguments that turn thinking `on` or `off`.
+
+    The switch is an argument, or a word that the template takes out of a system prompt. An argument that the template
+    merely shows, such as an effort of any name, is no switch: the model may know nothing of the value.
+
+    Raises:
+        InputError: where the template has no switch that is known.
+    """
     for key, on, off in SWITCHES:
         others = {name: value for name, value in arguments.items() if name != key}
         ends = [_around(frames, system, others | ({} if value is ABSENT else {key: value})) for value in (on, off)]
-        if None in ends or ends[0] == ends[1]:
+        if ends[0] is None or ends[1] is None or ends[0] == ends[1]:
+            continue
+        source = frames(system, others).template or ""
+        is_named = isinstance(off, str) and re.search(rf"['\"]{off}['\"]", source) is not None
+        if not (isinstance(off, bool) or is_named or ends[0][1] != ends[1][1]):
             continue
         if key in arguments:
             raise InputError(
@@ -125,7 +139,12 @@ def thinking_switch(frames: Frames, system: str | None, arguments: Mapping[str, 
                 f"--template-arg {key}."
             )
         value = on if wanted == "on" else off
-        return {} if value is ABSENT else {key: value}
+        return system, {} if value is ABSENT else {key: value}
+    texts = [f"{own or '' if system is None else system} {word}".strip() for word in _WORDS]
+    ends = [_around(frames, text, arguments) for text in texts]
+    taken = all(end is not None and word not in "".join(end) for end, word in zip(ends, _WORDS, strict=True))
+    if taken and ends[0] != ends[1]:
+        return texts[0 if wanted == "on" else 1], {}
     plain = frames(system, arguments)
     raise InputError(
         "The model's chat template has no switch for thinking that is known here (enable_thinking, thinking, "

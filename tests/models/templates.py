@@ -513,7 +513,8 @@ def page() -> str:
         "last character and the line break after it.",
         "",
         "A prompt is one user's message. *Rendered* means: as transformers renders it (`apply_chat_template` with "
-        "`add_generation_prompt=True` and no keyword), token for token. Tests try each of these kinds, "
+        "`add_generation_prompt=True` and no keyword), token for token. A system prompt, thinking and other arguments "
+        "of a template are for [options](prompts.md#how-the-model-is-given-them). Tests try each of these kinds, "
         f"{len(KINDS)} in all, on templates written for them, with {len(PROMPTS)} kinds of texts. What would change a "
         "text is refused with a sentence that quotes it, before anything is captured: the numbers would be of another "
         "prompt.",

@@ -28,7 +28,6 @@ SWITCHES: dict[str, tuple[str, Any, Any]] = {
     "thinking opened": ("enable_thinking", True, False),
     "thinking closed": ("thinking", True, False),
     "thinking hidden": ("enable_thinking", True, False),
-    "effort in the head": ("reasoning_effort", "high", "none"),
 }
 """By hand: what the kinds call their switch, and its values for on and off."""
 
@@ -187,6 +186,38 @@ def test_an_argument_reaches_the_template_and_a_mistyped_one_is_refused() -> Non
         render(tokenizer, ["Why?"], Rendering(template_arg=("tokenize=true",)))
     with pytest.raises(InputError, match="decide the same"):
         render(tokenizer, ["Why?"], Rendering(thinking="off", template_arg=("thinking_budget=512",)))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_effort_is_a_switch_only_where_the_template_knows_of_none(named: bool) -> None:
+    """gpt-oss shows any word after `Reasoning:`, and thinks under all of them."""
+    known = "{% if reasoning_effort == 'none' %} Do not think.{% endif %}" if named else ""
+    tokenizer = tiny_tokenizer(
+        chat_template="Reasoning: {{ reasoning_effort | default('medium') }}" + known + "\n{{ messages[-1].content }}:"
+    )
+    if named:
+        assert prompt_frame(tokenizer, Rendering(thinking="off")).arguments == {"reasoning_effort": "none"}
+        return
+    with pytest.raises(InputError, match=r"no switch for thinking.*knows reasoning_effort"):
+        render(tokenizer, ["Why?"], Rendering(thinking="off"))
+    assert prompt_frame(tokenizer, Rendering(template_arg=("reasoning_effort=low",))).prefix == "Reasoning: low\n"
+
+
+def test_a_switch_that_is_a_word_of_the_system_prompt() -> None:
+    """As Nemotron Nano 2's, which takes it out."""
+    tokenizer = tiny_tokenizer(
+        chat_template="{% if messages[0].role == 'system' %}<|im_start|>{{ messages[0].content "
+        "| replace('/no_think', '') | replace('/think', '') | trim }}\n{% endif %}{{ messages[-1].content }}\nReply: "
+        "{% if '/no_think' in messages[0].content %}<think></think>{% else %}<think>\n{% endif %}"
+    )
+    for system, thinking, given, tail in (
+        (TERSE, "off", f"{TERSE} /no_think", "<think></think>"),
+        (TERSE, "on", f"{TERSE} /think", "<think>\n"),
+        (None, "off", "/no_think", "<think></think>"),
+    ):
+        rendering = Rendering(system_prompt=system, thinking=thinking)
+        assert prompt_frame(tokenizer, rendering).tail == f"\nReply: {tail}"
+        assert list(render(tokenizer, ["Why?"], rendering).token_ids[0]) == theirs(tokenizer, given, "Why?", False)
 
 
 def test_an_argument_may_have_the_value_that_the_template_has_by_itself() -> None:
