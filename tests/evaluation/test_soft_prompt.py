@@ -229,7 +229,7 @@ def test_nothing_but_the_effect_is_written(
         return "answer"
 
     monkeypatch.setattr(soft_attack, "fit_soft_prompt", noted)
-    monkeypatch.setattr(soft_attack, "judge_reply", judged)
+    monkeypatch.setattr("es2.evaluation.suites.judge_reply", judged)
     run_it(model, store, tmp_path / "job")
     assert len(fitted) == 2
     written = [file for file in tmp_path.rglob("*") if file.is_file()]
