@@ -28,6 +28,7 @@ _CONTROLS = {
     "with --label-column": "under “Label column”",
     "with --harmful-values": "under “Harmful values”",
     "with --harmful and --harmless": "as “Harmful prompts” and “Harmless prompts”",
+    "with --system-prompt, or --system-prompt default for the template's own": "by one system turn for all chats",
     "--skip-bad-rows leaves such rows out": "“Leave wrong rows out” goes on without them",
 }
 """What sentences of `es2.prompts` say of options, and what that is on the page *Your own*."""
