@@ -87,7 +87,7 @@ def plan(
             out.print(f"    {command}", soft_wrap=True)
 
     source = "" if prompts == "builtin" else f" --prompts {shlex.quote(prompts)}"
-    source += "".join(f" {shlex.quote(word)}" for word in option_words(rendering.to_dict()))
+    source += "".join(f" {shlex.quote(word)}" for word in option_words(Rendering, rendering.to_dict()))
     commands = [command + source for command in made.commands]
     document = {"model": spec.name, "prompts": prompts, "target_layers": list(config.targets)} | made.to_dict()
     document["rendering"] = config.settled.to_dict()
