@@ -132,13 +132,23 @@ def tiny_prompts(n_pairs: int = 4, *, name: str = "tiny") -> PromptSet:
     )
 
 
-def save_tiny_adapter(folder: Path, model_folder: Path, *, seed: int = 0) -> Path:
-    """Save a random LoRA adapter, strong enough to be seen, for a tiny model with Llama's module names."""
+def save_tiny_adapter(folder: Path, model_folder: Path, *, seed: int = 0, **settings: Any) -> Path:
+    """Save a random LoRA adapter, strong enough to be seen, for a tiny model with Llama's module names.
+
+    `settings` are those of peft; what is saved as a whole (`modules_to_save`) is another weight than the base's.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    settings = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), settings).save_pretrained(folder)
+    given = {"target_modules": ["q_proj", "down_proj"]} | settings
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, **given),
+    )
+    for name, weight in adapted.named_parameters():
+        if ".modules_to_save." in name:
+            weight.data += weight.std() * torch.randn_like(weight)
+    adapted.save_pretrained(folder)
     return folder

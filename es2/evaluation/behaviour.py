@@ -121,8 +121,13 @@ class Exchange:
     agreed: int
 
 
-def compare_exchange(lm_head: LmHead, base: Tensor, tuned: Tensor, reply: Tokens) -> Exchange:
-    """The comparison of base's and tuned's `exchange_states` on one prompt and the base's reply."""
+def compare_exchange(
+    lm_head: LmHead, base: Tensor, tuned: Tensor, reply: Tokens, tuned_head: LmHead | None = None
+) -> Exchange:
+    """The comparison of base's and tuned's `exchange_states` on one prompt and the base's reply.
+
+    `lm_head` is the base's, and tuned's without a `tuned_head`.
+    """
     import torch
 
     from es2.models.kl import compare_tokens
@@ -132,7 +137,7 @@ def compare_exchange(lm_head: LmHead, base: Tensor, tuned: Tensor, reply: Tokens
     kls, likelihood, agreed, start = [], {"base": 0.0, "tuned": 0.0}, 0, 0
     replied = torch.tensor(list(reply), device=device)[:, None]
     with torch.inference_mode():
-        for found in compare_tokens(tuned.to(device), base.to(device), lm_head):
+        for found in compare_tokens(tuned.to(device), base.to(device), tuned_head or lm_head, lm_head):
             kls.append(found.kl.double().cpu())
             first = max(n_prompt - 1 - start, 0)  # the first state here that a token of the reply was read from
             start += len(found.kl)

@@ -179,6 +179,7 @@ def behaviour(
     model: Any = None
     states: dict[str, list[Any]] = {}
     lm_head: Any = None
+    tuned_head: Any = None
     for name in work.models:
         keys = [work.key(name, prompt) for prompt in tokens]
         missing = name in needed and any(key not in work.log for key in keys)
@@ -193,9 +194,12 @@ def behaviour(
 
             generate(work, model, name, tokenizer, tokens, prefix, keys, entries, stage=f"reply {name}")
         if suite == "kl":
-            from es2.models.kl import read_lm_head
+            from es2.models.kl import read_lm_head, tuned_lm_head
 
-            lm_head = read_lm_head(model) if lm_head is None else lm_head
+            if name == "base":
+                lm_head = read_lm_head(model)
+            else:
+                tuned_head = tuned_lm_head(model, lm_head)
             replies = [_base_reply(work, prompt) for prompt in tokens]
             stage = f"read {name}"
             states[name] = exchange_states(model, tokens, replies, len(prefix), report=work.report, stage=stage)
@@ -205,7 +209,7 @@ def behaviour(
     if suite == "kl":
         tuned = states.get("tuned", states["base"])
         exchanges = [
-            compare_exchange(lm_head, before, after, _base_reply(work, prompt))
+            compare_exchange(lm_head, before, after, _base_reply(work, prompt), tuned_head)
             for before, after, prompt in zip(states["base"], tuned, tokens, strict=True)
         ]
         numbers = ability_numbers(exchanges, weights, "tuned" in states)

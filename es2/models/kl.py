@@ -53,6 +53,19 @@ class LmHead:
         return torch.cat([self.logits(chunk).argmax(dim=-1) for (chunk,) in _chunks(self, states)]).tolist()
 
 
+def tuned_lm_head(model: Any, base: LmHead) -> LmHead:
+    """The head of the base's model after a fine-tune was put on; it is the base's own unless that changed it."""
+    layer = model.get_output_embeddings()
+    if isinstance(layer, torch.nn.Linear) and layer.weight.data_ptr() == base.weight.data_ptr():
+        return base
+    with torch.no_grad():
+        # Whatever wraps the layer, it stays linear: what it makes of unit vectors are the columns of its weight.
+        nothing = torch.zeros(1, base.weight.shape[1], dtype=base.weight.dtype, device=base.weight.device)
+        bias = layer(nothing)[0]
+        weight = (layer(torch.eye(base.weight.shape[1]).to(nothing)) - bias).T
+    return replace(base, weight=weight, bias=bias if bool(bias.any()) else None)
+
+
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """What configurations call the number between whose negative and itself all logits lie."""
 
@@ -117,12 +130,15 @@ class Compared:
 
 
 def compare_tokens(
-    tuned: Float[Tensor, "token d_model"], base: Float[Tensor, "token d_model"], head: LmHead
+    tuned: Float[Tensor, "token d_model"],
+    base: Float[Tensor, "token d_model"],
+    head: LmHead,
+    base_head: LmHead | None = None,
 ) -> Iterator[Compared]:
-    """Two models' distributions for tokens, a chunk at a time; arguments as `token_kl`."""
+    """Two models' distributions for tokens, a chunk at a time; as `token_kl`, `head` is of both without `base_head`."""
     for tuned_part, base_part in _chunks(head, tuned, base):
         logits = head.logits(tuned_part)
-        log_base = head.logits(base_part).log_softmax(dim=-1)
+        log_base = (base_head or head).logits(base_part).log_softmax(dim=-1)
         log_tuned = logits.log_softmax(dim=-1)
         p_base = log_base.exp()
         yield Compared((p_base * (log_base - log_tuned)).sum(dim=-1), logits, log_tuned, log_base, p_base)

@@ -16,7 +16,7 @@ from es2.evaluation.behaviour import ability_numbers, compare_exchange, rate_int
 from es2.models.adapters import apply_finetune
 from es2.models.batching import end_tokens
 from es2.models.chat_template import render, template_prefix
-from es2.models.kl import read_lm_head
+from es2.models.kl import read_lm_head, tuned_lm_head
 from es2.models.loading import load_bridge, load_model, load_tokenizer, load_tuned
 from es2.models.replies import exchange_states, greedy_replies
 from tests.builders import ARCHITECTURES, TEXTS, save_tiny_adapter, save_tiny_model, tiny_prompts
@@ -137,7 +137,8 @@ def test_putting_the_adapter_on_makes_the_tuned_model(load: Loader, tmp_path: Pa
         apply_finetune(load_model(save_tiny_model(tmp_path / "wide", d_model=48), device="cpu"), adapter)
 
 
-def test_ability_is_that_of_the_full_logits(load: Loader, tmp_path: Path) -> None:
+@pytest.mark.parametrize("on", [{}, {"target_modules": ["lm_head", "q_proj"]}, {"modules_to_save": ["lm_head"]}])
+def test_ability_is_that_of_the_full_logits(on: dict[str, Any], load: Loader, tmp_path: Path) -> None:
     folder, model, tokens, head = load("llama")
     tokens = tokens[:4]
     replies = all_replies(model, tokens, prefix=head)
@@ -146,12 +147,14 @@ def test_ability_is_that_of_the_full_logits(load: Loader, tmp_path: Path) -> Non
     with torch.no_grad():
         before = [model(torch.tensor([sequence])).logits[0].log_softmax(-1).double() for sequence in sequences]
     base = exchange_states(model, tokens, replies, len(head))
-    apply_finetune(model, save_tiny_adapter(tmp_path / "adapter", folder))
+    apply_finetune(model, save_tiny_adapter(tmp_path / "adapter", folder, **on))
+    tuned_layer = tuned_lm_head(model, head_layer)
+    assert (tuned_layer is head_layer) == (not on)
     with torch.no_grad():
         after = [model(torch.tensor([sequence])).logits[0].log_softmax(-1).double() for sequence in sequences]
     tuned = exchange_states(model, tokens, replies, len(head))
     for row, (prompt, reply) in enumerate(zip(tokens, replies, strict=True)):
-        found = compare_exchange(head_layer, base[row], tuned[row], reply)
+        found = compare_exchange(head_layer, base[row], tuned[row], reply, tuned_layer)
         kl = (before[row].exp() * (before[row] - after[row])).sum(-1)
         said = torch.arange(len(prompt) - 1, len(prompt) - 1 + len(reply)), torch.tensor(reply)
         assert found.n_prompt == len(prompt) - len(head)
