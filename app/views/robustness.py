@@ -56,7 +56,8 @@ def page() -> None:
         return
     with st.container(key="finding", border=True, gap="xsmall"):
         if attack is not None:
-            st.markdown(f"**{text.markdown(findings.needed_sentence(attack))}**")
+            if sentence := findings.needed_sentence(attack):
+                st.markdown(f"**{text.markdown(sentence)}**")
             st.markdown(text.markdown(findings.attack_sentence(attack)))
         if soft is not None:
             st.markdown(text.markdown(findings.soft_sentence(soft)))
@@ -64,7 +65,8 @@ def page() -> None:
         curves(attack)
     soft_curves(evaluation, soft)
     if attack is not None:
-        needed(attack)
+        if attack["needed"]:
+            needed(attack)
         one_prompt(evaluation, attack)
     exports.page_exports(partial(take_away, evaluation), None)
 

@@ -35,8 +35,7 @@ def attack_sections(
     yield f"<p>Measured on harmful test prompts of {escape(str(evaluation['prompts']))}.</p>"
     suite = {name: part for name, part in evaluation["suite"].items() if "problem" not in part}
     if (attack := suite.get("perturbation")) is not None:
-        needed = needed_sentence(attack) if attack["needed"] else ""
-        yield f"<p>{escape(needed)} {escape(attack_sentence(attack))}</p>"
+        yield f"<p>{escape(needed_sentence(attack))} {escape(attack_sentence(attack))}</p>"
         yield from _curves(attack, names, plot, "Embeddings steered while replies are generated", _STEERING)
     if (soft := suite.get("soft_prompt")) is not None:
         yield f"<p>{escape(soft_sentence(soft))}</p>"

@@ -158,7 +158,9 @@ def main_p0(attack: Numbers) -> float:
 
 
 def needed_sentence(attack: Numbers) -> str:
-    """Whether the needed relative perturbation grew from base to tuned at the attacked layers."""
+    """Whether the needed relative perturbation grew from base to tuned at the attacked layers; empty if unmeasured."""
+    if not attack["needed"]:
+        return ""
     p0 = main_p0(attack)
     grew: list[str] = []
     not_grown: list[str] = []

@@ -210,7 +210,7 @@ def _evaluate(
     if refusal is not None:
         findings += [refusal_sentence(refusal, tuned["verdict"] == "separated"), *side_effects(refusal)]
     if attack is not None:
-        findings += [needed_sentence(attack), attack_sentence(attack)]
+        findings += [*filter(None, [needed_sentence(attack)]), attack_sentence(attack)]
     if (soft := suite.get("soft_prompt")) is not None:
         findings.append(soft_sentence(soft))
     return {

@@ -247,6 +247,24 @@ class TestRobustness:
         )
         assert "Under 8 steerings along learnt directions" in words(at)  # 3 directions × 2 budgets, and 2 probabilities
 
+    def test_an_evaluation_without_probabilities_to_reach_has_curves_alone(
+        self, home: Path, evaluated: Evaluated
+    ) -> None:
+        document = read_evaluation(evaluated.path)
+        attack = document["suite"]["perturbation"]
+        attack |= {"needed": [], "needed_values": [], "curve": [one for one in attack["curve"] if one["p0"] is None]}
+        del document["digest"]
+        path = evaluated.path.with_name("without.json")
+        write_json(path, with_checksum(document))
+        try:
+            at = open_page("robustness", evaluated.link())
+            choose(at, "without")
+        finally:
+            path.unlink()
+        assert not at.exception
+        assert "Needed perturbation over layers" not in [one.value for one in at.subheader]
+        assert "steerings along learnt directions" in words(at)
+
     def test_one_prompt_moves_along_what_was_measured(self, home: Path, evaluated: Evaluated) -> None:
         at = open_page("robustness", evaluated.link())
         rows = read_evaluation(evaluated.path)["rows"]["perturbation"]

@@ -217,6 +217,7 @@ class TestSentences:
         ]
 
     def test_needed_push(self) -> None:
+        assert findings.needed_sentence(attack() | {"needed": []}) == ""
         both = findings.needed_sentence(attack())
         assert "grew from base to tuned at layer 1: ×1.30, 1.10 to 1.50; it did not at layer 2: ×1.00" in both
         assert "did not grow" in findings.needed_sentence(attack((0.9, 1.5)))
