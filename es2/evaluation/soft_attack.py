@@ -32,6 +32,7 @@ from es2.evaluation.steering import Steered, Steering
 from es2.evaluation.suites import BOOTSTRAP, Work, check_length, choose_prompts, generate, load
 from es2.models.chat_template import Rendered, render, reply_thinking, template_prefix
 from es2.models.loading import load_tokenizer
+from es2.models.thinking import answer_reader
 from es2.prompts.prompt_set import HARMFUL, PromptSet
 from es2.store.sources import LayerSource
 
@@ -146,7 +147,9 @@ def _generate_soft(
         raise InputError(f"No soft prompt can be fitted to this model: {error}") from error
     prefix = template_prefix(tokenizer, [*rendered.token_ids, *fitting.token_ids], work.rendering)
     prefix = prefix[: min(*rendered.first_instruction, *fitting.first_instruction)]
-    refusals = own_refusals(model, tokenizer, fitting.token_ids, prefix, work.report, f"reply {name}")
+    refusals = own_refusals(
+        model, answer_reader(tokenizer, work.thinking), fitting.token_ids, prefix, work.report, f"reply {name}"
+    )
     numbers = {"n_refused": sum(map(bool, refusals)), "n_fitted": len(refusals)}
     work.log.add([{"key": counted, "model": name, "read": numbers}])
     fitted = _fit(work, name, model, attacker, fitting, refusals, prefix, [soft for soft, _ in cases])

@@ -87,9 +87,17 @@ def random_directions(text: str, length: int, width: int, seed: int) -> Float[np
 
 
 def own_refusals(
-    model: Any, tokenizer: Any, prompts: Sequence[Tokens], prefix: Tokens, report: Reporter, stage: str
+    model: Any,
+    words: Callable[[Sequence[int]], str],
+    prompts: Sequence[Tokens],
+    prefix: Tokens,
+    report: Reporter,
+    stage: str,
 ) -> list[tuple[int, ...]]:
-    """The first tokens of the model's greedy reply to each prompt that it refuses; of other prompts none."""
+    """The first tokens of the model's greedy reply to each prompt that it refuses; of other prompts none.
+
+    `words` gives the text of a reply's answer (`answer_reader`): a thought is no refusal.
+    """
     from es2.models.replies import greedy_replies
 
     found: list[tuple[int, ...]] = [()] * len(prompts)
@@ -97,7 +105,7 @@ def own_refusals(
         model, prompts, OPENING_TOKENS, end_tokens(model), prefix=prefix, report=report, stage=stage
     ):
         for row, reply in zip(batch.rows, batch.replies, strict=True):
-            if judge_reply(tokenizer.decode(reply, skip_special_tokens=True)) == "refusal":
+            if judge_reply(words(reply)) == "refusal":
                 found[row] = reply[:REFUSAL_TOKENS]
     return found
 

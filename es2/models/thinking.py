@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 Thinking = Literal["opened", "closed", "none"]
@@ -125,6 +126,18 @@ class ReplyThinking:
             middle = (low + high) // 2
             low, high = (low, middle) if self.closes in decode(tokens[:middle]) else (middle + 1, high)
         return low
+
+
+def answer_reader(tokenizer: Any, thinking: ReplyThinking | None) -> Callable[[Sequence[int]], str]:
+    """Gives the text of a reply's tokens after its thinking: empty where that never ends."""
+
+    def read(reply: Sequence[int]) -> str:
+        tokens = list(reply)
+        decode = partial(tokenizer.decode, skip_special_tokens=False)
+        start = 0 if thinking is None else thinking.answer_at(tokens, decode)
+        return "" if start is None else str(tokenizer.decode(tokens[start:], skip_special_tokens=True))
+
+    return read
 
 
 def marks_between(head: str, between: str) -> tuple[str | None, str] | None:

@@ -21,13 +21,14 @@ from es2.core.files import content_key
 from es2.core.former import former_names
 from es2.core.progress import Cancelled, Reporter, silent
 from es2.models.catalogue import resolve
-from es2.models.chat_template import render, template_prefix
+from es2.models.chat_template import render, reply_thinking, template_prefix
 from es2.models.checked import refuse_untunable
 from es2.models.device import is_out_of_memory
 from es2.models.folders import model_folder
 from es2.models.loading import load_model, load_sharded, load_tokenizer
 from es2.models.placement import is_sharded_launch, processes_of_launch
 from es2.models.shape import context_length, count_layers
+from es2.models.thinking import answer_reader
 from es2.prompts.prompt_set import PromptSet
 from es2.training.checkpoint import State, assign, copies
 from es2.training.config import FinetuneConfig
@@ -156,7 +157,7 @@ def finetune(
         network,
         plan,
         tokens,
-        words=lambda reply: str(tokenizer.decode(list(reply), skip_special_tokens=True)),
+        words=answer_reader(tokenizer, reply_thinking(tokenizer, config.rendering)),
         reply_tokens=config.reply_tokens,
         every_harmless=_is_anchored(config),
         harmful=plan.validation_replied,

@@ -32,6 +32,7 @@ from es2.models import replies
 from es2.models.chat_template import render, template_prefix
 from es2.models.loading import load_bridge, load_model, load_tokenizer
 from es2.models.soft_tokens import SoftTokens, embeddings_of, mean_embedding_norm
+from es2.models.thinking import ReplyThinking, answer_reader
 from es2.prompts.prompt_set import HARMFUL
 from es2.store.sources import ArrayLayers
 from es2.store.store import Store
@@ -136,16 +137,21 @@ class TestFitting:
 
 
 def test_a_refusal_counts_by_its_first_tokens(attacked: Attacked, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = answer_reader(attacked.tokenizer, None)
     none = own_refusals(
-        attacked.model, attacked.tokenizer, attacked.harmful.token_ids, attacked.prefix, lambda *_, **__: None, "reply"
+        attacked.model, words, attacked.harmful.token_ids, attacked.prefix, lambda *_, **__: None, "reply"
     )
     assert none == [()] * 6, "a tiny model babbles"
     monkeypatch.setattr(soft_prompt, "judge_reply", lambda text: "refusal")
     first = own_refusals(
-        attacked.model, attacked.tokenizer, attacked.harmful.token_ids, attacked.prefix, lambda *_, **__: None, "reply"
+        attacked.model, words, attacked.harmful.token_ids, attacked.prefix, lambda *_, **__: None, "reply"
     )
     assert max(map(len, first)) <= 8
     assert [reply[:3] for reply in first] == attacked.replies
+    thoughts = answer_reader(attacked.tokenizer, ReplyThinking(None, "</think>", opened=True))
+    monkeypatch.setattr(soft_prompt, "judge_reply", lambda text: "refusal" if text else "empty")
+    settings = (attacked.harmful.token_ids, attacked.prefix, lambda *_, **__: None, "reply")
+    assert own_refusals(attacked.model, thoughts, *settings) == [()] * 6, "a thought that never ends refuses nothing"
 
 
 def test_the_sweep() -> None:

@@ -19,7 +19,7 @@ from es2.models.chat_template import (
     reply_thinking,
     template_prefix,
 )
-from es2.models.thinking import ReplyThinking, last_in_words
+from es2.models.thinking import ReplyThinking, answer_reader, last_in_words
 from tests.builders import tiny_tokenizer
 from tests.models.templates import KINDS, PROMPTS, Kind, tokenizer_of
 
@@ -306,6 +306,7 @@ def test_where_the_answer_begins(marks: ReplyThinking, reply: str, answer: str |
     tokens = tokenizer(reply)["input_ids"]
     at = marks.answer_at(tokens, tokenizer.decode)
     assert (None if at is None else tokenizer.decode(tokens[at:])) == answer
+    assert answer_reader(tokenizer, marks)(tokens) == (answer or "")
 
 
 def test_the_date_stays_pinned_under_arguments(tmp_path: Path) -> None:
