@@ -62,7 +62,7 @@ def form(run: Job, choice: Choice, suite: str, tokens_per_second: float | None) 
             values |= widgets.group("advanced")
         config, words, problem = None, "", ""
         try:
-            values |= {"model": str(run.config["model"]), "run": run.id}
+            values |= {"model": str(run.config["model"]), "run": run.id} | dict(choice.rendering)
             values |= {"prompts": absolute_source(source.strip() or choice.prompts)}
             values |= {"questions": absolute_questions(values["questions"].strip() or "builtin")}
             config = EvaluateConfig.from_text(
@@ -156,9 +156,8 @@ def _sample(config: EvaluateConfig, run: Job) -> tuple[Sample, list[str]]:
         return found, problems
     measured = probing.measured()
     in_test = measured.in_split("test") & (measured.labels == HARMFUL)
-    known = find_activations(
-        artifacts.model_name(config.model), measured, "last", run=run.id, rendering=rendering_of(run)
-    )
+    rendering = config.rendering.over(rendering_of(run))
+    known = find_activations(artifacts.model_name(config.model), measured, "last", run=run.id, rendering=rendering)
     return replace(
         found, steered=min(config.steering_limit, int(in_test.sum())), measured=0 if known else len(measured)
     ), problems

@@ -63,8 +63,8 @@ def active_jobs() -> list[Job]:
 
 
 def latest(kind: str, config: Mapping[str, Any]) -> Job | None:
-    """The newest job of this kind with these settings and of these runs, or of none, whatever its state."""
-    wanted = {"run": None, "against": None} | dict(config)
+    """The newest job of this kind with these settings, of these runs and this rendering, or of none, in any state."""
+    wanted = {"run": None, "against": None, "rendering": None} | dict(config)
     same = (job for job in list_jobs(kind=kind) if all(job.config.get(name) == wanted[name] for name in wanted))
     return next(same, None)
 

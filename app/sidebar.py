@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from app import artifacts, jobs_panel, model_check, state, text
+from app import artifacts, jobs_panel, model_check, rendering_panel, state, text
 from es2.core.errors import Es2Error, InputError
 from es2.jobs.queue import list_jobs
 from es2.models.catalogue import CATALOGUE, resolve
@@ -18,7 +18,7 @@ POSITION_NAMES = {"last": "Last token", "last_instruction": "Last of request"}
 def position_name(position: str) -> str:
     """What a position is called."""
     distance = before_last(position)
-    return POSITION_NAMES.get(position) or ("Mean of request" if distance is None else f"Last − {distance}")
+    return POSITION_NAMES.get(position) or ("Mean of request" if distance is None else f"{distance} before last")
 
 
 _ENTRIES = {entry.name: entry for entry in CATALOGUE}
@@ -67,6 +67,7 @@ def show() -> None:
         "harmfulness is read best here.",
         on_change=lambda: state.update(position=st.session_state["position"]),
     )
+    rendering_panel.button(choice)
     if (entry := _ENTRIES.get(choice.model)) is not None:
         access = "gated on the Hub" if entry.gated else "open"
         if has_mirrored(entry.name):

@@ -28,10 +28,28 @@ _CONTROLS = {
     "with --label-column": "under “Label column”",
     "with --harmful-values": "under “Harmful values”",
     "with --harmful and --harmless": "as “Harmful prompts” and “Harmless prompts”",
-    "with --system-prompt, or --system-prompt default for the template's own": "by one system turn for all chats",
     "--skip-bad-rows leaves such rows out": "“Leave wrong rows out” goes on without them",
 }
 """What sentences of `es2.prompts` say of options, and what that is on the page *Your own*."""
+_RENDERING = {
+    "leave --system-prompt, --thinking and --template-arg out": "leave all of them “Automatic”, without arguments",
+    "leave out --system-prompt none, or give another text in its place": "choose “Automatic” or “Own text” under "
+    "“System prompt”",
+    "leave out --system-prompt none": "choose another “System prompt”",
+    "leave --system-prompt out": "choose “Automatic” under “System prompt”",
+    "for which there is --thinking": "for which there is “Thinking”",
+    "--thinking and the template argument": "“Thinking” and the template argument",
+    "leave out --thinking, or --template-arg": "choose “Automatic” under “Thinking”, or take out the argument",
+    "leave --thinking out": "choose “Automatic” under “Thinking”",
+    "with --template-arg": "under “Template arguments”",
+    "correct --template-arg, or leave it out": "correct it under “Template arguments”, or take it out",
+    "with --system-prompt, or --system-prompt default for the template's own": "under “How the model reads them”, or "
+    "choose “Template's own” there",
+    "with --system-prompt, --thinking and --template-arg": "under “How the model reads them”",
+    "leave it out of --template-arg": "take it out of “Template arguments”",
+}
+"""What sentences about a rendering say of options, and what that is in the panel of `app.rendering_panel`."""
+_OF_RENDERING = re.compile("|".join(map(re.escape, _RENDERING)))
 _OPTIONS = re.compile("|".join(map(re.escape, _CONTROLS)))
 _JOINER = "\u2060"  # has no width and separates nothing
 
@@ -42,7 +60,8 @@ def markdown(text: str) -> str:
 
 
 def in_app(sentence: str, page: str = ", on the page Your own") -> str:
-    """A sentence about the command line's options for prompts as one about the controls, which are on `page`."""
+    """A sentence about the command line's options as one about the controls; those for prompts are on `page`."""
+    sentence = _OF_RENDERING.sub(lambda found: _RENDERING[found[0]], sentence)
     said, n = _OPTIONS.subn(lambda found: _CONTROLS[found[0]], sentence)
     return f"{said.removesuffix('.')}{page}." if n else sentence
 
