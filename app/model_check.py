@@ -7,7 +7,7 @@ from typing import Any
 
 import streamlit as st
 
-from app import artifacts, jobs_panel, text
+from app import jobs_panel, text
 from app.state import Choice
 from es2.core.errors import InputError
 from es2.jobs.job import Job
@@ -24,8 +24,9 @@ def button(choice: Choice) -> None:
     except InputError:
         return  # the page shows what is wrong with the name
     model = spec.location if spec.kind in ("folder", "gguf") else spec.name
-    rendering = artifacts.job_config(choice).get("rendering")
-    config = {"model": model, "prompts": absolute_source(choice.prompts), "run": choice.run, "rendering": rendering}
+    config: dict[str, Any] = {"model": model, "prompts": absolute_source(choice.prompts), "run": choice.run}
+    if asked := choice.rendering.to_dict():
+        config["rendering"] = asked
     job = jobs_panel.latest("check", config)
     found = _result(job)
     failed = [check for check in (found or {}).get("checks", ()) if check["passed"] is False]

@@ -64,7 +64,8 @@ def show() -> None:
         width="stretch",
         help="Whose embedding is read. **Last token**: the last token of the chat template, where the model is about "
         "to answer; refusal is read best here. **Last of request**: the last token of the user's own text; "
-        "harmfulness is read best here.",
+        "harmfulness is read best here. Other tokens, and the mean over the request, are under “How the model reads "
+        "them”.",
         on_change=lambda: state.update(position=st.session_state["position"]),
     )
     rendering_panel.button(choice)

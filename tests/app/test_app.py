@@ -344,6 +344,15 @@ class TestCheck:
         at.button(key="start_check").click().run()
         assert launched == [("check", CHECK)]
 
+    def test_is_of_the_chosen_rendering(self, empty_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        launched: list[dict[str, Any]] = []
+        monkeypatch.setattr("app.jobs_panel.launch", lambda kind, config: launched.append(dict(config)))
+        at = open_app({"thinking": "off"})
+        at.button(key="check_model").click().run()
+        at.button(key="check_model").click()
+        at.button(key="start_check").click().run()
+        assert launched == [CHECK | {"rendering": {"thinking": "off"}}]
+
     @pytest.mark.parametrize(("passed", "label"), [(True, "Checked: all as computed"), (False, "Checked: 1 wrong")])
     def test_its_outcome_stays_in_sight(self, passed: bool, label: str, empty_home: Path) -> None:
         found = {"checks": [{"name": "head", "passed": passed, "sentence": "The *head* is off.", "details": {}}]}

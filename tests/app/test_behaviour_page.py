@@ -15,6 +15,7 @@ from streamlit.util import calc_hash
 
 from app.views.behaviour import filtered
 from es2.core.files import with_checksum, write_json
+from es2.core.rendering import Rendering
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.results import read_evaluation
 from es2.jobs.queue import create_job
@@ -346,6 +347,14 @@ class TestNothingYet:
         monkeypatch.setenv("ES2_CACHE", str(tmp_path / "cache"))
         run, model, source = write_run(tmp_path)
         return {"model": str(model), "prompts": str(source), "run": run.id}
+
+    def test_evaluates_under_the_chosen_rendering(
+        self, fresh: dict[str, str], launched: list[tuple[str, dict[str, Any]]]
+    ) -> None:
+        at = open_page("behaviour", fresh | {"system_prompt": "Be brief.", "template_arg": '["effort=low"]'})
+        at.button(key="start_evaluation").click().run()
+        config = EvaluateConfig.read(launched[0][1], "it")
+        assert config.rendering == Rendering(system_prompt="Be brief.", template_arg=("effort=low",))
 
     @pytest.mark.parametrize("name", ["behaviour", "robustness"])
     def test_offers_to_evaluate(

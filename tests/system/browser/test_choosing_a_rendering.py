@@ -9,6 +9,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import pytest
 
 from es2.core.rendering import Rendering
+from es2.models.catalogue import resolve
 from es2.prompts.loading import load_prompts
 from es2.store.store import Store
 from es2.workflow.derived import find_activations
@@ -69,9 +70,9 @@ def test_another_system_prompt_is_another_set(
     capture.click()
     expect(points).to_have_count(n_points, timeout=WORK)
     store = Store(home / "cached_activations")
-    model = str(home / "tiny-llama")
+    model = resolve(str(home / "tiny-llama")).name
     sets = [
-        find_activations(model, prompts, "last", store, rendering=rendering)
+        find_activations(model, prompts.measured(), "last", store, rendering=rendering)
         for rendering in (Rendering(), Rendering(system_prompt=OWN))
     ]
     assert None not in sets
