@@ -94,13 +94,15 @@ def _panel(choice: Choice) -> None:
         )
         return
     about = (str(folder), tuple(stamp_of(folder / name) for name in _FILES), prompts.texts[0])
-    draft = None
+    draft, of_file = None, None
     try:
         draft = _draft()
-        can, shown = _ask(*about, json.dumps(prompts.rendered_as(draft).to_dict()))
+        asked = prompts.rendered_as(draft)
+        of_file = asked.system_prompt if draft.system_prompt is None else None
+        can, shown = _ask(*about, json.dumps(asked.to_dict()))
     except InputError as error:  # of the draft, of chats with several system prompts, or of a template of no use at all
         can, shown = _ask(*about, "{}")[0], error
-    _controls(can, shown if isinstance(shown, Preview) else _ask(*about, "{}")[1])
+    _controls(can, shown if isinstance(shown, Preview) else _ask(*about, "{}")[1], of_file)
     if isinstance(shown, Preview):
         _show(shown, st.session_state["rendering_position"])
     else:
@@ -126,8 +128,8 @@ def _draft() -> Rendering:
     )
 
 
-def _controls(can: Choices, shown: Preview | InputError) -> None:
-    """The choices that the template lets one make, and those that were made."""
+def _controls(can: Choices, shown: Preview | InputError, of_file: str | None) -> None:
+    """The choices that the template lets one make, and those that were made; `of_file` is a system prompt of the file."""
     if not can.templated:
         st.caption(f":material/info: {PLAIN_TEXT_NOTE}")
     system, thinking = st.session_state["rendering_system"], st.session_state.get("rendering_thinking", AUTOMATIC)
@@ -143,6 +145,8 @@ def _controls(can: Choices, shown: Preview | InputError) -> None:
     )
     if system == OWN_TEXT:
         st.text_area("Own system prompt", key="rendering_text", height=90, placeholder="You are a careful assistant.")
+    elif of_file is not None:
+        _fold("The system prompt of the prompts' own chats", of_file)
     elif can.default_system_prompt is None:
         st.caption("The template puts in no system prompt by itself." if can.templated else "")
     elif system != NONE:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,23 @@ def test_mean_marks_the_request() -> None:
     assert list(rendering_panel._marked(shown, "mean")) == [1, 2, 3]
     assert list(rendering_panel._marked(shown, "last_instruction")) == [3]
     assert list(rendering_panel._marked(shown, "last-1")) == [4]
+
+
+def test_the_prompts_own_system_turn_is_shown_and_a_long_one_is_folded(home: Path) -> None:
+    own = "Mind the gap. " * 100
+    rows = [
+        {"messages": [{"role": "system", "content": own}, {"role": "user", "content": f"{words} {i}"}], "label": label}
+        for i in range(8)
+        for words, label in (("Break lock", "harmful"), ("Oil gate", "harmless"))
+    ]
+    (home / "chats.json").write_text(json.dumps(rows), encoding="utf-8")
+    at = open_panel(home, prompts=str(home / "chats.json"))
+    assert not at.error
+    folds = [element.proto.body for element in at.get("html") if "prompt-text" in element.proto.body]
+    assert [("own chats" in fold, '<details class="prompt-text">' in fold) for fold in folds] == [
+        (True, True),
+        (False, True),
+    ]
+    control(at, "rendering_system").set_value("default")
+    run(at)
+    assert "Mind the gap" not in " ".join(element.proto.body for element in at.get("html"))
