@@ -129,7 +129,7 @@ def _draft() -> Rendering:
 
 
 def _controls(can: Choices, shown: Preview | InputError, of_file: str | None) -> None:
-    """The choices that the template lets one make, and those that were made; `of_file` is a system prompt of the file."""
+    """The choices that the template allows, and those that were made; `of_file` is the prompts' own system prompt."""
     if not can.templated:
         st.caption(f":material/info: {PLAIN_TEXT_NOTE}")
     system, thinking = st.session_state["rendering_system"], st.session_state.get("rendering_thinking", AUTOMATIC)

@@ -145,7 +145,7 @@ def ask(folder: Path, text: str, rendering: Rendering = AS_THE_TEMPLATE) -> tupl
         InputError: when the folder's tokenizer or its chat template cannot be used at all.
         MachineError: when the process cannot be started, or gives no answer.
     """
-    question = {"folder": str(folder), "text": text, "rendering": rendering.to_dict()}
+    question = {"folder": str(folder.absolute()), "text": text, "rendering": rendering.to_dict()}
     try:
         done = subprocess.run(
             [sys.executable, "-c", _COMMAND],
