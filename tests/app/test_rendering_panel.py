@@ -17,6 +17,7 @@ from es2.core.errors import InputError
 from es2.core.rendering import NONE, Rendering
 from es2.jobs.queue import create_job
 from es2.models.chat_template import prompt_frame
+from es2.store.sources import PLAIN_TEXT_NOTE
 from tests.builders import tiny_prompts, tiny_tokenizer, write_prompts
 from tests.models.test_preview import SWITCHED
 
@@ -160,3 +161,17 @@ def test_the_prompts_own_system_turn_is_shown_and_a_long_one_is_folded(home: Pat
     control(at, "rendering_system").set_value("default")
     run(at)
     assert "Mind the gap" not in " ".join(element.proto.body for element in at.get("html"))
+
+
+def test_a_model_without_a_template_is_given_the_plain_text(home: Path) -> None:
+    tiny_tokenizer(chat_template=None).save_pretrained(home / "plain")
+    (home / "plain" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    at = open_panel(home, model=str(home / "plain"))
+    assert not at.error
+    assert any(PLAIN_TEXT_NOTE in caption.value for caption in at.caption)
+    assert at.selectbox(key="rendering_position").options == [
+        "Last token",
+        "Last token of the request",
+        "Mean over the request",
+    ]
+    assert not [one for one in at.button_group if one.key == "rendering_thinking"]
