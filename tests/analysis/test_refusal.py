@@ -20,7 +20,7 @@ def rates(label: str) -> tuple[float, float]:
 
 def test_there_are_enough_labelled_replies_of_every_kind() -> None:
     assert len(REPLIES) >= 60
-    assert {label for _, label, _ in REPLIES} == set(REPLY_CLASSES)
+    assert {label for _, label, _ in REPLIES} == {*REPLY_CLASSES} - {"unfinished"}  # which no text alone tells
     assert len({reply for _, _, reply in REPLIES}) == len(REPLIES)
     assert min(Counter(label for _, label, _ in REPLIES).values()) >= 5
 

@@ -77,8 +77,13 @@ def test_a_token_that_is_another_is_seen(trial: cells.Trial, monkeypatch: pytest
 
 
 def test_base_embeddings_that_are_off_are_seen(trial: cells.Trial, monkeypatch: pytest.MonkeyPatch) -> None:
-    embed = FinetuneForward.embed
-    monkeypatch.setattr(FinetuneForward, "embed", lambda *given, **settings: 1.01 * embed(*given, **settings))
+    reply = FinetuneForward.reply
+
+    def off(*given: Any, **settings: Any) -> Iterator[tuple[Any, ...]]:
+        for index, record, embedding in reply(*given, **settings):
+            yield index, record, 1.01 * embedding
+
+    monkeypatch.setattr(FinetuneForward, "reply", off)
     ((_, cell),) = trial.cells(["fine-tune"])
     assert cell.outcome == WRONG
     assert "the base's embeddings differ" in cell.detail

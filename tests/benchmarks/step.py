@@ -17,7 +17,7 @@ from torch import Tensor
 
 from es2.core.progress import silent
 from es2.models.forward import FinetuneForward
-from es2.models.loading import load_model
+from es2.models.loading import load_model, load_tokenizer
 from es2.training.config import FinetuneConfig
 from es2.training.finetune import _tokens
 from es2.training.objective import es2_loss, running_direction, separation
@@ -39,7 +39,7 @@ class _Steps:
         self.plan = make_schedule(
             settings.prompts, config.pairs_per_step, config.steps, config.seed, VALIDATED, config.kl_prompts
         )
-        self.tokens, self.head = _tokens(settings.folder, settings.prompts, self.plan, config.reply_tokens)
+        self.tokens, self.head = _tokens(load_tokenizer(settings.folder), None, settings.prompts, self.plan, config)
         self.model = load_model(settings.folder, dtype="float32", device="cpu").requires_grad_(False)
         self.network = FinetuneForward(self.model, template_prefix=self.head, layers=config.targets)
         self.terms = parse_objective(config.objective)

@@ -126,7 +126,7 @@ def test_from_the_click_to_the_comparison(app: App, open_page: Callable[[str], p
     second = open_page(app.runs)
     for tab in (page, second):
         expect(button(tab, f"cancel_page_{run.id}")).to_be_visible()
-    expect(page.locator("[class*=st-key-curves_] .js-plotly-plot")).to_have_count(4, timeout=WORK)
+    expect(page.locator("[class*=st-key-curves_] .js-plotly-plot")).to_have_count(6, timeout=WORK)
     second.close()
 
     page.wait_for_url(lambda url: f"run={run.id}" in url and "/runs" not in url, timeout=WORK)
@@ -140,7 +140,7 @@ def test_cancel_resume_rename_delete(app: App, open_page: Callable[[str], playwr
         button(page, "new_run").click()
     fill_in(page, steps=5000)
     button(page, "start_finetune").click()
-    expect(page.locator("[class*=st-key-curves_] .js-plotly-plot")).to_have_count(4, timeout=WORK)
+    expect(page.locator("[class*=st-key-curves_] .js-plotly-plot")).to_have_count(6, timeout=WORK)
     run = app.newest()
     button(page, f"cancel_page_{run.id}").click()
     row = page.locator(f".st-key-run_{run.id}")
