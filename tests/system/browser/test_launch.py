@@ -80,7 +80,8 @@ def expect_targets(page: playwright.Page, *layers: int) -> None:
 
 
 def set_number(page: playwright.Page, name: str, value: str) -> None:
-    """Type a number of the form, and wait until it is taken over."""
+    """Type a number of the form once nothing moves any more, and wait until it is taken over."""
+    settle(page)
     field = page.locator(f".st-key-launch_{name} input")
     field.fill(value)
     field.press("Enter")
