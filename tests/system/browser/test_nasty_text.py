@@ -72,13 +72,14 @@ def evaluated(compared: Compared) -> Evaluated:
     document = json.loads(evaluated.path.read_text())
     document.pop("digest", None)
     document["prompts"] = NAME
-    for rows in document["rows"].values():
-        prompts = dict.fromkeys(row["prompt"] for row in rows)
+    for suite, rows in document["rows"].items():
+        asked = "question" if suite == "ability" else "prompt"
+        prompts = dict.fromkeys(row[asked] for row in rows)
         nasty = {prompt: NASTY[at % len(NASTY)] for at, prompt in enumerate(prompts)}
         for row in rows:
-            row["prompt"] = nasty[row["prompt"]]
+            row[asked] = nasty[row[asked]]
             for model in ("base", "tuned"):
-                if model in row:
+                if "text" in row.get(model, {}):
                     row[model]["text"] = f"{HTML}\n{MARKDOWN}\n{LATEX}"
     write_json(evaluated.path, with_checksum(document))
     return evaluated
