@@ -11,7 +11,7 @@ import json
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from es2.core.rendering import AS_THE_TEMPLATE, NONE, Rendering
 from es2.models.batching import n_alike
 from es2.models.model_files import first_line
 from es2.models.template_settings import (
+    PromptFrame,
     UnrenderedError,
     check_arguments,
     check_system_prompt,
@@ -29,11 +30,8 @@ from es2.models.template_settings import (
 )
 from es2.models.thinking import (
     ReplyThinking,
-    Thinking,
-    last_in_words,
     marks_between,
     marks_in_source,
-    thinking_of,
 )
 from es2.store.sources import MEAN, before_last, check_position
 
@@ -109,66 +107,6 @@ class Rendered:
                 "reply; choose one of these, last_instruction or mean."
             )
         return [(end - distance, end - distance) for end in ends]
-
-
-@dataclass(frozen=True)
-class PromptFrame:
-    """What a tokenizer puts around every user's text.
-
-    Attributes:
-        prefix, tail: what stands before and after the text; empty for a model without a chat template.
-        template: the chat template, its date pinned; None for a model without one.
-        in_parts: whether the template takes a text in a list of parts only.
-        system: the text of the system turn before the user's; None where there is none.
-        system_in_parts: whether that goes in as a list of parts.
-        arguments: what the template gets by name.
-        own_system_prompt: what the template puts in the place of a system prompt by itself; None for nothing.
-    """
-
-    prefix: str = ""
-    tail: str = ""
-    template: str | None = None
-    in_parts: bool = False
-    system: str | None = None
-    system_in_parts: bool = False
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    own_system_prompt: str | None = None
-
-    @property
-    def thinking(self) -> Thinking:
-        """What the end of a prompt does with the model's thinking, as `thinking_of` says."""
-        return thinking_of(self.tail)
-
-    @property
-    def around(self) -> tuple[str, str]:
-        """All that every prompt shares, by which two renderings are compared."""
-        return self.prefix, self.tail
-
-    def messages(self, text: str) -> list[dict[str, Any]]:
-        """The conversation that a template renders."""
-
-        def content(words: str, in_parts: bool) -> Any:
-            return [{"type": "text", "text": words}] if in_parts else words
-
-        user = [{"role": "user", "content": content(text, self.in_parts)}]
-        if self.system is None:
-            return user
-        return [{"role": "system", "content": content(self.system, self.system_in_parts)}, *user]
-
-    def to_dict(self) -> dict[str, Any]:
-        """How prompts are given, for JSON: the system prompt, what stands around a text, and where `last` lies."""
-        return {
-            "system_prompt": self.own_system_prompt if self.system is None else self.system,
-            "system_prompt_from": (
-                "given" if self.system else None if self.own_system_prompt is None or self.system == "" else "template"
-            ),
-            "default_system_prompt": self.own_system_prompt,
-            "thinking": self.thinking,
-            "template_arguments": dict(self.arguments),
-            "prefix": self.prefix,
-            "tail": self.tail,
-            "last": last_in_words(self.template, self.tail),
-        }
 
 
 def render(
