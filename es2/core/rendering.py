@@ -98,7 +98,7 @@ class Rendering(Settings):
 
     @property
     def settled(self) -> Rendering:
-        """What a template gets: `default` and what nobody decided are one."""
+        """The same with `default` as None: a template gets the same for both."""
         chosen = self.rendering
         return chosen.replace(
             **{name: None for name in ("system_prompt", "thinking") if getattr(chosen, name) == DEFAULT}

@@ -56,7 +56,7 @@ class Reading:
 
     @property
     def system_prompts(self) -> tuple[str, ...]:
-        """What stands in system turns of chats, the first few different ones; empty for rows without one."""
+        """The first few different system turns of the chats; an empty text stands for rows without one."""
         found = [table.get("system_prompts") for table in self.tables]
         if not any(found):
             return ()
