@@ -50,7 +50,8 @@ class Workload:
     Args:
         network: the model, nothing trained yet.
         tokens: of each prompt in the plan.
-        words: gives the text of a reply's tokens, without special ones.
+        words: gives the text of tokens, without special ones.
+        answer: gives the text of a reply's tokens after its thinking (`answer_reader`).
         reply_tokens: number of tokens of the base's greedy replies.
         every_harmless: whether `base_embeddings` covers every harmless prompt of the batches.
         harmful: rows of the harmful `tune` and `validation` prompts that the base replies to (`base_refusals`).
@@ -63,6 +64,7 @@ class Workload:
         plan: BatchSchedule,
         tokens: Mapping[int, Tokens],
         words: Callable[[Tokens], str],
+        answer: Callable[[Tokens], str],
         reply_tokens: int,
         every_harmless: bool,
         harmful: Collection[int],
@@ -78,6 +80,7 @@ class Workload:
         begun = self._share([row for row, label in labels.items() if label != HARMLESS and row not in harmful])
         self._validation_harmful = (*replied, *begun)
         self._words = words
+        self._answer = answer
         self._ends = end_tokens(network.model)
         self.replies: dict[int, BaseReply] = {}
         own = {row for batch in plan.batches for part in self.parts(batch, 1) for row in part.harmful if row in harmful}
@@ -109,7 +112,7 @@ class Workload:
                     found[rows[index]] = embedding
                 done += 1
                 report("base", done, total)
-        self._refused = {row for row in harmful if judge_reply(self._words(self.replies[row].reply)) == "refusal"}
+        self._refused = {row for row in harmful if judge_reply(self._answer(self.replies[row].reply)) == "refusal"}
         rows = [row for row in self._share(sorted(known)) if row not in found]
         with torch.no_grad():
             embeddings = self.network.embed(self._tokens(rows))

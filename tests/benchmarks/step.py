@@ -78,6 +78,7 @@ class Ours(_Steps):
             self.plan,
             self.tokens,
             words=str,
+            answer=str,
             reply_tokens=config.reply_tokens,
             every_harmless=False,
             harmful=(),

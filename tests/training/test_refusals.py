@@ -14,6 +14,7 @@ from es2.models.batching import end_tokens
 from es2.models.chat_template import render
 from es2.models.forward import FinetuneForward
 from es2.models.loading import load_model, load_tokenizer
+from es2.models.thinking import ReplyThinking, answer_reader
 from es2.prompts.prompt_set import HARMFUL
 from es2.training import workload as module
 from es2.training.config import FinetuneConfig
@@ -113,6 +114,21 @@ def test_a_base_that_refuses_nothing_has_no_refusals_to_keep(llama: Path, tmp_pa
     json.dumps(result.to_dict(), allow_nan=False)
 
 
+def test_a_first_thought_is_no_broken_token(llama: Path) -> None:
+    tokenizer, model = load_tokenizer(llama), load_model(llama, device="cpu").requires_grad_(False)
+    plan = make_schedule(PROMPTS, 5, 4, 0, VALIDATED, 4)
+    tokens = dict(zip(plan.rows, render(tokenizer, [PROMPTS.texts[row] for row in plan.rows]).token_ids, strict=True))
+    thoughts = answer_reader(tokenizer, ReplyThinking(None, "</think>", opened=True))
+    work = Workload(
+        FinetuneForward(model, template_prefix=(), layers=(0, 1)), plan, tokens, words=tokenizer.decode,
+        answer=thoughts, reply_tokens=1, every_harmless=False, harmful=(), report=silent,
+    )  # fmt: skip
+    word = next(token for token in range(len(tokenizer)) if tokenizer.decode([token]).isalpha())
+    assert thoughts((word,)) == "", "the thinking has not ended"
+    assert not work._is_broken(word)
+    assert work._is_broken(min(end_tokens(model)))
+
+
 def test_the_best_step_is_one_that_keeps_refusals(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last step separates best; where it gave up the refusals, an earlier one is kept."""
     assert tuned(llama, tmp_path / "free", Log(), validate_every=2).best_step == 4
@@ -136,8 +152,8 @@ def test_refusals_of_tune_prompts_can_be_asked_for_too(llama: Path, monkeypatch:
     wanted = {*plan.batches[0].harmful[:2], plan.validation_replied[0]}
     network = FinetuneForward(model, template_prefix=(), layers=(0, 1))
     work = Workload(
-        network, plan, tokens, words=tokenizer.decode, reply_tokens=REPLY, every_harmless=False, harmful=wanted,
-        report=silent,
+        network, plan, tokens, words=tokenizer.decode, answer=tokenizer.decode, reply_tokens=REPLY,
+        every_harmless=False, harmful=wanted, report=silent,
     )  # fmt: skip
     found = work.base_refusals(plan.rows)
     assert found.keys() == wanted
