@@ -22,6 +22,30 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tiny models threads only wait for each other
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many processes the `-n auto` of `pyproject.toml` means: at most four, since each holds torch and a gigabyte.
+
+    None beside this one, which starts sooner, where single files are asked for. None for the long tests either: they
+    load the machine and time it themselves.
+    """
+    if "not long" not in config.option.markexpr or any(".py" in argument for argument in config.args):
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4) if cores > 1 else 0
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """What `--dist loadfile` means here."""
+    from tests.scheduling import OneBrowser
+
+    return OneBrowser(config, log) if config.option.dist == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The browser's tests first: in one process, they would be what the others wait for in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("browser") is None)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """On tiny models threads only wait for each other."""

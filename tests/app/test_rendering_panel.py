@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from streamlit.testing.v1 import AppTest
@@ -16,6 +21,7 @@ from app.text import in_app
 from es2.core.errors import InputError
 from es2.core.rendering import NONE, Rendering
 from es2.jobs.queue import create_job
+from es2.models import preview
 from es2.models.chat_template import prompt_frame
 from es2.store.sources import PLAIN_TEXT_NOTE
 from tests.builders import tiny_prompts, tiny_tokenizer, write_prompts
@@ -34,6 +40,21 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     write_prompts(tmp_path / "prompts.csv", tiny_prompts(4))
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def answered_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The panel's questions are answered in this process; the one that answers the app is `test_preview.py`'s."""
+
+    def run_here(command: list[str], *, input: str, **_: Any) -> subprocess.CompletedProcess[str]:
+        output = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(output):
+            patch.setattr("sys.stdin", io.StringIO(input))
+            preview.answer()
+        return subprocess.CompletedProcess(command, 0, output.getvalue())
+
+    here = SimpleNamespace(run=run_here, SubprocessError=subprocess.SubprocessError)
+    monkeypatch.setattr(preview, "subprocess", here)
 
 
 def script() -> None:

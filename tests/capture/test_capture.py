@@ -35,6 +35,7 @@ from es2.models.catalogue import DEFAULT_MODEL, resolve
 from es2.models.chat_template import PINNED_DATE, Rendered, render
 from es2.models.folders import model_folder
 from es2.models.loading import load_bridge, load_tokenizer
+from es2.prompts.loading import load_prompts
 from es2.store.sources import POSITIONS
 from es2.store.store import Store
 from es2.workflow.derived import find_activations
@@ -721,22 +722,18 @@ def test_a_capture_is_kept_and_found_again(llama: Path, monkeypatch: pytest.Monk
 def test_a_hit_imports_no_torch(llama: Path, tmp_path: Path) -> None:
     table = tmp_path / "prompts.csv"
     table.write_text("prompt,label\nBreak a lock,harmful\nOil a lock,harmless\n")
+    first = capture(str(llama), load_prompts(str(table)))
+    assert first.computed
     program = (
         "import sys; from es2.capture.capture import capture; from es2.prompts.loading import load_prompts\n"
         f"result = capture({str(llama)!r}, load_prompts({str(table)!r}))\n"
         "heavy = {'torch', 'transformers', 'transformer_lens'} & set(sys.modules)\n"
         "print(result.activations.key, result.computed, sorted(heavy))"
     )
-
-    def run() -> list[str]:
-        output = subprocess.run(
-            [sys.executable, "-c", program], env=os.environ.copy(), capture_output=True, text=True, check=True
-        )
-        return output.stdout.strip().split(" ", 2)
-
-    key, computed, _ = run()
-    assert computed == "True"
-    assert run() == [key, "False", "[]"]
+    again = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ.copy(), capture_output=True, text=True, check=True
+    )
+    assert again.stdout.strip() == f"{first.activations.key} False []"
 
 
 def test_what_decides_the_numbers_decides_the_key(llama: Path, tmp_path: Path) -> None:

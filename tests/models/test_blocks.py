@@ -14,7 +14,7 @@ from es2.capture.capture import capture
 from es2.core.errors import InputError
 from es2.models.blocks import BlockHooks, decoder_of, find_blocks
 from es2.models.chat_template import render
-from es2.models.checked import refuse_untunable
+from es2.models.checked import look_at, refuse_untunable
 from es2.models.loading import load_bridge, load_model, load_tokenizer
 from es2.store.sources import LENS, OWN_HOOKS
 from es2.store.store import Store
@@ -118,15 +118,20 @@ def test_a_wrapper_is_captured_and_nothing_is_installed(tmp_path: Path, monkeypa
     ("architecture", "sentence"),
     [("gemma3n_text", "4 dimensions"), ("modernbert-decoder", "more than one linear map"), ("longcat_flash", "blocks")],
 )
-def test_what_cannot_be_tuned_is_known_without_weights(
-    architecture: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Once a model, in a process of its own; the second time the sentence is remembered."""
-    monkeypatch.setenv("ES2_CACHE", str(tmp_path / "cache"))
+def test_what_cannot_be_tuned_is_known_without_weights(architecture: str, sentence: str, tmp_path: Path) -> None:
     folder = save_architecture(tmp_path / "model", ARCHITECTURES[architecture])
     (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=sentence):
+        look_at(folder)
+
+
+def test_a_model_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own; the second time the sentence is remembered."""
+    monkeypatch.setenv("ES2_CACHE", str(tmp_path / "cache"))
+    folder = save_architecture(tmp_path / "model", ARCHITECTURES["modernbert-decoder"])
+    (folder / "model.safetensors").unlink()
     for _ in range(2):
-        with pytest.raises(InputError, match=sentence):
+        with pytest.raises(InputError, match="more than one linear map"):
             refuse_untunable(folder)
         monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("looked twice"))
 
