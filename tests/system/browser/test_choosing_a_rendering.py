@@ -13,6 +13,7 @@ from es2.models.catalogue import resolve
 from es2.prompts.loading import load_prompts
 from es2.store.store import Store
 from es2.workflow.derived import find_activations
+from es2.workflow.prepare import prepare
 from tests.builders import save_tiny_model, tiny_prompts, write_prompts
 from tests.system.browser.serving import expect, marks, playwright, served, settle
 
@@ -25,9 +26,14 @@ OWN = "Answer in <verse>."
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds a model, prompts, and what the page shows of both at first."""
     home = tmp_path_factory.mktemp("home")
-    save_tiny_model(home / "tiny-llama")
-    write_prompts(home / "prompts.csv", tiny_prompts(60))
+    model = save_tiny_model(home / "tiny-llama")
+    prompts = write_prompts(home / "prompts.csv", tiny_prompts(60))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ES2_HOME", str(home))
+        patch.setenv("ES2_CACHE", str(home / "cache"))
+        prepare(str(model), load_prompts(str(prompts)))
     return home
 
 
@@ -42,11 +48,10 @@ def test_another_system_prompt_is_another_set(
 ) -> None:
     link = {"model": str(home / "tiny-llama"), "prompts": str(home / "prompts.csv")}
     page = open_page(f"{address}layers?{urlencode(link)}")
-    page.get_by_role("button", name="Capture and analyse").click()
     points = page.locator(".st-key-projection .scatterlayer .point")
     prompts = load_prompts(str(home / "prompts.csv"))
     n_points = int(prompts.in_split("test").sum())
-    expect(points).to_have_count(n_points, timeout=WORK)
+    expect(points).to_have_count(n_points)
 
     settle(page)
     page.locator(".st-key-rendering button").click()
