@@ -23,19 +23,14 @@ def pytest_configure() -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """How many processes the `-n auto` of `pyproject.toml` means: at most four, since each holds torch and a gigabyte.
+    """What the `-n auto` of `pyproject.toml` means."""
+    from tests.scheduling import n_workers
 
-    None beside this one, which starts sooner, where single files are asked for. None for the long tests either: they
-    load the machine and time it themselves.
-    """
-    if "not long" not in config.option.markexpr or any(".py" in argument for argument in config.args):
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 4) if cores > 1 else 0
+    return n_workers(config.option.markexpr, config.args)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """What `--dist loadfile` means here."""
+    """What its `--dist loadfile` means."""
     from tests.scheduling import OneBrowser
 
     return OneBrowser(config, log) if config.option.dist == "loadfile" else None
