@@ -605,4 +605,4 @@ class TestExport:
     def outside(self, program: str, *arguments: Path) -> str:
         """Run a program that knows nothing of this package."""
         command = [sys.executable, "-c", program, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.strip()
