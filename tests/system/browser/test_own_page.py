@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 import pytest
 
 from tests.builders_artifacts import Compared, write_comparison
-from tests.system.browser.serving import expect, marks, playwright, served, settle
+from tests.system.browser.serving import PATIENCE, expect, marks, playwright, served, settle
 
 pytestmark = marks
 
@@ -64,6 +64,7 @@ def test_a_report_is_taken_away_and_opens_without_the_app(
     kept = tmp_path / "report.html"
     download.value.save_as(kept)
     alone = browser.new_context(offline=True)
+    alone.set_default_timeout(PATIENCE)
     asked: list[str] = []
     report = alone.new_page()
     report.on("request", lambda request: asked.append(request.url))
