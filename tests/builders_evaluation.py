@@ -13,13 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from es2.analysis.refusal import judge_reply
 from es2.analysis.resampling import canonical, resample_pairs
+from es2.analysis.verdict import direction_verdict
 from es2.core.files import with_checksum, write_json
 from es2.core.progress import Reporter
 from es2.evaluation.behaviour import refusal_numbers
 from es2.evaluation.config import EvaluateConfig
-from es2.evaluation.results import EVALUATION_FORMAT, FOLDER, read_evaluation
+from es2.evaluation.direction import effect_numbers
+from es2.evaluation.results import EVALUATION_FORMAT, FOLDER, SHOWN_CHARACTERS, read_evaluation
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job, open_job
 from es2.jobs.running import run_job
@@ -161,6 +165,56 @@ def write_replies(of: Job, name: str, base: Sequence[str], tuned: Sequence[str],
     newest = max([time.time(), *(mtime + 1 for mtime in others)])
     os.utime(path, (newest, newest))
     return path
+
+
+def directions_by_hand(
+    prompts: Sequence[str], verdicts: Mapping[str, Mapping[str, Sequence[str]]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The part `direction` of an evaluation, and its rows, of one layer and one random direction.
+
+    Args:
+        prompts: as many harmful as harmless ones, the harmful ones first.
+        verdicts: by model and steering (`before`, `remove`, `add`): the class of the reply to each prompt of the label;
+            those before are of all prompts. Under the random direction replies are as before.
+    """
+    half = len(prompts) // 2
+    parts = {"remove": slice(0, half), "add": slice(half, None), "none": slice(None)}
+    weights = np.vstack([np.ones(half), np.random.default_rng(0).multinomial(half, [1 / half] * half, size=200)])
+    record: dict[str, Any] = {"layer": 1, "tuned": None}
+    for model, own in verdicts.items():
+        found: dict[str, Any] = {"length": 3.0, "reads": {"value": 0.3, "low": 0.2, "high": 0.4}}
+        for kind in ("remove", "add"):
+            before = own["before"][parts[kind]]
+            found[kind] = effect_numbers(before, own[kind], [before], weights)
+        record[model] = found | direction_verdict(found).to_dict()
+    rows = []
+    for kind, control in (("none", None), ("remove", None), ("remove", 0), ("add", None), ("add", 0)):
+        steering = {"kind": kind, "layer": None if kind == "none" else 1, "control": control}
+        for at, prompt in enumerate(prompts[parts[kind]]):
+            row: dict[str, Any] = {"prompt": prompt, "steering": steering}
+            for model, own in verdicts.items():
+                is_steered = kind != "none" and control is None
+                said = own[kind] if is_steered else own["before"][parts[kind]]
+                row[model] = {"verdict": said[at]} | ({} if control == 0 else {"text": LONG[:SHOWN_CHARACTERS]})
+            rows.append(row)
+    return {"n_prompts": {"harmful": half, "harmless": half}, "controls": 1, "layers": [record]}, rows
+
+
+def write_directions(evaluated: Evaluated, name: str) -> dict[str, Any]:
+    """Keep an evaluation that measured directions alone, which steer the base and no longer the tuned model."""
+    document = dict(read_evaluation(evaluated.path))
+    before = ["refusal"] * 40 + ["answer"] * 40
+    base = {"before": before, "remove": ["answer"] * 40, "add": ["refusal"] * 40}
+    tuned = {"before": before, "remove": ["refusal"] * 40, "add": ["answer"] * 40}
+    prompts = [f"{what} lock number {number}" for what in ("Break", "Oil") for number in range(40)]
+    part, rows = directions_by_hand(prompts, {"base": base, "tuned": tuned})
+    path = evaluated.path.with_name(f"{name}.json")
+    document |= {"format": EVALUATION_FORMAT, "created": time.time(), "path": str(path)}
+    document |= {"suite": {"direction": part}, "rows": {"direction": rows}}
+    document["settings"] = document["settings"] | {"suite": "direction"}
+    document.pop("digest", None)
+    write_json(path, with_checksum(document))
+    return document
 
 
 def _replied(name: str, base: Sequence[str], tuned: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

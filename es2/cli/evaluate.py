@@ -13,7 +13,7 @@ from es2.cli.rendering_options import show_rendering, with_rendering
 from es2.cli.terminal import AllowMirror, AsJson, emit, interval_cell, out, progress, show_given_as, show_outcome
 from es2.core.rendering import Rendering
 from es2.evaluation.config import EvaluateConfig
-from es2.report.findings import accuracy_sentence
+from es2.report.findings import STEERING_NAMES, accuracy_sentence, direction_findings, direction_rows
 
 
 @with_rendering
@@ -74,6 +74,16 @@ def _swept(curve: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def _directions(part: Mapping[str, Any]) -> Table:
+    """The refused shares before and after, under the direction and under random ones."""
+    table = Table("layer", "direction", "prompts", "model", "before", "after", "random", "after − random")
+    for layer, model, kind, refused in direction_rows(part):
+        cells = [interval_cell(refused[name]) for name in ("before", "direction", "control", "over_control")]
+        label = {"remove": "harmful", "add": "harmless"}[kind]
+        table.add_row(str(layer), STEERING_NAMES[kind], f"{part['n_prompts'][label]} {label}", model, *cells)
+    return table
+
+
 def _show(result: Mapping[str, Any]) -> None:
     suite = result["suite"]
     for name, part in suite.items():
@@ -120,6 +130,12 @@ def _show(result: Mapping[str, Any]) -> None:
     if (soft := suite.get("soft_prompt")) and "problem" not in soft:
         out.print(f"{soft['n_prompts']} harmful prompts after a soft prompt, fitted on {soft['n_fitted']} others:")
         out.print(_swept(soft["curve"]))
+    if (directions := suite.get("direction")) and "problem" not in directions:
+        random = f"beside random directions of its length ({directions['controls']})"
+        out.print(f"Share refused with the difference of means removed and added, {random}:")
+        out.print(_directions(directions))
+        for which, reason in direction_findings(directions):
+            out.print(f"{which}. {reason}")
     if "outcome" in result:
         show_outcome(result)
     for sentence in (result["note"], *result["warnings"]):

@@ -17,7 +17,8 @@ from es2.models.catalogue import DEFAULT_MODEL
 from es2.models.costs import DTYPES
 
 ANSWER_BY = ("text", "letter")
-SUITES = ("refusal", "kl", "perturbation", "soft_prompt", "ability")
+SUITES = ("refusal", "kl", "perturbation", "soft_prompt", "ability", "direction")
+_NOT_IN_ALL = ("direction",)  # costs as much as all others together
 
 
 class EvaluateConfig(Rendering):
@@ -39,7 +40,8 @@ class EvaluateConfig(Rendering):
         "all",
         "refusal (what both models reply), kl (KL, perplexity and agreement on harmless prompts), perturbation "
         "(attacks: replies while embeddings are steered towards harmless, and after a soft prompt), soft_prompt (that "
-        "attack alone), ability (multiple-choice questions), or all.",
+        "attack alone), ability (multiple-choice questions), all (these), or direction (replies with the difference of "
+        "means removed or added, beside random directions), which all leaves out.",
         choices=(*SUITES, "all"),
         group="own",
     )
@@ -115,6 +117,14 @@ class EvaluateConfig(Rendering):
         label="Soft prompt's budgets",
         of="budget",
     )
+    controls: int = setting(
+        3,
+        "Random directions beside the difference of means that is removed and added; each prompt is replied to under "
+        "each.",
+        label="Random directions",
+        ge=1,
+        implicit=True,
+    )
     seed: int = setting(0, "Of the random directions, the soft prompt and the resamples.", ge=0)
     judge_url: str | None = setting(
         None, "An OpenAI-compatible endpoint to ask for a second opinion; replies are sent there.", label="Judge's URL"
@@ -154,5 +164,6 @@ class EvaluateConfig(Rendering):
     @property
     def suites(self) -> tuple[str, ...]:
         """Which parts are asked for; the soft prompt is one of the attacks."""
-        asked = {"all": SUITES, "perturbation": ("perturbation", "soft_prompt")}.get(self.suite, (self.suite,))
+        whole = tuple(one for one in SUITES if one not in _NOT_IN_ALL)
+        asked = {"all": whole, "perturbation": ("perturbation", "soft_prompt")}.get(self.suite, (self.suite,))
         return tuple(one for one in asked if one != "soft_prompt" or (self.soft_lengths and self.soft_budgets))

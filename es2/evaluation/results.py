@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +83,31 @@ def run_behaviour(run: Job, weights: str | None = None) -> Behaviour:
 
 def newest_attack(run: Job) -> dict[str, Any] | None:
     """The newest evaluation of the weights that a run has now that attacked both models; None without one."""
+
+    def attacked(document: Mapping[str, Any]) -> bool:
+        parts = [document["suite"].get(name, {}) for name in ("perturbation", "soft_prompt")]
+        return any(all(point.get("tuned") for point in part.get("curve") or [{}]) for part in parts)
+
+    return _newest(run, attacked, "attacks")
+
+
+def newest_directions(run: Job) -> dict[str, Any] | None:
+    """The newest one, as `newest_attack`, that removed and added directions of both models."""
+
+    def checked(document: Mapping[str, Any]) -> bool:
+        return all(record.get("tuned") for record in document["suite"].get("direction", {}).get("layers") or [{}])
+
+    return _newest(run, checked, "directions")
+
+
+def _newest(run: Job, holds: Callable[[Mapping[str, Any]], bool], what: str) -> dict[str, Any] | None:
     for path in find_evaluations(run):
         try:
             document = read_evaluation(path)
         except Es2Error as error:
-            logger.warning("%s says nothing of attacks on run %s: %s", path, run.id, error)
+            logger.warning("%s says nothing of %s on run %s: %s", path, what, run.id, error)
             continue
-        parts = [document["suite"].get(name, {}) for name in ("perturbation", "soft_prompt")]
-        attacked = any(all(point.get("tuned") for point in part.get("curve") or [{}]) for part in parts)
-        if attacked and _is_of(document, run):
+        if holds(document) and _is_of(document, run):
             return document
     return None
 

@@ -6,7 +6,8 @@ shifts its outputs), where the probe is read again after steering. Each row of a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from es2.core.errors import InputError
 from es2.evaluation.robustness import DIRECTIONS, P0, Attacker, logit
-from es2.models.blocks import find_blocks, output_of, with_output
+from es2.models.blocks import BlockHooks, find_blocks, output_of, with_output
 
 if TYPE_CHECKING:
     import torch
@@ -186,6 +187,30 @@ class Steered:
         read.probability[rows] += np.where(read.steps[rows] == 0, found / len(self.attacker.layers), 0)
         if index == len(self.attacker.layers) - 1:
             read.steps[rows] += 1
+
+
+@contextmanager
+def steered_throughout(model: Any, vector: Float[np.ndarray, "d_model"], layer: int | None = None) -> Iterator[None]:
+    """A context in which all tokens of all rows are steered alike, in every pass: no row depends on the others.
+
+    Args:
+        model: a plain transformers model, with or without an adapter inside.
+        vector: not zero.
+        layer: where the vector is added to the block's output; without one, its direction is projected out of the
+            output of every block.
+    """
+
+    def steer(activation: Tensor, hook: Any) -> Tensor:
+        exact = activation.to(_exact(activation))
+        if layer is not None:
+            return (exact + _like(exact, vector)).to(activation.dtype)
+        unit = _like(exact, vector / np.linalg.norm(vector))
+        return (exact - (exact @ unit)[..., None] * unit).to(activation.dtype)
+
+    hooks = BlockHooks(model)
+    layers = range(len(hooks.blocks)) if layer is None else (layer,)
+    with hooks.hooks([(f"blocks.{one}.hook_out", steer) for one in layers]):
+        yield
 
 
 def _exact(activation: Tensor) -> torch.dtype:

@@ -84,6 +84,9 @@ DIRECTION_NAMES: Mapping[str, str] = {
 }
 """The names of the directions of `es2.evaluation.robustness`, and of the kinds of soft prompts."""
 
+STEERING_NAMES: Mapping[str, str] = {"remove": "removed", "add": "added"}
+"""What is done to replies with a direction, in a word."""
+
 Numbers = Mapping[str, Any]
 
 
@@ -218,3 +221,24 @@ def soft_sentence(soft: Numbers) -> str:
         f"beyond chance, in {higher}, less in {lower}; where tuned refuses least (budget {worst['budget']:g}, "
         f"{worst['length']} vectors), DSR is {figures}."
     )
+
+
+def direction_findings(directions: Numbers) -> list[tuple[str, str]]:
+    """Whether each layer's direction steers each model, in a word or two, and sentences with the figures."""
+    return [
+        (f"{model.capitalize()}, layer {record['layer']}: {record[model]['name']}", record[model]["reason"])
+        for record in directions["layers"]
+        for model in ("base", "tuned")
+        if record[model]
+    ]
+
+
+def direction_rows(directions: Numbers) -> list[tuple[int, str, str, Numbers]]:
+    """Layer, model, what is done (`remove`, `add`) and the refused shares, in the order of reading."""
+    return [
+        (record["layer"], model, kind, record[model][kind]["refused"])
+        for record in directions["layers"]
+        for kind in STEERING_NAMES
+        for model in ("base", "tuned")
+        if record[model]
+    ]

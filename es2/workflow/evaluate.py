@@ -20,6 +20,7 @@ from es2.core.progress import Reporter, silent
 from es2.core.rendering import UNMENTIONED
 from es2.evaluation.attack import perturbation
 from es2.evaluation.config import EvaluateConfig
+from es2.evaluation.direction import causal_check
 from es2.evaluation.judge import Judge, classifier_judge, endpoint_judge
 from es2.evaluation.multiple_choice import ability
 from es2.evaluation.reply_log import ReplyLog
@@ -124,6 +125,7 @@ def evaluate(
         "kl": lambda: behaviour(work, held_out(prompts, tuned_on), None, "kl"),
         "perturbation": lambda: perturbation(work, *known()),
         "soft_prompt": lambda: soft_prompts(work, *known()),
+        "direction": lambda: causal_check(work, *known()),
     }
     if questions is not None:
         parts["ability"] = partial(ability, work, questions)
@@ -253,7 +255,7 @@ def find_evaluation(config: EvaluateConfig, prompts: PromptSet, run: Job) -> dic
 def unfinished_job(config: EvaluateConfig, root: Path | None = None) -> Job | None:
     """The newest evaluation of exactly this config that ended before its time, so that it can be gone on with."""
     usual = EvaluateConfig()
-    unnamed = {"thinking_tokens": usual.thinking_tokens, **UNMENTIONED}
+    unnamed = {"thinking_tokens": usual.thinking_tokens, "controls": usual.controls, **UNMENTIONED}
     defaults = usual.to_dict() | unnamed  # of settings that an earlier job does not name
     wanted = unnamed | config.to_dict()
     same = (job for job in list_jobs(root, KIND) if {**defaults, **job.config}.items() >= wanted.items())

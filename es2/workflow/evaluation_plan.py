@@ -18,6 +18,7 @@ from es2.models.machine import Machine
 from es2.models.shape import Shape
 from es2.workflow.plan import analysis_products
 
+_USUAL_LAYERS = 2  # targets, or recommended ones
 _BACK_TOO = 2  # a pass back to the embeddings, without weights' gradients, costs as much as the pass itself
 
 
@@ -32,6 +33,7 @@ class Sample:
         characters: of a prompt, on average.
         questions: number of multiple-choice questions.
         question_characters: of what is read of a question with its options, on average.
+        directed: number of prompts, of both labels, that are replied to with directions removed or added.
     """
 
     harmful: int
@@ -41,6 +43,7 @@ class Sample:
     characters: float
     questions: int = 0
     question_characters: float = 0.0
+    directed: int = 0
 
 
 def evaluation_seconds(
@@ -51,7 +54,7 @@ def evaluation_seconds(
     *,
     tokens_per_second: float | None = None,
 ) -> Mapping[str, float]:
-    """Estimated seconds by `loading`, `replies`, `ability`, `attacks` and `questions`, of the suites asked for.
+    """Estimated seconds of the suites asked for: `loading`, `replies`, `ability`, `attacks`, `directions`, `questions`.
 
     `tokens_per_second` is the speed of an earlier evaluation here; where it is known, `machine` may be None.
     """
@@ -86,10 +89,10 @@ def evaluation_seconds(
         )
         loads += 1
     attacks = [suite for suite in config.suites if suite in ("perturbation", "soft_prompt")]
+    captured = n_models * sample.measured * prompt / counted
+    captured += analysis_products(shape, sample.measured) / (2 * shape.parameters * counted)
     if attacks:
-        capture = n_models * sample.measured * prompt / counted
-        analysis = analysis_products(shape, sample.measured) / (2 * shape.parameters * counted)
-        found["attacks"] = capture + analysis
+        found["attacks"] = captured
         loads += n_models * (len(attacks) + (sample.measured > 0))
     if "perturbation" in attacks:
         sweep = len(steering_sweep(config.directions, config.budgets, config.p0s))
@@ -101,6 +104,10 @@ def evaluation_seconds(
         tokens = PROMPTS_PER_STEP * (prompt + max(config.soft_lengths) + REFUSAL_TOKENS)
         below_head = 1 - shape.head_parameters / shape.parameters  # few tokens go through the head
         found["attacks"] += n_models * steps * tokens * _BACK_TOO * below_head / counted
+    if "direction" in config.suites:
+        layers = len(config.layers) if config.layers else _USUAL_LAYERS
+        found["directions"] = captured + replying(sample.directed * (1 + layers * (1 + config.controls)))
+        loads += n_models * (1 + (sample.measured > 0))
     if "ability" in config.suites:
         per_question = sample.question_characters / costs.CHARACTERS_PER_TOKEN
         found["questions"] = n_models * sample.questions * per_question / counted

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from es2.core.files import read_json, with_checksum, write_json
-from es2.evaluation.results import newest_attack, run_behaviour
+from es2.evaluation.results import newest_attack, newest_directions, run_behaviour
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job
 from es2.jobs.running import run_job
@@ -102,3 +102,15 @@ def test_the_newest_attack_on_both_models_of_todays_weights_counts(run: Job) -> 
     found = newest_attack(run)
     assert found is not None
     assert found["prompts"] == "right"
+
+
+def test_the_newest_directions_of_both_models_count(run: Job) -> None:
+    assert newest_directions(run) is None
+    for name, tuned in (("both", {"name": "steers"}), ("base-alone", None)):
+        part = {"layers": [{"layer": 1, "base": {"name": "steers"}, "tuned": tuned}]}
+        write_replies(run, name, *DEFENDS, suite={"direction": part})
+    write_replies(run, "problem", *DEFENDS, suite={"direction": {"problem": "No."}})
+    found = newest_directions(run)
+    assert found is not None
+    assert found["prompts"] == "both"
+    assert newest_attack(run) is None

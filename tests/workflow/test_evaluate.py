@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import threading
@@ -182,6 +183,36 @@ def test_everything_of_a_run_against_its_base(model: Path, run: Job, tmp_path: P
     assert without_times(again) == without_times(document)
     assert again["generated"]["replies"] == 0
     assert document["generated"]["tokens_per_second"] > 0
+
+
+def test_directions_of_base_and_tuned(
+    model: Path, run: Job, tmp_path: Path, shared_store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = SMALL | {"suite": "direction", "limit": 2, "controls": 1, "new_tokens": 3}
+    config = EvaluateConfig(model=str(model), run=run.id, **settings)
+    seen: list[tuple[str, int, int]] = []
+
+    def report(stage: str, done: int, total: int, **numbers: float) -> None:
+        seen.append((stage, done, total))
+
+    document = evaluate(config, other_prompts(), tmp_path / "job", run=run, store=shared_store, report=report)
+    json.dumps(document, allow_nan=False)
+    part = document["suite"]["direction"]
+    assert [record["layer"] for record in part["layers"]] == [0, 1], "the run's targets"
+    for record in part["layers"]:
+        assert record["base"]["length"] != record["tuned"]["length"], "each model has a direction of its own"
+        assert {"refused", "answered", "broken", "n_prompts"} == record["tuned"]["add"].keys()
+    assert document["generated"]["replies"] == 2 * (4 + 2 * 2 * 2 * (1 + 1))
+    for name in ("base", "tuned"):
+        done = [done for stage, done, _ in seen if stage == f"direction {name}"]
+        totals = {total for stage, _, total in seen if stage == f"direction {name}"}
+        assert done == sorted(done)
+        assert totals == {done[-1]} == {3 * (4 + 2 * 2 * 2 * (1 + 1))}
+    shown = importlib.import_module("es2.cli.evaluate")
+    shown._show(document | {"warnings": []})
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "beside random directions of its length (1)" in printed
+    assert "Tuned, layer 1: not measured enough. Removed," in printed
 
 
 def test_an_adapter_without_target_layers_is_attacked_at_the_recommended_ones(
