@@ -38,6 +38,7 @@ SUITE_NAMES = {
     "perturbation": "Attacks",
     "soft_prompt": "Soft prompt",
     "ability": "Ability",
+    "direction": "Direction",
 }
 ATTACKS = {"perturbation", "soft_prompt"}
 """The suites that attack, on the same prompts."""
@@ -94,7 +95,7 @@ def _expectation(config: EvaluateConfig, run: Job, tokens_per_second: float | No
     if config.suite == "ability":
         sample = Sample(0, 0, 0, 0, 0.0)
     elif is_remote(source):
-        sample = Sample(config.limit, config.limit, config.steering_limit, 0, 80.0)
+        sample = Sample(config.limit, config.limit, config.steering_limit, 0, 80.0, directed=2 * config.limit)
         notes.append("The prompts are fetched from the Hub when it starts, so at most:")
     else:
         reading = artifacts.prompts(source).reading
@@ -109,6 +110,8 @@ def _expectation(config: EvaluateConfig, run: Job, tokens_per_second: float | No
         counts.append(f"{sample.harmless:,} harmless prompts")
     if ATTACKS & set(config.suites) and sample.steered:
         counts.append(f"{sample.steered:,} attacked prompts")
+    if "direction" in config.suites and sample.directed:
+        counts.append(f"{sample.directed:,} prompts, each under {1 + config.controls} directions at each layer")
     if "ability" in config.suites:
         sample = _with_questions(sample, config)
         counts.append(f"{sample.questions:,} questions")
@@ -146,7 +149,7 @@ def _sample(config: EvaluateConfig, run: Job) -> tuple[Sample, list[str]]:
     if "kl" in config.suites and not harmless:
         _cannot("These prompts hold no harmless one, so there is no ability to measure.", config, problems)
     found = Sample(harmful, harmless, 0, 0, characters=sum(map(len, sample.texts)) / max(len(sample), 1))
-    if not ATTACKS & set(config.suites):
+    if not {*ATTACKS, "direction"} & set(config.suites):
         return found, problems
     try:
         probing = held_out(prompts, tuned_on, probing=True)
@@ -156,11 +159,11 @@ def _sample(config: EvaluateConfig, run: Job) -> tuple[Sample, list[str]]:
         return found, problems
     measured = probing.measured()
     in_test = measured.in_split("test") & (measured.labels == HARMFUL)
+    directed = len(choose_prompts(measured.select(measured.in_split("test")), config.limit))
     rendering = config.rendering.over(rendering_of(run))
     known = find_activations(artifacts.model_name(config.model), measured, "last", run=run.id, rendering=rendering)
-    return replace(
-        found, steered=min(config.steering_limit, int(in_test.sum())), measured=0 if known else len(measured)
-    ), problems
+    steered = min(config.steering_limit, int(in_test.sum()))
+    return replace(found, steered=steered, directed=directed, measured=0 if known else len(measured)), problems
 
 
 def _cannot(sentence: str, config: EvaluateConfig, problems: list[str]) -> None:

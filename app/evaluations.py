@@ -14,7 +14,7 @@ from typing import Any
 import streamlit as st
 
 from app import artifacts, jobs_panel, state, text
-from app.evaluation_form import CHOSEN, FORM, form
+from app.evaluation_form import CHOSEN, FORM, SUITE_NAMES, form
 from app.run_rows import row
 from app.state import Choice
 from app.text import sentences
@@ -61,10 +61,14 @@ class Evaluation:
 
     @property
     def title(self) -> str:
-        """Which prompts, how many, when."""
+        """Which prompts, which suite if not all, how many, when."""
         document = self.document
+        suite = document["settings"].get("suite", "all")
         when = datetime.fromtimestamp(document["created"]).strftime("%-d %b %Y, %H:%M")
-        return " · ".join([str(document["prompts"]), f"at most {document['settings']['limit']} of each label", when])
+        which = [SUITE_NAMES.get(suite, suite)] if suite != "all" else []
+        return " · ".join(
+            [str(document["prompts"]), *which, f"at most {document['settings']['limit']} of each label", when]
+        )
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,9 @@ def _about(evaluation: Evaluation, suites: Sequence[str]) -> str:
         parts.append(f"replies of up to {settings['new_tokens']} tokens, greedy")
     if (soft := found["soft_prompt"]) is not None:
         parts.append(f"{soft['n_prompts']:,} harmful prompts after a soft prompt")
+    if (directions := found["direction"]) is not None:
+        counts = directions["n_prompts"]
+        parts.append(f"a direction removed for {counts['harmful']:,} harmful prompts, added for {counts['harmless']:,}")
     return " · ".join(text.markdown(part) for part in parts)
 
 

@@ -297,6 +297,66 @@ def boundary(
     )
 
 
+def direction_rates(directions: Numbers) -> canvas.Figure:
+    """Shares refused with and without a direction, base and tuned: of harmful requests where it is removed, and of
+    harmless ones where it is added, a panel each; a row for the replies before, and two for each layer.
+    """
+    layers = [record["layer"] for record in directions["layers"]]
+    rows = ["not steered"]
+    for layer in layers:
+        rows += [f"layer {layer}, direction", f"layer {layer}, random"]
+    kinds = (("remove", "Removed: harmful requests refused"), ("add", "Added: harmless requests refused"))
+    domains = _domains(len(kinds), gap=0.06)
+    traces = []
+    for panel, (kind, title) in enumerate(kinds):
+        for place, model in enumerate(MODELS):
+            points: list[tuple[int, Interval]] = []
+            for at, record in enumerate(directions["layers"]):
+                if record[model]:
+                    refused = record[model][kind]["refused"]
+                    points += [(0, interval_of(refused["before"]))] if not at else []
+                    points += [
+                        (2 * at + row, interval_of(refused[name]))
+                        for row, name in enumerate(("direction", "control"), 1)
+                    ]
+            traces.append(
+                _trace(
+                    model,
+                    x=[number.value for _, number in points],
+                    y=[-row + 0.15 - 0.3 * place for row, _ in points],
+                    xaxis=f"x{panel + 1 if panel else ''}",
+                    mode="markers",
+                    marker=_marker(model, 9),
+                    error_x=_bars([number for _, number in points], model),
+                    legendgroup=model,
+                    showlegend=panel == 0 and bool(points),
+                    hovertext=[f"{title}, {rows[row]}, {model}: {in_words(number)}" for row, number in points],
+                )
+            )
+    axis: dict[str, Any] = {"range": [-0.04, 1.04], "nticks": 6}
+    inner = _ROW_HEIGHT * len(rows)
+    return canvas.figure(
+        traces,
+        inner + 2 * canvas.TOP + canvas.BOTTOM_TITLED,
+        revision="direction",
+        top=2 * canvas.TOP,
+        left=_ROW_NAMES,
+        x=axis | {"domain": domains[0]},
+        y={
+            "range": [-len(rows) + 0.5, 0.5],
+            "tickvals": [-row for row in range(len(rows))],
+            "ticktext": rows,
+            "showgrid": False,
+        },
+        xaxis2=axis | {"domain": domains[1], "anchor": "y", "zeroline": False, "fixedrange": True},
+        annotations=[
+            *(_panel_name(title, domain) for (_, title), domain in zip(kinds, domains, strict=True)),
+            _below("share refused (no unit), 95 % interval"),
+        ],
+        legend=_legend_above(inner),
+    )
+
+
 # --------------------------------------------------------------------------------------------------------- their parts
 
 

@@ -19,6 +19,7 @@ from app.components import exports
 from app.components.plots import plot
 from app.evaluations import Evaluation, Intro
 from app.view_controls import kept_buttons, kept_choice
+from es2.analysis.verdict import direction_rule
 from es2.evaluation.results import SHOWN_CHARACTERS
 from es2.report import findings
 from es2.report.findings import DIRECTION_NAMES, interval_of
@@ -36,23 +37,25 @@ INTRO = Intro(
         ("Needed perturbation", "How far every harmful embedding has to travel until the probe takes it for harmless."),
         ("Replies under steering", "Embeddings are steered during generation, further and further: who still refuses?"),
         ("Soft prompt", "A few vectors before the user's text, fitted once until refusals are unlikely: who refuses?"),
+        ("Direction", "The difference of means removed from the model, or added: do refusals depend on it?"),
         ("Control", "The same steerings in random directions: what those do to a model is damage, not knowledge."),
     ),
     suite="perturbation",
 )
+SUITES = ("perturbation", "soft_prompt", "direction")
 N_CHARACTERS = 110
 
 
 def page() -> None:
     """Render the page for the current choice, or what leads there."""
-    found = evaluations.opened(INTRO, ("perturbation", "soft_prompt"))
+    found = evaluations.opened(INTRO, SUITES)
     if found is None:
         return
     _, evaluation = found
-    for problem in dict.fromkeys(filter(None, map(evaluation.problem, ("perturbation", "soft_prompt")))):
+    for problem in dict.fromkeys(filter(None, map(evaluation.problem, SUITES))):
         st.info(text.markdown(problem), icon=":material/info:")
-    attack, soft = evaluation.part("perturbation"), evaluation.part("soft_prompt")
-    if attack is None and soft is None:
+    attack, soft, checked = map(evaluation.part, SUITES)
+    if attack is None and soft is None and checked is None:
         return
     with st.container(key="finding", border=True, gap="xsmall"):
         if attack is not None:
@@ -61,9 +64,14 @@ def page() -> None:
             st.markdown(text.markdown(findings.attack_sentence(attack)))
         if soft is not None:
             st.markdown(text.markdown(findings.soft_sentence(soft)))
+        if checked is not None:
+            for which, reason in findings.direction_findings(checked):
+                st.markdown(f"**{text.markdown(which)}.** {text.markdown(reason)}")
     if attack is not None:
         curves(attack)
-    soft_curves(evaluation, soft)
+    if attack is not None or soft is not None:
+        soft_curves(evaluation, soft)
+    directions(evaluation, checked)
     if attack is not None:
         if attack["needed"]:
             needed(attack)
@@ -139,6 +147,62 @@ def soft_verdicts(evaluation: Evaluation) -> list[dict[str, Any]]:
             own = rows.setdefault((row["prompt"], model), {"prompt": row["prompt"], "model": model})
             own[name] = evaluations.VERDICT_NAMES.get(row[model]["verdict"], row[model]["verdict"])
     return list(rows.values())
+
+
+def directions(evaluation: Evaluation, checked: Mapping[str, Any] | None) -> None:
+    """What removing and adding directions does to refusals; or that it was not measured."""
+    st.subheader("Does the direction steer?", anchor=False)
+    if checked is None:
+        if evaluation.problem("direction") is None:
+            st.caption("Not measured in this evaluation. The suite Direction of a new one measures it.")
+        return
+    plot(
+        evaluation_charts.direction_rates(checked),
+        key="direction_rates",
+        alt="Shares refused with the difference of means removed and added, beside random directions, base and tuned",
+    )
+    st.caption(
+        "The difference of means of a layer is removed from the output of every block while "
+        f"{_counted(checked, 'harmful')} are replied to, and added at its own layer while "
+        f"{_counted(checked, 'harmless')} are, always at every token; "
+        f"{checked['controls']} random directions of the same length are the control. 95 % intervals over prompts. "
+        "Where labels can be read along a direction that refusals do not depend on, it reads but does not steer."
+    )
+    with st.expander("The rule behind these words", key="direction_rule"):
+        rows = [f"| {text.markdown(word)} | {text.markdown(when)} |" for word, when in direction_rule().items()]
+        st.markdown("\n".join(["| word | when |", "| --- | --- |", *rows]))
+    with st.expander("Prompt by prompt", key="direction_prompts"):
+        st.dataframe(direction_verdicts(evaluation), hide_index=True, width="stretch")
+
+
+def _counted(checked: Mapping[str, Any], label: str) -> str:
+    return f"{checked['n_prompts'][label]:,} {label} test prompts"
+
+
+def direction_verdicts(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The verdict on every prompt's reply before and after, a row for each prompt, model, layer; replies are cut."""
+    before: dict[tuple[str, str], str] = {}
+    random: dict[tuple[Any, ...], list[str]] = {}
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in evaluation.rows("direction"):
+        steering = row["steering"]
+        for model in (one for one in MODELS if one in row):
+            of, verdict = (row["prompt"], model), row[model]["verdict"]
+            own = (*of, steering["layer"])
+            name = evaluations.VERDICT_NAMES.get(verdict, verdict)
+            if steering["kind"] == "none":
+                before[of] = name
+            elif steering["control"] is not None:
+                random.setdefault(own, []).append(name)
+            else:
+                rows[own] = {"direction": findings.STEERING_NAMES[steering["kind"]], "after": name}
+                rows[own] |= {"reply": _kept(row[model]["text"])}
+    return [
+        {"prompt": prompt, "model": model, "layer": layer, "before": before[prompt, model]}
+        | own
+        | {"random": ", ".join(random[prompt, model, layer])}
+        for (prompt, model, layer), own in rows.items()
+    ]
 
 
 def exact_steerings(attack: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -336,6 +400,13 @@ def take_away(evaluation: Evaluation) -> tuple[dict[str, exports.Figure], dict[s
         )
         tables["Soft prompts"] = pd.DataFrame(_swept(soft, ("direction", "length", "budget")))
         tables["Verdicts after soft prompts"] = pd.DataFrame(soft_verdicts(evaluation))
+    if (checked := evaluation.part("direction")) is not None:
+        charts["Refusals with directions removed and added"] = evaluation_charts.direction_rates(checked)
+        tables["Directions removed and added"] = pd.DataFrame(
+            {"layer": layer, "direction": findings.STEERING_NAMES[kind], "model": model} | _flat(refused)
+            for layer, model, kind, refused in findings.direction_rows(checked)
+        )
+        tables["Replies under directions"] = pd.DataFrame(direction_verdicts(evaluation))
     return charts, tables
 
 

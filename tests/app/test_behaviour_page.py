@@ -32,6 +32,7 @@ from tests.builders_evaluation import (
     REFUSES_LESS,
     Evaluated,
     write_by_hand,
+    write_directions,
     write_evaluated,
     write_replies,
     write_run,
@@ -326,6 +327,27 @@ class TestRobustness:
         assert "Not measured in this evaluation" in captions(at)
         assert "soft_curve_dsr" not in charts_of(at)
         assert "curve_dsr" in charts_of(at)
+
+    def test_directions_are_said_to_steer_or_not(self, home: Path, evaluated: Evaluated) -> None:
+        assert "The suite Direction of a new one measures it" in captions(open_page("robustness", evaluated.link()))
+        part = write_directions(evaluated, "directions")["suite"]["direction"]
+        path = evaluated.path.with_name("directions.json")
+        try:
+            at = choose(open_page("robustness", evaluated.link()), "directions")
+        finally:
+            path.unlink()
+        assert "**Base, layer 1: steers.** Removed, it steers: DSR 1.00 → 0.00, random 1.00" in words(at)
+        assert "**Tuned, layer 1: reads but does not steer.** Removed, it does not steer: DSR 1.00 → 1.00" in words(at)
+        assert "Replies under steering" not in [one.value for one in at.subheader]
+        (drawn,) = charts_of(at)["direction_rates"]
+        removed = part["layers"][0]["base"]["remove"]["refused"]
+        assert drawn["data"][0]["x"] == [removed[name]["value"] for name in ("before", "direction", "control")]
+        (replies,) = [one.value for one in at.dataframe if "after" in one.value.columns]
+        assert len(replies) == 2 * 80
+        first = replies[(replies["model"] == "base") & (replies["direction"] == "removed")].iloc[0]
+        assert (first["before"], first["after"], first["random"]) == ("refused", "answered", "refused")
+        assert first["reply"].endswith("…")
+        assert len(first["reply"]) <= 200
 
     def test_takes_away_the_pushes(self, home: Path, evaluated: Evaluated) -> None:
         from app.evaluations import Evaluation

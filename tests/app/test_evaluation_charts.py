@@ -12,6 +12,7 @@ from es2.models.machine import Machine
 from es2.models.shape import Shape
 from es2.report import findings, palette
 from es2.workflow.evaluation_plan import Sample, evaluation_seconds
+from tests.builders_evaluation import directions_by_hand
 from tests.figures import Checked, traces
 
 evaluation_charts = Checked(evaluation_charts)
@@ -105,7 +106,26 @@ def soft() -> dict[str, Any]:
     return {"layers": [1, 2], "n_prompts": 4, "n_fitted": 16, "n_refused": {"base": 8, "tuned": 12}, "curve": curve}
 
 
+def directed(**tuned: Any) -> dict[str, Any]:
+    """A direction that steers the base, which refuses all harmful requests; `tuned` are replies of a tuned model."""
+    before = ["refusal"] * 6 + ["answer"] * 6
+    base = {"before": before, "remove": ["answer"] * 5 + ["refusal"], "add": ["refusal"] * 4 + ["answer"] * 2}
+    models = {"base": base} | ({"tuned": {"before": before} | tuned} if tuned else {})
+    return directions_by_hand([str(number) for number in range(12)], models)[0]
+
+
 class TestFigures:
+    def test_a_direction_has_a_panel_for_removal_and_one_for_addition(self) -> None:
+        figure = evaluation_charts.direction_rates(directed())
+        assert list(figure.layout.yaxis.ticktext) == ["not steered", "layer 1, direction", "layer 1, random"]
+        removed, added = (one for one in figure.data if one.name == "Base")
+        assert list(removed.x) == pytest.approx([1, 1 / 6, 1])
+        assert list(added.x) == pytest.approx([0, 4 / 6, 0])
+        assert (removed.xaxis, added.xaxis) == ("x", "x2")
+        assert removed.error_x.array[1] > 0
+        assert [round(y) for y in removed.y] == [0, -1, -2]
+        assert "layer 1, direction, base: 0.17 (" in removed.hovertext[1]
+
     def test_rates_stand_in_rows_with_their_intervals(self) -> None:
         figure = evaluation_charts.rates(refusal(0.2, 0.6, (0.3, 0.5)), {"agreement": number(0.9)})
         found = traces(figure)
@@ -271,3 +291,30 @@ class TestEstimate:
         assert evaluation_seconds(alone, self.SAMPLE, self.SHAPE, self.MACHINE)["replies"] == pytest.approx(both / 2)
         known = evaluation_seconds(alone, self.SAMPLE, self.SHAPE, None, tokens_per_second=96 * (28 + 64) / 10)
         assert known["replies"] == pytest.approx(10)
+
+
+class TestDirections:
+    def test_fewer_refusals_that_are_broken_replies_are_no_steering(self) -> None:
+        broken = {"remove": ["degenerate"] * 6, "add": ["answer"] * 6}
+        base, tuned = map(". ".join, findings.direction_findings(directed(**broken)))
+        assert base.startswith("Base, layer 1: steers. Removed, it steers: DSR 1.00 → 0.17, random 1.00")
+        assert tuned.startswith("Tuned, layer 1: not measured enough. Removed, it breaks replies: DSR 1.00 → 0.00")
+        assert "broken replies 0.00 → 1.00" in tuned
+        assert "Added, it is undecided" in tuned, "six prompts do not rule out an effect"
+
+    def test_what_is_never_refused_cannot_be_refused_less(self) -> None:
+        answers = {"before": ["answer"] * 12, "remove": ["answer"] * 6, "add": ["refusal"] * 6}
+        (sentence,) = map(". ".join, findings.direction_findings(directions_by_hand(["p"] * 12, {"base": answers})[0]))
+        assert "Removed, it is undecided: 0 of 6 harmful requests are refused before, too few to tell." in sentence
+        assert sentence.startswith("Base, layer 1: steers."), "by what is added"
+
+    def test_its_time_grows_with_layers_and_random_directions(self) -> None:
+        sample = Sample(48, 48, 12, 0, 60.0, directed=96)
+        shape = Shape(30, 576, 1536, 3_540_000, 28_000_000, 134_500_000)
+
+        def seconds(**changes: Any) -> float:
+            config = EvaluateConfig(suite="direction", **changes)
+            return evaluation_seconds(config, sample, shape, None, tokens_per_second=400.0)["directions"]
+
+        assert seconds(layers=(3,)) < seconds() < seconds(controls=5)
+        assert seconds() == seconds(layers=(3, 5))
