@@ -1,4 +1,4 @@
-"""The part of a report that says what became of refusals under attack, from an evaluation of the run."""
+"""The parts of a report that say what became of refusals under attack, and with directions removed and added."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import Any
 
+from es2.analysis.verdict import direction_rule
 from es2.report import figures as report_figures
 from es2.report.findings import (
     BY_NAME,
+    STEERING_NAMES,
     Numbers,
     attack_sentence,
+    direction_findings,
+    direction_rows,
     interval_of,
     needed_sentence,
     panels_of,
+    signed,
     soft_sentence,
 )
 
+_TERM = BY_NAME["dsr"]  # how a share is written
 _STEERING = "length of the steering vector / ‖e‖"
 _SOFT = "length of each vector / mean length of a token's embedding"
 
@@ -43,6 +49,36 @@ def attack_sections(
         yield from _curves(soft, names, plot, about, _SOFT)
     else:
         yield "<p>Soft prompts were not measured.</p>"
+
+
+def direction_sections(evaluation: Mapping[str, Any], names: tuple[str, str]) -> Iterable[str]:
+    """The part of the page on the causal check of directions; arguments as `attack_sections`."""
+    part = evaluation["suite"]["direction"]
+    counts = " and ".join(f"{part['n_prompts'][label]} {label}" for label in ("harmful", "harmless"))
+    yield "<h2>Does the direction steer?</h2>"
+    yield (
+        f"<p>The difference of means of a layer was removed from every block's output while {counts} test prompts of "
+        f"{escape(str(evaluation['prompts']))} were replied to (the harmful ones), or added at its layer (the harmless "
+        f"ones), and so were {part['controls']} random directions of the same length.</p>"
+    )
+    found = (f"<li><b>{escape(which)}.</b> {escape(reason)}</li>" for which, reason in direction_findings(part))
+    yield f"<ul>{''.join(found)}</ul>"
+    called = dict(zip(("base", "tuned"), names, strict=True))
+    lines = []
+    for layer, model, kind, refused in direction_rows(part):
+        numbers = [interval_of(refused[name]) for name in ("before", "direction", "control")]
+        cells = "".join(f"<td>{_TERM.value(one)}<small>({_TERM.range(one)})</small></td>" for one in numbers)
+        beyond = signed(_TERM, interval_of(refused["over_control"]))
+        head = f"layer {layer}, {STEERING_NAMES[kind]}"
+        lines.append(f"<tr><th>{head}</th><td>{escape(called[model])}</td>{cells}<td>{beyond}</td></tr>")
+    rule = "".join(f"<tr><th>{name}</th><td>{escape(when)}</td></tr>" for name, when in direction_rule().items())
+    yield (
+        '<div class="wide"><table class="numbers dense"><caption>Share refused: of harmful requests where removed, '
+        "of harmless ones where it is added; 95 % intervals over prompts.</caption><thead><tr><th></th><th>model</th>"
+        "<th>before</th><th>direction</th><th>random</th><th>direction − random</th></tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+    yield f'<details><summary>The rule behind these words</summary><table class="rule">{rule}</table></details>'
 
 
 def _curves(

@@ -26,7 +26,7 @@ from es2.core.settings import option_words
 from es2.core.versions import installed_versions
 from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, stable_hash
 from es2.report import figures as report_figures
-from es2.report.attacks import attack_sections
+from es2.report.attacks import attack_sections, direction_sections
 from es2.report.findings import accuracy_sentence
 from es2.report.glossary import BY_NAME, COMPARED, TERMS, UNITS, Term
 from es2.report.labels import shortened
@@ -52,12 +52,13 @@ _ALL_LAYERS = ("probe_accuracy", "margin_mean", "mean_difference_margin", "fishe
 @dataclass(frozen=True)
 class Compared(Comparison):
     """A comparison with the title of its run, the known progress events of its training, an evaluation that attacked
-    both models, if there is one, and its multiple choice, likewise.
+    both models, if there is one, one that removed and added directions, and its multiple choice, likewise.
     """
 
     title: str = ""
     events: Sequence[Mapping[str, Any]] = ()
     attacked: Mapping[str, Any] | None = None
+    directed: Mapping[str, Any] | None = None
     ability: Mapping[str, Any] | None = None
 
 
@@ -119,6 +120,8 @@ def _sections(compared: Compared, figures: dict[str, str]) -> Iterable[str]:
         yield _movers(compared, layer, margins)
     if compared.attacked is not None:
         yield from attack_sections(compared.attacked, compared.names, plot)
+    if compared.directed is not None:
+        yield from direction_sections(compared.directed, compared.names)
     if (figure := report_figures.training(compared.events, compared.kl_budget)) is not None:
         yield "<h2>Training</h2>"
         kept = f"The weights of step {result['best_step']} of {result['steps']} were kept."

@@ -12,7 +12,7 @@ from es2.analysis.results import Analysis
 from es2.core.errors import InputError
 from es2.core.files import checked_key, way_out
 from es2.core.rendering import Rendering
-from es2.evaluation.results import newest_attack, run_ability, run_behaviour
+from es2.evaluation.results import newest_attack, newest_directions, run_ability, run_behaviour
 from es2.jobs.job import Job
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
@@ -40,6 +40,7 @@ def find_compared(run: str) -> Compared:
         title=job.name or job.id,
         events=job.events()[0],
         attacked=newest_attack(job),
+        directed=newest_directions(job),
         ability=None if job.is_shipped else run_ability(job),
     )
 

@@ -31,7 +31,7 @@ from es2.report.palette import BASE, TUNED
 from es2.report.report import write_report
 from es2.training.config import FinetuneConfig
 from es2.workflow.compared import find_compared
-from tests.app.test_evaluation_charts import attack, soft
+from tests.app.test_evaluation_charts import attack, directed, soft
 from tests.builders import tiny_prompts
 from tests.builders_artifacts import TARGETS, write_comparison
 
@@ -129,6 +129,16 @@ class TestAttacks:
         assert base["x"] == ["0", "1", "2"]
         assert (base["y"], tuned["y"]) == ([0.5, 0.25, 0.0], [0.75, 0.5, 0.25])
         assert (base["line"]["color"], tuned["line"]["color"]) == (BASE, TUNED)
+
+    def test_whether_directions_steer(self, compared: Compared) -> None:
+        assert compared.directed is None
+        assert "Does the direction steer?" not in Page(report_html(compared)).text
+        broken = {"remove": ["degenerate"] * 6, "add": ["answer"] * 6}
+        evaluation = {"prompts": "<locks>", "suite": {"direction": directed(**broken)}}
+        text = Page(report_html(replace(compared, directed=evaluation))).text
+        assert "6 harmful and 6 harmless test prompts of <locks>" in text
+        assert "Base, layer 1: steers. Removed, it steers: DSR 1.00 → 0.17" in text
+        assert "Tuned, layer 1: not measured enough." in text
 
     def test_a_part_that_was_not_measured_is_named(self, compared: Compared) -> None:
         evaluation = {"prompts": "locks", "suite": {"perturbation": attack(), "soft_prompt": {"problem": "No."}}}
