@@ -18,7 +18,7 @@ from app.evaluation_form import CHOSEN, FORM, SUITE_NAMES, form
 from app.run_rows import row
 from app.state import Choice
 from app.text import sentences
-from app.view_controls import introduction, link_notes
+from app.view_controls import introduction, link_notes, told_apart
 from es2.core.errors import Es2Error
 from es2.core.files import stamp_of
 from es2.evaluation.config import SUITES
@@ -165,7 +165,7 @@ def _head(intro: Intro, run: Job, choice: Choice, found: Sequence[Evaluation], s
             "Evaluation",
             list(by_name),
             key="evaluation",
-            format_func=lambda stem: by_name[stem].title,
+            format_func=told_apart(by_name, lambda stem: by_name[stem].title),
             on_change=lambda: _choose(run, st.session_state["evaluation"]),
         )
         st.button(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,17 @@ def kept_choice(label: str, options: Sequence[Any], key: str, usual: Any, widget
     st.session_state[key] = kept if kept in options else usual
     widget(label, options, key=key, on_change=lambda: state.take_habit(key, st.session_state[key]), **arguments)
     return st.session_state[key]
+
+
+def told_apart(options: Iterable[Any], name: Callable[[Any], str]) -> Callable[[Any], str]:
+    """`name`, with a number behind what was called the same before: of such options Streamlit takes the last one."""
+    names: dict[Any, str] = {}
+    counts: Counter[str] = Counter()
+    for option in options:
+        called = name(option)
+        counts[called] += 1
+        names[option] = f"{called} ({counts[called]})" if counts[called] > 1 else called
+    return names.__getitem__
 
 
 def kept_buttons(

@@ -18,7 +18,7 @@ from app.charts.evaluation_charts import MODELS, NAMES, in_words
 from app.components import exports
 from app.components.plots import plot
 from app.evaluations import Evaluation, Intro
-from app.view_controls import kept_buttons, kept_choice
+from app.view_controls import kept_buttons, kept_choice, told_apart
 from es2.analysis.verdict import direction_rule
 from es2.evaluation.results import SHOWN_CHARACTERS
 from es2.report import findings
@@ -287,7 +287,7 @@ def one_prompt(evaluation: Evaluation, attack: Mapping[str, Any]) -> None:
             "attack_prompt",
             prompts[0],
             st.selectbox,
-            format_func=lambda one: shortened(one, N_CHARACTERS),
+            format_func=told_apart(prompts, lambda one: shortened(one, N_CHARACTERS)),
         )
         direction = kept_choice(
             "Direction",

@@ -15,7 +15,7 @@ from app import artifacts, jobs_panel, launch, run_live, state, text
 from app.run_rows import Row, about, lost_prompts, row, when
 from app.state import Choice
 from app.text import sentences
-from app.view_controls import link_notes
+from app.view_controls import link_notes, told_apart
 from es2.core.errors import Es2Error
 from es2.jobs.job import Job
 from es2.jobs.queue import reopen, start
@@ -264,7 +264,9 @@ def _against(job: Job, choice: Choice, ended: Sequence[Job]) -> None:
         f"**{text.markdown(artifacts.run_title(job))}** will stand at the right, the other run at the left, in the "
         "place of the base."
     )
-    other = st.selectbox("Other run", list(titles), key="against_other", format_func=titles.__getitem__)
+    other = st.selectbox(
+        "Other run", list(titles), key="against_other", format_func=told_apart(titles, titles.__getitem__)
+    )
     wanted = replace(choice, run=job.id, against=other)
     ready = artifacts.find_comparison(wanted) is not None
     if not ready:

@@ -349,6 +349,28 @@ class TestRobustness:
         assert first["reply"].endswith("…")
         assert len(first["reply"]) <= 200
 
+    def test_of_evaluations_that_are_called_alike_each_can_be_chosen(self, home: Path, evaluated: Evaluated) -> None:
+        """And of prompts that begin alike."""
+        document = dict(read_evaluation(evaluated.path))
+        rows = document["rows"]["perturbation"]
+        asked = list(dict.fromkeys(row["prompt"] for row in rows))
+        long = {prompt: "How do I oil a lock? " * 20 + str(at) for at, prompt in enumerate(asked)}
+        document["rows"] = {"perturbation": [row | {"prompt": long[row["prompt"]]} for row in rows]}
+        del document["digest"]
+        path = evaluated.path.with_name("twin.json")
+        write_json(path, with_checksum(document))
+        os.utime(path, (1, 1))
+        try:
+            at = choose(open_page("robustness", evaluated.link()), evaluated.path.stem)
+            assert at.selectbox(key="evaluation").value == evaluated.path.stem
+            assert at.selectbox(key="attack_prompt").value in asked
+            at = choose(open_page("robustness", evaluated.link()), "twin")
+            for prompt in long.values():
+                at.selectbox(key="attack_prompt").set_value(prompt).run()
+                assert at.selectbox(key="attack_prompt").value == prompt
+        finally:
+            path.unlink()
+
     def test_takes_away_the_pushes(self, home: Path, evaluated: Evaluated) -> None:
         from app.evaluations import Evaluation
         from app.views.robustness import take_away

@@ -18,7 +18,7 @@ from es2.report.report import write_report
 from es2.workflow.compared import find_compared
 from tests import builders_artifacts
 from tests.builders_artifacts import Compared, write_comparison
-from tests.builders_evaluation import Evaluated, write_evaluated
+from tests.builders_evaluation import Evaluated, directions_by_hand, write_evaluated
 from tests.system.browser.serving import expect, marks, place_of, playwright, served, settle
 
 pytestmark = [*marks, pytest.mark.long]
@@ -72,6 +72,9 @@ def evaluated(compared: Compared) -> Evaluated:
     document = json.loads(evaluated.path.read_text())
     document.pop("digest", None)
     document["prompts"] = NAME
+    replies = {"before": ["refusal"] * 6 + ["answer"] * 6, "remove": ["answer"] * 6, "add": ["refusal"] * 6}
+    checked = directions_by_hand([f"prompt {at}" for at in range(12)], {"base": replies, "tuned": replies})
+    document["suite"]["direction"], document["rows"]["direction"] = checked
     for suite, rows in document["rows"].items():
         asked = "question" if suite == "ability" else "prompt"
         prompts = dict.fromkeys(row[asked] for row in rows)
@@ -181,6 +184,11 @@ def test_evaluations(evaluated: Evaluated, open_watched: Callable[..., playwrigh
     key = {"behaviour": ".st-key-exchange_0", "robustness": ".st-key-steered_prompt"}[path]
     expect(page.locator(key)).to_contain_text("<script>window.pwned=1</script>")
     expect(page.locator(key)).to_contain_text("[x](javascript:window.pwned=1)")
+    if path == "robustness":
+        expect(page.locator(".st-key-finding")).to_contain_text("Tuned, layer 1: steers. Removed, it steers: DSR 1.00")
+        expect(page.locator(".st-key-direction_rates .point").first).to_be_attached()
+        page.locator(".st-key-direction_prompts summary").click()
+        expect(page.locator(".st-key-direction_prompts canvas").first).to_be_visible()
     check(page)
 
 
