@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,29 +21,21 @@ from es2.core.files import content_key
 from es2.core.former import former_names
 from es2.core.progress import Cancelled, Reporter, silent
 from es2.models.catalogue import resolve
-from es2.models.chat_template import render, reply_thinking, template_prefix
 from es2.models.checked import refuse_untunable
 from es2.models.device import is_out_of_memory
 from es2.models.folders import model_folder
-from es2.models.loading import load_model, load_sharded, load_tokenizer
-from es2.models.placement import is_sharded_launch, processes_of_launch
-from es2.models.shape import context_length, count_layers
-from es2.models.thinking import answer_reader
+from es2.models.placement import is_sharded_launch
+from es2.models.shape import count_layers
 from es2.prompts.prompt_set import PromptSet
 from es2.training.checkpoint import State, assign, copies
 from es2.training.config import FinetuneConfig
 from es2.training.objective import es2_loss, running_direction, separation
 from es2.training.sampling import make_schedule
-from es2.training.terms import parse_objective
+from es2.training.terms import is_anchored, parse_objective
 from es2.training.validation import ValidationPoint, decide
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
-    from transformers import PreTrainedTokenizerBase
-
-    from es2.models.forward import FinetuneForward
     from es2.training.objective import BaseLayer
-    from es2.training.sampling import BatchSchedule
     from es2.training.workload import Workload
 
 
@@ -110,6 +102,8 @@ def finetune(
     folder: Path,
     report: Reporter = silent,
     resume: bool = False,
+    workload: Workload | None = None,
+    stop: Callable[[Sequence[ValidationPoint]], str | None] = lambda validations: None,
 ) -> FinetuneResult:
     """Move harmful and harmless embeddings apart at the target layers, and keep harmless behaviour.
 
@@ -121,6 +115,9 @@ def finetune(
         report: called for the base measurements (`base`) and every step (`finetune`, with its numbers), in the main
             process only.
         resume: go on from `checkpoint/` in `folder`, if there is one.
+        workload: the loaded model and its base measurements, lent for this config (`es2.training.base.lent`); by
+            default the model is loaded and measured here.
+        stop: says after a validation why the run must stop, in a sentence, from all validations so far; None if not.
 
     Returns:
         The best step on `validation` within the KL budget, also when the run had to be stopped.
@@ -143,27 +140,16 @@ def finetune(
 
     import torch
 
+    from es2.training.base import measure_base
     from es2.training.trainable import describe_trained, make_trainable
-    from es2.training.workload import Workload
 
     # The base is measured before the adapter goes in, from the same weights: there is no second model.
-    tokenizer = load_tokenizer(model_files)
-    tokens, template_prefix = _tokens(tokenizer, context_length(model_files), prompts, plan, config)
-    processes = processes_of_launch(config.device)
-    report = report if processes.is_main_process else silent
-    report("load", 0, 1)
-    network = _frozen_network(config, model_files, template_prefix, processes)
-    workload = Workload(
-        network,
-        plan,
-        tokens,
-        words=answer_reader(tokenizer, None),
-        answer=answer_reader(tokenizer, reply_thinking(tokenizer, config.rendering)),
-        reply_tokens=config.reply_tokens,
-        every_harmless=_is_anchored(config),
-        harmful=plan.validation_replied,
-        report=report,
-    )
+    if workload is None:
+        workload = measure_base(config, prompts, model_files, plan, report=report)
+    elif (workload.plan.batches, workload.plan.rows) != (plan.batches, plan.rows):
+        raise ValueError("The base was measured for other prompts than this fine-tune's.")
+    network = workload.network
+    report = report if workload.processes.is_main_process else silent
     base_layers = workload.base_layers()
 
     # What is trained, an adapter or blocks, and everything that the steps will change.
@@ -210,7 +196,7 @@ def finetune(
             numbers |= point.numbers(state.validations[0])
             state.validations.append(point)
             decision = decide(state.validations, config.kl_weight, config.kl_budget, config.steps)
-            reason = decision.reason
+            reason = decision.reason or stop(state.validations)
             if decision.best_step == state.step:
                 state.best = copies(trained)
             workload.on_main(lambda: state.save(checkpoint, identity))
@@ -261,7 +247,7 @@ def _backward(
         parse_objective(config.objective),
         harmful,
         harmless,
-        harmless_base=workload.base_embeddings(batch.harmless) if _is_anchored(config) else None,
+        harmless_base=workload.base_embeddings(batch.harmless) if is_anchored(config.objective) else None,
         base=base,
         directions=state.directions,
         margin_target=config.margin_target,
@@ -287,31 +273,6 @@ def _backward(
     }
 
 
-def _is_anchored(config: FinetuneConfig) -> bool:
-    """Whether the separation needs the base embedding of each harmless prompt."""
-    return any(term.name == "anchored" for term in parse_objective(config.objective))
-
-
-def _frozen_network(
-    config: FinetuneConfig, model_files: Path, template_prefix: tuple[int, ...], processes: PartialState
-) -> FinetuneForward:
-    """The frozen base model on this process's device."""
-    from es2.models.forward import FinetuneForward
-
-    device = str(processes.device) if processes.num_processes > 1 else config.device
-    if is_sharded_launch() and processes.num_processes > 1:
-        model = load_sharded(model_files, config.dtype, str(device))
-    else:
-        model = load_model(model_files, dtype=config.dtype, device=device, quantize=config.quantize)
-    model.requires_grad_(False)
-    return FinetuneForward(
-        model,
-        template_prefix=template_prefix,
-        layers=config.targets,
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
-
-
 def _check_launcher(config: FinetuneConfig) -> None:
     """Refuse launchers that would split the model in other ways than FSDP."""
     for plugin in ("DEEPSPEED", "MEGATRON_LM"):
@@ -325,21 +286,3 @@ def _check_launcher(config: FinetuneConfig) -> None:
             "Under FSDP the weights lie in shards and only an adapter is trained; leave out --method and "
             "--quantize, or launch it with `accelerate launch --multi_gpu`."
         )
-
-
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase,
-    limit: int | None,
-    prompts: PromptSet,
-    plan: BatchSchedule,
-    config: FinetuneConfig,
-) -> tuple[dict[int, tuple[int, ...]], tuple[int, ...]]:
-    """The tokens of every prompt in the plan, and the template's shared prefix; `limit` is what the model reads."""
-    rendered = render(tokenizer, [prompts.texts[row] for row in plan.rows], config).token_ids
-    longest = max(map(len, rendered)) + config.reply_tokens
-    if limit is not None and longest > limit:
-        raise InputError(
-            f"The longest prompt and {config.reply_tokens} tokens of reply need {longest:,} tokens, but the model "
-            f"reads at most {limit:,}; shorten the prompt or the reply."
-        )
-    return dict(zip(plan.rows, rendered, strict=True)), template_prefix(tokenizer, rendered, config)

@@ -44,3 +44,8 @@ def parse_objective(text: str) -> tuple[Term, ...]:
             raise InputError(f"The objective {text[:80]!r} names {name} twice; give each term once.")
         terms.append(Term(weight, name))
     return tuple(terms)
+
+
+def is_anchored(objective: str) -> bool:
+    """Whether the separation needs the base embedding of each harmless prompt. Raises as `parse_objective`."""
+    return any(term.name == "anchored" for term in parse_objective(objective))

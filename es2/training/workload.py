@@ -7,6 +7,7 @@ counts and gradients. A single process runs the same lines, so no code path runs
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,13 @@ class Workload:
         self.replies: dict[int, BaseReply] = {}
         own = {row for batch in plan.batches for part in self.parts(batch, 1) for row in part.harmful if row in harmful}
         self._measure_base(reply_tokens, every_harmless, {*replied, *own}, begun, report)
+
+    def on(self, network: FinetuneForward) -> Workload:
+        """The same prompts and measurements for another view of the same model, at some of the measured layers."""
+        other = copy(self)
+        other.network = network
+        other._base = self._base[:, [self.network.layers.index(layer) for layer in network.layers]]
+        return other
 
     # ------------------------------------------------------------------------------------------------ the base
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from es2.core.progress import silent
 from es2.models.forward import FinetuneForward
 from es2.models.loading import load_model, load_tokenizer
+from es2.training.base import _tokens
 from es2.training.config import FinetuneConfig
-from es2.training.finetune import _tokens
 from es2.training.objective import es2_loss, running_direction, separation
 from es2.training.sampling import Batch, make_schedule
 from es2.training.terms import parse_objective

@@ -34,6 +34,7 @@ from es2.models.loading import load_model, load_tokenizer
 from es2.models.shape import count_layers
 from es2.models.tensors import load_tensors, save_tensors
 from es2.prompts.prompt_set import PromptSet
+from es2.training import base as base_module
 from es2.training import finetune as finetune_module
 from es2.training.config import FinetuneConfig
 from es2.training.finetune import FinetuneResult, finetune
@@ -612,7 +613,7 @@ class TestConfig:
     def test_what_cannot_work_is_refused_before_a_model_is_loaded(
         self, settings: dict[str, Any], sentence: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(finetune_module, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(base_module, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
         with pytest.raises(InputError) as error:
             finetune(config_for(llama, **settings), PROMPTS, tmp_path)
         assert sentence in str(error.value)

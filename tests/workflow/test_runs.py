@@ -133,12 +133,12 @@ class TestFinetune:
         self, es2, model: Path, prompts: Path, arguments: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from es2.models import loading as models
-        from es2.training import finetune
+        from es2.training import base
 
         def loaded(*_: object, **__: object) -> None:
             raise AssertionError("a model was loaded")
 
-        for module in (models, finetune):
+        for module in (models, base):
             monkeypatch.setattr(module, "load_model", loaded)
         before = len(list_runs())
         code, document = es2("finetune", "--model", model, "--prompts", prompts, *arguments)
