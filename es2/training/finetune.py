@@ -193,6 +193,12 @@ def finetune(
         # Is it any good, and may it go on?
         if state.step % config.validate_every == 0 or state.step == config.steps:
             point = workload.validate(state.step)
+            if not point.is_finite:
+                reason = (
+                    f"The validation at step {state.step} gave no numbers; lower the learning rate, or use float32 if "
+                    "the model ran in bfloat16."
+                )
+                break
             numbers |= point.numbers(state.validations[0])
             state.validations.append(point)
             decision = decide(state.validations, config.kl_weight, config.kl_budget, config.steps)

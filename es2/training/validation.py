@@ -6,6 +6,7 @@ measured along the direction of all others: along their own direction even two c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,12 @@ class ValidationPoint:
     def kl(self) -> float:
         """The larger of the two KLs; each has to stay within the budget."""
         return max(self.kl_prompt, self.kl_reply)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether both KLs and the numbers of every layer are numbers."""
+        layers = [value for numbers in self.layers.values() for value in numbers.values()]
+        return all(map(math.isfinite, (self.kl_prompt, self.kl_reply, *layers)))
 
     def numbers(self, base: ValidationPoint) -> dict[str, float]:
         """The numbers for the event log: means over the target layers, and the others where they were measured.

@@ -456,6 +456,14 @@ class TestStops:
         assert result.kl_test is not None
         assert math.isfinite(result.kl_test["reply"])
 
+    def test_a_validation_without_numbers_stops_it(self, llama: Path, tmp_path: Path) -> None:
+        """Steps that long leave weights whose embeddings overflow, though the loss before them was a number."""
+        result = finetune(config_for(llama, learning_rate=1e30, warmup_steps=0, validate_every=1), PROMPTS, tmp_path)
+        assert (result.status, result.steps, result.best_step) == ("stopped", 1, 0)
+        assert "at step 1 gave no numbers; lower the learning rate" in (result.reason or "")
+        assert [point.step for point in result.validations] == [0]
+        assert all(tensor.isfinite().all() for tensor in adapter_tensors(result).values())
+
     def test_weights_that_are_no_number_are_never_stepped_into(
         self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
