@@ -25,6 +25,7 @@ KINDS = {
     "finetune": "ES2 fine-tune",
     "evaluate": "Evaluate",
     "check": "Check the model",
+    "sweep": "Sweep",
 }
 STAGES = {
     "wait": ("Waiting for another process that computes the same", None),
@@ -49,6 +50,7 @@ STAGES = {
     "soft tuned": ("Tuned replies after a soft prompt", "tokens"),
     "check": ("Checking", "checks"),
     "judge": ("Asking the judge", "replies"),
+    "sweep": ("Fine-tuning with other settings", "trials"),
 }
 """By stage, its name and its unit; a percentage, or None where there is nothing worth counting."""
 N_ENDED = 5

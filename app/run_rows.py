@@ -31,7 +31,7 @@ class Row:
         behaviour: what its newest evaluation says of its replies.
         steps: number of optimizer steps taken; None where it is unknown.
         kl: KL on harmless `test` prompts in nats per token, by `prompt` and `reply`.
-        comparable: whether its tuned model was captured.
+        comparable: whether its tuned model was captured, or is when its comparison is opened.
         given_as: how its model was given the prompts; None where that is unknown.
     """
 
@@ -63,7 +63,7 @@ def row(run: Job) -> Row:
         behaviour=behaviour(run),
         steps=result.get("steps"),
         kl=result.get("kl_harmless_test") or {},
-        comparable=bool((result.get("activations") or {}).get("tuned")),
+        comparable="activations" in result and bool((result["activations"] or {"tuned": True}).get("tuned")),
         given_as=result.get("given_as"),
     )
 

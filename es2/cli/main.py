@@ -25,6 +25,7 @@ from es2.cli import plan as cli_plan
 from es2.cli import reproduce as cli_reproduce
 from es2.cli import runs as cli_runs
 from es2.cli import share as cli_share
+from es2.cli import sweep as cli_sweep
 from es2.cli.options import with_settings
 from es2.cli.prompt_options import read_prompts, reading_of, with_prompts
 from es2.cli.rendering_options import show_rendering, with_rendering
@@ -282,6 +283,7 @@ app.command("import")(cli_runs.import_)
 app.command()(cli_runs.runs)
 app.command()(cli_runs.export)
 app.command()(cli_reproduce.reproduce)
+app.command()(cli_sweep.sweep)
 app.command()(cli_share.showcase)
 app.command()(cli_share.report)
 

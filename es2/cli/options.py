@@ -20,18 +20,24 @@ from es2.core.rendering import Rendering
 from es2.core.settings import Settings, bounds_in_words, entry_kind, extra, kind_of, parse_list
 from es2.evaluation.config import EvaluateConfig
 from es2.training.config import FinetuneConfig
+from es2.workflow.sweep_space import SweepConfig
 
 COMMANDS: Mapping[str, type[Settings]] = {
     "capture": CaptureConfig,
     "analyze": AnalysisConfig,
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
+    "sweep": SweepConfig,
 }
 """Whose settings each command takes."""
 
 
 def with_settings(
-    settings: type[Settings], *, leave_out: Collection[str] = (), left_open: Mapping[str, str] | None = None
+    settings: type[Settings],
+    *,
+    leave_out: Collection[str] = (),
+    left_open: Mapping[str, str] | None = None,
+    into: str = "settings",
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator that gives a command an option for each setting, but for those of `with_rendering`.
 
@@ -39,9 +45,10 @@ def with_settings(
         settings: the declarations.
         leave_out: settings that the command has parameters of its own for, or decides itself.
         left_open: settings that need not be given here, with what happens then, for the help.
+        into: the command's parameter that is replaced.
 
     Returns:
-        The decorator. The command's parameter `settings` receives the values by name; a list is given with commas.
+        The decorator. That parameter receives the values by name; a list is given with commas.
     """
     left_open = left_open or {}
     names = [name for name in settings.model_fields if name not in (*leave_out, *Rendering.model_fields)]
@@ -50,12 +57,12 @@ def with_settings(
         @wraps(command)
         def run(**given: Any) -> None:
             values = {name: parse_list(settings, name, given.pop(name)) for name in names}
-            command(**given, settings=values)
+            command(**given, **{into: values})
 
         hints = get_type_hints(command, include_extras=True)
         parameters = []
         for parameter in inspect.signature(command).parameters.values():
-            if parameter.name == "settings":
+            if parameter.name == into:
                 parameters += [_option(settings, name, left_open.get(name)) for name in names]
             else:
                 parameters.append(

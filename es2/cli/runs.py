@@ -167,13 +167,14 @@ def _show_run(result: Mapping[str, Any]) -> None:
     names = ["fisher_ratio", "relative_distance", "mean_difference_margin", "margin_mean", "margin_harmful_q1"]
     names += ["probe_accuracy", "orthogonal_std_ratio", "effective_rank", "norm_ratio", "centroid_distance"]
     table = Table("number", *(f"layer {layer}" for layer in result["target_layers"]))
-    for name in names:
+    for name in names if result["before"] else ():  # a trial of a sweep may not have been compared
         cells = []
         for layer in map(str, result["target_layers"]):
             before, after = (result[when][layer][name]["value"] for when in ("before", "after"))
             cells.append(f"{before:.3f} → {after:.3f}")
         table.add_row(name, *cells)
-    out.print(table)
+    if result["before"]:
+        out.print(table)
     kl = result["kl_harmless_test"] or {}
     out.print(f"KL on harmless test prompts, nats per token: {', '.join(f'{k} {v:.3f}' for k, v in kl.items())}")
     show_outcome(result)

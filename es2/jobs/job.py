@@ -220,6 +220,12 @@ class Job:
             write_json(path, with_checksum((_read_end(path) or {}) | {"status": "failed", "error": error}))
         return error
 
+    def amend(self, result: Mapping[str, Any]) -> None:
+        """Replace the result of a job that has one. Raises `MachineError`."""
+        path = self.path / "result.json"
+        with writing(path):
+            write_json(path, with_checksum((_read_end(path) or {}) | {"result": dict(result)}))
+
     def _end(self) -> tuple[str | None, str | None]:
         """Status and error in `result.json`; None twice when it is absent, damaged or of a newer format."""
         path = self.path / "result.json"

@@ -96,7 +96,9 @@ def _attempt(job: Job, tasks: Mapping[str, Task], life: _Life) -> tuple[dict[str
             return {"status": "stopped", "result": result, "error": result.get("reason")}, 0
         return {"status": "done", "result": result, "error": None}, 0
     except Exception as error:
-        if life.stop:  # a process that has to stop may fail in any way, since its children got the signal too
+        # A process that has to stop may fail in any way, since its children got the signal too; and a request to a job
+        # inside this one reaches this one as the exception alone.
+        if life.stop or isinstance(error, Cancelled):
             logger.info("Cancelled.", exc_info=not isinstance(error, Cancelled))
             return {"status": "cancelled", "result": None, "error": None}, 1
         if isinstance(error, Es2Error):

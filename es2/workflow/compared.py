@@ -19,8 +19,8 @@ from es2.prompts.prompt_set import PromptSet
 from es2.report.page import Compared
 from es2.store.activation_set import ActivationSet
 from es2.store.store import Store
-from es2.workflow.derived import find_analysis
-from es2.workflow.runs import open_run
+from es2.workflow.derived import find_activations, find_analysis
+from es2.workflow.runs import open_run, rendering_of
 
 
 class AbsentError(InputError):
@@ -77,8 +77,8 @@ def find_comparison(
         raise AbsentError(f"Run {run.id} is {run.status()} and has no result to report; {fix}.")
     again = way_out(run.path, "fine-tune again")
     try:
-        left = (against.result() or {})["activations"]["tuned"] if against else result["activations"]["base"]
-        keys = (checked_key(left), checked_key(result["activations"]["tuned"]))
+        left = _key(against, "tuned", prompts, position) if against else _key(run, "base", prompts, position)
+        keys = (left, _key(run, "tuned", prompts, position))
         targets = tuple(map(int, result["target_layers"]))
     except (LookupError, TypeError, ValueError) as error:
         raise AbsentError(f"The result of run {run.id} lacks an entry, or has one that cannot be; {again}.") from error
@@ -118,6 +118,21 @@ def find_comparison(
         run=run.id,
         behaviours=tuple(map(run_behaviour, filter(None, (against, run)))),
     )
+
+
+def _key(run: Job, side: str, prompts: PromptSet, position: str) -> str:
+    """The key of a run's `base` or `tuned` embeddings; those of a run that was not compared at its end are looked for.
+
+    Raises `AbsentError` where there are none, `LookupError` or `TypeError` for a result that is not a fine-tune's.
+    """
+    known = (run.result() or {})["activations"]
+    if known is not None:
+        return checked_key(known[side])
+    of = run.id if side == "tuned" else None
+    found = find_activations(run.config["model"], prompts, position, run=of, rendering=rendering_of(run))
+    if found is None:
+        raise AbsentError(f"Run {run.id} was not compared with its base yet; {_again(run, position)}.")
+    return found.key
 
 
 def captured_of(prompts: PromptSet, activations: ActivationSet) -> PromptSet | None:

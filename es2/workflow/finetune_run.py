@@ -7,13 +7,13 @@ therefore finds there; killed, it goes on from what was replied.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from es2.analysis.results import LayerNumbers
 from es2.analysis.verdict import layer_verdict, run_verdict
-from es2.core.errors import Es2Error
+from es2.core.errors import Es2Error, InputError
 from es2.core.files import DamagedError
 from es2.core.progress import Reporter, silent
 from es2.evaluation.config import EvaluateConfig
@@ -30,20 +30,39 @@ from es2.training.finetune import finetune
 from es2.training.validation import ValidationPoint, behaviour_lost
 from es2.workflow.evaluate import evaluate
 from es2.workflow.prepare import prepare
-from es2.workflow.runs import settle_adapter, tuned_weights, weights_digest
+from es2.workflow.runs import config_of, settle_adapter, tuned_weights, weights_digest
 
 if TYPE_CHECKING:
     from es2.training.config import FinetuneConfig
+    from es2.training.workload import Workload
 
 logger = logging.getLogger(__name__)
 
 
 def finetune_run(
-    config: FinetuneConfig, prompts: PromptSet, folder: Path, report: Reporter = silent, store: Store | None = None
+    config: FinetuneConfig,
+    prompts: PromptSet,
+    folder: Path,
+    report: Reporter = silent,
+    store: Store | None = None,
+    *,
+    workload: Workload | None = None,
+    stop: Callable[[Sequence[ValidationPoint]], str | None] = lambda validations: None,
+    compares: bool = True,
 ) -> dict[str, Any]:
     """Fine-tune, capture the tuned model, compare it with base, let both reply, and judge. What `es2 finetune` prints.
 
     The fine-tune goes on from a checkpoint in `folder`, whose name is the run's id, if there is a whole one.
+
+    Args:
+        config: of the fine-tune.
+        prompts: the prompt set.
+        folder: the run's.
+        report: takes the progress.
+        store: where activation sets lie.
+        workload, stop: as of `es2.training.finetune.finetune`.
+        compares: whether the tuned model is captured and compared at once; else there is no verdict until
+            `compare_run`.
 
     Returns:
         JSON values: how the run ended, its KLs on harmless `test` prompts, the numbers of every layer before and after,
@@ -54,11 +73,29 @@ def finetune_run(
         InputError, MachineError, Cancelled: as `es2.training.finetune.finetune` and `prepare` do.
     """
     try:
-        result = finetune(config, prompts, folder, report, resume=True)
+        found = finetune(config, prompts, folder, report, resume=True, workload=workload, stop=stop)
     except DamagedError as error:
         logger.warning("%s", error)
-        result = finetune(config, prompts, folder, report)
-    return _compared(config, prompts, folder, result.to_dict(), report, store)
+        found = finetune(config, prompts, folder, report, workload=workload, stop=stop)
+    result = found.to_dict()
+    if not compares:
+        return _tuned(config, folder, result)
+    return _compared(config, prompts, folder, result, report, store)
+
+
+def compare_run(run: Job, prompts: PromptSet, report: Reporter = silent, store: Store | None = None) -> dict[str, Any]:
+    """Make up for the comparison of a run that ended without one; its result is then that of `finetune_run`.
+
+    Raises `InputError` and `MachineError` as `prepare` does, and where the run has no result.
+    """
+    result = run.result()
+    if result is None:
+        raise InputError(f"Run {run.id} is {run.status()} and has no result; `es2 runs resume {run.id}` goes on.")
+    found = _compared(
+        config_of(run), prompts, run.path, result | {"kl_test": result["kl_harmless_test"]}, report, store
+    )
+    run.amend(found)
+    return found
 
 
 def imported_run(
@@ -85,7 +122,7 @@ def _compared(
 ) -> dict[str, Any]:
     """Capture the tuned model, compare it with base, and add the numbers and the verdict to how the run went."""
     run = open_job(folder.name, folder.parent)
-    weights = weights_digest(tuned_weights(run))
+    tuned = _tuned(config, folder, result)
     prepared = prepare(
         config.model,
         prompts,
@@ -96,31 +133,45 @@ def _compared(
         store=store,
         report=report,
     )
-    warnings = model_doubts(resolve(config.model)) + _lost(result)
     if config.replies:
-        warnings += _reply(config, prompts, run, store, report)
+        tuned["warnings"] += _reply(config, prompts, run, store, report)
     analysis, kl = prepared.analysis, result["kl_test"]
     targets = config.targets or analysis.recommended
     verdict = run_verdict(analysis, targets, kl, config.kl_budget)
     tuned_layers = analysis.tuned_layers or ()
-    own = ("status", "reason", "steps", "best_step", "seconds", "seconds_per_step", "trained_parameters", "validations")
-    return {name: result[name] for name in own} | {
-        "trained": result.get("trained"),
-        "run": run.id,
-        "path": str(folder),
+    return tuned | {
         "target_layers": list(targets),
-        "kl_harmless_test": kl,
-        "weights": weights,
         "verdict": verdict.name,
         "verdict_reason": verdict.reason,
-        **run_behaviour(run, weights).to_dict(verdict.name),
+        **run_behaviour(run, tuned["weights"]).to_dict(verdict.name),
         "verdicts": {str(layer.layer): layer_verdict(layer, kl, config.kl_budget).to_dict() for layer in tuned_layers},
         "given_as": prepared.activations.given_as,
         "rendering": prepared.activations.rendering,
         "activations": {"base": prepared.activations.key, "tuned": prepared.tuned and prepared.tuned.key},
-        "warnings": warnings,
         "before": {str(layer.layer): _plain(layer) for layer in analysis.base_layers},
         "after": {str(layer.layer): _plain(layer) for layer in tuned_layers},
+    }
+
+
+def _tuned(config: FinetuneConfig, folder: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What there is to say of a run whose tuned model was not captured."""
+    run = open_job(folder.name, folder.parent)
+    weights = weights_digest(tuned_weights(run))
+    own = ("status", "reason", "steps", "best_step", "seconds", "seconds_per_step", "trained_parameters", "validations")
+    unknown = ("verdict", "verdict_reason", "given_as", "rendering", "activations")
+    return {name: result[name] for name in own} | {
+        "trained": result.get("trained"),
+        "run": run.id,
+        "path": str(folder),
+        "target_layers": list(config.targets),
+        "kl_harmless_test": result["kl_test"],
+        "weights": weights,
+        **dict.fromkeys(unknown),
+        **run_behaviour(run, weights).to_dict(None),
+        "verdicts": {},
+        "warnings": model_doubts(resolve(config.model)) + _lost(result),
+        "before": {},
+        "after": {},
     }
 
 

@@ -23,6 +23,7 @@ from es2.workflow.finetune_run import finetune_run, imported_run
 from es2.workflow.prepare import prepare, project
 from es2.workflow.reader import read_job
 from es2.workflow.runs import config_of, tuned_weights
+from es2.workflow.sweep import sweep_job
 
 
 def _prepare_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
@@ -97,6 +98,7 @@ JOBS: Mapping[str, Task] = {
     "finetune": _finetune_job,
     "evaluate": _evaluate_job,
     "check": _check_job,
+    "sweep": sweep_job,
 }
 """By a job's kind, the function that does it."""
 

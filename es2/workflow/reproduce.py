@@ -184,7 +184,7 @@ def _tune(config: FinetuneConfig, source: str, prompts: PromptSet, base: str, re
     # Whether a run made replies of its own is all the same: its evaluations follow.
     wanted = {name: value for name, value in config.to_dict().items() if name != "replies"} | {"prompts": source}
     unfinished = None
-    for run in find_jobs(FINETUNE, UNMENTIONED | wanted):
+    for run in find_jobs(FINETUNE, UNMENTIONED | wanted | {"sweep": None}):  # a sweep may have pruned its own
         if run.config.get("prompts_digest", prompts.digest) != prompts.digest:
             continue  # the file had other prompts then
         result = run.result()

@@ -1,0 +1,161 @@
+"""Sweeps as their folders show them: found by id, their trials, the Pareto front, the best. No torch, no Optuna.
+
+A sweep is a job in `runs/` whose folder also holds `trials.json`; its trials are ordinary runs beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from es2.core.errors import InputError
+from es2.core.files import read_json, verify_checksum, with_checksum, write_json
+from es2.jobs.job import Job
+from es2.jobs.queue import list_jobs, open_job
+from es2.training.validation import ValidationPoint, behaviour_lost
+
+KIND = "sweep"
+TRIALS = "trials.json"
+RUNNING = "running"
+"""The status of a trial before its end; after it, one of `done pruned failed cancelled`."""
+
+CLEARLY = math.log(2)
+"""A trial is pruned at its first validation where another had by then twice its fisher ratio at half its KL at most."""
+
+_LEAST_RATIO = 0.01  # a fisher ratio below is noise around 0, whose logarithm would be any
+
+
+def list_sweeps(root: Path | None = None) -> list[Job]:
+    """Every sweep, newest first; not the jobs that help one."""
+    return [job for job in list_jobs(root, KIND) if not job.config.get("of")]
+
+
+def open_sweep(id: str, root: Path | None = None) -> Job:
+    """The sweep of this id. Raises `InputError` when there is no such sweep."""
+    job = open_job(id, root)
+    if job.kind != KIND or job.config.get("of"):
+        raise InputError(f"Job {job.id} is no sweep; `es2 sweep list` lists those there are.")
+    return job
+
+
+def is_alive(owner: str, root: Path) -> bool:
+    """Whether the process of a job in `root` lives."""
+    try:
+        return open_job(owner, root).is_active()
+    except InputError:
+        return False
+
+
+def read_trials(folder: Path) -> list[dict[str, Any]]:
+    """The trials of the sweep in `folder`, by number; none before the first. Raises `InputError` where damaged."""
+    document = read_json(folder / TRIALS)
+    if document is None and not (folder / TRIALS).exists():
+        return []
+    trials = (document or {}).get("trials")
+    if document is None or not isinstance(trials, list) or not verify_checksum(document):
+        raise InputError(f"The sweep in {folder} is damaged: {TRIALS} is not what was written; start a new one.")
+    return trials
+
+
+def write_trials(folder: Path, trials: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the trials of a sweep. Raises `OSError`."""
+    write_json(folder / TRIALS, with_checksum({"trials": [dict(trial) for trial in trials]}))
+
+
+def trial_numbers(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a fine-tune bought and what it cost on `validation`, from its result; None where that is no number.
+
+    Of the step that it kept, or of its last validation where it kept none (`kept`): `separation`, the mean over target
+    layers of the log of the fisher ratio over base's; `kl`, the larger of both KLs on harmless prompts, in nats per
+    token; `lost`, what it lost of base's behaviour in words; and of its first validation, `first_separation` and
+    `first_kl`, which pruning goes by.
+    """
+    points = [ValidationPoint.from_dict(point) for point in result["validations"]]
+    if len(points) < 2:
+        return None
+    base, best = points[0], int(result["best_step"])
+    point = next((one for one in points[1:] if one.step == best), points[-1])
+    found: dict[str, Any] = {"separation": separation(point, base), "kl": point.kl}
+    found |= {"kl_prompt": point.kl_prompt, "kl_reply": point.kl_reply}
+    found |= {"first_separation": separation(points[1], base), "first_kl": points[1].kl}
+    for name in ("fisher_ratio", "mean_difference_margin", "orthogonal_std_ratio", "norm_ratio"):
+        found[name] = point.mean(name)
+    if not all(map(math.isfinite, found.values())):
+        return None
+    found |= {f"base_{name}": base.mean(name) for name in ("fisher_ratio", "mean_difference_margin")}
+    found |= {"refusals_kept": point.refusals_kept, "lost": behaviour_lost(point, base)}
+    return found | {"step": point.step, "kept": point.step == best}
+
+
+def separation(point: ValidationPoint, base: ValidationPoint) -> float:
+    """The mean over target layers of log(fisher ratio / base's); ratios below 0.01 count as 0.01."""
+    ratios = [
+        max(numbers["fisher_ratio"], _LEAST_RATIO) / max(base.layers[layer]["fisher_ratio"], _LEAST_RATIO)
+        for layer, numbers in point.layers.items()
+    ]
+    return sum(map(math.log, ratios)) / len(ratios)
+
+
+def is_clearly_worse(separation: float, kl: float, trials: Iterable[Mapping[str, Any]]) -> int | None:
+    """The number of a trial that was clearly better (`CLEARLY`) at its first validation; None if none was."""
+    for trial in trials:
+        numbers = trial["numbers"]
+        if numbers and numbers["first_separation"] >= separation + CLEARLY and numbers["first_kl"] <= kl / 2:
+            return int(trial["number"])
+    return None
+
+
+def dominates(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether these numbers are as good as the others in separation and KL, and better in one of them."""
+    better = one["separation"] > other["separation"] or one["kl"] < other["kl"]
+    return better and one["separation"] >= other["separation"] and one["kl"] <= other["kl"]
+
+
+def kept(trials: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The trials that kept a step, which is one within the KL budget."""
+    return [trial for trial in trials if trial["numbers"] and trial["numbers"]["kept"]]
+
+
+def front_of(trials: Iterable[Mapping[str, Any]]) -> list[int]:
+    """The Pareto front: numbers of the kept trials that no kept trial dominates, by KL."""
+    candidates = kept(trials)
+    best = [
+        trial for trial in candidates if not any(dominates(other["numbers"], trial["numbers"]) for other in candidates)
+    ]
+    return [int(trial["number"]) for trial in sorted(best, key=lambda trial: float(trial["numbers"]["kl"]))]
+
+
+def best_of(trials: Iterable[Mapping[str, Any]]) -> int | None:
+    """The number of the kept trial with the most separation, of those that lost no behaviour if there are any."""
+    ranked = sorted(
+        kept(trials), key=lambda trial: (trial["numbers"]["lost"] is None, float(trial["numbers"]["separation"]))
+    )
+    return int(ranked[-1]["number"]) if ranked else None
+
+
+def sweep_document(sweep: Job) -> dict[str, Any]:
+    """A sweep as far as it is, as JSON values: its trials, the front, and the best under the KL budget.
+
+    A trial without a process that still counts as running is `interrupted`.
+    """
+    trials = []
+    for trial in read_trials(sweep.path):
+        if trial["status"] == RUNNING and not is_alive(str(trial["owner"]), sweep.path.parent):
+            trial = trial | {"status": "interrupted"}
+        trials.append({name: value for name, value in trial.items() if name != "owner"})
+    best = best_of(trials)
+    config = sweep.config
+    return {
+        "sweep": sweep.id,
+        "path": str(sweep.path),
+        "model": config["model"],
+        "prompts": config["prompts"],
+        "n_trials": config["sweep"]["trials"],
+        "kl_budget": config["space"]["fixed"]["kl_budget"],
+        "space": config["space"],
+        "trials": trials,
+        "front": front_of(trials),
+        "best": None if best is None else trials[best],
+    }
