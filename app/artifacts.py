@@ -48,7 +48,7 @@ _waiting: list[Future[object]] = []
 
 _found: dict[tuple[object, ...], tuple[Comparison, tuple[object, ...] | None]] = {}
 """What `_comparison` has found, and the files it was read from; at most `_FOUND` of them, the newest last."""
-_FOUND = 8
+_FOUND = 16
 
 UMAP_START_SECONDS = 25.0
 UMAP_SECONDS_PER_PROMPT = 2.5e-3
@@ -128,6 +128,18 @@ def find(model: str, prompt_set: PromptSet, position: str, rendering: Rendering 
     activations = _keep(found)
     analysis = _analysis(activations, prompt_set, position)
     return Opened(prompt_set, activations, analysis, position) if analysis is not None else None
+
+
+def by_position(opened: Opened) -> dict[str, Analysis | None]:
+    """By captured position, from the end of the prompt on, its analysis; None where there is none yet."""
+    captured = _captured(opened.base)
+    return {position: _analysis(_keep(found), opened.prompts, position) for position, found in captured.items()}
+
+
+def _captured(like: ActivationSet) -> dict[str, ActivationSet]:
+    """By captured position, embeddings of the same prompts under the same model and rendering."""
+    rendering = Rendering.from_dict(like.renderings[0])
+    return Store().by_position(model=like.model, texts_digest=like.texts_digest, run=like.run, rendering=rendering)
 
 
 def _keep(found: ActivationSet) -> ActivationSet:
@@ -289,6 +301,19 @@ def _comparison(run: Job, against: Job | None, position: str) -> Comparison | No
         for oldest in list(_found)[:-_FOUND]:
             _found.pop(oldest, None)
     return replace(found, names=(run_title(against), run_title(run))) if against is not None else found
+
+
+def compared_by_position(comparison: Comparison, choice: Choice) -> dict[str, Analysis | None]:
+    """As `by_position`, of both models of a comparison; a shipped run has the position that is shown, and no other."""
+    run = open_run(comparison.run)
+    if run.is_shipped:
+        return {comparison.position: comparison.analysis}
+    against = open_run(choice.against) if choice.against and choice.run else None
+    tuned = _captured(comparison.tuned)
+    found = {
+        position: _comparison(run, against, position) for position in _captured(comparison.base) if position in tuned
+    }
+    return {position: one and one.analysis for position, one in found.items()}
 
 
 def _stamps(run: Job, against: Job | None, found: Comparison) -> tuple[object, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import streamlit as st
 
-from app import artifacts, prompt_list, state, text
+from app import artifacts, position_map, prompt_list, state, text
 from app.charts import compare_charts, pair_charts
 from app.charts.pair_charts import Margins
 from app.components import exports
@@ -158,6 +158,9 @@ def take_away(
         "Probe accuracy over layers": compare_charts.accuracy_strip(analysis, names, chosen=layer, targets=targets),
         "Margins over layers": compare_charts.margin_strip(analysis, names, chosen=layer, targets=targets),
     }
+    by_position = artifacts.compared_by_position(comparison, choice)
+    if drawn := position_map.figure(by_position, names, (layer, comparison.position), targets):
+        charts["Probe accuracy by layer and position"] = drawn
     view = artifacts.view(comparison, layer, choice.view, fit_on=choice.fit_on, raw=choice.raw)
     if view is not None and view.tuned is not None:
         pair = pair_charts.pair(view, prompts, margins=margins, names=names, others=choice.others)

@@ -13,6 +13,7 @@ from pathlib import Path
 import streamlit as st
 
 from app import artifacts, state, text
+from app.charts.position_chart import position_words
 from app.state import Choice
 from es2.core.errors import Es2Error, InputError
 from es2.core.files import stamp_of
@@ -166,7 +167,7 @@ def _controls(can: Choices, shown: Preview | InputError, of_file: str | None) ->
             st.caption("The template has no switch of thinking that is known here.")
     with right:
         positions = _positions(shown, st.session_state["rendering_position"])
-        st.selectbox("Position", positions, key="rendering_position", format_func=_position_name)
+        st.selectbox("Position", positions, key="rendering_position", format_func=position_words)
     if can.arguments != "none" or arguments:
         with st.expander("Template arguments", expanded=bool(arguments)):
             st.text_area(
@@ -183,13 +184,6 @@ def _positions(shown: Preview | InputError, chosen: str) -> list[str]:
     """The positions that there are, from the end of the prompt on, and the chosen one."""
     n_after = shown.n_after if isinstance(shown, Preview) else 1
     return in_order(["last", *(f"last-{distance}" for distance in range(1, n_after)), *POSITIONS, MEAN, chosen])
-
-
-def _position_name(position: str) -> str:
-    distance = before_last(position)
-    if distance is None:
-        return "Mean over the request" if position == MEAN else "Last token of the request"
-    return f"{distance} before last" if distance else "Last token"
 
 
 def _marked(shown: Preview, position: str) -> range:

@@ -261,6 +261,13 @@ def pick_layer(key: str) -> None:
         update(layer=layer)
 
 
+def pick_cell(key: str, positions: Sequence[str], **changes: Any) -> None:
+    """Callback of a map of layers and positions: go to both, with `changes` where the position is another."""
+    pick_layer(key)
+    if (layer := picked(key, "cell")) is not None:
+        update(layer=layer, position=positions[st.session_state[key]["picked"][2]], **changes)
+
+
 def pick_prompts(key: str, digest: str) -> None:
     """Callback of a projection: select the prompts that were clicked or encircled, in any of its plots."""
     _acted()

@@ -137,7 +137,7 @@ def overview(
             customdata=[["layer", layer.layer] for _, _, layer, _, _ in cells],
             hoverinfo="text",
             hovertext=[
-                f"<b>layer {layer.layer}</b><br>{_before_after(term, before, layer)}"
+                f"<b>layer {layer.layer}</b><br>{before_after(term, before, layer)}"
                 for _, before, layer, term, _ in cells
             ],
             showlegend=False,
@@ -231,11 +231,12 @@ def _layer_hover(
     targets: Sequence[int],
 ) -> str:
     head = f"<b>layer {layer}</b>" + (", target" if layer in targets else "")
-    rows = [_before_after(BY_NAME[name], pair[0][layer], pair[1][layer]) for name in shown]
+    rows = [before_after(BY_NAME[name], pair[0][layer], pair[1][layer]) for name in shown]
     return "<br>".join([head, *rows])
 
 
-def _before_after(term: Term, base: LayerNumbers, tuned: LayerNumbers) -> str:
+def before_after(term: Term, base: LayerNumbers, tuned: LayerNumbers) -> str:
+    """A number of a layer under both models in words, with the interval of the change."""
     after = tuned.numbers[term.name]
     if term.name in COMPARES:
         return f"{term.title}: {term.value(after)} ({term.range(after)})"

@@ -164,8 +164,13 @@ def zero_line(n_layers: int) -> canvas.Trace:
 
 def _hover_rows(layer: LayerNumbers, names: Sequence[str], recommended: bool) -> str:
     head = f"<b>layer {layer.layer}</b>" + (", recommended" if recommended else "")
+    return "<br>".join([head, *number_rows(layer, names)])
+
+
+def number_rows(layer: LayerNumbers, names: Sequence[str]) -> list[str]:
+    """Numbers of a layer in words, each with its interval."""
     rows = [(BY_NAME[name], layer.numbers[name]) for name in names]
-    return "<br>".join([head, *(f"{term.title}: {term.value(number)} ({term.range(number)})" for term, number in rows)])
+    return [f"{term.title}: {term.value(number)} ({term.range(number)})" for term, number in rows]
 
 
 def bin_edges(limit: float, n_prompts: int) -> Float[np.ndarray, "edge"]:

@@ -6,12 +6,13 @@ A selection belongs to prompts: it is marked in every figure and kept from layer
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import streamlit as st
 
-from app import artifacts, compare_details, jobs_panel, prompt_list, state, text
+from app import artifacts, compare_details, jobs_panel, position_map, prompt_list, state, text
 from app.charts import compare_charts, pair_charts
 from app.components import exports, other_layers
 from app.components.plots import let_draw, linked, plot
@@ -55,7 +56,9 @@ def page() -> None:
     layer = choice.layer or 0
     verdicts = {at.layer: comparison.verdict(at.layer) for at in comparison.analysis.layers}
     # The pair is sent before what is above it: the browser shows things in the order in which they come.
-    top, above = st.container(key="top"), st.container(key="strips")
+    top = st.container(key="top")
+    mapped = positions(choice, comparison, layer)
+    above = st.container(key="margins" if mapped else "strips")
     controls = st.container(
         horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", key="pair_controls"
     )
@@ -72,7 +75,7 @@ def page() -> None:
             st.warning("\n\n".join(text.markdown(str(sentence)) for sentence in doubts))
         summary(comparison, verdicts, layer)
     with above:
-        strips(comparison, layer)
+        strips(comparison, layer, mapped)
     with st.container(key="details"):
         left, right = st.columns(COLUMNS, gap="medium")
     with left:
@@ -208,12 +211,24 @@ def _rows(rule: Mapping[str, str], current: str) -> list[str]:
     ]
 
 
-def strips(comparison: Comparison, layer: int) -> None:
-    """Accuracy and margins of both models over layers; a click on either goes to a layer."""
+def positions(choice: Choice, comparison: Comparison, layer: int) -> bool:
+    """The map of layers and positions, where several are analysed; returns whether it is there."""
+    analyses = artifacts.compared_by_position(comparison, choice)
+    drawn = position_map.figure(analyses, comparison.names, (layer, comparison.position), comparison.targets)
+
+    def config(position: str) -> dict[str, str]:
+        return compare_config(replace(choice, position=position), comparison.run, comparison.config)
+
+    # Where no run is chosen, the newest that has the position is shown: with another position it stays this one.
+    return position_map.show(drawn, analyses, config, run=comparison.run)
+
+
+def strips(comparison: Comparison, layer: int, mapped: bool) -> None:
+    """Accuracy, unless it is `mapped`, and margins of both models over layers; a click on either goes to a layer."""
     for key, draw, alt in (
         ("accuracy_strip", compare_charts.accuracy_strip, "Probe accuracy of both models over layers"),
         ("margin_strip", compare_charts.margin_strip, "The margins of both models over layers"),
-    ):
+    )[mapped:]:
         plot(
             draw(comparison.analysis, comparison.names, chosen=layer, targets=comparison.targets),
             key=key,

@@ -5,14 +5,15 @@ A selection belongs to prompts, not to a chart: it is kept when the layer or the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import streamlit as st
 
-from app import artifacts, prompt_list, state, text
+from app import artifacts, position_map, prompt_list, state, text
 from app.artifacts import Opened
 from app.charts import canvas, projection_chart
 from app.charts import layer_charts as charts
@@ -49,7 +50,7 @@ def page() -> None:
     layer = choice.layer or 0
     (margins,) = artifacts.margins(opened, layer)
     header(opened, layer)
-    strip(opened.analysis, layer)
+    strip(choice, opened, layer)
     with st.container(key="details"):
         left, right = st.columns(COLUMNS, gap="medium")
     with left:
@@ -87,12 +88,19 @@ def header(opened: Opened, layer: int) -> None:
         layer_control(layer, n_layers)
 
 
-def strip(analysis: Analysis, layer: int) -> None:
-    """Accuracy and margins over layers, two charts with aligned axes; a click on either goes to a layer."""
+def strip(choice: Choice, opened: Opened, layer: int) -> None:
+    """Accuracy and margins over layers, two charts with aligned axes; a click on either goes to a layer.
+
+    Where several positions are analysed, accuracy is a map of layers and positions.
+    """
+    analysis, analyses = opened.analysis, artifacts.by_position(opened)
+    mapped = position_map.show(
+        positions(opened, analyses, layer), analyses, lambda one: artifacts.job_config(replace(choice, position=one))
+    )
     for key, draw, alt in (
         ("accuracy_strip", charts.accuracy_strip, "Probe accuracy over layers with its interval and controls"),
         ("margin_strip", charts.margin_strip, "The two margins over layers with their intervals"),
-    ):
+    )[mapped:]:
         plot(
             draw(analysis.layers, chosen=layer, recommended=analysis.recommended),
             key=key,
@@ -111,6 +119,11 @@ def strip(analysis: Analysis, layer: int) -> None:
                 kwargs={"layer": target},
             )
     st.caption(text.markdown(analysis.reason))
+
+
+def positions(opened: Opened, analyses: Mapping[str, Analysis | None], layer: int) -> canvas.Figure | None:
+    """The map of layers and positions, where several are analysed."""
+    return position_map.figure(analyses, [opened.base.model], (layer, opened.position), opened.analysis.recommended)
 
 
 # ---------------------------------------------------------------------------------------------------------- one layer
@@ -222,6 +235,8 @@ def take_away(
     found = {
         name: make(analysis.layers, chosen=layer, recommended=analysis.recommended) for name, make in strips.items()
     }
+    if drawn := positions(opened, artifacts.by_position(opened), layer):
+        found["Probe accuracy by layer and position"] = drawn
     for one in figures(choice, opened, state.tool(), layer):
         found[f"{VIEW_NAMES[choice.view]} at layer {layer}"] = one
     found[f"Distribution at layer {layer}"] = histogram(choice, opened, margins)

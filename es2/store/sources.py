@@ -36,9 +36,14 @@ def before_last(position: str) -> int | None:
     return 0 if position == "last" else int(found[1]) if found else None
 
 
+def is_position(position: str) -> bool:
+    """Whether it names a position."""
+    return position in (*POSITIONS, MEAN) or before_last(position) is not None
+
+
 def check_position(position: str) -> str:
     """A position as it is; raises `InputError` for what is none."""
-    if position in (*POSITIONS, MEAN) or before_last(position) is not None:
+    if is_position(position):
         return position
     raise InputError(
         f"A position must be one of {', '.join((*POSITIONS, MEAN))}, or last-1, last-2 … for tokens before the last, "

@@ -41,7 +41,7 @@ from es2.store.activation_set import (
     _UnsoundError,
 )
 from es2.store.embeddings import STORED_DTYPES, lay_out, read_header, release_pages, shape_and_dtype
-from es2.store.sources import usual_positions
+from es2.store.sources import in_order, is_position, usual_positions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -125,13 +125,34 @@ class Store:
         rendering: Rendering = AS_THE_TEMPLATE,
     ) -> ActivationSet | None:
         """The newest checked set of these prompts under this model, run and rendering that holds `position`, if any."""
+        among = self._of(model, texts_digest, run, rendering)
+        return self._newest_with(position, among)
+
+    def by_position(
+        self, *, model: str, texts_digest: str, run: str | None = None, rendering: Rendering = AS_THE_TEMPLATE
+    ) -> dict[str, ActivationSet]:
+        """What `find` returns for each position that was captured, from the end of the prompt on."""
+        among = self._of(model, texts_digest, run, rendering)
+        held = in_order(position for found in among for position in found.positions if is_position(position))
+        newest = {position: self._newest_with(position, among) for position in held}
+        return {position: found for position, found in newest.items() if found is not None}
+
+    def _of(self, model: str, texts_digest: str, run: str | None, rendering: Rendering) -> Sequence[ActivationSet]:
         asked = rendering.settled.to_dict()
+        return [
+            found
+            for found in self.list()
+            if found.texts_digest == texts_digest
+            and model in found.models
+            and run in found.runs
+            and asked in found.renderings
+        ]
+
+    def _newest_with(self, position: str, among: Sequence[ActivationSet]) -> ActivationSet | None:
         usual = usual_positions(position)
         # Such a set is what an analysis captures; of others the newest.
-        for activations in sorted(self.list(), key=lambda found: found.positions != usual):
-            of_it = model in activations.models and run in activations.runs and asked in activations.renderings
-            wanted = of_it and activations.texts_digest == texts_digest and position in activations.positions
-            if wanted and (checked := self.get(activations.key)):
+        for activations in sorted(among, key=lambda found: found.positions != usual):
+            if position in activations.positions and (checked := self.get(activations.key)):
                 return checked
         return None
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app import state
 from app.state import ARRANGEMENTS, FITS, VIEWS, Choice, picked, read_link
 from es2.core.rendering import Rendering
 from es2.prompts.benchmarks import absolute_source
@@ -93,3 +94,23 @@ class TestPicked:
     ) -> None:
         monkeypatch.setattr("app.state.st.session_state", {"strip": reported})
         assert picked("strip", "layer") == expected
+
+
+class TestPickingACell:
+    @pytest.mark.parametrize(
+        ("clicked", "expected"),
+        [
+            (["layer", 2, 0], ("last", 2, None)),
+            (["cell", 2, 1], ("mean", 2, "run-1")),
+            (["none", 2, 1], ("last", 5, None)),
+            (None, ("last", 5, None)),
+        ],
+    )
+    def test_both_are_chosen(
+        self, clicked: list[object] | None, expected: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        session = {"choice": Choice(layer=5), "choice_notes": [], "map": {"picked": clicked}}
+        monkeypatch.setattr("app.state.st.session_state", session)
+        state.pick_cell("map", ["last", "mean"], run="run-1")
+        choice = state.current()
+        assert (choice.position, choice.layer, choice.run) == expected

@@ -203,6 +203,23 @@ def test_list_and_find_give_the_newest(store: Store) -> None:
     assert key_of(model="other") is None
 
 
+def test_every_captured_position_has_the_set_that_find_returns(store: Store) -> None:
+    write(store, "both")
+    write(store, "tuned", run="r1")
+    write(store, "others", texts_digest="d2")
+    for positions in (("mean",), ("last-2", "last"), ("made-up",)):
+        store.write("-".join(positions), META, TEXTS, dict.fromkeys(positions, arrays()["last"]))
+    found = store.by_position(model="tiny", texts_digest="d1")
+    assert {position: one.key for position, one in found.items()} == {
+        "last": "both",
+        "last-2": "last-2-last",
+        "last_instruction": "both",
+        "mean": "mean",
+    }
+    assert list(found) == ["last", "last-2", "last_instruction", "mean"], "from the end of the prompt on"
+    assert store.by_position(model="other", texts_digest="d1") == {}
+
+
 def test_find_passes_over_damage(store: Store) -> None:
     write(store, "one")
     newest = write(store, "two")
