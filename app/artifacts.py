@@ -313,7 +313,7 @@ def compared_by_position(comparison: Comparison, choice: Choice) -> dict[str, An
     found = {
         position: _comparison(run, against, position) for position in _captured(comparison.base) if position in tuned
     }
-    return {position: one and one.analysis for position, one in found.items()}
+    return {position: one.analysis if one is not None else None for position, one in found.items()}
 
 
 def _stamps(run: Job, against: Job | None, found: Comparison) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""Another system prompt, chosen in the panel, is another activation set, and the page keeps to it."""
+"""What is chosen of how a model reads prompts: a position in the map, and a system prompt, which is another set."""
 
 from __future__ import annotations
 
@@ -43,6 +43,49 @@ def address(home: Path) -> Iterator[str]:
         yield address
 
 
+def map_of_positions(page: playwright.Page, n_points: int) -> None:
+    """Have the other captured position analysed, choose a layer of it in the map, open the link again, and go back."""
+    settle(page)
+    page.locator(".st-key-analyse_positions button").click()
+    drawn = page.locator(".st-key-position_map .nsewdrag")
+    expect(drawn).to_have_count(1, timeout=WORK)
+    choose_cell(page, layer=1, row=1)
+    expect_chosen(page, "last_instruction", 1, 1)
+    page.reload()
+    expect_chosen(page, "last_instruction", 1, 1)
+    expect(page.locator(".st-key-projection .scatterlayer .point")).to_have_count(n_points)
+    choose_cell(page, layer=0, row=0)
+    expect_chosen(page, "last", 0, 0)
+
+
+def choose_cell(page: playwright.Page, layer: int, row: int) -> None:
+    """Click a square of the map."""
+    settle(page)
+    x, y = page.evaluate(
+        """([layer, row]) => {
+            const plot = document.querySelector('.st-key-position_map .js-plotly-plot');
+            const box = plot.getBoundingClientRect(), { xaxis, yaxis } = plot._fullLayout;
+            return [box.left + xaxis._offset + xaxis.d2p(layer), box.top + yaxis._offset + yaxis.d2p(row)];
+        }""",
+        [layer, row],
+    )
+    page.mouse.move(x, y)
+    expect(page.locator(".st-key-position_map .hovertext").first).to_contain_text(f"layer {layer}")
+    page.mouse.click(x, y)
+
+
+def expect_chosen(page: playwright.Page, position: str, layer: int, row: int) -> None:
+    """Layer and position are in the address, the heading and the frame in the map."""
+    page.wait_for_function(
+        "([layer, row]) => { const frame = document.querySelector('.st-key-position_map .js-plotly-plot')"
+        "?.layout?.shapes?.[0]; return frame?.x0 === layer - 0.5 && frame?.y0 === row - 0.5; }",
+        arg=[layer, row],
+    )
+    expect(page.get_by_role("heading", name=f"Layer {layer}", exact=True)).to_be_visible()
+    asked = parse_qs(urlsplit(page.url).query)
+    assert (asked["position"], asked["layer"]) == ([position], [str(layer)])
+
+
 def test_another_system_prompt_is_another_set(
     address: str, home: Path, open_page: Callable[[str], playwright.Page]
 ) -> None:
@@ -53,6 +96,7 @@ def test_another_system_prompt_is_another_set(
     n_points = int(prompts.in_split("test").sum())
     expect(points).to_have_count(n_points)
 
+    map_of_positions(page, n_points)
     settle(page)
     page.locator(".st-key-rendering button").click()
     panel = page.get_by_role("dialog")
