@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
@@ -29,7 +29,7 @@ from es2.core.files import home, stamp_of, writing
 from es2.prompts.benchmarks import is_benchmark, source_files
 from es2.prompts.columns import named_label_columns
 from es2.prompts.loading import table_columns
-from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, SPLITS, PromptSet
+from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, SPLITS, PromptSet, own_pair
 from es2.prompts.sources import Source, read_source, source_title, write_source
 from es2.prompts.tables import MAX_FILE_BYTES, SUFFIXES
 
@@ -280,20 +280,20 @@ def _leave_out(how: Source) -> None:
 
 
 def preview(prompts: PromptSet) -> pd.DataFrame:
-    """The first rows of each label in turn, as they were understood, splits and pairs filled in."""
+    """The first rows of each label in turn, as they were understood, with splits; no column that says nothing."""
     import pandas as pd
 
     of_label = [np.flatnonzero(prompts.labels == label)[: N_PREVIEW // 2].tolist() for label in (HARMFUL, HARMLESS)]
     first = prompts.take([row for rows in zip_longest(*of_label) for row in rows if row is not None])
-    return pd.DataFrame(
-        {
-            "prompt": first.texts,
-            "label": [LABEL_NAMES[int(label)] for label in first.labels],
-            "category": first.categories,
-            "pair": first.pairs,
-            "split": first.splits,
-        }
-    )
+    pairs = ["" if pair == own_pair(words) else pair for pair, words in zip(first.pairs, first.texts, strict=True)]
+    columns: dict[str, Sequence[str]] = {
+        "prompt": first.texts,
+        "label": [LABEL_NAMES[int(label)] for label in first.labels],
+        "category": first.categories if set(prompts.categories) != {"unspecified"} else (),
+        "pair": pairs if any(pairs) else (),
+        "split": first.splits,
+    }
+    return pd.DataFrame({name: values for name, values in columns.items() if values})
 
 
 def _counts(prompts: PromptSet) -> str:

@@ -84,6 +84,7 @@ def test_two_files_become_one_source(place: Path) -> None:
     assert "prompts from goal" in shown(at)
     assert "40 harmful, 40 harmless." in shown(at)
     assert at.dataframe[0].value["prompt"].tolist()[:3] == ["Break lock 0", "Oil gate 0", "Break lock 1"]
+    assert list(at.dataframe[0].value) == ["prompt", "label", "split"], "no category and no pair was given"
     source = taken(at)
     assert [Path(one).parents[1] for one in source.places] == [place / "uploads"] * 2
     assert [Path(one).name for one in source.places] == ["Goals.csv", "text.txt.gz"]
@@ -217,3 +218,9 @@ def test_sentences_about_options_are_about_controls() -> None:
     assert [sentence for sentence in said if "--" in in_app(sentence)] == []
     assert in_app("Name it with --prompt-column.") == "Name it under “Prompt column”, on the page Your own."
     assert in_app("There is no file 'x'.") == "There is no file 'x'."
+
+
+def test_the_preview_has_the_pairs_and_categories_that_were_given() -> None:
+    table = prompt_files.preview(tiny_prompts(2))
+    assert table["pair"].tolist() == ["pair-0", "pair-0", "pair-1", "pair-1"]
+    assert set(table["category"]) == {"locks"}
