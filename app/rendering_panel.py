@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import html
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import streamlit as st
 
 from app import artifacts, state, text
 from app.charts.position_chart import position_words
+from app.choice_boxes import lasting, model_box, prompts_box
 from app.state import Choice
 from es2.core.errors import Es2Error, InputError
 from es2.core.files import stamp_of
@@ -67,6 +69,12 @@ def effective(choice: Choice) -> Rendering:
 
 def _begin(choice: Choice) -> None:
     """Set the panel's widgets to what is chosen."""
+    for name in ("model", "prompts"):
+        st.session_state[f"rendering_{name}"] = getattr(choice, name)
+    _begin_rendering(choice)
+
+
+def _begin_rendering(choice: Choice) -> None:
     now = effective(choice)
     system = now.system_prompt
     is_text = system is not None and system not in (NONE, DEFAULT)
@@ -84,15 +92,18 @@ def _dialog() -> None:
 
 
 def _panel(choice: Choice) -> None:
-    prompts = artifacts.prompts(choice.prompts)
-    st.caption(f"{text.markdown(choice.model)} · {text.markdown(prompts.name)} · both are chosen at the left")
-    folder = local_folder(choice.model)
+    if "rendering_system" not in st.session_state:  # Streamlit forgets widgets that the last model did not have
+        _begin_rendering(choice)
+    wanted = _model_and_prompts(choice)
+    prompts = artifacts.prompts(wanted.prompts)
+    folder = local_folder(wanted.model)
     if folder is None:
         st.info(
             "The model is not on this machine yet, so its chat template is not known. “Capture and analyse” and “Check "
             "this model” fetch it.",
             icon=":material/info:",
         )
+        _take(choice, wanted, effective(wanted))
         return
     about = (str(folder), tuple(stamp_of(folder / name) for name in _FILES), prompts.texts[0])
     draft, of_file = None, None
@@ -108,7 +119,20 @@ def _panel(choice: Choice) -> None:
         _show(shown, st.session_state["rendering_position"])
     else:
         st.error(text.markdown(text.in_app(str(shown))), icon=":material/error:")
-    _take(choice, draft if isinstance(shown, Preview) else None)
+    _take(choice, wanted, draft if isinstance(shown, Preview) else None)
+
+
+def _model_and_prompts(choice: Choice) -> Choice:
+    """The boxes of both; returns the choice with what they are set to, without the run where that is another model."""
+    left, right = st.columns(2, gap="medium")
+    with left:
+        model_box("rendering_model")
+    with right:
+        prompts_box("rendering_prompts")
+    model, source = (st.session_state[f"rendering_{name}"] or getattr(choice, name) for name in ("model", "prompts"))
+    if (model, source) == (choice.model, choice.prompts):
+        return choice
+    return replace(choice, model=lasting(model), prompts=state.lasting_source(source), run=None, against=None)
 
 
 @st.cache_resource(max_entries=64, show_spinner="Rendering the first prompt")
@@ -240,14 +264,15 @@ def _fold(title: str, words: str) -> None:
     )
 
 
-def _take(choice: Choice, draft: Rendering | None) -> None:
-    """The button that makes the draft what every page shows; None where there is none that can be."""
-    position = st.session_state["rendering_position"]
-    is_other = draft is not None and draft != effective(choice)
-    is_new = draft is not None and (is_other or position != choice.position)
+def _take(choice: Choice, wanted: Choice, draft: Rendering | None) -> None:
+    """The button that makes every page show what is wanted, rendered as in the draft; None where none can be."""
+    if draft is not None and (wanted != choice or draft != effective(choice)):
+        wanted = replace(wanted, rendering=draft, run=None, against=None)
+    wanted = replace(wanted, position=st.session_state["rendering_position"])
+    is_new = draft is not None and wanted != choice
     with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
         if st.button("Read prompts this way", key="rendering_take", type="primary", disabled=not is_new):
-            state.update(position=position, **({"rendering": draft, "run": None, "against": None} if is_other else {}))
+            state.update(**vars(wanted))
             st.rerun()
         if is_new:
             st.caption("Embeddings read in another way are another set, which is captured by itself.")

@@ -223,7 +223,12 @@ def mirror() -> None:
 
 
 def choose_prompts(source: str) -> None:
-    """Take other prompts, of any run's.
+    """Take other prompts, of any run's. Raises as `lasting_source` does."""
+    update(prompts=lasting_source(source), run=None, against=None)
+
+
+def lasting_source(source: str) -> str:
+    """A source of prompts with absolute paths.
 
     Raises:
         InputError: for a source that no address can hold, whose choice would be lost with the page.
@@ -234,7 +239,7 @@ def choose_prompts(source: str) -> None:
             f"These prompts are named by {len(source):,} characters, and the page's address holds {MAX_SOURCE:,} "
             "printable ones; give files, columns and values shorter names."
         )
-    update(prompts=source, run=None, against=None)
+    return source
 
 
 def note(sentence: str) -> None:

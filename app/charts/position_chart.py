@@ -133,13 +133,13 @@ def _squares(size: float, filled: Any, colour: str) -> dict[str, Any]:
 
 def _swatch(size: float, colour: str, value: float, full: float, names: Sequence[str], model: int) -> canvas.Trace:
     """An entry of the legend: what the palest and the fullest colour of a model stand for."""
-    of = f"{labels.label(names[model])}: " if len(names) > 1 else "accuracy " if value == CHANCE else ""
+    of = ["accuracy"] * (model == 0) + [labels.label(names[model])] * (len(names) > 1)
     return canvas.scatter(
         x=[None],
         y=[None],
         mode="markers",
         marker=_squares(size, canvas.translucent(colour, _depth(value, full)), colour),
-        name=f"{of if value == CHANCE else ''}{value:g}{' or less' if value == CHANCE else ''}",
+        name=f"{', '.join(of)} ≤ {value:g}" if value == CHANCE else f"{value:g}",
         hoverinfo="skip",
     )
 

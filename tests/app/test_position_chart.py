@@ -57,7 +57,7 @@ def test_fuller_is_higher_and_the_legend_has_both_ends(base: Analysis) -> None:
     np.testing.assert_array_equal(np.argsort(depths, kind="stable"), np.argsort(values, kind="stable"))
     assert colours[0].startswith(canvas.translucent(palette.BASE, 0).rsplit(",", 1)[0])
     pale, full, *others = [trace.name for trace in figure.data if trace.showlegend is not False]
-    assert pale == "accuracy 0.5 or less"
+    assert pale == "accuracy ≤ 0.5"
     assert max(values) <= float(full) < max(values) + 0.05
     assert others == ["not analysed", "targets"]
 
@@ -102,7 +102,7 @@ def test_base_is_above_tuned_in_the_row_of_a_position(both: Analysis) -> None:
     before, after = (layers[3].numbers["probe_accuracy"].value for layers in (both.base_layers, both.layers))
     assert f"{before:.3f} → {after:.3f} (" in base.hovertext[3] == tuned.hovertext[3]
     legend = [trace.name for trace in figure.data if trace.showlegend is not False]
-    assert [legend[0], legend[2], legend[4]] == ["Base: 0.5 or less", "&lt;i&gt;Tuned: 0.5 or less", "targets"]
+    assert [legend[0], legend[2], legend[4]] == ["accuracy, Base ≤ 0.5", "&lt;i&gt;Tuned ≤ 0.5", "targets"]
     assert legend[1] == legend[3]
 
 

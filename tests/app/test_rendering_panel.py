@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,3 +198,34 @@ def test_a_model_without_a_template_is_given_the_plain_text(home: Path) -> None:
         "Mean over the request",
     ]
     assert not [one for one in at.button_group if one.key == "rendering_thinking"]
+
+
+def test_model_and_prompts_are_chosen_in_the_same_panel(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Options, since the test's boxes take no others.
+    monkeypatch.setattr("app.artifacts.models", lambda: (["owner/not-here", str(home / "plain")], set()))
+    for name in ("nowhere.csv", "others.csv"):
+        create_job("prepare", {"prompts": str(home / name)})
+    tiny_tokenizer(chat_template=None).save_pretrained(home / "plain")
+    (home / "plain" / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    write_prompts(home / "others.csv", replace(tiny_prompts(4), texts=tuple(f"Mend lock {i}" for i in range(8))))
+    at = open_panel(home, run="of-another-model")
+    at.selectbox(key="rendering_prompts").set_value(str(home / "nowhere.csv"))
+    run(at)
+    assert "nowhere.csv" in at.error[0].value.replace("\\", "")
+    assert not [one for one in at.button if one.key == "rendering_take"]
+    at.selectbox(key="rendering_prompts").set_value(str(home / "others.csv"))
+    at.selectbox(key="rendering_model").set_value("owner/not-here")
+    run(at)
+    assert "not on this machine yet" in at.info[0].value
+    at.selectbox(key="rendering_model").set_value(str(home / "plain"))
+    run(at)
+    assert not at.error
+    assert "".join(re.findall(r">([^<]*)</span>", tokens(at))) == "Mend␣lock␣0"
+    assert any(PLAIN_TEXT_NOTE in caption.value for caption in at.caption)
+    before = at.session_state["choice"]
+    assert (before.model, before.prompts) == (str(home / "model"), str(home / "prompts.csv"))
+    at.button(key="rendering_take").click()
+    run(at)
+    choice = at.session_state["choice"]
+    assert (choice.model, choice.prompts, choice.run) == (str(home / "plain"), str(home / "others.csv"), None)
+    assert at.button(key="rendering_take").disabled
