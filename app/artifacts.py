@@ -137,9 +137,10 @@ def by_position(opened: Opened) -> dict[str, Analysis | None]:
 
 
 def _captured(like: ActivationSet) -> dict[str, ActivationSet]:
-    """By captured position, embeddings of the same prompts under the same model and rendering."""
+    """By captured position, the set itself or one of the same prompts, model and rendering that holds it."""
     rendering = Rendering.from_dict(like.renderings[0])
-    return Store().by_position(model=like.model, texts_digest=like.texts_digest, run=like.run, rendering=rendering)
+    found = Store().by_position(model=like.model, texts_digest=like.texts_digest, run=like.run, rendering=rendering)
+    return found | dict.fromkeys(like.positions, like)
 
 
 def _keep(found: ActivationSet) -> ActivationSet:

@@ -89,6 +89,21 @@ def test_a_position_in_a_set_of_its_own_belongs_to_the_map(made: Compared) -> No
     assert "Captured and not analysed: mean over the request." in captions(at)
 
 
+def test_a_newer_twin_under_another_name_takes_nothing_away(made: Compared) -> None:
+    """The same weights lie in two places, and the page was opened under the name of one of them."""
+    analyse(made)
+    base, prompts = made.artifacts.activations, made.artifacts.prompts
+    store = Store(made.artifacts.home / "cached_activations")
+    store.add_name(base, "/models/toy")
+    meta = {"model": MODEL, "run": None, "texts_digest": prompts.texts_digest}
+    arrays = {position: base.layer(0, position)[None] for position in base.positions}
+    twin = {position: one.repeat(base.n_layers, 0) for position, one in arrays.items()}
+    store.write(content_key(meta | {"twin": True}), meta, prompts.texts, twin)
+    at = open_app(made.artifacts.link(model="/models/toy"))
+    assert framed(at) == (BEST_LAYER, 0)
+    assert not has_button(at, "analyse_positions")
+
+
 def test_the_comparison_has_the_positions_of_both_models(
     made: Compared, launched: list[tuple[str, dict[str, Any]]]
 ) -> None:
