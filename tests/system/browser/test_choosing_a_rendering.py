@@ -101,8 +101,8 @@ def test_another_system_prompt_is_another_set(
     page.locator(".st-key-rendering button").click()
     panel = page.get_by_role("dialog")
     expect(panel.locator(".prompt-tokens .read")).to_have_count(1)
-    for box in ("model", "prompts"):
-        expect(panel.locator(f".st-key-rendering_{box} input")).to_have_count(1)
+    for name in ("model", "prompts"):
+        expect(panel.locator(f".st-key-rendering_{name} input")).to_have_count(1)
     settle(page)
     panel.get_by_text("Own text", exact=True).click()
     expect(panel).to_contain_text("The system prompt is blank")
