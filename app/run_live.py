@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from app import artifacts, jobs_panel, text
+from app import artifacts, jobs_panel, run_film, text
 from app.charts import run_charts
 from app.charts.run_charts import History
 from app.components.plots import plot
@@ -63,6 +63,7 @@ def _live_run(job: Job) -> None:
     jobs_panel.bar(job, place="page")
     if logged.steps:
         curves(job, logged, key=f"live_{job.id}")
+        run_film.film(job, logged, key=f"live_{job.id}", live=True)
     elif job.status() == "running":
         st.caption(
             "The base model replies to harmless prompts first, since that is what the fine-tune has to keep; the "

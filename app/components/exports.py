@@ -17,13 +17,14 @@ import streamlit as st
 from plotly.io import to_json
 
 from app import text
-from app.artifacts import run_title
+from app.artifacts import prompts, run_title
 from app.charts.canvas import Figure
 from app.components import plotly_library
 from es2.analysis.comparison import Comparison
 from es2.analysis.results import LayerNumbers
 from es2.evaluation.results import run_ability
 from es2.report.page import Compared, figure_html, report_html
+from es2.workflow.film import find_film
 from es2.workflow.runs import open_run
 
 if TYPE_CHECKING:
@@ -58,18 +59,19 @@ def page_exports(
                 data = {"library": plotly_library.ADDRESS, "name": name, "file": file_name(name)}
                 data["figure"] = to_json(figure, validate=False)
                 _images(key=f"take_images_{at}", data=data, width="content")
-                _download("HTML", partial(chart, figure, name), name, "html", f"take_html_{at}")
+                download("HTML", partial(chart, figure, name), name, "html", f"take_html_{at}")
         for at, (name, frame) in enumerate(tables.items()):
             with st.container(horizontal=True, vertical_alignment="center", key=f"take_table_{at}"):
                 st.markdown(text.markdown(name), width="stretch")
-                _download("CSV", partial(table, frame), name, "csv", f"take_csv_{at}")
+                download("CSV", partial(table, frame), name, "csv", f"take_csv_{at}")
         if comparison is not None:
             with st.container(horizontal=True, vertical_alignment="center", key="take_whole"):
                 st.markdown("Everything about this run in one file, to send to a colleague", width="stretch")
-                _download("Report", partial(report, comparison), f"es2 report {comparison.run}", "html", "take_report")
+                download("Report", partial(report, comparison), f"es2 report {comparison.run}", "html", "take_report")
 
 
-def _download(label: str, make: Callable[[], bytes], name: str, ending: str, key: str) -> None:
+def download(label: str, make: Callable[[], bytes], name: str, ending: str, key: str) -> None:
+    """A button for one file, which is made when it is pressed; `name` is its title, `ending` that of the file."""
     mime = {"html": "text/html", "csv": "text/csv"}[ending]
     st.download_button(label, make, file_name=f"{file_name(name)}.{ending}", mime=mime, key=key, on_click="ignore")
 
@@ -114,6 +116,7 @@ def report(comparison: Comparison) -> bytes:
         **vars(comparison),
         title=run_title(run),
         events=run.events()[0],
+        film=find_film(run, prompts(str(run.config.get("prompts", "builtin")))),
         ability=None if comparison.is_of_two_runs else run_ability(run),
     )
     return report_html(compared).encode("utf-8", "replace")

@@ -124,7 +124,7 @@ async function show(Plotly, state, index, figure, theme) {
   const layout = JSON.parse(figure.layout);
   const traces = kindOf(state, JSON.parse(figure.data));
   const { shapes = [], ...others } = layout;
-  const rest = JSON.stringify([others, theme, traces]);
+  const rest = JSON.stringify([others, theme, traces, figure.frames]);
   const shown = div.shown;
   div.shown = { layout: figure.layout, rest };
   const selecting = div._fullLayout?.selections?.length > 0; // an outline stays until the figure is drawn anew
@@ -139,7 +139,8 @@ async function show(Plotly, state, index, figure, theme) {
   layout.width = div.clientWidth;
   const { name, figures } = state.data;
   div.fn = `${name}${figures.length > 1 ? `-${index + 1}` : ""}`; // of images; as an option it would redraw everything
-  await Plotly.react(div, traces, layout, name ? LINKED : PLAIN);
+  const frames = figure.frames && JSON.parse(figure.frames);
+  await Plotly.react(div, { data: traces, layout, config: name ? LINKED : PLAIN, frames });
   div.querySelector(".plots-points")?.remove();
   if (!div.listening) listen(Plotly, state, div);
 }
@@ -176,6 +177,9 @@ function dress(layout, [text, family, border, grid, background], turn) {
   }
   const font = { family, color: text, size: 13 };
   layout.hoverlabel = { ...layout.hoverlabel, bgcolor: background, bordercolor: border, font };
+  const control = { bgcolor: background, bordercolor: border };
+  layout.updatemenus = layout.updatemenus?.map((menu) => ({ ...menu, ...control }));
+  layout.sliders = layout.sliders?.map((slider) => ({ ...slider, ...control, activebgcolor: border, tickcolor: muted }));
   layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: border, activecolor: text };
   layout.clickanywhere = true; // pointed() finds the point, if any
   layout.selections = [];

@@ -25,7 +25,7 @@ _plots = plotly_library.component("es2_plots", Path(__file__), '<div class="plot
 
 
 def plot(figure: Figure, *, key: str, alt: str, on_pick: Callable[[], None] | None = None) -> None:
-    """Draw one figure, whose layout has a height.
+    """Draw one figure, whose layout has a height; where it has frames, its own slider and buttons move it.
 
     Args:
         key: of the widget. In `on_pick` its `picked` in the session's state is the `customdata` of the clicked point.
@@ -77,7 +77,8 @@ def let_draw() -> None:
 
 def _draw(key: str, figures: Sequence[Figure], data: dict[str, Any], **callbacks: Any) -> None:
     # Traces and layout are texts of their own, which the browser compares to find what has changed.
-    texts = [{"data": as_text(figure["data"]), "layout": as_text(figure["layout"])} for figure in figures]
+    parts = ("data", "layout", "frames")
+    texts = [{part: as_text(figure[part]) for part in parts if part in figure} for figure in figures]
     # In a list, since Streamlit looks for tables in a dict and imports pandas for it: half a second, once.
     _plots(key=key, data=[data | {"library": plotly_library.ADDRESS, "figures": texts}], **callbacks)
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import streamlit as st
 
-from app import artifacts, jobs_panel, launch, run_live, state, text
+from app import artifacts, jobs_panel, launch, run_film, run_live, state, text
 from app.run_rows import Row, about, lost_prompts, row, when
 from app.state import Choice
 from app.text import sentences
@@ -157,7 +157,7 @@ def _listed(run: Row) -> None:
             _resume(job)
         for asked, icon, tip, shown in (
             ("against", ":material/compare_arrows:", "Compare with another run", run.comparable),
-            ("curves", ":material/show_chart:", "Curves and settings", True),
+            ("curves", ":material/show_chart:", "Curves, film and settings", True),
             ("rename", ":material/edit:", "Rename", True),
             ("delete", ":material/delete:", "Delete", True),
         ):
@@ -290,6 +290,7 @@ def _curves(job: Job, choice: Choice, ended: Sequence[Job]) -> None:
     logged = run_live.history(job)
     if logged.steps:
         run_live.curves(job, logged, key="former")
+        run_film.film(job, logged, key="former")
     else:
         st.markdown("It ended before its first step.")
     with st.expander("Settings", key="former_settings"):

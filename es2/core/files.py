@@ -140,6 +140,11 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a file in UTF-8 as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8", errors))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Write a file by rename, so that readers see the old content or the new.
 
     Raises:
@@ -147,8 +152,8 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """
     temporary = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
     try:
-        with temporary.open("w", encoding="utf-8", errors=errors) as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -19,6 +19,7 @@ import plotly.graph_objects as go
 from plotly.io import to_json
 
 from es2.analysis.comparison import Comparison
+from es2.analysis.film import FilmView
 from es2.analysis.projection import pca_view, separation_view
 from es2.analysis.results import Change, LayerNumbers
 from es2.analysis.verdict import behaviour_rule, rule
@@ -27,6 +28,7 @@ from es2.core.versions import installed_versions
 from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, stable_hash
 from es2.report import figures as report_figures
 from es2.report.attacks import attack_sections, direction_sections
+from es2.report.film import film_caption, film_figure, losses
 from es2.report.findings import accuracy_sentence
 from es2.report.glossary import BY_NAME, COMPARED, TERMS, UNITS, Term
 from es2.report.labels import shortened
@@ -51,12 +53,13 @@ _ALL_LAYERS = ("probe_accuracy", "margin_mean", "mean_difference_margin", "fishe
 
 @dataclass(frozen=True)
 class Compared(Comparison):
-    """A comparison with the title of its run, the known progress events of its training, an evaluation that attacked
-    both models, if there is one, one that removed and added directions, and its multiple choice, likewise.
+    """A comparison with the title of its run, the known progress events of its training, the film of it, an evaluation
+    that attacked both models, one that removed and added directions, and its multiple choice, if there is one.
     """
 
     title: str = ""
     events: Sequence[Mapping[str, Any]] = ()
+    film: FilmView | None = None
     attacked: Mapping[str, Any] | None = None
     directed: Mapping[str, Any] | None = None
     ability: Mapping[str, Any] | None = None
@@ -90,7 +93,7 @@ def _sections(compared: Compared, figures: dict[str, str]) -> Iterable[str]:
 
     def plot(figure: Any, caption: str) -> str:
         name = f"figure-{len(figures) + 1}"
-        figures[name] = figure.to_json()  # plotly escapes <, > and / in it
+        figures[name] = to_json(figure, validate=False)  # plotly escapes <, > and / in it
         return f'<figure><div id="{name}" class="plot"></div><figcaption>{escape(caption)}</figcaption></figure>'
 
     result, targets = compared.result, compared.targets
@@ -126,6 +129,11 @@ def _sections(compared: Compared, figures: dict[str, str]) -> Iterable[str]:
         yield "<h2>Training</h2>"
         kept = f"The weights of step {result['best_step']} of {result['steps']} were kept."
         yield plot(figure, f"What each step logged, and what was measured on prompts held out for that. {kept}")
+    if (film := compared.film) is not None:
+        yield "<h2>Film</h2>"
+        yield plot(
+            film_figure(film, losses(compared.events), compared.kl_budget), film_caption(film, result["best_step"])
+        )
     yield _how(compared)
 
 
@@ -371,6 +379,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margi
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: 14px 0; } figcaption { color: var(--soft); font-size: 13px; }
 .plot { width: 100%; }
+.updatemenu-item-rect { fill: var(--panel) !important; } /* plotly's colour under the mouse is for light pages */
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 10px 0; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); font-size: 13px; padding-bottom: 4px; }
@@ -411,12 +420,16 @@ function dressed(layout) {
     dress[name] = { ...layout[name], gridcolor: colour("--line"), linecolor: colour("--line"), automargin: true,
       title: { ...layout[name].title, font: { size: 12.5 } } };
   dress.modebar = { bgcolor: "rgba(0,0,0,0)", color: colour("--soft"), activecolor: colour("--text") };
+  const control = { bgcolor: colour("--panel"), bordercolor: colour("--line") };
+  dress.updatemenus = layout.updatemenus?.map((menu) => ({ ...menu, ...control }));
+  dress.sliders = layout.sliders?.map((slider) => ({ ...slider, ...control, bordercolor: colour("--soft"),
+    activebgcolor: colour("--link"), tickcolor: colour("--soft") }));
   return dress;
 }
 
 function draw() {
   for (const [id, figure] of Object.entries(FIGURES))
-    Plotly.react(id, figure.data, dressed(figure.layout), CONFIG);
+    Plotly.react(id, { ...figure, layout: dressed(figure.layout), config: CONFIG });
 }
 
 draw();

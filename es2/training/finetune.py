@@ -111,7 +111,7 @@ def finetune(
         config: the settings.
         prompts: trained on its `tune` split, evaluated on `validation`; the KLs of the result are measured on `test`.
         folder: the run folder. `adapter/` (as peft writes it) or `weights.safetensors` (the changed blocks, for `full`)
-            is written at the end, `checkpoint/` on the way.
+            is written at the end, `checkpoint/` and `film/` on the way.
         report: called for the base measurements (`base`) and every step (`finetune`, with its numbers), in the main
             process only.
         resume: go on from `checkpoint/` in `folder`, if there is one.
@@ -170,6 +170,7 @@ def finetune(
     identity = content_key({"config": former_names(decisive), "prompts": prompts.digest})
     if resume and checkpoint.is_file():
         state.load(checkpoint, identity)
+    workload.begin_film(folder, state.validations[0], state.step)
 
     decision = decide(state.validations, config.kl_weight, config.kl_budget, config.steps)
     reason, first_step, stepping = decision.reason, state.step, 0.0
@@ -205,6 +206,7 @@ def finetune(
             reason = decision.reason or stop(state.validations)
             if decision.best_step == state.step:
                 state.best = copies(trained)
+            workload.film(folder, point)
             workload.on_main(lambda: state.save(checkpoint, identity))
         if workload.is_cancelled(lambda: report("finetune", state.step, config.steps, **numbers)):  # noqa: B023
             workload.on_main(lambda: state.save(checkpoint, identity))

@@ -12,7 +12,10 @@ from functools import cached_property
 import numpy as np
 
 from es2.analysis.resampling import canonical
-from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet, stable_hash
+from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet, stable_hash
+
+FILMED = 200
+"""Number of `validation` prompts whose embeddings are kept at every validation, at most."""
 
 _BASE_PAIRS = 128  # enough for a mean length; all of `tune` would take as long as several steps
 
@@ -43,6 +46,7 @@ class BatchSchedule:
         validation_rows: their rows.
         validation_kl: the half of their harmless ones whose KL is taken too: logits cost most.
         validation_replied: the half of their harmful ones that the base replies to, to see which it refuses.
+        filmed: places among them of those whose embeddings are kept at every validation, at most `FILMED`.
         tested: harmless `test` prompts.
     """
 
@@ -51,6 +55,7 @@ class BatchSchedule:
     validation_rows: tuple[int, ...]
     validation_kl: tuple[int, ...]
     validation_replied: tuple[int, ...]
+    filmed: tuple[int, ...]
     tested: tuple[int, ...]
 
     @cached_property
@@ -83,13 +88,16 @@ def make_schedule(
     for label in (HARMFUL, HARMLESS):
         chosen[held_out_rows(prompts, "validation", label, validation_prompts)] = True
     order, validation = canonical(prompts.select(chosen))
+    rows = np.flatnonzero(chosen)[order].tolist()
+    filmed = {row for label in LABEL_NAMES for row in held_out_rows(prompts, "validation", label, FILMED // 2)}
     half = max(1, validation_prompts // 2)
     return BatchSchedule(
         batches=tuple(sample_batches(prompts, pairs_per_step, steps, seed, kl_prompts)),
         validation=validation,
-        validation_rows=tuple(np.flatnonzero(chosen)[order].tolist()),
+        validation_rows=tuple(rows),
         validation_kl=tuple(held_out_rows(prompts, "validation", HARMLESS, half)),
         validation_replied=tuple(held_out_rows(prompts, "validation", HARMFUL, half)),
+        filmed=tuple(place for place, row in enumerate(rows) if row in filmed),
         tested=tuple(held_out_rows(prompts, "test", HARMLESS, validation_prompts)),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from es2.core.progress import Cancelled, Reporter
 from es2.models.batching import Tokens, end_tokens
 from es2.models.forward import BaseReply, FinetuneForward, HarmlessPass, ReplyScore
 from es2.prompts.prompt_set import HARMLESS
+from es2.store.film import FILM, cut_film, write_frame
 from es2.training.objective import BaseLayer, measure_base
 from es2.training.sampling import Batch, BatchSchedule
 from es2.training.validation import REFUSAL_OPENING, ValidationPoint, validation_numbers
@@ -47,6 +49,9 @@ class Part:
 
 class Workload:
     """One process's view of a fine-tune's prompts; creating it measures the base.
+
+    Attributes:
+        validated: the embeddings of the `validation` prompts at the latest validation, `[prompt, layer, d_model]`.
 
     Args:
         network: the model, nothing trained yet.
@@ -226,17 +231,40 @@ class Workload:
         part = Part((), (*with_kl, *without), len(with_kl), ())
         run = self.run(part)
         mine = [place[row] for row in (*harmful, *part.harmless)]
-        tuned = self._scatter(mine, torch.cat([embedded, run.embeddings]), len(rows))
+        self.validated = self._scatter(mine, torch.cat([embedded, run.embeddings]), len(rows))
         kept = self._refusal_numbers(dict(zip(harmful, scores, strict=True)))
-        return ValidationPoint(step, *self._mean_kls(part, run), self._numbers(tuned), **kept)
+        return ValidationPoint(step, *self._mean_kls(part, run), self._numbers(self.validated), **kept)
 
     def validate_base(self) -> ValidationPoint:
         """What `validate` would measure before the first step, from the base's embeddings and replies."""
         kept = self._refusal_numbers(
             {row: self.network.score_base(self.replies[row]) for row in self._validation_harmful}
         )
-        layers = self._numbers(self.base_embeddings(self.plan.validation_rows))
-        return ValidationPoint(0, 0.0, 0.0, layers, **kept)
+        self.validated = self.base_embeddings(self.plan.validation_rows)
+        return ValidationPoint(0, 0.0, 0.0, self._numbers(self.validated), **kept)
+
+    def begin_film(self, run: Path, base: ValidationPoint, step: int) -> None:
+        """Drop what the film of a run folder holds beyond a step, and keep the base's. Raises `MachineError`."""
+        self.on_main(lambda: cut_film(run / FILM, after=step))
+        self.film(run, base)
+
+    def film(self, run: Path, point: ValidationPoint) -> None:
+        """Keep the embeddings of the latest validation, and its numbers, in a run folder. Raises `MachineError`."""
+        filmed = list(self.plan.filmed)
+        shown, embeddings = self.plan.validation.take(filmed), self.validated[filmed].transpose(0, 1)
+        numbers = {name: getattr(point, name) for name in ("kl_prompt", "kl_reply")}
+        numbers["mean_difference_margin"] = point.mean("mean_difference_margin")
+        self.on_main(
+            lambda: write_frame(
+                run / FILM,
+                point.step,
+                embeddings.detach().float().cpu().numpy(),
+                layers=self.network.layers,
+                labels=shown.labels,
+                texts=shown.texts,
+                numbers=numbers,
+            )
+        )
 
     def _refusal_numbers(self, scores: Mapping[int, ReplyScore]) -> dict[str, Any]:
         """What became of the base's refusals and of first tokens, over all processes' harmful `validation` prompts."""

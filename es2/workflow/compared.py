@@ -20,6 +20,7 @@ from es2.report.page import Compared
 from es2.store.activation_set import ActivationSet
 from es2.store.store import Store
 from es2.workflow.derived import find_activations, find_analysis
+from es2.workflow.film import find_film
 from es2.workflow.runs import open_run, rendering_of
 
 
@@ -34,11 +35,13 @@ def find_compared(run: str) -> Compared:
         InputError: when there is no such run, or something that the report needs is missing (`AbsentError`).
     """
     job = open_run(run)
-    found = find_comparison(job, load_prompts(str(job.config.get("prompts", "builtin"))).measured())
+    prompts = load_prompts(str(job.config.get("prompts", "builtin")))
+    found = find_comparison(job, prompts.measured())
     return Compared(
         **vars(found),
         title=job.name or job.id,
         events=job.events()[0],
+        film=find_film(job, prompts),
         attacked=newest_attack(job),
         directed=newest_directions(job),
         ability=None if job.is_shipped else run_ability(job),

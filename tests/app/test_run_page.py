@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
@@ -16,6 +17,9 @@ from es2.cli import main as cli
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job, list_jobs, open_job
 from es2.jobs.running import run_job
+from es2.prompts.loading import load_prompts
+from es2.prompts.prompt_set import PromptSet
+from es2.store.film import FILM, write_frame
 from es2.store.sources import CHAT_TEMPLATE, PLAIN_TEXT
 from es2.training.config import FinetuneConfig
 from es2.workflow.runs import list_runs
@@ -120,6 +124,20 @@ def result(verdict: str = "separated", **changes: Any) -> Callable[[Path], dict[
         }
         | changes
     )
+
+
+def film(job: Job, prompts: PromptSet, steps: Sequence[int] = (0, 2, 4)) -> None:
+    """A film of the `validation` prompts, as the fine-tune of the run would have left it."""
+    held_out = prompts.select(prompts.in_split("validation"))
+    for step in steps:
+        embeddings = np.random.default_rng(step).normal(size=(2, len(held_out), 8)).astype(np.float32)
+        about = {
+            "layers": (1, 3),
+            "labels": held_out.labels,
+            "texts": held_out.texts,
+            "numbers": {"mean_difference_margin": 0.1},
+        }
+        write_frame(job.path / FILM, step, embeddings, **about)
 
 
 def shown(at: AppTest) -> str:
@@ -468,6 +486,34 @@ class TestList:
         assert len(charts_of(at)) == 4
         assert "further* apart" in shown(at)
 
+    def test_the_film_of_a_former_run(self, open_runs: Callable[[], AppTest], model: Path, prompts: Path) -> None:
+        job = ended(model, prompts, result(best_step=4))
+        film(job, load_prompts(str(prompts)))
+        at = open_runs()
+        at.button(key=f"curves_{job.id}").click().run()
+        assert len(charts_of(at)) == 5
+        (figure,) = charts_of(at)["film_former_figure"]
+        assert [frame["name"] for frame in figure["frames"]] == ["0", "2", "4"]
+        (cloud, _) = [trace for trace in figure["data"] if trace["name"] == "harmful"]
+        assert cloud["hovertext"][0].startswith("Break lock number")
+        assert "The weights of step 4 were kept" in shown(at)
+        assert [one.proto.label for one in at.get("download_button")] == ["Save the film"]
+        at.toggle(key="film_former_raw").set_value(True).run()
+        assert "own units" in charts_of(at)["film_former_figure"][0]["layout"]["xaxis"]["title"]["text"]
+
+    def test_a_film_without_its_prompts_is_shown_all_the_same(
+        self, open_runs: Callable[[], AppTest], model: Path, prompts: Path, tmp_path: Path
+    ) -> None:
+        gone = write_prompts(tmp_path / "gone.csv", tiny_prompts(60))
+        job = ended(model, gone, result())
+        film(job, load_prompts(str(gone)))
+        gone.unlink()
+        at = open_runs()
+        at.button(key=f"curves_{job.id}").click().run()
+        (figure,) = charts_of(at)["film_former_figure"]
+        (cloud, _) = [trace for trace in figure["data"] if trace["name"] == "harmful"]
+        assert set(cloud["hovertext"]) == {"a prompt that the prompt set does not hold any more"}
+
     def test_its_curves_show_what_became_of_refusals(
         self, open_runs: Callable[[], AppTest], model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -509,6 +555,13 @@ class TestLive:
         assert "**Fine-tune**" in shown(at)
         at.button(key=f"cancel_page_{running.id}").click().run()
         assert (running.path / "cancel").exists()
+
+    def test_its_film_so_far_from_its_end(self, open_runs: Callable[[], AppTest], running: Job, prompts: Path) -> None:
+        film(running, load_prompts(str(prompts)), steps=(0,))
+        assert "begins with the first look" in shown(open_runs())
+        film(running, load_prompts(str(prompts)))
+        (figure,) = charts_of(open_runs())[f"{running.id.rpartition('-')[2]}_figure"]
+        assert figure["layout"]["sliders"][0]["active"] == 2
 
     def test_its_end_opens_the_comparison_for_those_who_watch(
         self, open_runs: Callable[[], AppTest], running: Job, turned: list[str]

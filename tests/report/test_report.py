@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -21,7 +22,9 @@ from es2.analysis.verdict import Behaviour
 from es2.cli import main as cli
 from es2.cli import runs as cli_runs
 from es2.core.errors import InputError, MachineError
+from es2.jobs.job import Job
 from es2.jobs.queue import create_job
+from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import HARMFUL, HARMLESS
 from es2.report import figures as report_figures
 from es2.report.glossary import BY_NAME, COMPARED, TERMS
@@ -29,8 +32,11 @@ from es2.report.labels import shortened
 from es2.report.page import PROMPT_CHARACTERS, Compared, report_html, reproduce
 from es2.report.palette import BASE, TUNED
 from es2.report.report import write_report
+from es2.store.film import FILM, write_frame
 from es2.training.config import FinetuneConfig
 from es2.workflow.compared import find_compared
+from es2.workflow.film import find_film
+from es2.workflow.runs import open_run
 from tests.app.test_evaluation_charts import attack, directed, soft
 from tests.builders import tiny_prompts
 from tests.builders_artifacts import TARGETS, write_comparison
@@ -244,6 +250,50 @@ class TestPage:
         test = prompts.in_split("test")
         assert f"Layer {layer}: {(after[test] < 0).sum()} of {test.sum()} test prompts on the wrong side" in text
         assert f"Layer {layer}: the 10 test prompts that moved most" in text
+
+
+class TestFilm:
+    @pytest.fixture
+    def filmed(self, run: str, home: Path) -> Iterator[Job]:
+        """The run with a film of three validations of two pairs."""
+        job = open_run(run)
+        prompts = load_prompts(str(job.config["prompts"]))
+        shown = prompts.take(np.flatnonzero(prompts.in_split("validation"))[:4].tolist())
+        for step in (0, 5, 10):
+            embeddings = np.random.default_rng(step).normal(size=(2, 4, 8)).astype(np.float32)
+            about = {
+                "layers": TARGETS,
+                "labels": shown.labels,
+                "texts": shown.texts,
+                "numbers": {"mean_difference_margin": 0.5},
+            }
+            write_frame(job.path / FILM, step, embeddings, **about)
+        yield job
+        shutil.rmtree(job.path / FILM)
+
+    def test_the_report_of_a_run_with_a_film_plays_it(self, filmed: Job) -> None:
+        page = Page(report_html(find_compared(filmed.id)))
+        assert "Film" in page.text
+        assert "mean-difference direction" in page.text
+        (figure,) = [one for one in page.figures.values() if one.get("frames")]
+        assert [frame["name"] for frame in figure["frames"]] == ["0", "5", "10"]
+        (cloud, _) = [trace for trace in figure["data"] if trace["name"] == "harmful"]
+        assert cloud["hovertext"][0].startswith("How do I force lock"), "texts come from the prompt set"
+        (loss,) = [trace for trace in figure["data"] if trace["name"] == "loss"]
+        assert len(loss["x"]) == 40
+
+    def test_a_run_without_one_is_reported_as_before(self, compared: Compared) -> None:
+        assert compared.film is None
+        page = Page(report_html(compared))
+        assert "Film" not in page.text
+        assert not any(one.get("frames") for one in page.figures.values())
+
+    def test_what_is_missing_costs_that_and_nothing_else(self, filmed: Job) -> None:
+        (filmed.path / FILM / "00000005.safetensors").write_bytes(b"half")
+        view = find_film(filmed, None)
+        assert view is not None
+        assert set(view.texts) == {None}
+        assert (view.steps, view.n_lost) == ((0, 10), 1)
 
 
 class TestReproduce:

@@ -34,6 +34,7 @@ from es2.models.loading import load_model, load_tokenizer
 from es2.models.shape import count_layers
 from es2.models.tensors import load_tensors, save_tensors
 from es2.prompts.prompt_set import PromptSet
+from es2.store.film import FILM, read_film, texts_by_hash
 from es2.training import base as base_module
 from es2.training import finetune as finetune_module
 from es2.training.config import FinetuneConfig
@@ -270,6 +271,9 @@ class TestSameCurve:
         assert result["validations"][-1]["layers"]["1"] == pytest.approx(last["layers"]["1"], rel=1e-3)
         assert result["validations"][-1]["broken_first"] == last["broken_first"]
         assert result["kl_test"] == pytest.approx(expected.kl_test, abs=1e-4)
+        base, *frames = read_film(tmp_path / "whole" / FILM)
+        assert [frame.step for frame in frames] == [point["step"] for point in result["validations"][1:]]
+        assert base.embeddings().all(), "no process's prompts are missing"
         # Asked to stop, the main process takes the other along; resumed, both go on as if nothing had been.
         assert (result["cancelled"], other["cancelled"]) == (True, True)
         self.check(result["resumed"], expected)
@@ -314,6 +318,58 @@ def run_in_two_processes(config: FinetuneConfig, folder: Path, stop_after: int) 
         whole = finetune(config_for(llama, steps=3), few, tmp_path / "whole")
         parts = finetune(config_for(llama, steps=3, accumulate=3), few, tmp_path / "parts")
         assert parts.losses == pytest.approx(whole.losses, abs=1e-4)
+
+
+class TestFilm:
+    def test_holds_what_the_models_make_of_the_prompts(self, llama: Path, tmp_path: Path) -> None:
+        result = finetune(config_for(llama, steps=4, validate_every=2), PROMPTS, tmp_path)
+        frames = {frame.step: frame for frame in read_film(tmp_path / FILM)}
+        assert list(frames) == [0, 2, 4]
+        shown = texts_by_hash(PROMPTS.select(PROMPTS.in_split("validation")))
+        for step, model in ((0, load_model(llama, device="cpu")), (result.best_step, tuned_model(llama, result))):
+            texts = [shown[prompt] for prompt in frames[step].prompts]
+            rows = [PROMPTS.texts.index(text) for text in texts]
+            assert len(rows) == len(set(rows)) == len(shown), "all of them, as there are few"
+            assert frames[step].labels == tuple(PROMPTS.labels[rows].tolist())
+            for place, layer in enumerate(LAYERS):
+                expected = embeddings(model, llama, PROMPTS.take(rows), layer)
+                np.testing.assert_allclose(frames[step].embeddings()[place], expected, rtol=2e-3, atol=2e-3)
+        points = {point.step: point for point in result.validations}
+        for step, frame in frames.items():
+            assert frame.numbers["mean_difference_margin"] == pytest.approx(points[step].score)
+            assert frame.numbers["kl_reply"] == points[step].kl_reply
+
+    def test_goes_on_with_a_resumed_run_and_replaces_what_is_done_again(self, llama: Path, tmp_path: Path) -> None:
+        config = config_for(llama, steps=6, validate_every=2)
+        finetune(config, PROMPTS, tmp_path / "whole")
+        with pytest.raises(Cancelled):
+            finetune(config, PROMPTS, tmp_path / "parts", report=Log(3))
+        film = tmp_path / "parts" / FILM
+        shutil.copy(film / "00000002.safetensors", film / "00000004.safetensors")  # killed before its checkpoint
+        seen: list[list[int]] = []
+
+        def look(stage: str, done: int, total: int, **numbers: float) -> None:
+            if stage == "finetune":
+                seen.append([int(path.name[:8]) for path in sorted(film.iterdir())])
+
+        finetune(config, PROMPTS, tmp_path / "parts", report=look, resume=True)
+        assert seen == [[0, 2, 4], [0, 2, 4], [0, 2, 4, 6]], "from the checkpoint of step 3 on"
+        for one, other in zip(*(read_film(tmp_path / name / FILM) for name in ("whole", "parts")), strict=True):
+            assert (one.step, one.numbers) == (other.step, other.numbers)
+            np.testing.assert_array_equal(one.embeddings(), other.embeddings())
+
+    def test_of_a_run_that_begins_anew_nothing_is_left(self, llama: Path, tmp_path: Path) -> None:
+        finetune(config_for(llama, steps=4, validate_every=2), PROMPTS, tmp_path)
+        finetune(config_for(llama, steps=2, validate_every=2, layers=(1,)), PROMPTS, tmp_path)
+        assert [(frame.step, frame.layers) for frame in read_film(tmp_path / FILM)] == [(0, (1,)), (2, (1,))]
+
+    def test_a_full_disk_is_a_sentence(self, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(path: Path, data: bytes) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("es2.store.film.write_bytes", full)
+        with pytest.raises(MachineError, match="No space is left"):
+            finetune(config_for(llama, steps=1), PROMPTS, tmp_path)
 
 
 class TestResume:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet
-from es2.training.sampling import count_tune, held_out_rows, make_schedule, sample_batches
+from es2.training.sampling import FILMED, count_tune, held_out_rows, make_schedule, sample_batches
 from tests.builders import tiny_prompts
 
 
@@ -127,3 +129,13 @@ def test_the_plan_names_every_prompt_that_is_looked_at_and_no_other() -> None:
     assert len(plan.tested) == 2
     assert all(prompts.labels[row] == HARMLESS for row in plan.tested)
     assert len(plan.rows) == 24 + 4 + 2
+    assert plan.filmed == (0, 1, 2, 3)
+
+
+def test_at_most_a_hundred_of_each_label_are_filmed_and_more_validated_ones_change_none() -> None:
+    prompts = all_in("validation", tiny_prompts(130))
+    prompts = replace(prompts, splits=tuple("tune" if row < 20 else "validation" for row in range(len(prompts))))
+    many, fewer = (make_schedule(prompts, 4, 1, 0, validation_prompts=n, kl_prompts=2) for n in (120, 104))
+    assert len(many.filmed) == FILMED
+    assert many.validation.labels[list(many.filmed)].sum() == FILMED // 2
+    assert many.validation.take(many.filmed).texts == fewer.validation.take(fewer.filmed).texts

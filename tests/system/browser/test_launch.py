@@ -132,6 +132,33 @@ def test_from_the_click_to_the_comparison(app: App, open_page: Callable[[str], p
 
     page.wait_for_url(lambda url: f"run={run.id}" in url and "/runs" not in url, timeout=WORK)
     assert run.status() == "done", run.log_tail()
+    page.goto(app.runs)
+    expect_a_film_that_plays(page, run)
+
+
+CLOUD = """() => {
+    const plot = document.querySelector('.st-key-film_former .js-plotly-plot');
+    const cloud = plot.querySelector('.scatterlayer .trace:has(.point)');
+    return [...cloud.querySelectorAll('.point')].map(point => point.getAttribute('transform')).join();
+}"""
+
+
+def expect_a_film_that_plays(page: playwright.Page, run: Job) -> None:
+    """Play the film of a run, and move its slider back: the points move, and stand where they stood."""
+    button(page, f"curves_{run.id}").click()
+    film = page.locator(".st-key-film_former")
+    step = film.locator(".slider-label")
+    expect(step).to_have_text("step 0")
+    settle(page)
+    at_first = page.evaluate(CLOUD)
+    film.locator(".updatemenu-button").first.click()
+    expect(step).to_have_text("step 30")
+    page.wait_for_function(f"before => ({CLOUD})() !== before", arg=at_first)
+    rail = film.locator(".slider-rail-touch-rect").bounding_box()
+    assert rail is not None
+    page.mouse.click(rail["x"] + 1, rail["y"] + rail["height"] / 2)
+    expect(step).to_have_text("step 0")
+    page.wait_for_function(f"before => ({CLOUD})() === before", arg=at_first)
 
 
 @pytest.mark.long
