@@ -48,10 +48,13 @@ def film(job: Job, history: History, *, key: str, live: bool = False) -> None:
         result = job.result() or {}
         figure = film_figure(view, history.curve("loss"), config_of(job).kl_budget, n_steps=history.total, at_end=live)
         plot(figure, key=f"film_{key}_figure", alt=_ALT)
-        st.caption(film_caption(view, result.get("best_step")))
+        caption = film_caption(view, result.get("best_step"))
+        st.caption(caption)
         if not live:
             name = f"Film of {artifacts.run_title(job)}"
-            exports.download("Save the film", partial(exports.chart, figure, name), name, "html", f"film_{key}_save")
+            exports.download(
+                "Save the film", partial(exports.chart, figure, name, caption), name, "html", f"film_{key}_save"
+            )
 
 
 def _view(job: Job, raw: bool) -> FilmView | None:

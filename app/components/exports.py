@@ -76,9 +76,9 @@ def download(label: str, make: Callable[[], bytes], name: str, ending: str, key:
     st.download_button(label, make, file_name=f"{file_name(name)}.{ending}", mime=mime, key=key, on_click="ignore")
 
 
-def chart(figure: Figure, name: str) -> bytes:
+def chart(figure: Figure, name: str, caption: str = "") -> bytes:
     """A figure as an HTML file that works without a network, headed by its name."""
-    return figure_html(figure, name).encode("utf-8", "replace")
+    return figure_html(figure, name, caption).encode("utf-8", "replace")
 
 
 def table(frame: pd.DataFrame) -> bytes:

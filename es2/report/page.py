@@ -72,9 +72,10 @@ def report_html(compared: Compared) -> str:
     return _page(f"ES2 report: {compared.title}", body, figures)
 
 
-def figure_html(figure: go.Figure | Mapping[str, Any], title: str) -> str:
+def figure_html(figure: go.Figure | Mapping[str, Any], title: str, caption: str = "") -> str:
     """One figure, or what `go.Figure` takes, as the text of an HTML file of its own, which needs nothing else."""
-    body = f'<h1>{escape(title)}</h1><div id="figure-1" class="plot"></div>'
+    drawn = f'<div id="figure-1" class="plot"></div><figcaption>{escape(caption)}</figcaption>'
+    body = f"<h1>{escape(title)}</h1><figure>{drawn}</figure>"
     return _page(title, body, {"figure-1": to_json(figure, validate=False)})
 
 

@@ -142,7 +142,8 @@ def test_losses_forget_what_a_killed_process_did_later() -> None:
 
 
 def test_a_file_of_its_own_holds_the_frames() -> None:
-    page = figure_html(film_figure(view_of(), LOSSES, 0.1), "Film of <one>")
+    page = figure_html(film_figure(view_of(), LOSSES, 0.1), "Film of <one>", "Lengths & axes.")
+    assert "Lengths &amp; axes." in page
     assert "Film of &lt;one&gt;" in page
     data = page.split("const FIGURES = ", 1)[1]
     found, _ = json.JSONDecoder().raw_decode(data)

@@ -147,7 +147,7 @@ def expect_a_film_that_plays(page: playwright.Page, run: Job) -> None:
     """Play the film of a run, and move its slider back: the points move, and stand where they stood."""
     button(page, f"curves_{run.id}").click()
     film = page.locator(".st-key-film_former")
-    step = film.locator(".slider-label")
+    step = film.locator(".slider-label").first  # what is above the rail; the others are below it
     expect(step).to_have_text("step 0")
     settle(page)
     at_first = page.evaluate(CLOUD)
