@@ -260,8 +260,10 @@ def _run_batch(
         fired.add(hook.name)
 
     hooks: list[tuple[str, Any]] = [(name, keep) for name in names]
-    lean = is_verified(model) and not any(
-        _has_hooks(part) for block in bridge.blocks for part in block.submodules.values()
+    lean = (
+        not isinstance(bridge, BlockHooks)  # which has the model's own parts already
+        and is_verified(model)
+        and not any(_has_hooks(part) for block in bridge.blocks for part in block.submodules.values())
     )
     if lean:
         hooks = _last_mlp_hooks(len(names) - 1, (len(trees), width), rows, places) + hooks
