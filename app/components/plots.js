@@ -14,6 +14,12 @@ const LINKED = {
   toImageButtonOptions: { format: "svg" },
 };
 
+if (!window.es2Quiet) {
+  window.es2Quiet = true;
+  // Plotly rejects an animation that another one interrupts, and its own buttons let that pass as an error.
+  window.addEventListener("unhandledrejection", (event) => event.reason === undefined && event.preventDefault());
+}
+
 export default async function ({ data: [data], parentElement, setTriggerValue }) {
   const state = (parentElement.es2 ??= begin(parentElement));
   const turn = ++state.turn;

@@ -60,7 +60,7 @@ class FilmView:
     def axes(self) -> tuple[str, str]:
         """The titles of x and y."""
         where = "the model's own units" if self.raw else "scale-free units"
-        along, beside = "Along the base's mean difference, + = harmful", "First principal component of the rest"
+        along, beside = "Along base's mean difference", "First principal component of the rest"
         return f"{along} ({where})", f"{beside} ({where})"
 
 

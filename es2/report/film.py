@@ -30,7 +30,7 @@ _CLOUD, _CURVE, _BETWEEN = 330, 150, 58  # pixels of the plots, and of what is b
 _PER_ROW = 2
 _GAP = 0.075  # part of the width between two plots
 _PLAY_SECONDS = 8.0
-_LONGEST, _SHORTEST = 800, 120  # milliseconds of a frame
+_LONGEST, _SHORTEST, _JUMP = 800, 120, 100  # milliseconds of a frame, and of a way that the slider goes
 _ROOM = 0.06
 
 
@@ -81,8 +81,8 @@ def film_caption(view: FilmView, kept: int | None = None) -> str:
     lengths = "all in the model's own units" if view.raw else "each step in units of its own scale"
     said = [
         f"{len(view.labels)} prompts of the validation split at every validation, {lengths}. One projection for all "
-        "steps: x is the base's mean-difference direction (fitted on these very prompts, so even the base looks a "
-        "little apart), y the first principal component of what base and the last step hold beside it.",
+        "steps: x is the base's mean-difference direction, + = harmful (fitted on these very prompts, so even the base "
+        "looks a little apart), y the first principal component of what base and the last step hold beside it.",
         "Length: the scale of the embeddings, against the base's; a residual stream that only grows is inflated.",
     ]
     if kept is not None:
@@ -216,7 +216,8 @@ def _controls(view: FilmView, shown: int, height: int) -> dict[str, Any]:
         "frame": {"duration": pause, "redraw": False},
         "transition": {"duration": int(0.7 * pause), "easing": "cubic-in-out"},
     }
-    at_once = {"mode": "immediate", "frame": {"duration": 0, "redraw": False}, "transition": {"duration": 0}}
+    # Not in no time: then a movement that is under way would go on and leave the points at its end.
+    at_once = {"mode": "immediate", "frame": {"duration": _JUMP, "redraw": False}, "transition": {"duration": _JUMP}}
     below = -(_BOTTOM - 56) / height
     menu = {
         "type": "buttons",

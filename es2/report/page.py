@@ -433,6 +433,8 @@ function draw() {
     Plotly.react(id, { ...figure, layout: dressed(figure.layout), config: CONFIG });
 }
 
+// Plotly rejects an animation that another one interrupts, and its own buttons let that pass as an error.
+window.addEventListener("unhandledrejection", (event) => event.reason === undefined && event.preventDefault());
 draw();
 theme.addEventListener("change", draw);
 """

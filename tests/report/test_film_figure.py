@@ -67,7 +67,7 @@ def test_the_frame_stays_while_the_points_move() -> None:
             low, high = figure.layout[axis].range
             assert low < view.points[:, layer, :, number].min()
             assert high > view.points[:, layer, :, number].max()
-    assert "Layer 10: along the base's mean difference" in figure.layout.xaxis.title.text
+    assert "Layer 10: along base's mean difference" in figure.layout.xaxis.title.text
     assert "principal component" in figure.layout.yaxis.title.text
 
 
@@ -94,6 +94,8 @@ def test_play_pause_and_a_stop_for_every_step() -> None:
     layout = go.Figure(film_figure(view_of(), LOSSES, 0.1)).layout
     assert [button.label for button in layout.updatemenus[0].buttons] == ["Play", "Pause"]
     assert [step.args[0] for step in layout.sliders[0].steps] == [("0",), ("4",), ("8",)]
+    jump = layout.sliders[0].steps[0].args[1]
+    assert jump["transition"]["duration"] > 0, "or plotly leaves points at the end of the movement that it interrupts"
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 3, 5])

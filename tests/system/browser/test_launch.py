@@ -139,7 +139,8 @@ def test_from_the_click_to_the_comparison(app: App, open_page: Callable[[str], p
 CLOUD = """() => {
     const plot = document.querySelector('.st-key-film_former .js-plotly-plot');
     const cloud = plot.querySelector('.scatterlayer .trace:has(.point)');
-    return [...cloud.querySelectorAll('.point')].map(point => point.getAttribute('transform')).join();
+    const places = [...cloud.querySelectorAll('.point')].map(point => point.getAttribute('transform'));
+    return places.join().replace(/[0-9.]+/g, number => Math.round(number));
 }"""
 
 
