@@ -11,7 +11,7 @@ from es2.core.settings import setting
 from es2.models.catalogue import DEFAULT_MODEL
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 from es2.training.sampling import count_tune, held_out_rows
-from es2.training.terms import MARGIN_TARGET, OBJECTIVES, parse_objective
+from es2.training.terms import DEFAULT_OBJECTIVE, MARGIN_TARGET, OBJECTIVES, parse_objective
 
 MANY_LAYERS = 3  # number of target layers from which on the paper saw models collapse
 _FIRST_BLOCK = 4  # blocks below read words; nothing there is about harm yet
@@ -34,7 +34,7 @@ class FinetuneConfig(Rendering):
         group="own",
     )
     objective: str = setting(
-        "fisher",
+        DEFAULT_OBJECTIVE,
         "What is made larger: distance (the paper's form, which a longer residual stream also raises), anchored "
         "(harmless embeddings stay), fisher, margin (both scale-free), or a mixture such as 1.0*margin+0.5*fisher.",
         suggestions=OBJECTIVES,
@@ -48,7 +48,7 @@ class FinetuneConfig(Rendering):
         group="main",
     )
     steps: int = setting(
-        16, "Optimizer steps. Time grows with them; so does what is moved.", group="main", step=5, ge=1
+        32, "Optimizer steps. Time grows with them; so does what is moved.", group="main", step=5, ge=1
     )
     kl_weight: float = setting(
         10.0,
@@ -59,9 +59,10 @@ class FinetuneConfig(Rendering):
         format="%.2f",
         ge=0,
     )
-    learning_rate: float = setting(
-        1e-3,
-        "Its peak, after the warm-up; from there it follows a cosine down to a tenth.",
+    learning_rate: float | None = setting(
+        None,
+        "Its peak, after the warm-up; from there it follows a cosine down to a tenth. Automatic: a part of the typical "
+        "size of the trained blocks' weights, since a step changes every trained weight by about the rate.",
         group="main",
         step=1e-4,
         format="%.1e",
@@ -77,7 +78,7 @@ class FinetuneConfig(Rendering):
         label="Replies at the end",
         group="main",
     )
-    pairs_per_step: int = setting(16, "Harmful prompts, and as many harmless ones, in every step.", step=4, ge=2)
+    pairs_per_step: int = setting(8, "Harmful prompts, and as many harmless ones, in every step.", step=4, ge=2)
     kl_prompts: int = setting(
         4,
         "Harmless prompts of a step whose logits are held to the base's; all have their embeddings moved. Logits cost "
@@ -102,7 +103,7 @@ class FinetuneConfig(Rendering):
     )
     reply_tokens: int = setting(32, "Tokens of the base's own greedy reply that the second KL covers.", step=8, ge=1)
     margin_target: float = setting(
-        MARGIN_TARGET, "Where the margin term stops, in scale-free units.", step=0.1, format="%.2f", gt=0
+        MARGIN_TARGET, "Where the margin term stops, in scale-free units.", step=0.05, format="%.2f", gt=0
     )
     validate_every: int = setting(
         8, "Steps between two validations; also between two checkpoints.", label="Steps between validations", ge=1
@@ -152,13 +153,13 @@ class FinetuneConfig(Rendering):
         first = min(_FIRST_BLOCK, self.targets[0]) if self.first_block is None else self.first_block
         return range(first, self.targets[-1] + 1)
 
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of one step, counted from 0."""
+    def learning_rate_at(self, step: int, peak: float) -> float:
+        """The learning rate of one step, counted from 0, on the way to its peak and down from there."""
         if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
+            return peak * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         cosine = (1 + math.cos(math.pi * done)) / 2
-        return self.learning_rate * (_LAST_LEARNING_RATE + (1 - _LAST_LEARNING_RATE) * cosine)
+        return peak * (_LAST_LEARNING_RATE + (1 - _LAST_LEARNING_RATE) * cosine)
 
     def check(self, n_layers: int, prompts: PromptSet) -> None:
         """Refuse settings that cannot work with a model of `n_layers` blocks and these prompts.

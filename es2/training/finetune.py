@@ -141,7 +141,7 @@ def finetune(
     import torch
 
     from es2.training.base import measure_base
-    from es2.training.trainable import describe_trained, make_trainable
+    from es2.training.trainable import automatic_learning_rate, describe_trained, make_trainable
 
     # The base is measured before the adapter goes in, from the same weights: there is no second model.
     if workload is None:
@@ -153,6 +153,7 @@ def finetune(
     base_layers = workload.base_layers()
 
     # What is trained, an adapter or blocks, and everything that the steps will change.
+    peak = config.learning_rate or automatic_learning_rate(network, config)
     trained, write_output = make_trainable(network, config, spec.location)
     description = describe_trained(network, config, trained)
     if description["experts"] == "frozen":
@@ -160,7 +161,7 @@ def finetune(
     state = State(
         trained=trained,
         best=copies(trained),
-        optimizer=torch.optim.AdamW(trained.values(), lr=config.learning_rate, weight_decay=0.0),
+        optimizer=torch.optim.AdamW(trained.values(), lr=peak, weight_decay=0.0),
         directions=torch.stack([layer.difference for layer in base_layers.values()]),
         losses=[],
         validations=[workload.validate_base()],
@@ -184,7 +185,7 @@ def finetune(
                 "float32 if the model ran in bfloat16."
             )
             break
-        numbers["learning_rate"] = config.learning_rate_at(state.step)
+        numbers["learning_rate"] = config.learning_rate_at(state.step, peak)
         for group in state.optimizer.param_groups:
             group["lr"] = numbers["learning_rate"]
         state.optimizer.step()

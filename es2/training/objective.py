@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _Value = TypeVar("_Value", "float", "Tensor")
 
-_SHARPNESS = 8.0  # of the softplus: within ±1/8 of the target a prompt is half satisfied
+_SHARPNESS = 24.0  # of the softplus: within ±1/24 of the target a prompt is half satisfied
 _FISHER_FLOOR = 1e-6  # in units of the squared base scale: far below any real spread, well above float32's rounding
 _SMALLEST = 1e-6  # a base value below this part of the scale is rounding and no unit to measure in
 _NOTHING = 1e-12  # a length or scale below this is zero: its square is about to underflow in float32
@@ -108,7 +108,7 @@ def margin(
     direction: Float[Tensor, "d_model"],
     target: float = MARGIN_TARGET,
 ) -> Float[Tensor, ""]:
-    """Minus the class-balanced mean of softplus(8 · shortfall) / 8, the shortfall of a prompt's margin from `target`.
+    """Minus the class-balanced mean of softplus(24 · shortfall) / 24, the shortfall of a prompt's margin from `target`.
 
     A prompt's margin is ±(e − midpoint) · u / scale, + on its own side of the midpoint of the batch's class means; u is
     `direction` at length 1 and a constant (`running_direction`). Midpoint and scale are the batch's own and are

@@ -110,6 +110,8 @@ class Space:
                     found[name] = sorted(recommended)
                 continue
             value = FinetuneConfig.model_fields[name].default
+            if value is None:
+                continue  # it follows from the model's weights, which nothing has read yet
             inside = value in bounds if name in ("objective", "rank") else bounds[0] <= value <= bounds[1]
             if inside:
                 found[name] = value

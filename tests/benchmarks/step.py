@@ -23,7 +23,7 @@ from es2.training.config import FinetuneConfig
 from es2.training.objective import es2_loss, running_direction, separation
 from es2.training.sampling import Batch, make_schedule
 from es2.training.terms import parse_objective
-from es2.training.trainable import make_trainable
+from es2.training.trainable import automatic_learning_rate, make_trainable
 from es2.training.workload import Workload
 from tests.benchmarks.capture import padded
 from tests.benchmarks.contest import Figure, Report, Settings, ratio
@@ -48,8 +48,9 @@ class _Steps:
     def prepare(self, base: Any) -> None:
         """Put the adapter in; `base` holds the constants of the separation terms."""
         config = self.config
+        self.peak = config.learning_rate or automatic_learning_rate(self.network, config)
         self.trained, _ = make_trainable(self.network, config, "")
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=config.learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=self.peak, weight_decay=0.0)
         self.base = base
         self.directions = torch.stack([layer.difference for layer in base.values()])
 
@@ -63,7 +64,7 @@ class _Steps:
         """Clip and step, at the learning rate of the schedule."""
         torch.nn.utils.clip_grad_norm_(self.trained.values(), self.config.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate_at(self.number)
+            group["lr"] = self.config.learning_rate_at(self.number, self.peak)
         self.optimizer.step()
         self.number += 1
 

@@ -428,7 +428,7 @@ def _job_configs(folder: Path) -> Draw:
             state = (job.status(), job.error(), job.name, job.kind, job.created, job.is_ahead_of(job))
             settings = config_of(job)
             settings.check(6, prompts)
-            return state, settings.targets, settings.blocks, settings.learning_rate_at(1)
+            return state, settings.targets, settings.blocks, settings.learning_rate_at(1, 1.0)
 
         return read
 

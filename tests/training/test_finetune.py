@@ -84,7 +84,7 @@ def config_for(model: Path, **settings: Any) -> FinetuneConfig:
     """A short run; its KL budget is wide, since tiny random models have no behaviour to keep."""
     defaults: dict[str, Any] = {
         "steps": 8, "pairs_per_step": 5, "validate_every": 4, "learning_rate": 3e-3, "reply_tokens": 4,
-        "kl_budget": 1.0, "rank": 4, "device": "cpu",
+        "kl_budget": 1.0, "rank": 4, "objective": "fisher", "device": "cpu",
     }  # fmt: skip
     return FinetuneConfig(**{"layers": LAYERS, "model": str(model)} | defaults | settings)
 
@@ -726,8 +726,8 @@ class TestConfig:
         subprocess.run([sys.executable, "-c", script], check=True)
 
     def test_learning_rate_rises_and_falls(self) -> None:
-        config = FinetuneConfig(layers=(5,), steps=40, warmup_steps=4, learning_rate=1.0)
-        rates = [config.learning_rate_at(step) for step in range(41)]
+        config = FinetuneConfig(layers=(5,), steps=40, warmup_steps=4)
+        rates = [config.learning_rate_at(step, 1.0) for step in range(41)]
         assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
         assert rates[4] == 1.0
         assert all(later < earlier for earlier, later in pairwise(rates[4:]))

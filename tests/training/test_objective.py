@@ -87,7 +87,7 @@ class TestByHand:
         # Midpoint (1.5, 0): every prompt stands 1.5 on its side, all four alike.
         value = margin(HARMFUL, HARMLESS, torch.tensor([5.0, 0.0]), target=0.7).item()
         shortfall = 0.7 - 1.5 / SCALE
-        assert value == pytest.approx(-math.log1p(math.exp(8 * shortfall)) / 8, rel=1e-5)
+        assert value == pytest.approx(-math.log1p(math.exp(24 * shortfall)) / 24, rel=1e-5)
 
     def test_running_direction_counts_a_batch_for_a_tenth(self) -> None:
         direction = running_direction(torch.tensor([0.0, 1.0]), HARMFUL, HARMLESS)
@@ -182,7 +182,7 @@ class TestDegenerate:
         base = measure_base(same + 1, same)
         assert fisher(same, same, base).item() < -10
         assert margin(same, same, base.difference).item() == pytest.approx(
-            -float(functional.softplus(8 * (0.6 - _margins(same, base))).mean()) / 8, rel=1e-5
+            -float(functional.softplus(24 * (0.15 - _margins(same, base))).mean()) / 24, rel=1e-5
         )
 
     @pytest.mark.parametrize("name", OBJECTIVES)
@@ -345,6 +345,6 @@ def test_terms_agree_with_the_numbers_that_are_reported() -> None:
     unit = (base.difference / base.difference.norm()).numpy()
     assert unit == pytest.approx(frame.direction)
     along = frame.normalise(embeddings) @ frame.direction * np.where(labels == 1, 1, -1)
-    shortfall = np.logaddexp(0, 8 * (0.6 - along)) / 8
+    shortfall = np.logaddexp(0, 24 * (0.15 - along)) / 24
     expected = -(shortfall[labels == 1].mean() + shortfall[labels == 0].mean()) / 2
     assert margin(harmful, harmless, base.difference).item() == pytest.approx(expected, rel=1e-9)

@@ -13,7 +13,7 @@ from es2.core.errors import InputError
 from es2.models.adapters import apply_finetune
 from es2.models.forward import FinetuneForward
 from es2.training.config import FinetuneConfig
-from es2.training.trainable import describe_trained, find_maps, make_trainable
+from es2.training.trainable import automatic_learning_rate, describe_trained, find_maps, make_trainable
 from tests.builders import tiny_model
 from tests.models.test_blocks import tiny_wrapper
 
@@ -103,3 +103,24 @@ def test_names_stay_short_where_they_mean_the_trained_blocks_alone(tmp_path: Pat
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert written["layers_to_transform"] == [1, 2]
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "experts"])
+def test_the_learning_rate_follows_the_weights_of_the_trained_blocks(method: str) -> None:
+    def rate(scale: float, blocks: tuple[int, ...]) -> float:
+        network = FinetuneForward(tiny_model("mixtral", **MIXTURES["mixtral"]), template_prefix=(), layers=(1, 2))
+        with torch.no_grad():
+            for block in blocks:
+                for weight in network.blocks[block].parameters():
+                    weight.mul_(scale)
+        return automatic_learning_rate(network, FinetuneConfig(layers=(1, 2), first_block=1, method=method))
+
+    assert rate(10.0, (1, 2)) == pytest.approx(10 * rate(1.0, ()))
+    assert rate(10.0, (0,)) == pytest.approx(rate(1.0, ()))
+    # One wild matrix does not decide.
+    network = FinetuneForward(tiny_model("llama"), template_prefix=(), layers=(1, 2))
+    config = FinetuneConfig(layers=(1, 2), first_block=1, method=method)
+    before = automatic_learning_rate(network, config)
+    with torch.no_grad():
+        network.blocks[1].mlp.up_proj.weight.mul_(1000)
+    assert automatic_learning_rate(network, config) == pytest.approx(before, rel=0.2)
