@@ -196,7 +196,11 @@ class TestEvaluations:
 def test_a_reproduction_that_is_done_is_read(old_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce, "absolute_source", str)  # as where the artifacts were made: no path of a machine
     protocol = reproduce.read_protocol("protocol.toml")
-    protocol = replace(protocol, evaluate=protocol.evaluate.replace(question_limit=3, soft_budgets=()))
+    protocol = replace(
+        protocol,
+        finetune=protocol.finetune.replace(objective="fisher", margin_target=0.6),  # its defaults then
+        evaluate=protocol.evaluate.replace(question_limit=3, soft_budgets=()),
+    )
     document = reproduce.reproduce(protocol, MODEL)
     for one in document["evaluations"]:
         del one["path"]

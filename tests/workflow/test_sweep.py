@@ -98,8 +98,9 @@ class TestFromEndToEnd:
 
     def test_the_first_has_the_shipped_defaults(self, made: dict[str, Any]) -> None:
         settings = made["trials"][0]["settings"]
-        for name in ("objective", "kl_weight", "learning_rate"):
+        for name in ("objective", "kl_weight"):
             assert settings[name] == FinetuneConfig.model_fields[name].default
+        assert 1e-4 <= settings["learning_rate"] <= 3e-3, "it is automatic where none is given, so it is sampled"
         assert len({str(trial["settings"]) for trial in made["trials"]}) == 3
 
     def test_the_base_is_loaded_and_measured_once(self, made: dict[str, Any], counted: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ def served(home: Path, *, log: Path | None = None, **environment: str) -> Iterat
         yield address
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(120)  # it ends what a page computes first
 
 
 def server_pause(server: subprocess.Popen[bytes]) -> None:

@@ -83,6 +83,7 @@ def set_number(page: playwright.Page, name: str, value: str) -> None:
     """Type a number of the form once nothing moves any more, and wait until it is taken over."""
     settle(page)
     field = page.locator(f".st-key-launch_{name} input")
+    expect(field).to_have_count(1)  # while the form is drawn anew, both stand there
     field.fill(value)
     field.press("Enter")
     settle(page)
