@@ -108,7 +108,9 @@ class TestWithoutATrainer:
     def test_another_process_captures_nothing(self, base: Path, tmp_path: Path) -> None:
         callback = RepresentationCallback(PROMPTS)
         model, arguments, _ = self.saved(base, tmp_path)
-        callback.on_save(arguments, TrainerState(global_step=3, is_world_process_zero=False), None, model=model)
+        callback.on_save(
+            arguments, TrainerState(global_step=3, is_world_process_zero=False), TrainerControl(), model=model
+        )
         assert callback.captured == {}
 
     def test_a_capture_that_fails_is_a_warning(
@@ -116,7 +118,9 @@ class TestWithoutATrainer:
     ) -> None:
         callback = RepresentationCallback(PROMPTS)
         model, arguments, _ = self.saved(base, tmp_path)
-        callback.on_save(arguments, TrainerState(global_step=9, is_world_process_zero=True), None, model=model)
+        callback.on_save(
+            arguments, TrainerState(global_step=9, is_world_process_zero=True), TrainerControl(), model=model
+        )
         assert callback.captured == {}
         assert "Step 9 was saved but not captured" in caplog.text
 

@@ -112,7 +112,7 @@ def test_end_to_end_through_every_interruption(
     assert code == 0, document
     assert kinds() == ["evaluate", "evaluate", "finetune"]
     assert validations == [2, 4, 4]
-    assert document["objective"] == "fisher"
+    assert document["objective"] == "20*margin"
     assert len(document["target_layers"]) == 2
     assert document["verdict_reason"]
 
