@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 STORED_DTYPES = {"F16": "float16", "F32": "float32"}
 _PREFIX_BYTES = 8  # of the header's length
+_HALF_BELOW = 3e4  # float16 ends at 65504
+
+
+def fits_half(embeddings: Float[np.ndarray, "..."]) -> bool:
+    """Whether float16 holds every value with room to spare; NaN does not fit."""
+    return float(np.abs(embeddings).max(initial=0)) < _HALF_BELOW
 
 
 def lay_out(

@@ -22,6 +22,7 @@ from es2.core.errors import one_line
 from es2.core.files import DamagedError, parse_json, unreadable, write_bytes, writing
 from es2.core.versions import format_of
 from es2.prompts.prompt_set import LABEL_NAMES, PromptSet, stable_hash
+from es2.store.embeddings import fits_half
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Int
@@ -35,7 +36,6 @@ FORMAT_VERSION = 1
 
 _SUFFIX = ".safetensors"
 _EMBEDDINGS = "embeddings"
-_HALF_BELOW = 3e4  # as in activation sets: float16 ends at 65504
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,7 @@ def write_frame(
     """Write one validation, in place of a former one of the same step. Raises `MachineError`."""
     from safetensors.numpy import save
 
-    half = float(np.abs(embeddings).max(initial=0)) < _HALF_BELOW  # NaN is not
-    array = np.ascontiguousarray(embeddings, dtype=np.float16 if half else np.float32)
+    array = np.ascontiguousarray(embeddings, dtype=np.float16 if fits_half(embeddings) else np.float32)
     finite = {name: value for name, value in numbers.items() if value is not None and math.isfinite(value)}
     about = json.dumps(
         {

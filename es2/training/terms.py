@@ -11,7 +11,7 @@ OBJECTIVES = ("distance", "anchored", "fisher", "margin")
 DEFAULT_OBJECTIVE = "20*margin"
 LEARNING_RATES = {"distance": 1 / 192, "anchored": 1 / 192, "fisher": 1 / 192, "margin": 1 / 64}
 """The usual peak learning rate of LoRA under each term, in units of the typical size of the trained blocks' weights."""
-MARGIN_TARGET = 0.15  # in units of the scale: further out the blocks above read nothing that they know
+MARGIN_TARGET = 0.15  # in units of the scale: this far out a prompt counts as separated
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet, stable_hash
 from es2.report.page import Compared
 from es2.store.activation_set import ActivationSet
+from es2.store.embeddings import fits_half
 from es2.store.store import FOLDER, Store
 from es2.training.config import FinetuneConfig
 from es2.workflow.compared import find_compared
@@ -46,7 +47,6 @@ POSITION = "last"
 LIMIT_BYTES = 19_500_000
 """Of everything in the folder; a repository keeps every version for ever."""
 
-_HALF_BELOW = 3e4
 _MARGIN_BYTES = 2**16  # headers, digests and meta data of a few files
 _FREE_SETTINGS = ("layers", "model", "device", "dtype", "replies")
 """Settings in which a run may differ and still be the default one; layers and model are checked by what they mean."""
@@ -238,4 +238,4 @@ def _write_part(
 
 def _fits_half(activations: ActivationSet) -> bool:
     layers = (activations.layer(layer, POSITION) for layer in range(activations.n_layers))
-    return all(float(np.abs(layer).max(initial=0)) < _HALF_BELOW for layer in layers)
+    return all(map(fits_half, layers))

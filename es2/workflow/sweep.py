@@ -211,7 +211,7 @@ class _Worker:
             run.rename(f"Sweep {self.sweep.id.rpartition('-')[2]}, trial {number}")
             return run
         run = found[0]
-        while run.is_active() and (run.path / "heartbeat.json").exists():  # somebody resumed it
+        while run.is_active() and (run.path / "heartbeat.json").exists():  # another process runs it
             self._show()
             time.sleep(_POLL_SECONDS)
         if run.result() is None and (run.path / "heartbeat.json").exists():

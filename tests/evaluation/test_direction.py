@@ -1,4 +1,4 @@
-"""Directions are removed and added as is said, and refusals that hang on one are told from those that do not."""
+"""A direction is removed and added as documented; one that refusals depend on is told from one that they do not."""
 
 from __future__ import annotations
 

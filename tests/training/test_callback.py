@@ -1,4 +1,4 @@
-"""Somebody else's training, watched: what is kept at a save is what a capture of the saved files finds."""
+"""The callback in a training of others: what it keeps at a save equals a capture of the saved files."""
 
 from __future__ import annotations
 
