@@ -36,7 +36,7 @@ from es2.store.activation_set import ACTIVATIONS, META, TEXTS, ActivationSet
 from es2.store.store import Store
 from es2.workflow import compared
 from es2.workflow.derived import find_activations, find_analysis_folder, find_umap, find_views_folder
-from es2.workflow.runs import list_runs, open_run, rendering_of, shipped_run
+from es2.workflow.runs import SHOWCASE, list_runs, open_run, rendering_of, shipped_run
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -74,12 +74,14 @@ def model_name(model: str) -> str:
 def existing(choice: Choice) -> tuple[Choice, list[str]]:
     """The choice with what does not exist replaced by what is usual, and a sentence for each replacement.
 
-    A choice that asks for nothing gets the model and the prompts of the newest run that has ended.
+    A choice that asks for nothing gets the model and the prompts of the newest run that has ended; where nothing was
+    made yet, those of the showcase.
     """
     notes = []
     if choice == Choice():
-        ended = (run for run in list_runs() if run.status() in ENDED)
-        choice = replace(choice, **of_run(Choice(run=next((run.id for run in ended), None))))
+        ended = (run.id for run in list_runs() if run.status() in ENDED)
+        usual = None if Store().list() else SHOWCASE
+        choice = replace(choice, **of_run(Choice(run=next(ended, usual))))
     try:
         model_name(choice.model)
     except Es2Error as error:

@@ -110,10 +110,10 @@ def opened(intro: Intro, suites: Sequence[str]) -> tuple[Job, Evaluation] | None
     link_notes()
     choice = state.current()
     run = shown_run(choice)
-    if run is None or run.is_shipped:
+    found = of_run(run, suites) if run is not None else []
+    if run is None or (run.is_shipped and not found):
         _no_run(intro, run)
         return None
-    found = of_run(run, suites)
     if not found:
         _first(intro, run, choice)
         return None
@@ -168,13 +168,14 @@ def _head(intro: Intro, run: Job, choice: Choice, found: Sequence[Evaluation], s
             format_func=told_apart(by_name, lambda stem: by_name[stem].title),
             on_change=lambda: _choose(run, st.session_state["evaluation"]),
         )
-        st.button(
-            "Close" if is_open else "New",
-            key="new_evaluation",
-            icon=":material/close:" if is_open else ":material/add:",
-            help="Evaluate this run on other prompts, or on more of them",
-            on_click=lambda: st.session_state.update({FORM: not is_open}),
-        )
+        if not run.is_shipped:
+            st.button(
+                "Close" if is_open else "New",
+                key="new_evaluation",
+                icon=":material/close:" if is_open else ":material/add:",
+                help="Evaluate this run on other prompts, or on more of them",
+                on_click=lambda: st.session_state.update({FORM: not is_open}),
+            )
     evaluation = by_name[name]
     st.caption(_about(evaluation, suites))
     _outcome(run)
@@ -185,7 +186,12 @@ def _head(intro: Intro, run: Job, choice: Choice, found: Sequence[Evaluation], s
     text.given_as(evaluation.document.get("given_as"))
     if note := evaluation.document.get("note"):
         st.caption(f":material/warning: {text.markdown(str(note))}")
-    if not _under_way(run) and is_open:
+    if run.is_shipped:
+        st.caption(
+            "The showcase comes without weights and without replies: the verdict on each reply is kept. For replies of "
+            "your own, start a run."
+        )
+    elif not _under_way(run) and is_open:
         with sentences():
             form(run, choice, intro.suite, _rate(run))
     return evaluation
@@ -260,8 +266,10 @@ def _under_way(run: Job) -> bool:
     return False
 
 
-def shown(words: str) -> None:
-    """A text from outside, as text, cut where it is long."""
+def shown(words: str | None) -> None:
+    """A text from outside, as text, cut where it is long; nothing for a reply whose words were not kept."""
+    if words is None:
+        return
     if words.strip():
         st.text(shortened(words), width="stretch")
     else:

@@ -235,13 +235,14 @@ def _exchange(row: Mapping[str, Any], index: int) -> None:
                     evaluations.badge(row[model]["verdict"], harmful=harmful)
                     if judged := row[model].get("judge"):
                         st.caption(text.markdown(f"judge: {evaluations.VERDICT_NAMES.get(judged, judged)}"))
-                evaluations.shown(row[model]["text"])
-        if max(map(len, (row["prompt"], *(row[model]["text"].strip() for model in models)))) > SHOWN_CHARACTERS:
+                evaluations.shown(row[model].get("text"))
+        words = [row[model].get("text", "").strip() for model in models]
+        if max(map(len, (row["prompt"], *words))) > SHOWN_CHARACTERS:
             with st.expander("In full", key=f"full_{index}"):
                 st.text(row["prompt"], width="stretch")
-                for model, column in zip(models, st.columns(len(models), gap="medium"), strict=True):
+                for model, reply, column in zip(models, words, st.columns(len(models), gap="medium"), strict=True):
                     column.caption(f"**{evaluation_charts.NAMES[model]}**")
-                    column.text(row[model]["text"].strip(), width="stretch")
+                    column.text(reply, width="stretch")
 
 
 def take_away(evaluation: Evaluation) -> tuple[dict[str, exports.Figure], dict[str, pd.DataFrame]]:
@@ -262,7 +263,7 @@ def take_away(evaluation: Evaluation) -> tuple[dict[str, exports.Figure], dict[s
     rows = [
         {name: row[name] for name in ("prompt", "label", "category")}
         | {
-            f"{model} {entry}": row[model][entry]
+            f"{model} {entry}": row[model].get(entry)
             for model in evaluation_charts.MODELS
             if model in row
             for entry in ("verdict", "text")

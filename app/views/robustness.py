@@ -196,7 +196,7 @@ def direction_verdicts(evaluation: Evaluation) -> list[dict[str, Any]]:
                 random.setdefault(own, []).append(name)
             else:
                 rows[own] = {"direction": findings.STEERING_NAMES[steering["kind"]], "after": name}
-                rows[own] |= {"reply": _kept(row[model]["text"])}
+                rows[own] |= {"reply": _kept(row[model].get("text"))}
     return [
         {"prompt": prompt, "model": model, "layer": layer, "before": before[prompt, model]}
         | own
@@ -328,7 +328,7 @@ def one_prompt(evaluation: Evaluation, attack: Mapping[str, Any]) -> None:
                     evaluations.badge(row[model]["verdict"], harmful=True)
                 seen = row[model]["read"]
                 st.caption(f"P(harmful) {seen['probability']:.3f} · steered by {seen['relative']:.3f} of ‖e‖")
-                evaluations.shown(_kept(row[model]["text"]))
+                evaluations.shown(_kept(row[model].get("text")))
     st.caption(
         f"The probability is the probe's own, read back after steering at the last prompt token, the mean over layers "
         f"{', '.join(map(str, attack['layers']))}. Of replies to steered requests only the beginning is kept."
@@ -349,9 +349,9 @@ def step_name(step: Step) -> str:
     return f"{budget:g}" if budget else "no steering"
 
 
-def _kept(words: str) -> str:
-    """A kept reply, with a sign that it went on where it was cut when it was kept."""
-    return words if len(words) < SHOWN_CHARACTERS else f"{words[: SHOWN_CHARACTERS - 1]}…"
+def _kept(words: str | None) -> str | None:
+    """A kept reply, with a sign that it went on where it was cut when it was kept; None where its words were not."""
+    return words if words is None or len(words) < SHOWN_CHARACTERS else f"{words[: SHOWN_CHARACTERS - 1]}…"
 
 
 # ----------------------------------------------------------------------------------------------------------- take away
@@ -382,7 +382,7 @@ def take_away(evaluation: Evaluation) -> tuple[dict[str, exports.Figure], dict[s
         replies = [
             {"prompt": row["prompt"], **row["steering"]}
             | {
-                f"{model} {entry}": row[model][entry]
+                f"{model} {entry}": row[model].get(entry)
                 for model in MODELS
                 if model in row
                 for entry in ("verdict", "text")

@@ -83,6 +83,15 @@ def welcome(choice: Choice) -> None:
         st.caption(expected)
         if _needs_mirror(spec, config["model"]):
             _offer_mirror(spec, config)
+        if spec.name != DEFAULT_MODEL and not is_cached(spec):
+            st.button(
+                f"Begin with {DEFAULT_MODEL}",
+                key="small_model",
+                icon=":material/bolt:",
+                help="A small model, captured within minutes",
+                on_click=state.update,
+                kwargs={"model": DEFAULT_MODEL, "run": None, "against": None, "layer": None},
+            )
 
 
 def _what_to_expect(spec: ModelSpec, prompts: PromptSet) -> str:

@@ -107,7 +107,7 @@ def _newest(run: Job, holds: Callable[[Mapping[str, Any]], bool], what: str) -> 
         except Es2Error as error:
             logger.warning("%s says nothing of %s on run %s: %s", path, what, run.id, error)
             continue
-        if holds(document) and _is_of(document, run):
+        if holds(document) and is_of(document, run):
             return document
     return None
 
@@ -119,7 +119,7 @@ def behaviour_of(document: Mapping[str, Any], run: Job, weights: str | None = No
     the prompts that decided the run could be left out. `weights` is as for `run_behaviour`.
     """
     refusal = document["suite"].get("refusal")
-    if not _is_of(document, run, weights) or document.get("note") is not None:
+    if not is_of(document, run, weights) or document.get("note") is not None:
         return None
     if not refusal or "problem" in refusal or not (refusal["change"] and refusal["change"]["dsr"]):
         return None
@@ -132,14 +132,29 @@ def run_ability(run: Job) -> Mapping[str, Any] | None:
         try:
             document = read_evaluation(path)
             part: Mapping[str, Any] = document["suite"].get("ability") or {}
-            if _is_of(document, run) and part.get("change"):
+            if is_of(document, run) and part.get("change"):
                 return part
         except (Es2Error, LookupError, TypeError, AttributeError) as error:
             logger.warning("%s does not count for the ability of run %s: %s", path, run.id, error)
     return None
 
 
-def _is_of(document: Mapping[str, Any], run: Job, weights: str | None = None) -> bool:
+def verdicts_only(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A kept result, of whichever suite, with the verdict on each reply and without its words."""
+
+    def bare(entry: Any) -> Any:
+        if not isinstance(entry, Mapping) or "verdict" not in entry:
+            return entry
+        return {name: value for name, value in entry.items() if name not in ("text", "thinking")}
+
+    rows = {
+        suite: [{name: bare(entry) for name, entry in row.items()} for row in of_suite]
+        for suite, of_suite in document["rows"].items()
+    }
+    return {**document, "rows": rows}
+
+
+def is_of(document: Mapping[str, Any], run: Job, weights: str | None = None) -> bool:
     """Whether an evaluation is of a run and the weights that it has now, not of a fine-tune made again since.
 
     Of a run without a result its weights are unknown, if they are not given (`run_behaviour`).

@@ -44,7 +44,7 @@ def find_compared(run: str) -> Compared:
         film=find_film(job, prompts),
         attacked=newest_attack(job),
         directed=newest_directions(job),
-        ability=None if job.is_shipped else run_ability(job),
+        ability=run_ability(job),
     )
 
 

@@ -1,7 +1,8 @@
 """The showcase: a small real before and after that a fresh clone opens on, without a model, a download or a job.
 
 It is an ordinary run without weights, below a read-only root (`es2.core.files.shipped`). Its activation sets hold a
-part of the prompts, chosen by hash, in half precision; the analysis and the UMAP are of all measured prompts.
+part of the prompts, chosen by hash, in half precision; the analysis and the UMAP are of all measured prompts. Its
+evaluations on its own prompts come with the verdict on every reply, and without the replies.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from es2.core.errors import InputError
 from es2.core.files import content_key, files_below, new_folder, read_json, shipped, with_checksum, write_json
 from es2.core.progress import Reporter, silent
 from es2.core.versions import installed_versions
+from es2.evaluation.results import FOLDER as EVALUATION
+from es2.evaluation.results import find_evaluations, is_of, read_evaluation, verdicts_only
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job
 from es2.jobs.running import result_of, run_job
@@ -194,6 +197,13 @@ def _write_run(folder: Path, run: Job, config: Mapping[str, Any]) -> dict[str, A
     write_json(folder / "name.json", {"name": NAME})
     end |= {"result": {name: entry for name, entry in end["result"].items() if name != "path"}}
     write_json(folder / "result.json", with_checksum(end))
+    for path in find_evaluations(run):
+        document = read_evaluation(path)
+        if is_of(document, run) and document["prompts"] == config["prompts"]:
+            kept = verdicts_only(document) | {"model": config["model"], "path": f"{EVALUATION}/{path.name}"}
+            kept["settings"] = kept["settings"] | {"model": config["model"]}
+            (folder / EVALUATION).mkdir(exist_ok=True)
+            write_json(folder / EVALUATION / path.name, with_checksum(kept))
     return end
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from streamlit.testing.v1 import AppTest
+from streamlit.util import calc_hash
 
 from es2.analysis.layers import analyze
 from es2.analysis.projection import UmapCoordinates
@@ -20,6 +22,8 @@ from es2.analysis.results import AnalysisConfig
 from es2.core.errors import InputError, MachineError
 from es2.core.files import home as own_home
 from es2.core.files import shipped, with_checksum
+from es2.evaluation.config import EvaluateConfig
+from es2.evaluation.results import find_evaluations, read_evaluation
 from es2.jobs.job import Job
 from es2.jobs.queue import list_jobs, reopen
 from es2.models.catalogue import DEFAULT_MODEL
@@ -31,8 +35,10 @@ from es2.training.config import FinetuneConfig
 from es2.workflow import showcase
 from es2.workflow.compared import find_compared, find_comparison
 from es2.workflow.derived import find_umap
+from es2.workflow.evaluate import evaluate
 from es2.workflow.runs import export, list_runs, open_run
 from es2.workflow.showcase import LIMIT_BYTES, build, choose_pairs
+from tests.app.test_app import MAIN
 from tests.builders import D_MODEL, N_LAYERS, save_tiny_model, tiny_prompts, write_prompts
 
 SETTINGS = FinetuneConfig(
@@ -147,6 +153,39 @@ class TestBuild:
         np.testing.assert_array_equal(umap_of(small).points, umap.points[:, :, rows])
         np.testing.assert_array_equal(small.base.layer(1), world.made.base.layer(1)[rows])
         assert small.analysis.to_dict() == world.made.analysis.to_dict(), "the numbers are of all measured prompts"
+
+    def test_takes_the_evaluations_on_its_prompts_without_the_replies(self, world: World, tmp_path: Path) -> None:
+        shown = {"model": world.model, "run": world.run.id, "limit": 2, "steering_limit": 1, "new_tokens": 4}
+        shown |= {"directions": ("random",), "budgets": (0.1,), "p0s": (), "soft_budgets": ()}
+        others = str(write_prompts(tmp_path / "others.csv", tiny_prompts(44)))
+        for prompts in (world.prompts, others):
+            for suite in ("refusal", "perturbation", "ability"):
+                config = EvaluateConfig(**shown, prompts=prompts, suite=suite, question_limit=1)
+                evaluate(config, load_prompts(prompts), world.home, run=world.run)
+        assert len(find_evaluations(world.run)) == 6
+        world.build(world.home / "evaluated" / "showcase", run=world.run)
+
+        shipped = open_run("showcase")
+        kept = {own["settings"]["suite"]: own for own in map(read_evaluation, find_evaluations(shipped))}
+        assert kept.keys() == {"refusal", "perturbation", "ability"}
+        for path in find_evaluations(world.run):
+            whole = read_evaluation(path)
+            if whole["prompts"] == world.prompts:
+                assert kept[whole["settings"]["suite"]]["suite"] == whole["suite"]
+        for suite in ("refusal", "perturbation"):
+            for row in kept[suite]["rows"][suite]:
+                for model in ("base", "tuned"):
+                    assert row[model]["verdict"]
+                    assert "text" not in row[model]
+        assert "replies.jsonl" not in {file.name for file in shipped.path.rglob("*")}
+        at = AppTest.from_file(MAIN, default_timeout=60)
+        for page in ("behaviour", "robustness"):
+            at._page_hash = calc_hash(page)
+            at.run()
+            assert not at.exception
+            assert "without replies" in "\n".join(caption.value for caption in at.caption)
+            assert not [button for button in at.button if button.key == "new_evaluation"]
+            assert [one.value for one in at.subheader]
 
     def test_a_limit_that_holds_nothing(self, world: World) -> None:
         with pytest.raises(InputError, match="allow it more bytes"):
