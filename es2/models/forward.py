@@ -69,11 +69,13 @@ class HarmlessPass:
 
     Attributes:
         embeddings: at `last`, at the target layers.
+        ahead: the states before the LM head that the reply's first token follows from.
         kl_prompt: KL(base ‖ tuned) in nats, summed over the prompts' own tokens, `last` included.
         kl_reply: the same over the distributions of the reply's tokens, `last` included.
     """
 
     embeddings: Float[Tensor, "prompt layer d_model"]
+    ahead: Float[Tensor, "prompt d_model"]
     kl_prompt: Float[Tensor, ""]
     kl_reply: Float[Tensor, ""]
 
@@ -141,10 +143,16 @@ class FinetuneForward:
         self._shallow = _first_blocks(self._deep, self.list_name, self.layers[-1] + 1)
         self._tokens_at_once = tokens_at_once or usual_tokens(self.device.type)
         self._dtype = model.dtype
+        self._head_width = self.head.weight.shape[1]
         self._width = model.config.get_text_config().hidden_size  # the head may be narrower
         self._checkpoints = gradient_checkpointing
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def embedding_shape(self) -> tuple[int, int]:
+        """(layer, d_model) of a prompt's embeddings."""
+        return len(self.layers), self._width
 
     def embed(
         self, prompts: Sequence[Tokens], shared: KeysAndValues | None = None
@@ -161,6 +169,20 @@ class FinetuneForward:
             parts.append(embeddings)
         return self._in_order(parts, rows)
 
+    def look_ahead(
+        self, prompts: Sequence[Tokens], shared: KeysAndValues | None = None
+    ) -> tuple[Float[Tensor, "prompt layer d_model"], Float[Tensor, "prompt d_model"]]:
+        """As `embed`, at full depth: also the states before the LM head that a reply's first token follows from."""
+        shared = self.run_template_prefix() if shared is None else shared
+        rows: list[int] = []
+        parts: list[Tensor] = []
+        ahead: list[Tensor] = []
+        for batch, embeddings, states in self._read(prompts, [()] * len(prompts), shared):
+            rows += batch
+            parts.append(embeddings)
+            ahead.append(self._ahead(prompts, batch, states))
+        return self._in_order(parts, rows), self._in_order(ahead, rows, (self._head_width,))
+
     def read_harmless(
         self, prompts: Sequence[Tokens], base: Sequence[BaseReply], shared: KeysAndValues | None = None
     ) -> HarmlessPass:
@@ -169,10 +191,12 @@ class FinetuneForward:
         own = len(self.template_prefix) - self._n_shared
         rows: list[int] = []
         parts: list[Tensor] = []
+        ahead: list[Tensor] = []
         kl_prompt = kl_reply = torch.zeros((), device=self.device)
         for batch, embeddings, states in self._read(prompts, [record.reply for record in base], shared):
             rows += batch
             parts.append(embeddings)
+            ahead.append(self._ahead(prompts, batch, states))
             if not batch:
                 kl_prompt = kl_prompt + states.sum()  # nothing, but the way back leads through every block
                 continue
@@ -183,7 +207,8 @@ class FinetuneForward:
                 n_prompt = base[row].n_prompt
                 kl_prompt = kl_prompt + divergence[:n_prompt].sum()
                 kl_reply = kl_reply + divergence[n_prompt - 1 :].sum()
-        return HarmlessPass(self._in_order(parts, rows), kl_prompt, kl_reply)
+        ahead_of_all = self._in_order(ahead, rows, (self._head_width,))
+        return HarmlessPass(self._in_order(parts, rows), ahead_of_all, kl_prompt, kl_reply)
 
     def read_replies(
         self, prompts: Sequence[Tokens], replies: Sequence[Tokens], shared: KeysAndValues | None = None
@@ -367,10 +392,19 @@ class FinetuneForward:
         embeddings = torch.stack([kept[layer][rows, columns] for layer in self.layers], dim=1).float()
         return embeddings[:n_prompts], states[:n_prompts]
 
-    def _in_order(self, parts: list[Tensor], rows: list[int]) -> Float[Tensor, "prompt layer d_model"]:
-        """The embeddings of all batches in the order of the prompts."""
+    def _ahead(
+        self, prompts: Sequence[Tokens], batch: Sequence[int], states: Float[Tensor, "prompt token d_model"]
+    ) -> Float[Tensor, "prompt d_model"]:
+        """The final states at `last` of a batch."""
+        last = [len(prompts[row]) - self._n_shared - 1 for row in batch]
+        return states[
+            torch.arange(len(batch), device=states.device), torch.tensor(last, dtype=torch.long).to(states.device)
+        ]
+
+    def _in_order(self, parts: list[Tensor], rows: list[int], shape: tuple[int, ...] | None = None) -> Tensor:
+        """What all batches gave, in the order of the prompts; `shape` of one prompt's, an embedding's if not given."""
         if not parts:
-            return torch.zeros(0, len(self.layers), self._width, device=self.device)
+            return torch.zeros(0, *(shape or self.embedding_shape), device=self.device)
         order = torch.tensor(rows, device=self.device).argsort()
         return torch.cat(parts)[order]
 

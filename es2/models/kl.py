@@ -20,7 +20,7 @@ from es2.models.blocks import decoder_of
 from es2.models.costs import LOGITS_AT_ONCE
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,12 @@ class LmHead:
             if self.scale != 1:
                 logits = logits * self.scale
             return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def log_odds(self, states: Float[Tensor, "token d_model"], among: Bool[Tensor, "vocab"]) -> Float[Tensor, "token"]:
+        """log p / (1 − p) in nats, p the probability that the next token after a state is one of `among` (a mask)."""
+        logits = self.logits(states)
+        inside = logits.masked_fill(~among, -math.inf).logsumexp(dim=-1)
+        return inside - logits.masked_fill(among, -math.inf).logsumexp(dim=-1)
 
     @torch.no_grad()
     def next_tokens(self, states: Float[Tensor, "token d_model"]) -> list[int]:

@@ -36,8 +36,10 @@ class FinetuneConfig(Rendering):
     objective: str = setting(
         DEFAULT_OBJECTIVE,
         "What is made larger: distance (the paper's form, which a longer residual stream also raises), anchored "
-        "(harmless embeddings stay), fisher, margin (both scale-free), or a mixture such as 1.0*margin+0.5*fisher.",
-        suggestions=OBJECTIVES,
+        "(harmless embeddings stay), fisher, margin (both scale-free), or a mixture such as 1.0*margin+0.5*fisher. "
+        "Beside one of these, refusal is for harmful requests, and them alone, to be answered as the base's refusals "
+        "begin.",
+        suggestions=(*OBJECTIVES, DEFAULT_OBJECTIVE),
         group="main",
     )
     method: str = setting(

@@ -31,7 +31,7 @@ from es2.training.checkpoint import State, assign, copies
 from es2.training.config import FinetuneConfig
 from es2.training.objective import es2_loss, running_direction, separation
 from es2.training.sampling import make_schedule
-from es2.training.terms import is_anchored, parse_objective
+from es2.training.terms import is_anchored, parse_objective, reads_refusals
 from es2.training.validation import ValidationPoint, decide
 
 if TYPE_CHECKING:
@@ -245,10 +245,13 @@ def _backward(
 
     # The embeddings of the whole batch, and the gradient of its separation by each of them. A single part keeps its
     # graph for below; several parts are run once more there, so that only one graph is ever held.
-    held = workload.run(parts[0]) if len(parts) == 1 else None
+    ahead = reads_refusals(config.objective) and bool(workload.refusal_openings.any())
+    held = workload.run(parts[0], ahead) if len(parts) == 1 else None
     with torch.no_grad():
-        found = [held.embeddings] if held else [workload.embed(part) for part in parts]
-    embeddings = workload.gather(parts, found, n_places).requires_grad_()
+        found = [(held.embeddings, held.log_odds)] if held else [workload.look(part, ahead) for part in parts]
+    shape = workload.network.embedding_shape
+    embeddings = workload.gather(parts, [one for one, _ in found], n_places, shape).requires_grad_()
+    log_odds = workload.gather(parts, [one for _, one in found], n_places, ()).requires_grad_()
     harmful, harmless = embeddings[:n_harmful], embeddings[n_harmful:]
     for index, direction in enumerate(state.directions):
         state.directions[index] = running_direction(direction, harmful[:, index], harmless[:, index])
@@ -260,15 +263,17 @@ def _backward(
         base=base,
         directions=state.directions,
         margin_target=config.margin_target,
+        log_odds=(log_odds[:n_harmful], log_odds[n_harmful:], workload.usual_log_odds) if ahead else None,
     )
-    (towards,) = torch.autograd.grad(value, embeddings)
+    towards, inclined = torch.autograd.grad(value, (embeddings, log_odds), allow_unused=True, materialize_grads=True)
 
     # Every part sends its share of that gradient, and of the KL's, through the model.
     state.optimizer.zero_grad()
     kl_sums = torch.zeros(2, device=workload.network.device)
     for part in parts:
-        run = held or workload.run(part)
-        share = (towards[list(part.places)] * run.embeddings).sum()  # of the separation, which has this gradient
+        run, places = held or workload.run(part, ahead), list(part.places)
+        # Of the separation, which has these gradients.
+        share = (towards[places] * run.embeddings).sum() + (inclined[places] * run.log_odds).sum()
         es2_loss(share, run.kl_prompt / n_prompt, run.kl_reply / n_reply, kl_weight).backward()
         kl_sums += torch.stack([run.kl_prompt, run.kl_reply]).detach()
     workload.sum_gradients(state.trained.values())

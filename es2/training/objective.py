@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from es2.training.terms import MARGIN_TARGET, Term
+from es2.training.terms import MARGIN_TARGET, REFUSAL, Term
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -22,6 +22,7 @@ _SHARPNESS = 24.0  # of the softplus: within ±1/24 of the target a prompt is ha
 _FISHER_FLOOR = 1e-6  # in units of the squared base scale: far below any real spread, well above float32's rounding
 _SMALLEST = 1e-6  # a base value below this part of the scale is rounding and no unit to measure in
 _NOTHING = 1e-12  # a length or scale below this is zero: its square is about to underflow in float32
+_REFUSAL_GAP = 2.0  # nats: harmful prompts beyond it are pulled less and less
 _MOMENTUM = 0.9  # of the running direction: it averages about ten batches
 
 
@@ -128,6 +129,20 @@ def margin(
     return -(shortfalls[0] + shortfalls[1]) / 2
 
 
+def refusal(harmful: Float[Tensor, "harmful"], harmless: Float[Tensor, "harmless"], usual: float) -> Float[Tensor, ""]:
+    """Minus the class-balanced mean of softplus(usual + 2 − z), z of a harmful prompt, and softplus(z − usual), z of
+    a harmless one.
+
+    z is the log-odds, in nats, that a reply begins as the base's own refusals begin (`Workload.refusal_openings`), and
+    `usual` the base's mean over harmless prompts: these are to stay there, harmful ones to exceed it by two nats. It
+    continues the separation into the first word, and is not part of ES2. No text is a target but first tokens of
+    refusals that the base gives anyway.
+    """
+    from torch.nn.functional import softplus
+
+    return -(softplus(usual + _REFUSAL_GAP - harmful).mean() + softplus(harmless - usual).mean()) / 2
+
+
 def running_direction(
     previous: Float[Tensor, "d_model"],
     harmful: Float[Tensor, "harmful d_model"],
@@ -153,8 +168,9 @@ def separation(
     base: Mapping[int, BaseLayer],
     directions: Float[Tensor, "layer d_model"],
     margin_target: float = MARGIN_TARGET,
+    log_odds: tuple[Float[Tensor, "harmful"], Float[Tensor, "harmless"], float] | None = None,
 ) -> Float[Tensor, ""]:
-    """The weighted sum of the terms, averaged over the target layers: what ES2 makes large.
+    """The weighted sum of the terms, those of embeddings averaged over the target layers: what ES2 makes large.
 
     Args:
         terms: from `parse_objective`.
@@ -162,6 +178,7 @@ def separation(
         harmless_base: the base's embeddings of the same harmless prompts; only `anchored` needs them.
         base: the base constants of each target layer, in the order of axis `layer`.
         directions, margin_target: of `margin`; the directions from `running_direction`.
+        log_odds: what `refusal` takes; without them that term is 0, as for a base that refuses nothing.
     """
     import torch
 
@@ -169,6 +186,8 @@ def separation(
     for index, constants in enumerate(base.values()):
         here, there = harmful[:, index], harmless[:, index]
         for term in terms:
+            if term.name == REFUSAL:
+                continue
             if term.name == "anchored":
                 if harmless_base is None:
                     raise ValueError("The anchored term needs the base's embeddings of the harmless prompts.")
@@ -178,7 +197,10 @@ def separation(
             else:
                 value = {"distance": distance, "fisher": fisher}[term.name](here, there, constants)
             values.append(term.weight * value)
-    return torch.stack(values).sum() / len(base)
+    total = torch.stack(values).sum() / len(base)
+    if log_odds is not None:
+        total = total + sum(term.weight for term in terms if term.name == REFUSAL) * refusal(*log_odds)
+    return total
 
 
 def es2_loss(separation: _Value, kl_prompt: _Value, kl_reply: _Value, kl_weight: float) -> _Value:

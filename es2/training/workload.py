@@ -19,8 +19,8 @@ from torch import Tensor
 
 from es2.analysis.refusal import judge_reply
 from es2.core.progress import Cancelled, Reporter
-from es2.models.batching import Tokens, end_tokens
-from es2.models.forward import BaseReply, FinetuneForward, HarmlessPass, ReplyScore
+from es2.models.batching import KeysAndValues, Tokens, end_tokens
+from es2.models.forward import BaseReply, FinetuneForward, ReplyScore
 from es2.prompts.prompt_set import HARMLESS
 from es2.store.film import FILM, cut_film, write_frame
 from es2.training.objective import BaseLayer, measure_base
@@ -28,7 +28,7 @@ from es2.training.sampling import Batch, BatchSchedule
 from es2.training.validation import REFUSAL_OPENING, ValidationPoint, validation_numbers
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,29 @@ class Part:
     places: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class PartPass:
+    """One pass over a part, in the order of its places.
+
+    Attributes:
+        embeddings: at the target layers.
+        log_odds: in nats, that a reply begins as the base's refusals do; 0 where they were not asked for.
+        kl_prompt, kl_reply: sums in nats over the tokens of the prompts that have a KL, and of their replies.
+    """
+
+    embeddings: Float[Tensor, "place layer d_model"]
+    log_odds: Float[Tensor, "place"]
+    kl_prompt: Float[Tensor, ""]
+    kl_reply: Float[Tensor, ""]
+
+
 class Workload:
     """One process's view of a fine-tune's prompts; creating it measures the base.
 
     Attributes:
+        refusal_openings: of the vocabulary, the tokens that begin more of the base's refusals than of its other replies
+            to `tune` and `validation` prompts.
+        usual_log_odds: the base's mean log-odds, in nats, of beginning its reply to a harmless prompt with one of them.
         validated: the embeddings of the `validation` prompts at the latest validation, `[prompt, layer, d_model]`.
 
     Args:
@@ -125,7 +144,9 @@ class Workload:
                     found[rows[index]] = embedding
                 done += 1
                 report("base", done, total)
-        self._refused = {row for row in harmful if judge_reply(self._answer(self.replies[row].reply)) == "refusal"}
+        refused = {row for row in replied if judge_reply(self._answer(self.replies[row].reply)) == "refusal"}
+        self._refused = refused & harmful
+        self._find_openings(replied - set(plan.tested), refused)
         rows = [row for row in self._share(sorted(known)) if row not in found]
         with torch.no_grad():
             embeddings = self.network.embed(self._tokens(rows))
@@ -136,6 +157,21 @@ class Workload:
         # A prompt that several processes replied to was measured by each of them.
         times = self._scatter(places, torch.ones(len(places), 1, 1), len(known))
         self._base = self._scatter(places, values, len(known)) / times
+
+    def _find_openings(self, replied: Collection[int], refused: Collection[int]) -> None:
+        """Set `refusal_openings` and `usual_log_odds`."""
+        counts = torch.zeros(2, len(self.network.head.weight))
+        for row in replied:
+            counts[int(row in refused), self.replies[row].reply[0]] += 1
+        others, refusals = self.total(counts.to(self.network.device))
+        self.refusal_openings: Bool[Tensor, "vocab"] = refusals > others
+        harmless = [self.replies[row] for row in {*replied}.intersection(self.plan.harmless)]
+        odds = torch.zeros(2, device=self.network.device)
+        if harmless and bool(self.refusal_openings.any()):
+            last = torch.stack([record.states[record.n_prompt - 1] for record in harmless]).to(self.network.device)
+            odds = torch.stack([self._log_odds(last).sum().float(), torch.tensor(float(len(harmless))).to(odds)])
+        total, n = self.total(odds).tolist()
+        self.usual_log_odds = total / max(n, 1)
 
     def base_embeddings(self, rows: Sequence[int]) -> Float[Tensor, "prompt layer d_model"]:
         """The base's embeddings at the target layers of the plan's base prompts or of `validation` ones."""
@@ -181,25 +217,38 @@ class Workload:
         n_prompt, n_reply = self.total(torch.tensor(counts, device=self.network.device)).tolist()
         return n_prompt, n_reply
 
-    def embed(self, part: Part) -> Float[Tensor, "place layer d_model"]:
-        """The embeddings of a part, in the order of its places."""
-        return self.network.embed(self._tokens((*part.harmful, *part.harmless)))
+    def look(self, part: Part, ahead: bool) -> tuple[Float[Tensor, "place layer d_model"], Float[Tensor, "place"]]:
+        """The embeddings and, if asked for, the log-odds of a part, in the order of its places."""
+        return self._look((*part.harmful, *part.harmless), ahead, None)
 
-    def run(self, part: Part) -> HarmlessPass:
-        """The embeddings of a part, in the order of its places, and the KL sums of the prompts that have one."""
+    def run(self, part: Part, ahead: bool = False) -> PartPass:
+        """What a step needs of a part; `ahead` asks for the log-odds, which take every prompt to full depth."""
         shared = self.network.run_template_prefix()
         n_harmful, with_kl = len(part.harmful), part.harmless[: part.n_kl]
-        embedded = self.network.embed(self._tokens((*part.harmful, *part.harmless[part.n_kl :])), shared)
+        embedded, odds = self._look((*part.harmful, *part.harmless[part.n_kl :]), ahead, shared)
         read = self.network.read_harmless(self._tokens(with_kl), [self.replies[row] for row in with_kl], shared)
-        embeddings = torch.cat([embedded[:n_harmful], read.embeddings, embedded[n_harmful:]])
-        return HarmlessPass(embeddings, read.kl_prompt, read.kl_reply)
+        read_odds = self._log_odds(read.ahead) if ahead else odds.new_zeros(len(with_kl))
+        return PartPass(
+            torch.cat([embedded[:n_harmful], read.embeddings, embedded[n_harmful:]]),
+            torch.cat([odds[:n_harmful], read_odds, odds[n_harmful:]]),
+            read.kl_prompt,
+            read.kl_reply,
+        )
 
-    def gather(
-        self, parts: Sequence[Part], embeddings: Sequence[Tensor], n_places: int
-    ) -> Float[Tensor, "place layer d_model"]:
-        """The embeddings of the whole batch from those of every process's parts, without their graphs."""
+    def _look(self, rows: Sequence[int], ahead: bool, shared: KeysAndValues | None) -> tuple[Tensor, Tensor]:
+        if not ahead:
+            embeddings = self.network.embed(self._tokens(rows), shared)
+            return embeddings, embeddings.new_zeros(len(rows))
+        embeddings, states = self.network.look_ahead(self._tokens(rows), shared)
+        return embeddings, self._log_odds(states)
+
+    def _log_odds(self, states: Float[Tensor, "place d_model"]) -> Float[Tensor, "place"]:
+        return self.network.head.log_odds(states, self.refusal_openings)
+
+    def gather(self, parts: Sequence[Part], values: Sequence[Tensor], n_places: int, shape: Sequence[int]) -> Tensor:
+        """The values of the whole batch from those of every process's parts, without their graphs, `shape` for each."""
         places = [place for part in parts for place in part.places]
-        found = torch.cat([part.detach() for part in embeddings]) if places else self._base[:0]
+        found = torch.cat([part.detach() for part in values]) if places else self._base.new_zeros(0, *shape)
         return self._scatter(places, found, n_places)
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -311,7 +360,7 @@ class Workload:
             for index, layer in enumerate(self.network.layers)
         }
 
-    def _mean_kls(self, part: Part, run: HarmlessPass) -> tuple[float, float]:
+    def _mean_kls(self, part: Part, run: PartPass) -> tuple[float, float]:
         """Both KLs in nats per token, over all processes' parts."""
         n_prompt, n_reply = self.count_tokens([part])
         kl_prompt, kl_reply = self.total(torch.stack([run.kl_prompt, run.kl_reply])).tolist()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from es2.models.machine import Machine
     from es2.models.shape import Shape
     from es2.training.config import FinetuneConfig
-
+from es2.training.terms import reads_refusals
 
 ALONE, TOGETHER, SHARDED = "", "--multi_gpu", "--use_fsdp --fsdp_version 2"
 """How processes are launched: one; several, each with the whole model; several, each with a share of the blocks."""
@@ -74,12 +74,15 @@ def needs(
     def numbers(tokens: float, kept: tuple[int, int]) -> float:
         return tokens * (kept[0] * shape.d_model + kept[1] * shape.d_ff) * width
 
-    # What autograd keeps: harmful prompts up to the last target, those with a KL up to the LM head.
+    # What autograd keeps: harmful prompts up to the last target, those with a KL up to the LM head, as are all whose
+    # first words are read.
     mean = float(np.mean(own))
     n_kl = min(config.kl_prompts, config.pairs_per_step)
     parts = share * config.accumulate
     shallow = (2 * config.pairs_per_step - n_kl) * mean / parts
     deep = math.ceil(n_kl / parts) * (mean + config.reply_tokens) + costs.TEMPLATE_PREFIX
+    if reads_refusals(config.objective):
+        shallow, deep = 0.0, shallow + deep
     n_trained, n_deep = len(config.blocks), shape.n_layers - config.blocks[0]
     if config.gradient_checkpointing:  # blocks keep their input alone, and the one that is recomputed everything
         kept = numbers(shallow + deep, costs.KEPT_PER_TOKEN)

@@ -30,7 +30,7 @@ from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet
 from es2.store.store import Store
 from es2.training.config import FinetuneConfig
 from es2.training.sampling import make_schedule
-from es2.training.terms import parse_objective
+from es2.training.terms import is_anchored, reads_refusals
 from es2.workflow.derived import find_activations
 from es2.workflow.memory import ALONE, SHARDED, TOGETHER, Way, disk_bytes, find_way, needs, number_format
 
@@ -335,7 +335,7 @@ def _work(
     replied = {row for batch in schedule.batches for row in batch.harmless[: batch.n_kl]}
     replied |= {*schedule.validation_kl, *schedule.validation_replied, *schedule.tested}
     known = {*schedule.base_harmful, *schedule.base_harmless, *schedule.validation_rows}
-    if any(term.name == "anchored" for term in parse_objective(config.objective)):
+    if is_anchored(config.objective):
         known |= set(schedule.harmless)
     decoded = len(replied) * n_decoded
     replies = blocks(tokens_of(replied) + decoded, n_deep) + lm_head(decoded + len(replied), 1)
@@ -347,6 +347,7 @@ def _work(
     # A step: everyone's embeddings, the KL of some, and back to the first trained block. Weights that are trained
     # themselves cost a second product of the backward pass; LoRA's are too small to count.
     full = int(config.method == "full")
+    ahead = reads_refusals(config.objective)
     again = int(config.gradient_checkpointing)
     steps = 0.0
     template = costs.TEMPLATE_PREFIX if config.gradient_checkpointing else 0  # not shared then
@@ -355,10 +356,15 @@ def _work(
         shallow, deep = tokens_of(without, template), tokens_of(with_kl, template + n_decoded)
         if not template:
             deep += costs.TEMPLATE_PREFIX * config.accumulate
+        steps += lm_head(deep, 3)
+        if ahead:  # of those without a KL, one state each is read
+            steps += lm_head(len(without), 2)
+            shallow, deep = 0, shallow + deep
         steps += blocks(shallow, n_shallow + (1 + full + again) * n_trained)
-        steps += blocks(deep, n_deep + (1 + again) * n_above_first + full * n_trained) + lm_head(deep, 3)
+        steps += blocks(deep, n_deep + (1 + again) * n_above_first + full * n_trained)
         if config.accumulate > 1:  # the embeddings are needed before the parts can be run
-            steps += blocks(tokens_of((*batch.harmful, *batch.harmless), template), n_shallow)
+            everyone = tokens_of((*batch.harmful, *batch.harmless), template)
+            steps += blocks(everyone, n_deep if ahead else n_shallow)
 
     n_validations = math.ceil(config.steps / config.validate_every)
     kl_rows = set(schedule.validation_kl)

@@ -199,7 +199,7 @@ def _write_run(folder: Path, run: Job, config: Mapping[str, Any]) -> dict[str, A
     write_json(folder / "result.json", with_checksum(end))
     for path in find_evaluations(run):
         document = read_evaluation(path)
-        if is_of(document, run) and document["prompts"] == config["prompts"]:
+        if is_of(document, run) and document["settings"]["prompts"] == run.config["prompts"]:
             kept = verdicts_only(document) | {"model": config["model"], "path": f"{EVALUATION}/{path.name}"}
             kept["settings"] = kept["settings"] | {"model": config["model"]}
             (folder / EVALUATION).mkdir(exist_ok=True)

@@ -92,8 +92,8 @@ class Ours(_Steps):
         batch = self.plan.batches[self.number]
         (part,) = self.workload.parts(batch, 1)
         n_prompt, n_reply = self.workload.count_tokens([part])
-        run = self.workload.run(part)
-        embeddings = self.workload.gather([part], [run.embeddings], 2 * len(batch.harmful)).requires_grad_()
+        run, shape = self.workload.run(part), self.network.embedding_shape
+        embeddings = self.workload.gather([part], [run.embeddings], 2 * len(batch.harmful), shape).requires_grad_()
         value = self.separation(embeddings[: len(batch.harmful)], embeddings[len(batch.harmful) :])
         (towards,) = torch.autograd.grad(value, embeddings)
         self.optimizer.zero_grad()

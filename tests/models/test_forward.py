@@ -73,7 +73,9 @@ def test_embeddings_and_replies_are_the_plain_models(architecture: str, load: Ca
             torch.testing.assert_close(replies[row].states, states, rtol=1e-4, atol=1e-4)
             assert replies[row].n_prompt == len(prompt) - head
         run = passes.read_harmless(tokens, [replies[row] for row in range(len(tokens))])
-    torch.testing.assert_close(run.embeddings, expected, rtol=1e-4, atol=1e-4)
+        ahead = torch.stack([plain(model, prompt)[1][-1] for prompt in tokens])
+        for found in ((run.embeddings, run.ahead), passes.look_ahead(tokens)):
+            torch.testing.assert_close(found, (expected, ahead), rtol=1e-4, atol=1e-4)
     assert abs(run.kl_prompt) < 1e-4  # the base diverges from itself by nothing
     assert abs(run.kl_reply) < 1e-4
 
@@ -231,6 +233,7 @@ def test_no_prompts_at_all(load: Callable[[str], Any]) -> None:
     model, tokens = load("llama")
     passes = network(model, tokens)
     assert passes.embed([]).shape == (0, 2, 32)
+    assert [found.shape for found in passes.look_ahead([])] == [(0, 2, 32), (0, 32)]
     run = passes.read_harmless([], [])
     assert run.embeddings.shape == (0, 2, 32)
     assert run.kl_prompt == 0

@@ -27,6 +27,7 @@ from es2.training.objective import (
     fisher,
     margin,
     measure_base,
+    refusal,
     running_direction,
     separation,
 )
@@ -108,6 +109,32 @@ class TestByHand:
         expected = sum(weights[name] * value for values in by_layer for name, value in values.items()) / 2
         value = separation(terms, *two, harmless_base=harmless_base, base=base, directions=directions)
         assert value.item() == pytest.approx(float(expected))
+
+    def test_refusal(self) -> None:
+        harmful, harmless = torch.tensor([1.0, 3.0]), torch.tensor([-1.0])
+        by_hand = -((math.log(2) + math.log1p(math.exp(-2))) / 2 + math.log(2)) / 2
+        assert refusal(harmful, harmless, usual=-1.0).item() == pytest.approx(by_hand)
+        better, worse = refusal(harmful + 1, harmless, -1.0), refusal(harmful, harmless + 1, -1.0)
+        assert better > refusal(harmful, harmless, -1.0) > worse
+
+    def test_refusal_is_added_once_however_many_layers(self) -> None:
+        two = [torch.stack([cloud, cloud], dim=1) for cloud in clouds()]
+        base = {layer: measure_base(*(cloud[:, 0] for cloud in two)) for layer in (1, 2)}
+        directions = torch.stack([constants.difference for constants in base.values()])
+        odds = torch.tensor([0.5, 2.0]), torch.tensor([0.0]), -0.5
+        kept = {"harmless_base": None, "base": base, "directions": directions}
+        alone = separation(parse_objective("3*margin"), *two, **kept)
+        terms = parse_objective("3*margin+2*refusal")
+        both = separation(terms, *two, **kept, log_odds=odds)
+        assert both.item() == pytest.approx(float(alone + 2 * refusal(*odds)))
+        assert separation(terms, *two, **kept).item() == alone.item(), "a base that refuses nothing"
+
+    def test_log_odds_are_those_of_the_whole_softmax(self) -> None:
+        torch.manual_seed(0)
+        head, states = LmHead(torch.randn(7, 3)), torch.randn(4, 3)
+        among = torch.tensor([True, False, False, True, False, False, False])
+        p = head.logits(states).softmax(dim=-1)[:, among].sum(dim=-1)
+        torch.testing.assert_close(head.log_odds(states, among), torch.log(p / (1 - p)))
 
     def test_es2_loss(self) -> None:
         assert es2_loss(separation=3.0, kl_prompt=0.1, kl_reply=0.2, kl_weight=2.0) == pytest.approx(-2.4)

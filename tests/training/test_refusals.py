@@ -74,7 +74,7 @@ def test_refusals_and_first_tokens_are_those_of_the_saved_adapter(
     tokens = dict(zip(harmful, render(tokenizer, [PROMPTS.texts[row] for row in harmful]).token_ids, strict=True))
     replies = {row: greedy(base, tokens[row], REPLY) for row in plan.validation_replied}
     texts = [tokenizer.decode(reply, skip_special_tokens=True) for reply in replies.values()]
-    assert sorted(judged) == sorted(texts), "the replies that are judged are the base's own"
+    assert set(texts) <= set(judged), "the replies that are judged are the base's own"
 
     for model, point in ((base, result.validations[0]), (after, result.validations[-1])):
         log_probs, agreed, kept = [], [], []
@@ -160,3 +160,49 @@ def test_refusals_of_tune_prompts_can_be_asked_for_too(llama: Path, monkeypatch:
     for row, record in found.items():
         assert record.reply == greedy(model, tokens[row], REPLY)
         assert len(record.states) == len(tokens[row]) + len(record.reply) - 1, "what a KL over the refusal needs"
+
+
+def test_the_refusal_term_makes_harmful_prompts_alone_begin_as_refusals_do(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_schedule(PROMPTS, 5, 8, 0, VALIDATED, 4)
+    rows = sorted({row for batch in plan.batches for row in (*batch.harmful, *batch.harmless)})
+    tokens = render(load_tokenizer(llama), [PROMPTS.texts[row] for row in rows]).token_ids
+    harmful = torch.tensor([PROMPTS.labels[row] == HARMFUL for row in rows])
+    found: dict[str, list[str]] = {}
+    openings: list[torch.Tensor] = []
+
+    def judge(text: str) -> str:
+        said = found.setdefault("texts", [])
+        said.append(text)
+        return "refusal" if text[:1] == said[0][:1] else "answer"
+
+    def gap(model: Any) -> float:
+        passes = FinetuneForward(model, template_prefix=(), layers=(0, 1))
+        with torch.no_grad():
+            _, ahead = passes.look_ahead(tokens)
+            odds = passes.head.log_odds(ahead, openings[0])
+        return float(odds[harmful].mean() - odds[~harmful].mean())
+
+    measure = Workload._find_openings
+
+    def kept(self: Workload, *rows: Any) -> None:
+        measure(self, *rows)
+        openings.append(self.refusal_openings)
+
+    monkeypatch.setattr(Workload, "_find_openings", kept)
+    monkeypatch.setattr(module, "judge_reply", judge)
+    settings = {"steps": 8, "validate_every": 8, "learning_rate": 1e-2}
+    log, apart = Log(), Log()
+    result = tuned(llama, tmp_path / "one", log, objective="margin+5*refusal", **settings)
+    assert 0 < int(openings[0].sum()) < len(openings[0]) / 2
+    parts = tuned(llama, tmp_path / "parts", apart, objective="margin+5*refusal", accumulate=3, **settings)
+    assert parts.losses == pytest.approx(result.losses, rel=1e-4)
+    base = load_model(llama, device="cpu")
+    before, after = gap(base), gap(tuned_model(llama, result))
+    assert after > before + 0.5
+
+    monkeypatch.setattr(module, "judge_reply", lambda text: "answer")
+    with_term = tuned(llama, tmp_path / "with", Log(), objective="margin+5*refusal", steps=2, validate_every=2)
+    without = tuned(llama, tmp_path / "without", Log(), objective="margin", steps=2, validate_every=2)
+    assert with_term.losses == without.losses, "a base that refuses nothing leaves the separation alone"

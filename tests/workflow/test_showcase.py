@@ -154,7 +154,9 @@ class TestBuild:
         np.testing.assert_array_equal(small.base.layer(1), world.made.base.layer(1)[rows])
         assert small.analysis.to_dict() == world.made.analysis.to_dict(), "the numbers are of all measured prompts"
 
-    def test_takes_the_evaluations_on_its_prompts_without_the_replies(self, world: World, tmp_path: Path) -> None:
+    def test_takes_the_evaluations_on_its_prompts_without_the_replies(
+        self, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         shown = {"model": world.model, "run": world.run.id, "limit": 2, "steering_limit": 1, "new_tokens": 4}
         shown |= {"directions": ("random",), "budgets": (0.1,), "p0s": (), "soft_budgets": ()}
         others = str(write_prompts(tmp_path / "others.csv", tiny_prompts(44)))
@@ -170,7 +172,7 @@ class TestBuild:
         assert kept.keys() == {"refusal", "perturbation", "ability"}
         for path in find_evaluations(world.run):
             whole = read_evaluation(path)
-            if whole["prompts"] == world.prompts:
+            if whole["settings"]["prompts"] == world.prompts:
                 assert kept[whole["settings"]["suite"]]["suite"] == whole["suite"]
         for suite in ("refusal", "perturbation"):
             for row in kept[suite]["rows"][suite]:
@@ -178,6 +180,8 @@ class TestBuild:
                     assert row[model]["verdict"]
                     assert "text" not in row[model]
         assert "replies.jsonl" not in {file.name for file in shipped.path.rglob("*")}
+
+        monkeypatch.setenv("ES2_HOME", str(tmp_path / "nothing made yet"))
         at = AppTest.from_file(MAIN, default_timeout=60)
         for page in ("behaviour", "robustness"):
             at._page_hash = calc_hash(page)
