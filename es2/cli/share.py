@@ -14,7 +14,7 @@ from es2.core.files import files_below
 def showcase(
     run: Annotated[
         str | None,
-        typer.Option(help="A finished run of the default model on the built-in prompts with the default settings."),
+        typer.Option(help="A finished run of qwen2.5-coder-0.5b-instruct with the default settings and prompts."),
     ] = None,
     json_: AsJson = False,
 ) -> None:

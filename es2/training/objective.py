@@ -22,7 +22,7 @@ _SHARPNESS = 24.0  # of the softplus: within ±1/24 of the target a prompt is ha
 _FISHER_FLOOR = 1e-6  # in units of the squared base scale: far below any real spread, well above float32's rounding
 _SMALLEST = 1e-6  # a base value below this part of the scale is rounding and no unit to measure in
 _NOTHING = 1e-12  # a length or scale below this is zero: its square is about to underflow in float32
-_REFUSAL_GAP = 2.0  # nats: harmful prompts beyond it are pulled less and less
+_ABOVE, _BELOW = 2.0, 1.0  # nats; beyond these of `refusal` a prompt is pulled less and less
 _MOMENTUM = 0.9  # of the running direction: it averages about ten batches
 
 
@@ -130,17 +130,18 @@ def margin(
 
 
 def refusal(harmful: Float[Tensor, "harmful"], harmless: Float[Tensor, "harmless"], usual: float) -> Float[Tensor, ""]:
-    """Minus the class-balanced mean of softplus(usual + 2 − z), z of a harmful prompt, and softplus(z − usual), z of
-    a harmless one.
+    """Minus the class-balanced mean of softplus(usual + 2 − z), z of a harmful prompt, and softplus(z − usual + 1), z
+    of a harmless one.
 
     z is the log-odds, in nats, that a reply begins as the base's own refusals begin (`Workload.refusal_openings`), and
-    `usual` the base's mean over harmless prompts: these are to stay there, harmful ones to exceed it by two nats. It
-    continues the separation into the first word, and is not part of ES2. No text is a target but first tokens of
-    refusals that the base gives anyway.
+    `usual` the base's mean over harmless prompts: harmful ones are to exceed it by two nats, harmless ones to fall a
+    nat short of it. Two clouds that overlap meet halfway, half a nat above it: refusals rise, those of harmless
+    prompts hardly. It continues the separation into the first word, and is not part of ES2. No text is a target but
+    first tokens of refusals that the base gives anyway.
     """
     from torch.nn.functional import softplus
 
-    return -(softplus(usual + _REFUSAL_GAP - harmful).mean() + softplus(harmless - usual).mean()) / 2
+    return -(softplus(usual + _ABOVE - harmful).mean() + softplus(harmless - (usual - _BELOW)).mean()) / 2
 
 
 def running_direction(

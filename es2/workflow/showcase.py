@@ -27,7 +27,7 @@ from es2.evaluation.results import find_evaluations, is_of, read_evaluation, ver
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job
 from es2.jobs.running import result_of, run_job
-from es2.models.catalogue import DEFAULT_MODEL, resolve
+from es2.models.catalogue import resolve
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet, stable_hash
 from es2.report.page import Compared
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 
+MODEL = "qwen2.5-coder-0.5b-instruct"
+"""A small model that refuses: what a fine-tune does to refusals cannot be shown on one that does not."""
 NAME = "Showcase"
 POSITION = "last"
 LIMIT_BYTES = 19_500_000
@@ -59,7 +61,7 @@ _OF_THE_MACHINE = ("host", "pid")
 def build(
     *,
     run: Job | None = None,
-    model: str = DEFAULT_MODEL,
+    model: str = MODEL,
     prompts: str = "builtin",
     settings: FinetuneConfig | None = None,
     limit: int = LIMIT_BYTES,

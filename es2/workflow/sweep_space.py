@@ -12,7 +12,7 @@ from typing import Any
 from es2.core.errors import InputError, one_line
 from es2.core.settings import Settings, setting
 from es2.training.config import FinetuneConfig
-from es2.training.terms import parse_objective
+from es2.training.terms import DEFAULT_OBJECTIVE, parse_objective
 
 SEARCHED = {
     "layers": "layer_range",
@@ -41,7 +41,7 @@ class SweepConfig(Settings):
         of="layer",
     )
     objectives: tuple[str, ...] = setting(
-        ("fisher", "20*margin", "fisher+20*margin"), "The objectives that are tried.", of="objective"
+        (DEFAULT_OBJECTIVE, "20*margin", "fisher"), "The objectives that are tried.", of="objective"
     )
     kl_weights: tuple[float, ...] = setting((1.0, 100.0), "The lowest and the highest λ that are tried.")
     learning_rates: tuple[float, ...] = setting(

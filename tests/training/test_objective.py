@@ -112,7 +112,7 @@ class TestByHand:
 
     def test_refusal(self) -> None:
         harmful, harmless = torch.tensor([1.0, 3.0]), torch.tensor([-1.0])
-        by_hand = -((math.log(2) + math.log1p(math.exp(-2))) / 2 + math.log(2)) / 2
+        by_hand = -((math.log(2) + math.log1p(math.exp(-2))) / 2 + math.log1p(math.exp(1))) / 2
         assert refusal(harmful, harmless, usual=-1.0).item() == pytest.approx(by_hand)
         better, worse = refusal(harmful + 1, harmless, -1.0), refusal(harmful, harmless + 1, -1.0)
         assert better > refusal(harmful, harmless, -1.0) > worse

@@ -165,13 +165,16 @@ class TestMachine:
 class TestPlan:
     def test_a_step_by_hand(self, made, folder: Path, prompts: PromptSet) -> None:
         """Prompts of 2 tokens and 8 of template; 3 pairs a step, one of them with its KL, targets 2 and 4 of 6."""
-        found = made(lengths=[2] * len(prompts), steps=1, pairs_per_step=3, kl_prompts=1, reply_tokens=5)
+        settings = {"lengths": [2] * len(prompts), "steps": 1, "pairs_per_step": 3, "kl_prompts": 1, "reply_tokens": 5}
+        found, ahead = made(**settings, objective="margin"), made(**settings, objective="margin+refusal")
         shape = Shape.of_folder(folder)
         block, head = 2 * shape.block_parameters, 2 * shape.head_parameters
         shallow = 5 * 10 * block * (5 + 3)  # forward through blocks 0 to 4, back through the trained 2 to 4
         with_kl = 10 + 4 + 24  # tokens: the prompt's, the reply's but the last, and the template's head
         deep = with_kl * block * (6 + 4) + with_kl * head * 3
         assert found.seconds["steps"] == pytest.approx((shallow + deep) / (1e9 * 0.37))
+        read = 5 * 10 * block * (6 + 4) + 5 * head * 2  # the first words of all others
+        assert ahead.seconds["steps"] == pytest.approx((read + deep) / (1e9 * 0.37))
 
     def test_a_capture_by_hand(self, made, folder: Path, prompts: PromptSet) -> None:
         found = made(lengths=[2] * len(prompts))
@@ -208,13 +211,15 @@ class TestPlan:
             ({"layers": (2, 5)}, "steps"),
             ({"method": "full"}, "steps"),
             ({"accumulate": 2}, "steps"),
+            ({"objective": "margin+refusal"}, "steps"),
             ({"gradient_checkpointing": True}, "steps"),
             ({"validate_every": 1}, "validation"),
             ({"reply_tokens": 64}, "replies"),
         ],
     )
     def test_more_work_takes_longer(self, made, changes: dict[str, Any], stage: str) -> None:
-        assert made(**changes).seconds[stage] > made().seconds[stage]
+        usual = {"objective": "margin"}
+        assert made(**usual | changes).seconds[stage] > made(**usual).seconds[stage]
 
     def test_replies_at_the_end_are_those_of_an_evaluation(self, made, folder: Path, prompts: PromptSet) -> None:
         """Both models reply to every test prompt, of which there are fewer than an evaluation takes."""

@@ -20,6 +20,7 @@ from es2.models import loading as models
 from es2.models.catalogue import CATALOGUE
 from es2.training import workload
 from es2.training.config import FinetuneConfig
+from es2.training.terms import DEFAULT_OBJECTIVE
 from es2.workflow import reproduce as module
 from es2.workflow.reproduce import SHIPPED, protocol_for, read_protocol, table_rows
 from tests.builders import save_tiny_model, tiny_prompts, write_prompts
@@ -112,7 +113,7 @@ def test_end_to_end_through_every_interruption(
     assert code == 0, document
     assert kinds() == ["evaluate", "evaluate", "finetune"]
     assert validations == [2, 4, 4]
-    assert document["objective"] == "20*margin"
+    assert document["objective"] == DEFAULT_OBJECTIVE
     assert len(document["target_layers"]) == 2
     assert document["verdict_reason"]
 

@@ -12,6 +12,7 @@ import pytest
 
 from es2.core.errors import InputError
 from es2.training.config import FinetuneConfig
+from es2.training.terms import DEFAULT_OBJECTIVE
 from es2.training.validation import ValidationPoint
 from es2.workflow import study as module
 from es2.workflow.study import JOURNAL, Study
@@ -85,7 +86,9 @@ def test_the_space_comes_back_from_json() -> None:
 def test_the_first_trial_has_the_usual_settings(tmp_path: Path) -> None:
     own = space()
     usual = own.usual((5, 8))
-    assert usual == {"layers": [5, 8], "objective": "20*margin", "kl_weight": 10.0, "rank": 16}, "the rate is sampled"
+    assert usual == {"layers": [5, 8], "objective": DEFAULT_OBJECTIVE, "kl_weight": 10.0, "rank": 16}, (
+        "the rate is sampled"
+    )
     assert "layers" not in own.usual((0, 8)), "it lies outside"
     first, second = go_through(study(tmp_path, 2, usual=usual))
     assert first["settings"].items() >= usual.items()
