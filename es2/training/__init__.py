@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+__all__ = ["RepresentationCallback"]
+
 
 def __getattr__(name: str) -> Any:
     """`RepresentationCallback`, which imports transformers, so only when it is asked for."""

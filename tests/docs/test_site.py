@@ -1,0 +1,92 @@
+"""Every command, setting, public name and page is in the docs site."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from es2.cli import options
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+
+def _hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+hooks = _hooks()
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    """The generated pages."""
+    return hooks.generated(SITE["extra"]["api"])
+
+
+def _in_nav(entries: list[Any]) -> Iterator[str]:
+    for entry in entries:
+        (content,) = entry.values()
+        yield from _in_nav(content) if isinstance(content, list) else [content]
+
+
+def test_the_menu_has_every_page_once(pages: dict[str, str]) -> None:
+    written = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    assert sorted(_in_nav(hooks.with_generated(SITE["nav"], pages))) == sorted(written | set(pages))
+
+
+def test_every_command_has_its_section_with_all_of_its_options(pages: dict[str, str]) -> None:
+    for typed, command in hooks.commands():
+        page = pages[f"commands/{typed.split()[1]}.md"]
+        assert f"# `{typed}`\n\n" in page
+        assert (command.help or "").strip(), f"{typed} has no help"
+        for parameter in command.params:
+            assert parameter.hidden or any(f"`{name}" in page for name in (*parameter.opts, parameter.name))
+
+
+def test_every_setting_is_an_option_of_its_command_and_in_the_table(pages: dict[str, str]) -> None:
+    table = (DOCS / "settings.md").read_text(encoding="utf-8")
+    for command, settings in options.COMMANDS.items():
+        for name in settings.model_fields:
+            option = name.removesuffix("s") if name == "positions" else name
+            assert f"| `{name}` |" in table
+            assert re.search(rf"`--{option.replace('_', '-')}[ `]", pages[f"commands/{command}.md"]), (command, name)
+
+
+def test_every_public_name_is_in_the_reference_and_documented(pages: dict[str, str]) -> None:
+    """`es2` itself from the moment that it has public names."""
+    modules = {"es2", *SITE["extra"]["api"]}
+    for module in modules:
+        loaded = importlib.import_module(module)
+        for name in getattr(loaded, "__all__", []):
+            assert re.search(rf"^::: \S*\.{name}$", pages[f"api/{module}.md"], re.MULTILINE)
+            assert (getattr(loaded, name).__doc__ or "").strip()
+
+
+def test_help_is_shown_as_it_is() -> None:
+    assert hooks._escaped("`a_b` *c* <d>\n e\n\n[f] g_h") == "`a_b` \\*c\\* \\<d\\> e\n\n\\[f\\] g\\_h"
+
+
+def test_links_of_a_file_of_the_root_lead_to_pages_or_are_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "[a](docs/numbers.md#the-probe) [b](es2/cli/main.py) [c](https://example.org/d)"
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "numbers.md").touch()
+    (tmp_path / "CONTRIBUTING.md").write_text(text)
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    assert hooks.root_page("CONTRIBUTING.md") == "[a](numbers.md#the-probe) b [c](https://example.org/d)"
