@@ -120,7 +120,7 @@ def page() -> str:
     ]
     for command, settings in COMMANDS.items():
         lines += ["", f"## `es2 {command}`", "", *table(settings)]
-    where = "prompts.md#how-the-model-is-given-them"
+    where = "guide/rendering.md"
     of_all = f"Of every command that renders prompts ([{where}]({where})); a run keeps them."
     lines += ["", "## How prompts are given to the model", "", of_all, "", *table(Rendering)]
     return "\n".join(lines) + "\n"

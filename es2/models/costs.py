@@ -18,7 +18,7 @@ WORKING_SHARE = 1.2  # the weights once more for a moment, shard by shard, while
 LEFT_FREE = 0.1  # of every device over which a model is laid, for what passes through it; assumed
 LOGITS_AT_ONCE = 2**23  # of a chunk whose KL is taken: 32 MB in float32, 170 tokens of a vocabulary of 49,152
 LOGIT_BYTES = 5 * 4 * LOGITS_AT_ONCE  # such a chunk in float32, and what is made of it (`es2.models.kl`)
-# On the CPU; `docs/scaling.md` has the peaks.
+# On the CPU; `docs/results/memory.md` has the peaks.
 KEPT_PER_TOKEN = (17, 7)  # numbers that autograd needs of a block on the way back, in units of d_model and of d_ff
 PASSING_PER_TOKEN = (6, 3)  # the same of a block that runs without autograd
 

@@ -1,7 +1,7 @@
 """How much memory and disk a fine-tune and its captures take, part by part, and what to change where it is too much.
 
 Weights are counted; what autograd keeps is counted per token and block, with a factor that was measured on the CPU
-(`docs/scaling.md` has the peaks).
+(`docs/results/memory.md` has the peaks).
 """
 
 from __future__ import annotations

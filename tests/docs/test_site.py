@@ -90,3 +90,31 @@ def test_links_of_a_file_of_the_root_lead_to_pages_or_are_words(
     (tmp_path / "CONTRIBUTING.md").write_text(text)
     monkeypatch.setattr(hooks, "ROOT", tmp_path)
     assert hooks.root_page("CONTRIBUTING.md") == "[a](numbers.md#the-probe) b [c](https://example.org/d)"
+
+
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)")
+WRITTEN = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors of the headings of a page, as Python-Markdown and GitHub make them of plain words."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"`[^`\n]*`", "", page.read_text(encoding="utf-8"))
+    for target, anchor in LINK.findall(text):
+        there = page if not target else (page.parent / target).resolve()
+        assert there.is_file(), f"{target} of {page.name}"
+        assert not anchor or anchor in _anchors(there), f"{target}#{anchor} of {page.name}"
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_are_named_exist(page: Path) -> None:
+    """Files of the code, the tests and the docs; a test's name behind `::` is in its file."""
+    named = r"\b((?:app|docs|es2|tests)/[\w/.-]+\.(?:py|toml|csv|md|js|css))(?:::(\w+))?"
+    for path, name in re.findall(named, page.read_text(encoding="utf-8")):
+        assert (ROOT / path).is_file(), f"{path} of {page.name}"
+        assert not name or name in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{name} of {page.name}"

@@ -514,7 +514,7 @@ def page() -> str:
         "",
         "A prompt is one user's message. *Rendered* means: as transformers renders it (`apply_chat_template` with "
         "`add_generation_prompt=True` and no keyword), token for token. A system prompt, thinking and other arguments "
-        "of a template are for [options](prompts.md#how-the-model-is-given-them). Tests try each of these kinds, "
+        "of a template are for [options](guide/rendering.md). Tests try each of these kinds, "
         f"{len(KINDS)} in all, on templates written for them, with {len(PROMPTS)} kinds of texts. What would change a "
         "text is refused with a sentence that quotes it, before anything is captured: the numbers would be of another "
         "prompt.",
