@@ -75,7 +75,8 @@ def _escaped(words: str) -> str:
     """Help as Markdown that shows it as it is: what is between backticks is code, a paragraph is one line."""
     paragraphs = [" ".join(one.split()) for one in re.split(r"\n\s*\n", words.replace("\b", "").strip())]
     parts = re.split(r"(`[^`]*`)", "\n\n".join(paragraphs))
-    return "".join(part if part[:1] == "`" else re.sub(r"([\\*_{}\[\]<>|#])", r"\\\1", part) for part in parts)
+    parts = [part if part[:1] == "`" else re.sub(r"([\\*_{}\[\]>|#])", r"\\\1", part) for part in parts]
+    return "".join(part if part[:1] == "`" else part.replace("<", "&lt;") for part in parts)
 
 
 def public_names(module: str) -> list[str]:

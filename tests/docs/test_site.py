@@ -78,7 +78,7 @@ def test_every_public_name_is_in_the_reference_and_documented(pages: dict[str, s
 
 
 def test_help_is_shown_as_it_is() -> None:
-    assert hooks._escaped("`a_b` *c* <d>\n e\n\n[f] g_h") == "`a_b` \\*c\\* \\<d\\> e\n\n\\[f\\] g\\_h"
+    assert hooks._escaped("`a_b` *c* <d>\n e\n\n[f] g_h") == "`a_b` \\*c\\* &lt;d\\> e\n\n\\[f\\] g\\_h"
 
 
 def test_links_of_a_file_of_the_root_lead_to_pages_or_are_words(

@@ -506,22 +506,23 @@ def page() -> str:
     lines = [
         "# What becomes of a prompt in a chat template",
         "",
-        "Models are compared at the end of a prompt, and what is there is up to the chat template that was published "
-        "with the model. This page says what the workbench makes of every kind of template known here. `last` is the "
-        "last token of the prompt, generation prompt included; `last_instruction` is in every kind the last token of "
-        "the user's own text, white space after it left out, or the one token that a tokenizer makes of the text's "
-        "last character and the line break after it.",
+        "Models are compared at the end of a prompt, and what is there is up to the chat template that was published",
+        "with the model. This page says what the workbench makes of every kind of template known here.",
         "",
-        "A prompt is one user's message. *Rendered* means: as transformers renders it (`apply_chat_template` with "
-        "`add_generation_prompt=True` and no keyword), token for token. A system prompt, thinking and other arguments "
-        "of a template are for [options](guide/rendering.md). Tests try each of these kinds, "
-        f"{len(KINDS)} in all, on templates written for them, with {len(PROMPTS)} kinds of texts. What would change a "
-        "text is refused with a sentence that quotes it, before anything is captured: the numbers would be of another "
-        "prompt.",
+        "A prompt is one user's message. *Rendered* means: as transformers renders it (`apply_chat_template` with",
+        "`add_generation_prompt=True` and no keyword), token for token. A system prompt, thinking and other arguments",
+        "of a template are for [options](guide/rendering.md). What would change a text is refused with a sentence that",
+        "quotes it, before anything is captured: the numbers would be of another prompt.",
         "",
-        "*Thinking*: whether the prompt ends inside a thinking block (*opened*), behind an empty one (*closed*), or "
-        "neither (*none*; many models then open one by themselves). Models that differ in it are read at different "
-        "moments.",
+        "- `last` is the last token of the prompt, generation prompt included.",
+        "- `last_instruction` is in every kind the last token of the user's own text, white space after it left out, or",
+        "  the one token that a tokenizer makes of the text's last character and the line break after it.",
+        "- *Thinking*: whether the prompt ends inside a thinking block (*opened*), behind an empty one (*closed*), or",
+        "  neither (*none*; many models then open one by themselves). Models that differ in it are read at different",
+        "  moments.",
+        "",
+        f"Tests try each of these kinds, {len(KINDS)} in all, on templates written for them, with {len(PROMPTS)} kinds",
+        "of texts.",
         "",
         "This page is made by `python -m tests.models.templates > docs/templates.md`.",
         "",
