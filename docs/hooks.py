@@ -7,9 +7,10 @@ imports mkdocs before it is called, so the tests can read the same pages without
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,23 +80,46 @@ def _escaped(words: str) -> str:
     return "".join(part if part[:1] == "`" else part.replace("<", "&lt;") for part in parts)
 
 
-def public_names(module: str) -> list[str]:
-    """The names in the `__all__` of a module."""
-    return list(import_module(module).__all__)
+def public_names(module: str) -> dict[str, str]:
+    """Where each name in the `__all__` of a module is defined, by name; none where there is no `__all__`.
+
+    The source is read, not run, since a lazy module would load torch; an import for type checkers alone says where its
+    names come from.
+    """
+    for node in _source(module).body:
+        if isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] == ["__all__"]:
+            return {name: _home(name, module) for name in ast.literal_eval(node.value) if not name.startswith("_")}
+    return {}
+
+
+def _home(name: str, module: str) -> str:
+    """Where a name of a module is defined, through any number of modules that pass it on."""
+    for node in ast.walk(_source(module)):
+        for alias in node.names if isinstance(node, ast.ImportFrom) and node.module else ():
+            if name == (alias.asname or alias.name):
+                return _home(alias.name, str(node.module))
+    return f"{module}.{name}"
+
+
+def docstring(name: str | None, module: str) -> str:
+    """The docstring of a module, or of a function or class that is defined in it."""
+    nodes: list[Any] = [one for one in _source(module).body if getattr(one, "name", None) == name]
+    found = (nodes[0] if nodes else None) if name else _source(module)
+    return (ast.get_docstring(found) or "") if found else ""
+
+
+def _source(module: str) -> ast.Module:
+    found = find_spec(module)
+    return ast.parse(Path(str(found and found.origin)).read_text(encoding="utf-8"))
 
 
 def api_page(module: str) -> str:
     """The page of a public module: what mkdocstrings makes of each public name, where it is defined."""
-    lines = [f"# `{module}`", "", _first_paragraph(import_module(module).__doc__), ""]
-    for name in public_names(module):
-        thing = getattr(import_module(module), name)
-        where = getattr(thing, "__module__", module)
-        lines += [f"::: {where}.{getattr(thing, '__qualname__', name)}", ""]
+    summary = " ".join(docstring(None, module).split("\n\n")[0].split())
+    lines = [f"# `{module}`", "", summary, ""]
+    for where in public_names(module).values():
+        lines += [f"::: {where}", ""]
     return "\n".join(lines)
-
-
-def _first_paragraph(words: str | None) -> str:
-    return " ".join((words or "").strip().split("\n\n")[0].split())
 
 
 def root_page(file: str) -> str:
@@ -110,12 +134,12 @@ def generated(modules: list[str]) -> dict[str, str]:
     """Every generated page: its text by its path."""
     top = [typed.split()[1] for typed, _ in commands() if typed.count(" ") == 1]
     pages = {f"commands/{name}.md": command_page(name) for name in top}
-    pages |= {f"api/{module}.md": api_page(module) for module in modules}
+    pages |= {f"api/{module}.md": api_page(module) for module in modules if public_names(module)}
     return pages | {page: root_page(file) for page, file in OF_THE_ROOT.items() if (ROOT / file).is_file()}
 
 
 def with_generated(nav: list[Any], pages: dict[str, str]) -> list[Any]:
-    """The `nav` with generated pages in the place of `folder/*`, and without pages of the root that are missing."""
+    """The `nav` with generated pages in the place of `folder/*`, and without pages that are not there (yet)."""
     entries: list[Any] = []
     for entry in nav:
         (title, content), *_ = entry.items()
@@ -124,7 +148,7 @@ def with_generated(nav: list[Any], pages: dict[str, str]) -> list[Any]:
         elif content.endswith("/*"):
             folder = content.removesuffix("*")
             entries.append({title: [{_title(page): page} for page in pages if page.startswith(folder)]})
-        elif content in pages or content not in OF_THE_ROOT:
+        elif content in pages or (ROOT / "docs" / content).is_file():
             entries.append(entry)
     return entries
 
