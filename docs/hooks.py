@@ -37,6 +37,16 @@ def commands() -> Commands:
     return list(walk("es2", typer.main.get_command(app)))[1:]
 
 
+def all_commands() -> str:
+    """The page that lists the commands, each with the first sentence of its help."""
+    lines = ["# All commands", "", "| command | what it does |", "| --- | --- |"]
+    for typed, command in commands():
+        if typed.count(" ") == 1:
+            first = _escaped(command.help or "").split("\n\n")[0]
+            lines.append(f"| [`{typed}`]({typed.split()[1]}.md) | {first} |")
+    return "\n".join(lines) + "\n"
+
+
 def command_page(name: str) -> str:
     """The page of a command of `es2`, with a section for each of its own commands."""
     sections = [_section(typed, command) for typed, command in commands() if f"{typed} ".startswith(f"es2 {name} ")]
@@ -133,7 +143,7 @@ def root_page(file: str) -> str:
 def generated(modules: list[str]) -> dict[str, str]:
     """Every generated page: its text by its path."""
     top = [typed.split()[1] for typed, _ in commands() if typed.count(" ") == 1]
-    pages = {f"commands/{name}.md": command_page(name) for name in top}
+    pages = {"commands/index.md": all_commands()} | {f"commands/{name}.md": command_page(name) for name in top}
     pages |= {f"api/{module}.md": api_page(module) for module in modules if public_names(module)}
     return pages | {page: root_page(file) for page, file in OF_THE_ROOT.items() if (ROOT / file).is_file()}
 
@@ -155,7 +165,9 @@ def with_generated(nav: list[Any], pages: dict[str, str]) -> list[Any]:
 
 def _title(page: str) -> str:
     name = Path(page).name.removesuffix(".md")
-    return f"es2 {name}" if page.startswith("commands/") else name
+    if not page.startswith("commands/"):
+        return name
+    return "All commands" if name == "index" else f"es2 {name}"
 
 
 def on_config(config: Any) -> Any:

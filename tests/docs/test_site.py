@@ -53,9 +53,17 @@ def test_every_command_has_its_section_with_all_of_its_options(pages: dict[str, 
     for typed, command in hooks.commands():
         page = pages[f"commands/{typed.split()[1]}.md"]
         assert f"# `{typed}`\n\n" in page
+        assert f"| [`es2 {typed.split()[1]}`]({typed.split()[1]}.md) | " in pages["commands/index.md"]
         assert (command.help or "").strip(), f"{typed} has no help"
         for parameter in command.params:
             assert parameter.hidden or any(f"`{name}" in page for name in (*parameter.opts, parameter.name))
+
+
+def test_every_environment_variable_is_in_the_table() -> None:
+    code = [path.read_text(encoding="utf-8") for folder in ("es2", "app") for path in (ROOT / folder).rglob("*.py")]
+    table = (DOCS / "command-line.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"^\| `(ES2_\w+)` \|", table, re.MULTILINE))
+    assert told == set(re.findall(r"\bES2_[A-Z_]+\b", "".join(code)))
 
 
 def test_every_setting_is_an_option_of_its_command_and_in_the_table(pages: dict[str, str]) -> None:
