@@ -137,3 +137,14 @@ def test_files_that_are_named_exist(page: Path) -> None:
     for path, name in re.findall(named, page.read_text(encoding="utf-8")):
         assert (ROOT / path).is_file(), f"{path} of {page.name}"
         assert not name or name in (ROOT / path).read_text(encoding="utf-8"), f"{path}::{name} of {page.name}"
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_that_are_told_have_these_options(page: Path) -> None:
+    known = {typed: command.params for typed, command in hooks.commands()}
+    code = r"(?:^ {4}|`)(?:[^`\n#]*[ /])?es2 ([a-z]+)([^`\n#]*)"
+    for name, rest in re.findall(code, page.read_text(encoding="utf-8"), re.MULTILINE):
+        assert f"es2 {name}" in known, f"es2 {name} of {page.name}"
+        options = {option for one in known[f"es2 {name}"] for option in (*one.opts, *one.secondary_opts)}
+        missing = set(re.findall(r"(?<=\s)--[a-z][\w-]*", rest)) - options - {"--help"}
+        assert not missing, f"es2 {name} of {page.name}"
