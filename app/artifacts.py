@@ -37,6 +37,7 @@ from es2.store.store import Store
 from es2.workflow import compared
 from es2.workflow.derived import find_activations, find_analysis_folder, find_umap, find_views_folder
 from es2.workflow.runs import SHOWCASE, list_runs, open_run, rendering_of, shipped_run
+from es2.workflow.runs import run_title as run_title
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -236,12 +237,6 @@ def _view(key: tuple[str, ...], layer: int, kind: str, fit_on: FitOn, raw: bool,
         fit_on=fit_on,
         raw=raw,
     )
-
-
-def run_title(run: Job) -> str:
-    """What a run is called: the name it was given, else what it did."""
-    layers = ", ".join(map(str, run.config.get("layers", ())))
-    return run.name or f"{run.config.get('objective', 'ES2')} at {layers}"
 
 
 def find_comparison(choice: Choice) -> Comparison | None:

@@ -84,7 +84,22 @@ def separation_view(
         fit_on: whether y's axis is fitted on base alone or on both models.
         raw: keep the models' own lengths instead of dividing each by its scale.
     """
-    models = _models(base, probes, tuned, tuned_probes)
+    points, explained = separation_points(_models(base, probes, tuned, tuned_probes), layer, fit, fit_on, raw)
+    moved = points[1] if len(points) > 1 else None
+    return View("separation", points[0], moved, axes_of("separation", explained, raw=raw), explained)
+
+
+def separation_points(
+    models: Sequence[tuple[Embeddings, Probes]],
+    layer: int,
+    fit: Bool[np.ndarray, "prompt"] | None = None,
+    fit_on: FitOn = "base",
+    raw: bool = False,
+) -> tuple[list[Points], tuple[float, float]]:
+    """The points of `separation_view` under any number of models, base's first, and the parts of the variance.
+
+    `fit_on` `both` fits y's axis on all of them.
+    """
     xs, rests = [], []
     for embeddings, own in models:
         unit = own.frame(layer).scale if raw else 1.0
@@ -103,9 +118,7 @@ def separation_view(
     along, beside = xs[0][chosen].var(), ys[0][chosen].var()
     total = along + _variance(fitted if fit_on == "base" else rests[0][chosen])
     explained = (float(along / total), float(beside / total)) if total > 0 else (0.0, 0.0)
-    points = [np.stack([x, y], axis=1) for x, y in zip(xs, ys, strict=True)]
-    moved = points[1] if len(points) > 1 else None
-    return View("separation", points[0], moved, axes_of("separation", explained, raw=raw), explained)
+    return [np.stack([x, y], axis=1) for x, y in zip(xs, ys, strict=True)], explained
 
 
 def pca_view(
@@ -123,12 +136,24 @@ def pca_view(
 
     Arguments as for `separation_view`; here both axes are fitted.
     """
-    models = _models(base, probes, tuned, tuned_probes)
+    points, explained = pca_points(_models(base, probes, tuned, tuned_probes), layer, fit, fit_on, raw)
+    moved = points[1] if len(points) > 1 else None
+    return View("pca", points[0], moved, axes_of("pca", explained, raw=raw), explained)
+
+
+def pca_points(
+    models: Sequence[tuple[Embeddings, Probes]],
+    layer: int,
+    fit: Bool[np.ndarray, "prompt"] | None = None,
+    fit_on: FitOn = "base",
+    raw: bool = False,
+) -> tuple[list[Points], tuple[float, float]]:
+    """The points of `pca_view` under any number of models, as `separation_points`."""
     zs = [_normalised(embeddings, own, layer) for embeddings, own in models]
     if raw:
         for z, (_, own) in zip(zs, models, strict=True):
             z *= own.scale[layer]
-    return _pca(zs, probes.normal(layer), fit, fit_on, raw)
+    return _pca(zs, models[0][1].normal(layer), fit, fit_on)
 
 
 @dataclass(frozen=True)
@@ -214,8 +239,7 @@ def umap_all_layers(
         if kind == "umap":
             points[layer] = _umap_points(zs, fit_on, seed)
         else:
-            view = _pca(zs, directions[0], None, fit_on)
-            points[layer] = [view.base] if view.tuned is None else [view.base, view.tuned]
+            points[layer], _ = _pca(zs, directions[0], None, fit_on)
         report("umap", layer + 1, base.n_layers)
     return UmapCoordinates(points, kind, fit_on)
 
@@ -323,14 +347,10 @@ def _pca(
     upwards: Float[np.ndarray, "d_model"],
     fit: Bool[np.ndarray, "prompt"] | None,
     fit_on: FitOn,
-    raw: bool = False,
-) -> View:
+) -> tuple[list[Points], tuple[float, float]]:
     mean, axes, parts = principal_axes(_fitted(zs, fit, fit_on), 2)
     axes = axes * np.where(axes @ upwards < 0, -1.0, 1.0)[:, None]
-    points = [_coordinates(z, mean, axes) for z in zs]
-    tuned = points[1] if len(points) > 1 else None
-    explained = (float(parts[0]), float(parts[1]))
-    return View("pca", points[0], tuned, axes_of("pca", explained, raw=raw), explained)
+    return [_coordinates(z, mean, axes) for z in zs], (float(parts[0]), float(parts[1]))
 
 
 def axes_of(kind: str, explained: tuple[float, float], *, raw: bool = False) -> tuple[str, str]:

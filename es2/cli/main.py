@@ -24,6 +24,7 @@ from es2.cli import evaluate as cli_evaluate
 from es2.cli import plan as cli_plan
 from es2.cli import reproduce as cli_reproduce
 from es2.cli import runs as cli_runs
+from es2.cli import series as cli_series
 from es2.cli import share as cli_share
 from es2.cli import sweep as cli_sweep
 from es2.cli.options import with_settings
@@ -284,6 +285,7 @@ app.command()(cli_runs.runs)
 app.command()(cli_runs.export)
 app.command()(cli_reproduce.reproduce)
 app.command()(cli_sweep.sweep)
+app.command()(cli_series.series)
 app.command()(cli_share.showcase)
 app.command()(cli_share.report)
 

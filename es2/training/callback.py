@@ -21,7 +21,10 @@ from es2.core.progress import Reporter
 from es2.core.rendering import AS_THE_TEMPLATE, Rendering
 from es2.models.adapter_files import find_adapter
 from es2.models.blocks import BlockHooks, find_blocks
+from es2.models.catalogue import resolve
 from es2.models.costs import DTYPES
+from es2.models.fingerprint import fingerprint
+from es2.models.folders import is_cached, model_folder
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import ActivationSet
@@ -69,6 +72,7 @@ class RepresentationCallback(TrainerCallback):
         self.rendering = rendering
         self.store = store
         self.captured: dict[int, ActivationSet] = {}
+        self._origin: dict[str, str] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,6 +96,8 @@ class RepresentationCallback(TrainerCallback):
                 "The adapter of this training names no base model; load the model from a folder or the Hub, so that "
                 "its base_model_name_or_path says which it is."
             )
+        if own is model and state.is_world_process_zero:
+            self._origin = _origin(str(own.name_or_path))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Capture the prompts under the model that was just saved, in the main process."""
@@ -108,7 +114,7 @@ class RepresentationCallback(TrainerCallback):
         adapter = find_adapter(str(folder)) if own is not model else None
 
         def read(request: CaptureRequest, report: Reporter) -> dict[str, Float[np.ndarray, "layer prompt d_model"]]:
-            request.learned["hooks"] = OWN_HOOKS
+            request.learned.update(self._origin, hooks=OWN_HOOKS)
             with _as_for_reading(own):
                 return capture_residuals(
                     BlockHooks(own), request.rendered, request.positions, into=request.into, report=report
@@ -136,6 +142,17 @@ def _without_adapter_classes(model: Any) -> Any:
 def _base_name(model: Any) -> str:
     (first, *_) = model.peft_config.values()
     return str(first.base_model_name_or_path or "")
+
+
+def _origin(name: str) -> dict[str, str]:
+    """What a set of the whole weights says of the model that the training began with, if that is known here."""
+    try:
+        spec = resolve(name)
+        folder = model_folder(spec) if is_cached(spec) else None
+        return {"base": spec.name} | ({"base_weights": fingerprint(folder).weights} if folder is not None else {})
+    except Es2Error as error:
+        logger.warning("The checkpoints of this training are of no known base (%s).", error)
+        return {}
 
 
 def _dtype(model: Any) -> str:

@@ -17,12 +17,14 @@ from es2.jobs.running import Task, result_of, run_job
 from es2.models.catalogue import resolve
 from es2.models.folders import model_folder
 from es2.prompts.loading import load_prompts
+from es2.store.store import Store
 from es2.workflow.check import check
 from es2.workflow.evaluate import evaluate
 from es2.workflow.finetune_run import finetune_run, imported_run
 from es2.workflow.prepare import prepare, project
 from es2.workflow.reader import read_job
 from es2.workflow.runs import config_of, tuned_weights
+from es2.workflow.series import analyse_members, open_members
 from es2.workflow.sweep import sweep_job
 
 
@@ -57,6 +59,13 @@ def _project_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict
         report=report,
     )
     return {"activations": activations.key, "umap": key}
+
+
+def _series_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
+    base, prompts = Store().open(config["base"]), load_prompts(config["prompts"]).measured()
+    members = open_members(config["sets"], base, config["position"])
+    found = analyse_members(base, members, prompts, config["position"], report=report)
+    return {"activations": [member.activations.key for member in found]}
 
 
 def _rendering(config: dict[str, Any]) -> Rendering:
@@ -95,6 +104,7 @@ JOBS: Mapping[str, Task] = {
     "read": read_job,
     "prepare": _prepare_job,
     "project": _project_job,
+    "series": _series_job,
     "finetune": _finetune_job,
     "evaluate": _evaluate_job,
     "check": _check_job,

@@ -97,19 +97,37 @@ def prepare(
     prompts = prompts.measured()
     own = captured(prompts)
     test = captured(rest) if rest is not None else None
+    analysis = analysis_of(prompts, own.base, own.tuned, config, store, test, report)
+    return Prepared(own.base, own.tuned, analysis)
+
+
+def analysis_of(
+    prompts: PromptSet,
+    base: ActivationSet,
+    tuned: ActivationSet | None,
+    config: AnalysisConfig,
+    store: Store,
+    test: Captured | None = None,
+    report: Reporter = silent,
+) -> Analysis:
+    """The analysis of captured prompts, with the views of large layers, computed unless it is on disk.
+
+    Raises:
+        InputError, MachineError: as `analyze` does.
+    """
     source = TestSet(test.prompts, test.base, test.tuned) if test is not None else None
-    key = analysis_key(own.base, prompts, config, tuned=own.tuned, test=test)
-    holder = own.tuned or own.base
+    key = analysis_key(base, prompts, config, tuned=tuned, test=test)
+    holder = tuned or base
     with store.lock(key, lambda: report("wait", 0, 1)):
         if folder := holder.derived(key):
             analysis = Analysis.load(folder)
         else:
-            analysis = analyze(prompts, own.base, own.tuned, test=source, config=config, report=report)
+            analysis = analyze(prompts, base, tuned, test=source, config=config, report=report)
             with holder.write_derived(key) as folder:
                 analysis.save(folder)
-        if test is None and are_worthwhile(len(prompts), own.base.d_model):
-            write_views(prompts, own.base, own.tuned, analysis, report)
-    return Prepared(own.base, own.tuned, analysis)
+        if test is None and are_worthwhile(len(prompts), base.d_model):
+            write_views(prompts, base, tuned, analysis, report)
+    return analysis
 
 
 def common_rendering(prompts: PromptSet, given: Rendering, run: Job | None, against: Job | None = None) -> Rendering:

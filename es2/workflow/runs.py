@@ -91,6 +91,12 @@ def shipped_run() -> Job | None:
     return read_job(runs[-1]) if runs else None
 
 
+def run_title(run: Job) -> str:
+    """What a run is called: the name it was given, else what it did."""
+    layers = ", ".join(map(str, run.config.get("layers", ())))
+    return run.name or f"{run.config.get('objective', 'ES2')} at {layers}"
+
+
 def config_of(run: Job) -> FinetuneConfig:
     """The run's settings; raises `InputError` where they are damaged."""
     document = run.config

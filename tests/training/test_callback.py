@@ -17,6 +17,7 @@ from es2.core.errors import InputError
 from es2.models.loading import load_tokenizer
 from es2.store.store import Store
 from es2.training import RepresentationCallback
+from es2.workflow.series import find_members
 from tests.builders import save_tiny_model, tiny_prompts
 
 PROMPTS = tiny_prompts(20)
@@ -99,6 +100,10 @@ class TestWithoutATrainer:
         callback.on_save(arguments, state, TrainerControl(), model=model)
         found = callback.captured[3]
         assert found.model == str(tmp_path / "checkpoint-3")
+        began = capture(str(base), PROMPTS.measured(), device="cpu").activations
+        assert found.meta["base"] == began.model
+        assert found.meta["base_weights"] == began.meta["decides"]["weights"]
+        assert [member.step for member in find_members(began, "last")] == [3]
         assert found.n_prompts == len(PROMPTS.measured())
         assert [module.training for module in model.modules()] == before
         fresh = capture(found.model, PROMPTS.measured(), device="cpu", store=Store(tmp_path / "else")).activations
