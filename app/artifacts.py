@@ -133,6 +133,22 @@ def find(model: str, prompt_set: PromptSet, position: str, rendering: Rendering 
     return Opened(prompt_set, activations, analysis, position) if analysis is not None else None
 
 
+def sets() -> list[ActivationSet]:
+    """Every activation set, newest first."""
+    return Store().list()
+
+
+def beside(opened: Opened, tuned: ActivationSet) -> tuple[ActivationSet, Analysis | None]:
+    """A set that stands beside base, the same object at every run, and the analysis of both; None if there is none."""
+    kept = _keep(tuned)
+    return kept, _analysis(opened.base, opened.prompts, opened.position, kept)
+
+
+def result_stamp(run: Job) -> object:
+    """What tells a run's result from an earlier one."""
+    return stamp_of(run.path / "result.json")
+
+
 def by_position(opened: Opened) -> dict[str, Analysis | None]:
     """By captured position, from the end of the prompt on, its analysis; None where there is none yet."""
     captured = _captured(opened.base)
@@ -150,7 +166,7 @@ def _keep(found: ActivationSet) -> ActivationSet:
     return _kept(found.key, found.inode, found)
 
 
-@st.cache_resource(max_entries=16, show_spinner=False)
+@st.cache_resource(max_entries=32, show_spinner=False)
 def _kept(key: str, inode: int, _activations: ActivationSet) -> ActivationSet:
     """The same object at every run, so that its files are checked once."""
     return _activations
@@ -164,7 +180,7 @@ def _analysis(
     return _loaded(str(folder), folder.stat().st_ino) if folder is not None else None
 
 
-@st.cache_resource(max_entries=16, show_spinner=False)
+@st.cache_resource(max_entries=32, show_spinner=False)
 def _loaded(folder: str, inode: int) -> Analysis:
     return Analysis.load(Path(folder))
 

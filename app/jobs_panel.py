@@ -22,6 +22,7 @@ from es2.jobs.running import jobs_ahead
 KINDS = {
     "prepare": "Capture and analyse",
     "project": "UMAP of every layer",
+    "series": "Numbers of a series",
     "finetune": "ES2 fine-tune",
     "evaluate": "Evaluate",
     "check": "Check the model",

@@ -30,6 +30,7 @@ from app.text import sentences  # noqa: E402
 PAGES = (
     ("compare", "Compare", "compare"),
     ("layers", "Layers", "layers"),
+    ("series", "Series", "stacked_line_chart"),
     ("runs", "Runs", "model_training"),
     ("behaviour", "Behaviour", "chat"),
     ("robustness", "Robustness", "shield"),
@@ -38,7 +39,7 @@ PAGES = (
 
 
 def page(name: str) -> Callable[[], None]:
-    """Renders a page, which is imported on its first visit: the first visitor waits for one page, not for six."""
+    """Renders a page, which is imported on its first visit: the first visitor waits for one page, not for all."""
 
     def render() -> None:
         match name:
@@ -46,6 +47,8 @@ def page(name: str) -> Callable[[], None]:
                 from app.views.compare import page as show
             case "layers":
                 from app.views.layers import page as show
+            case "series":
+                from app.views.series import page as show
             case "runs":
                 from app.views.runs import page as show
             case "behaviour":

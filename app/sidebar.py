@@ -62,7 +62,7 @@ def show() -> None:
 def _model_changed() -> None:
     model = (st.session_state["model"] or "").strip()
     if model:
-        state.update(model=lasting(model), run=None, against=None)
+        state.update(model=lasting(model), run=None, against=None, series=())
 
 
 def _prompts_changed() -> None:

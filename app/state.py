@@ -15,8 +15,9 @@ from typing import Any
 import streamlit as st
 
 from es2.analysis.projection import FitOn
+from es2.analysis.series import MAX_MEMBERS
 from es2.core.errors import InputError
-from es2.core.files import parse_json
+from es2.core.files import is_key, parse_json
 from es2.core.rendering import AS_THE_TEMPLATE, Rendering
 from es2.models.catalogue import DEFAULT_MODEL
 from es2.prompts.benchmarks import absolute_source
@@ -30,7 +31,7 @@ MAX_NAME = 1000
 MAX_SOURCE = 8000
 """Characters of a prompt source that an address holds, each of which may take three there: servers read 65,536."""
 _RUNS = ("run", "against")
-_OPTIONAL = ("layer", "splits", "arrange", "fit", "lengths", *_RUNS, *Rendering.model_fields)
+_OPTIONAL = ("layer", "splits", "arrange", "fit", "lengths", "series", *_RUNS, *Rendering.model_fields)
 _MAX_RENDERING = 8000  # characters of an address
 _RUN_ID = re.compile(r"[a-z0-9-]{1,80}")
 
@@ -56,6 +57,7 @@ class Choice:
         arrangement: of base and tuned, one of `ARRANGEMENTS`.
         fit_on: what the axes are fitted on, one of `FITS`.
         raw: whether lengths are the models' own rather than divided by each model's scale.
+        series: keys of the activation sets beside base on the page Series; empty for some of those there are.
         rendering: how the model is given the prompts; what it leaves open is as in the run, or as the prompts say.
     """
 
@@ -70,6 +72,7 @@ class Choice:
     arrangement: str = "side"
     fit_on: FitOn = "base"
     raw: bool = False
+    series: tuple[str, ...] = ()
     rendering: Rendering = AS_THE_TEMPLATE
 
     def to_link(self) -> dict[str, str]:
@@ -85,6 +88,8 @@ class Choice:
             link["fit"] = self.fit_on
         if self.raw:
             link["lengths"] = "raw"
+        if self.series:
+            link["series"] = ",".join(self.series)
         for name, value in self.rendering.to_dict().items():
             link[name] = value if isinstance(value, str) else json.dumps(value)
         for name in _RUNS:
@@ -117,6 +122,13 @@ def read_link(link: Mapping[str, str]) -> tuple[Choice, list[str]]:
             return id
         notes.append(f"The link's {key} {id[:40]!r} is no run's id.")
         return None
+
+    def series() -> tuple[str, ...]:
+        keys = tuple(dict.fromkeys(filter(None, link.get("series", "").split(","))))
+        if len(keys) < MAX_MEMBERS and all(map(is_key, keys)):
+            return keys
+        notes.append(f"The link's series is no list of at most {MAX_MEMBERS - 1} keys of activation sets.")
+        return ()
 
     def position() -> str:
         asked = link.get("position", POSITIONS[0])
@@ -155,6 +167,7 @@ def read_link(link: Mapping[str, str]) -> tuple[Choice, list[str]]:
         arrangement=word("arrange", ARRANGEMENTS),
         fit_on="both" if word("fit", FITS) == "both" else "base",
         raw=word("lengths", ("scaled", "raw")) == "raw",
+        series=series(),
         rendering=rendering(),
     )
     return choice, notes
@@ -224,7 +237,7 @@ def mirror() -> None:
 
 def choose_prompts(source: str) -> None:
     """Take other prompts, of any run's. Raises as `lasting_source` does."""
-    update(prompts=lasting_source(source), run=None, against=None)
+    update(prompts=lasting_source(source), run=None, against=None, series=())
 
 
 def lasting_source(source: str) -> str:

@@ -4,6 +4,7 @@
 const PLAY_MILLISECONDS = 1800;
 const PAINT_MILLISECONDS = 50; // for the browser to paint the points, before plotly keeps it busy
 const CROWD = 2000; // points of a figure above which WebGL draws them, since in SVG each is an element of its own
+const MOST_WEBGL = 4; // figures, since each takes three of the contexts that a browser keeps
 const LAYER_PICKED = "es2-layer-picked";
 const PLAIN = { displayModeBar: false, scrollZoom: false, responsive: false, doubleClick: false };
 const LINKED = {
@@ -81,8 +82,10 @@ async function draw(Plotly, state, figures) {
 }
 
 function makeRoom(state) {
-  const { figures, height, alt } = state.data;
-  state.root.style.height = `${height}px`;
+  const { figures, height, alt, grid } = state.data;
+  state.row.classList.toggle("plots-grid", Boolean(grid));
+  state.row.style.gridAutoRows = grid ? `${height}px` : "";
+  state.root.style.height = grid ? "auto" : `${height}px`;
   state.root.setAttribute("role", "img");
   state.root.setAttribute("aria-label", alt);
   while (state.divs.length < figures.length) {
@@ -154,7 +157,7 @@ async function show(Plotly, state, index, figure, theme) {
 // In a crowd WebGL draws all traces, since its canvas covers SVG.
 function kindOf(state, traces) {
   const points = traces.reduce((sum, trace) => sum + (trace.customdata?.length ?? 0), 0);
-  const crowd = state.data.name && points > CROWD && hasWebGL();
+  const crowd = state.data.name && points > CROWD && state.divs.length <= MOST_WEBGL && hasWebGL();
   return crowd ? traces.map((trace) => ({ ...trace, type: "scattergl" })) : traces;
 }
 

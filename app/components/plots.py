@@ -45,7 +45,8 @@ def linked(
     on_select: Callable[[], None],
     name: str,
     alt: str,
-    context: str,
+    context: str = "",
+    grid: bool = False,
 ) -> None:
     """Draw figures of prompts beside each other, with hovering, selection and zoom in common.
 
@@ -53,15 +54,16 @@ def linked(
         figures: their points carry `[model, row]` as `customdata`; points of one row belong together. Traces with `to`
             in their `meta` (`{"x": […], "y": […]}`) move there as the scrubber plays or is dragged.
         key: of the widget. In `on_select` its `selected` in the session's state lists the rows.
-        height: of the whole component, in pixels.
+        height: of the whole component, or in a grid of each figure, in pixels.
         selected: the selected rows; a click with shift adds to them.
         on_select: called when points of any figure were clicked or lassoed.
         name: of the file when a figure is saved, without suffix.
         alt: a description for screen readers.
         context: identifies all that the figures depend on besides layer and selection: where `other_layers` sent
             figures of the same context, the browser draws a picked layer at once.
+        grid: whether there are as many in a row as there is room for, rather than all in one.
     """
-    data = {"context": context, "height": height, "selected": list(selected), "name": name, "alt": alt}
+    data = {"context": context, "height": height, "selected": list(selected), "name": name, "alt": alt, "grid": grid}
     _draw(key, figures, data, on_selected_change=on_select)
 
 
