@@ -21,6 +21,8 @@ Margins: TypeAlias = 'Mapping[str, Float[np.ndarray, "prompt"]]'
 """Signed distances to the boundary, + on the harmful side, by what their column is called; the last decides."""
 
 N_HARDEST = 15
+MAX_IN_CARD = 4
+"""Models whose margins are said in words, too."""
 TABLE_HEIGHT = 640
 ROW_HEIGHT = 64
 """Streamlit wraps the text of a cell in rows higher than four times the base font size."""
@@ -119,7 +121,8 @@ def card(prompts: PromptSet, row: int, margins: Margins) -> None:
                 f"{'correct' if own_side(prompts, values)[shown] > 0 else 'wrong'} side"
                 for column, values in margins.items()
             )
-            st.caption(f"**{head}** · {' · '.join(sides)}")
+            few = len(margins) <= MAX_IN_CARD  # the table has them all
+            st.caption(" · ".join([f"**{head}**", *(sides if few else ())]))
             st.text(prompts.texts[shown], width="stretch")
 
 

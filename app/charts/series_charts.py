@@ -17,14 +17,14 @@ from es2.report import palette
 from es2.report.glossary import BY_NAME
 
 PANEL_HEIGHT = 262
-STRIP_HEIGHT = 265
+STRIP_HEIGHT = 240
 STEP_HEIGHT = 235
 NUMBERS = ("probe_accuracy", "fisher_ratio", "mean_difference_margin")
 DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star", "cross")
 KL = {"prompt": "on the prompts", "reply": "on the replies"}
 _PANEL = {"left": 40, "bottom": 24, "top": 50}
-_LEGEND = 190  # pixels
+_LEGEND, _ENTRY = 190, 19  # pixels: the legend's width, and the height of one of its lines
 _NAME = 30
 """Characters of a name that a panel and a legend have room for."""
 
@@ -117,7 +117,7 @@ def strip(members: Sequence[Member], names: Sequence[str], number: str, *, chose
     high = 1.02 if number == "probe_accuracy" else canvas.nice_limit(1.05 * max(values))
     figure = canvas.figure(
         traces,
-        STRIP_HEIGHT,
+        max(STRIP_HEIGHT, _ENTRY * len(members) + 10 + canvas.BOTTOM_TITLED),
         revision=f"series {number}",
         x=canvas.layer_axis(n_layers),
         y={"range": [low, high], "title": canvas.title(term.title), "nticks": 6},

@@ -106,7 +106,7 @@ def choose(choice: Choice, opened: Opened, offered: Sequence[Member]) -> list[Me
             sentence = refusal(opened.base, other, opened.position) if other else f"There is no activation set {key}."
             st.caption(f":material/info: {text.markdown(sentence)}")
     usual = [offered[at] for at in sorted({*np.linspace(0, len(offered) - 1, min(N_SHOWN, len(offered))).astype(int)})]
-    chosen = [key for key in choice.series if key in by_key] or [member.activations.key for member in usual]
+    chosen = [key for key in by_key if key in choice.series] or [member.activations.key for member in usual]
     st.session_state["series_sets"] = chosen
     st.multiselect(
         "Beside base",

@@ -16,7 +16,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-NAMES = ("capture", "step", "analysis", "replies", "app", "growth")
+NAMES = ("capture", "step", "analysis", "replies", "app", "growth", "callback")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from es2.training.config import FinetuneConfig
-from tests.benchmarks import analysis, app, capture, growth, step
+from tests.benchmarks import analysis, app, callback, capture, growth, step
 from tests.benchmarks.contest import Figure, Report, Settings, exponent, table
 from tests.builders import save_tiny_model, tiny_prompts
 
@@ -100,3 +100,11 @@ def test_memory_is_that_of_a_process_of_its_own(settings: Settings) -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the high-water mark of memory can only be reset on Linux")
     assert 0 <= capture.added_memory("output_hidden_states", settings.folder, settings.sample()) < 2000
+
+
+def test_what_the_callback_adds_is_timed(settings: Settings) -> None:
+    report = callback.measure(settings, steps=2, length=16)
+    assert values(report)["a save's capture"] > 0
+    seconds = report.details["seconds"]
+    assert (len(seconds["step"]), len(seconds["save"])) == (4, 2)
+    assert len(report.details["prompt_tokens"]) == 2, "every save was captured anew"
