@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import streamlit as st
 
-from app import state
+from app import state, text
 from app.charts import projection_chart
 from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, PromptSet
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Margins: TypeAlias = 'Mapping[str, Float[np.ndarray, "prompt"]]'
 """Signed distances to the boundary, + on the harmful side, by what their column is called; the last decides."""
 
+COLUMNS = ("prompt", "label", "side", "category", "split", "pair")
+"""What no model may be called in a table, beside its margins."""
 N_HARDEST = 15
 MAX_IN_CARD = 4
 """Models whose margins are said in words, too."""
@@ -97,7 +99,7 @@ def table(
             }
             | {
                 name: st.column_config.NumberColumn(
-                    name.capitalize(),
+                    name[:1].upper() + name[1:],
                     format="%+.4f",
                     width=72,
                     help="How far it moved towards its own side."
@@ -117,7 +119,7 @@ def card(prompts: PromptSet, row: int, margins: Margins) -> None:
             name = LABEL_NAMES[int(prompts.labels[shown])]
             head = name if shown == row else f"its twin, {name}"
             sides = (
-                f"{column} {values[shown]:+.4f}, on the "
+                f"{text.markdown(column)} {values[shown]:+.4f}, on the "
                 f"{'correct' if own_side(prompts, values)[shown] > 0 else 'wrong'} side"
                 for column, values in margins.items()
             )

@@ -69,8 +69,7 @@ def page() -> None:
     chosen = choose(choice, opened, offered)
     members = analysed(opened, chosen)
     missing(choice, opened, [one for one in chosen if one.activations.key not in {m.activations.key for m in members}])
-    name = told_apart(range(len(members)), lambda at: members[at].name)
-    names = [name(at) for at in range(len(members))]
+    names = names_of(members)
     strip(members, names, layer)
     view = fitted(choice, opened, members, layer)
     margins = margins_of(opened, members, layer)
@@ -133,6 +132,13 @@ def analysed(opened: Opened, chosen: Sequence[Member]) -> list[Member]:
         if analysis is not None:
             members.append(replace(member, activations=kept, analysis=analysis))
     return members
+
+
+def names_of(members: Sequence[Member]) -> list[str]:
+    """What the models are called, no two alike, and none as a column of the table of prompts."""
+    taken: list[str | int] = [*prompt_list.COLUMNS, *range(len(members))]
+    name = told_apart(taken, lambda one: one if isinstance(one, str) else members[one].name)
+    return [name(at) for at in range(len(members))]
 
 
 def missing(choice: Choice, opened: Opened, lacking: Sequence[Member]) -> None:

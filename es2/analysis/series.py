@@ -13,7 +13,7 @@ from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import ActivationSet
 
 MAX_MEMBERS = 12
-"""Of one series, its base included."""
+"""As many as are shown at once, base included."""
 VIEWS = ("separation", "pca")
 
 

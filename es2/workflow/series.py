@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from es2.analysis.results import AnalysisConfig
-from es2.analysis.series import MAX_MEMBERS, Member
+from es2.analysis.series import Member
 from es2.analysis.setup import check_prompts
 from es2.core.errors import InputError
 from es2.core.files import expanded
@@ -150,7 +150,7 @@ def open_members(names: Sequence[str], base: ActivationSet, position: str, store
         names: each the id of a run, the folder of a checkpoint, or the key of an activation set.
 
     Raises:
-        InputError: for a name of no set, or one that does not fit; for more than `MAX_MEMBERS` with base.
+        InputError: for a name of no set, or one that does not fit; where nothing fits.
     """
     store = store or Store()
     fitting = find_members(base, position, store)
@@ -160,10 +160,6 @@ def open_members(names: Sequence[str], base: ActivationSet, position: str, store
         raise InputError(
             f"There is nothing to set beside {base.model} yet; `es2 finetune`, `es2 import` or a training with the "
             "RepresentationCallback (docs/watching.md) makes some."
-        )
-    if len(chosen) >= MAX_MEMBERS:
-        raise InputError(
-            f"{len(chosen)} sets are too many to be seen beside their base; name at most {MAX_MEMBERS - 1} of them."
         )
     return chosen
 

@@ -12,6 +12,7 @@ from streamlit.testing.v1 import AppTest
 
 from app.charts import series_charts
 from app.state import Choice, read_link
+from app.views.series import names_of
 from es2.analysis.series import Member, series_view
 from es2.jobs.queue import create_job, list_jobs
 from es2.workflow.series import analyse_members, open_members
@@ -93,6 +94,11 @@ def test_a_link_holds_keys_and_not_too_many() -> None:
         choice, notes = read_link({"series": broken})
         assert choice.series == ()
         assert len(notes) == 1
+
+
+def test_no_two_models_are_called_alike_nor_as_a_column(members: list[Member]) -> None:
+    alike = [replace(member, name=name) for member, name in zip(members, ("Base", "label", "a", "a"), strict=True)]
+    assert names_of(alike) == ["Base", "label (2)", "a", "a (2)"]
 
 
 class TestFigures:

@@ -73,9 +73,13 @@ def test_every_save_of_an_sft_is_what_a_capture_of_its_files_finds(lora: bool, b
         assert fresh.activations.key == found.key
         for layer in range(found.n_layers):
             np.testing.assert_allclose(found.layer(layer), fresh.activations.layer(layer), rtol=1e-3, atol=1e-4)
+    assert Store().find(model=str(base), texts_digest=shown.texts_digest, position="last") is None
+    began = capture(str(base), shown, device="cpu").activations
+    assert [member.activations.key for member in find_members(began, "last")] == [
+        found.key for found in callback.captured.values()
+    ]
     first, last = callback.captured.values()
     assert not np.allclose(first.layer(2), last.layer(2), atol=1e-3), "the training moved them"
-    assert Store().find(model=str(base), texts_digest=shown.texts_digest, position="last") is None
     assert train(base, tmp_path / "plain", lora=lora) == losses, "looking changes nothing"
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from es2.analysis.projection import pca_view, separation_view
-from es2.analysis.series import MAX_MEMBERS, Member, series_view
+from es2.analysis.series import Member, series_view
 from es2.core.errors import InputError
+from es2.jobs.queue import create_job
 from es2.workflow.job_kinds import JOBS
 from es2.workflow.runs import run_title
 from es2.workflow.series import analyse_members, find_members, open_members, refusal, series_document
@@ -36,8 +37,9 @@ def artifacts(made: Series, places: None) -> Artifacts:
 
 
 @pytest.fixture
-def members(artifacts: Artifacts) -> list[Member]:
-    found = open_members((), artifacts.activations, "last")
+def members(artifacts: Artifacts, made: Series) -> list[Member]:
+    names = (made.compared.run.id, *(one.key for one in made.checkpoints))
+    found = open_members(names, artifacts.activations, "last")
     return analyse_members(artifacts.activations, found, artifacts.prompts, "last")
 
 
@@ -94,11 +96,22 @@ class TestWhatFits:
         with pytest.raises(InputError, match="There is no activation set of 'nothing'"):
             open_members(["nothing"], artifacts.activations, "last")
 
-    def test_more_than_can_be_seen_are_refused(self, artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
-        many = find_members(artifacts.activations, "last") * 4
-        monkeypatch.setattr("es2.workflow.series.find_members", lambda *_: many)
-        with pytest.raises(InputError, match=f"12 sets are too many .* at most {MAX_MEMBERS - 1}"):
-            open_members((), artifacts.activations, "last")
+    def test_an_adapter_that_was_imported_from_a_checkpoint_is_a_step_of_its_training(
+        self, artifacts: Artifacts
+    ) -> None:
+        config = {"model": MODEL, "imported": "/elsewhere/dpo/checkpoint-30", "layers": [2], "objective": "imported"}
+        run = create_job("finetune", config)
+        tuned = write_set(artifacts.home, artifacts, TUNED_DISTANCES, run=run.id)
+        (member,) = open_members([run.id], artifacts.activations, "last")
+        assert member.activations.key == tuned.key
+        assert (member.name, member.training, member.step) == ("dpo, step 30", "/elsewhere/dpo", 30)
+        run.rename("their DPO")
+        assert open_members([run.id], artifacts.activations, "last")[0].name == "their DPO"
+
+    def test_a_base_alone_says_what_could_be_set_beside_it(self, artifacts: Artifacts) -> None:
+        base = write_set(artifacts.home, artifacts, model="nobody-tuned")
+        with pytest.raises(InputError, match="There is nothing to set beside nobody-tuned yet"):
+            open_members((), base, "last")
 
 
 class TestOneFrame:
