@@ -24,7 +24,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "star", "cross")
 KL = {"prompt": "on the prompts", "reply": "on the replies"}
 _PANEL = {"left": 40, "bottom": 24, "top": 50}
-_LEGEND, _ENTRY = 190, 19  # pixels: the legend's width, and the height of one of its lines
+_LEGEND, _ENTRY = 190, 21  # pixels: the legend's width, and the height of one of its lines
 _NAME = 30
 """Characters of a name that a panel and a legend have room for."""
 
