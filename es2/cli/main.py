@@ -49,6 +49,7 @@ from es2.cli.terminal import (
     show_outcome,
 )
 from es2.core.errors import Es2Error, InputError, MachineError
+from es2.core.files import app_script
 from es2.core.progress import Cancelled
 from es2.core.rendering import Rendering
 from es2.models.catalogue import DEFAULT_MODEL
@@ -334,9 +335,11 @@ def project(
 @app.command(name="app", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def open_app(context: typer.Context) -> None:
     """Open the workbench in the browser; further arguments go to Streamlit."""
-    script = Path(__file__).resolve().parents[2] / "app" / "main.py"
+    script = app_script()
     if not script.is_file():
-        raise InputError("The app is beside the package in a clone of the project; run it from there.")
+        raise InputError(
+            f"The app is not where it belongs, {script}; install es2 again, or use a clone of the project."
+        )
     os.execv(sys.executable, [sys.executable, "-P", "-m", "streamlit", "run", str(script), *context.args])
 
 

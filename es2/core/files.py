@@ -36,6 +36,7 @@ MAX_JSON_LEVELS = 64
 _KEY = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _MAX_NAME_BYTES = 200  # the system's 255, less what a temporary name adds
 _REMEMBER_FROM_BYTES = 2**20  # smaller files are hashed again faster than a memo is looked up
+_INSTALLED = Path(__file__).resolve().parents[1] / "workbench"  # made by pyproject.toml's package-dir
 _CLOCK_GRAIN_NS = 2 * 10**9  # a file that changed this recently can change again without a new modification time
 
 
@@ -48,16 +49,30 @@ def home() -> Path:
     return Path(os.environ.get("ES2_HOME") or ".").absolute()
 
 
+def program_root() -> Path:
+    """The folder that holds `app/` and the showcase: the checkout, or `es2/workbench` of an installed package."""
+    return _INSTALLED if _INSTALLED.is_dir() else _INSTALLED.parents[1]
+
+
+def app_script() -> Path:
+    """The file that Streamlit runs; absent where the package was copied without the rest of its checkout."""
+    return program_root() / "app" / "main.py"
+
+
 def shipped() -> Path:
     """The read-only folder of sets and runs that come with the program.
 
-    `$ES2_SHOWCASE`, or in the checkout, or else below `home()`, where `es2 showcase` then writes it.
+    `$ES2_SHOWCASE`, or beside the app, or else below `home()`, where `es2 showcase` then writes it.
     """
     if chosen := os.environ.get("ES2_SHOWCASE"):
         return Path(chosen).absolute()
-    checkout = Path(__file__).resolve().parents[2]
-    root = checkout if (checkout / "app" / "main.py").is_file() else home()
+    root = program_root() if app_script().is_file() else home()
     return root / "cached_activations" / "showcase"
+
+
+def is_installed(path: Path) -> bool:
+    """Whether a file or folder is part of an installed package, which only an installer changes."""
+    return path.is_relative_to(_INSTALLED)
 
 
 def is_shipped(path: Path) -> bool:
@@ -66,7 +81,9 @@ def is_shipped(path: Path) -> bool:
 
 
 def way_out(path: Path, usual: str) -> str:
-    """The remedy for a damaged or outdated file: `usual`, or for a shipped one the command that rebuilds it."""
+    """The remedy for a damaged or outdated file: `usual`, or for a shipped one what brings it back."""
+    if is_installed(path):
+        return "install es2 again (`pip install --force-reinstall --no-deps`)"
     return "`es2 showcase` rebuilds it" if is_shipped(path) else usual
 
 

@@ -19,7 +19,16 @@ import numpy as np
 from es2.analysis.projection import UmapCoordinates
 from es2.analysis.results import Analysis
 from es2.core.errors import InputError
-from es2.core.files import content_key, files_below, new_folder, read_json, shipped, with_checksum, write_json
+from es2.core.files import (
+    content_key,
+    files_below,
+    is_installed,
+    new_folder,
+    read_json,
+    shipped,
+    with_checksum,
+    write_json,
+)
 from es2.core.progress import Reporter, silent
 from es2.core.versions import installed_versions
 from es2.evaluation.results import FOLDER as EVALUATION
@@ -79,9 +88,16 @@ def build(
         report: takes the progress.
 
     Raises:
-        InputError: for a run that is another one or has no result, or when not even one pair of each split fits.
+        InputError: for a run that is another one or has no result, when not even one pair of each split fits, or when
+            the showcase is part of an installed package.
         MachineError: when the machine refuses; either, with its sentence, when the fine-tune fails.
     """
+    path = shipped()
+    if is_installed(path):
+        raise InputError(
+            f"The showcase in {path} is part of the installed package; make it in a clone, or name another folder in "
+            "ES2_SHOWCASE."
+        )
     settings = settings or FinetuneConfig(layers=())
     prompt_set = load_prompts(prompts)
     if run is None:
@@ -102,7 +118,6 @@ def build(
     holder, key = project(model, prompt_set, run=run, device=settings.device, dtype=settings.dtype, report=report)
     umap_folder = holder.derived(key)
     assert umap_folder is not None  # it was just made
-    path = shipped()
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(path.parent, path.parent, path.name, replace=True) as new:
         umap = UmapCoordinates.load(umap_folder)

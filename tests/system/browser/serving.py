@@ -13,7 +13,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,18 +47,22 @@ expect = playwright.expect
 expect.set_options(timeout=PATIENCE)
 
 
+STREAMLIT = (sys.executable, "-m", "streamlit", "run", "app/main.py")
+
+
 @contextmanager
-def served(home: Path, *, log: Path | None = None, **environment: str) -> Iterator[str]:
+def served(
+    home: Path, *, log: Path | None = None, command: Sequence[str] = STREAMLIT, cwd: Path = ROOT, **environment: str
+) -> Iterator[str]:
     """The app on a free port, with this home and further variables of its environment; yields its address."""
     log = log or home / "server.log"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with log.open("wb") as output:
-        command = ["-m", "streamlit", "run", "app/main.py", "--server.port", str(port), "--server.headless", "true"]
         server = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
+            [*command, "--server.port", str(port), "--server.headless", "true"],
+            cwd=cwd,
             env=os.environ | {"ES2_HOME": str(home), **environment},
             stdout=output,
             stderr=subprocess.STDOUT,
