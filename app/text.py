@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import streamlit as st
 
 from es2.core.errors import Es2Error
+from es2.core.progress import duration as duration
 from es2.store.activation_set import ActivationSet
 from es2.store.sources import OWN_HOOKS, OWN_HOOKS_NOTE, PLAIN_TEXT, PLAIN_TEXT_NOTE
 
@@ -64,14 +65,6 @@ def in_app(sentence: str, page: str = ", on the page Your own") -> str:
     sentence = _OF_RENDERING.sub(lambda found: _RENDERING[found[0]], sentence)
     said, n = _OPTIONS.subn(lambda found: _CONTROLS[found[0]], sentence)
     return f"{said.removesuffix('.')}{page}." if n else sentence
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words that are no more exact than an estimate is: `12 s`, `3 min`, `1 h 40 min`."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def given_as(how: str | None) -> None:

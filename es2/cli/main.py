@@ -354,6 +354,8 @@ def job(folder: Path) -> None:
 
 def main() -> NoReturn:
     """Run the command line; the one place where an error becomes a sentence and an exit code."""
+    for switch in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # `progress` shows what libraries would
+        os.environ[switch] = "1"
     log = logging.StreamHandler(sys.stderr)
     log.setFormatter(PlainFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[log])

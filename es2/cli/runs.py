@@ -279,7 +279,8 @@ def export(
     from es2.workflow.runs import open_run
 
     exported = open_run(run)
-    folder = write(exported, out_folder, merged=merged)
+    with progress() as report:
+        folder = write(exported, out_folder, merged=merged, report=report)
     verdict = (exported.result() or {}).get("verdict")
     document = _with_outcome({"run": run, "path": str(folder), "merged": merged, "verdict": verdict}, exported)
 

@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -18,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from es2.core.progress import Reporter
+from es2.core.progress import Reporter, duration, seconds_left, silent
 from es2.models.mirror import ALLOW_MIRROR, MIRRORS
 from es2.report.labels import plain
 from es2.store.sources import PLAIN_TEXT, PLAIN_TEXT_NOTE
@@ -78,6 +80,8 @@ AllowMirror = Annotated[
         f"package index (docs/security.md). {ALLOW_MIRROR}=1 says the same.",
     ),
 ]
+LINE_SECONDS = 10.0
+"""Between two lines of progress where stderr is no terminal."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 
 
@@ -113,11 +117,73 @@ def interval_cell(number: Mapping[str, float] | None) -> Text:
     return Text.assemble(f"{number['value']:.3f} ", (f"({number['low']:.3f} to {number['high']:.3f})", "dim"))
 
 
+class ProgressLines:
+    """How far work has come, as a line of text at any time.
+
+    Args:
+        clock: gives the seconds since any fixed moment.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._begun = clock, clock()
+        self._steps: tuple[Mapping[str, Any], ...] = ()  # the first and the last of this stage
+
+    def report(self, stage: str, done: int, total: int, **numbers: float) -> None:
+        """A `Reporter`."""
+        step = {"stage": stage, "done": done, "total": total, "time": self._clock()}
+        steps = self._steps
+        goes_on = steps and steps[0]["stage"] == stage and steps[-1]["done"] <= done
+        self._steps = (steps[0], step) if goes_on else (step,)
+
+    def line(self) -> str:
+        """Stage, steps, the time since the beginning, and the time left of the stage where its pace is known."""
+        now, steps = self._clock(), self._steps
+        since = f"{duration(now - self._begun)} since the start"
+        if not steps:
+            return f"At work, {since}."
+        last = steps[-1]
+        counted = f"{last['done']:,} of {last['total']:,}" if last["total"] else f"{last['done']:,}"
+        left = seconds_left(steps, now)
+        return f"{last['stage']}: {counted}, {since}" + (f", about {duration(left)} left." if left else ".")
+
+
 @contextmanager
 def progress() -> Iterator[Reporter]:
-    """A progress bar on stderr, one line per stage; silent where stderr is no terminal."""
+    """Progress on stderr: a bar for each stage on a terminal, or else a line every `LINE_SECONDS`.
+
+    The first of several processes shows it, the others nothing.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield silent
+    elif errors.is_terminal:
+        with _bars() as report:
+            yield report
+    else:
+        with _lines() as report:
+            yield report
+
+
+@contextmanager
+def _lines() -> Iterator[Reporter]:
+    lines, ended = ProgressLines(), threading.Event()
+
+    def write() -> None:  # from a thread of its own, since some steps take minutes
+        while not ended.wait(LINE_SECONDS):
+            errors.print(lines.line(), soft_wrap=True)
+
+    writer = threading.Thread(target=write, name="progress", daemon=True)
+    writer.start()
+    try:
+        yield lines.report
+    finally:
+        ended.set()
+        writer.join()
+
+
+@contextmanager
+def _bars() -> Iterator[Reporter]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, disable=not errors.is_terminal) as bar:
+    with Progress(*columns, console=errors) as bar:
         stages: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int, **numbers: float) -> None:

@@ -31,6 +31,14 @@ def silent(stage: str, done: int, total: int, **numbers: float) -> None:
     """A `Reporter` that shows nothing and never cancels."""
 
 
+def duration(seconds: float) -> str:
+    """Seconds in words that are no more exact than an estimate is: `12 s`, `3 min`, `1 h 40 min`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def seconds_left(events: Sequence[Mapping[str, Any]], now: float | None = None) -> float | None:
     """Seconds (at least 0) that the current stage will still take, by its pace so far.
 

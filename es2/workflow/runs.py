@@ -243,13 +243,14 @@ def _copy_adapter(source: Path, folder: Path) -> None:
         shutil.copyfile(source / name, folder / name)
 
 
-def export(run: Job, out: Path, *, merged: bool = False) -> Path:
+def export(run: Job, out: Path, *, merged: bool = False, report: Reporter = silent) -> Path:
     """Write a run's adapter as peft writes it, or plain transformers weights with the fine-tune merged in.
 
     Args:
         run: with weights.
         out: a folder that does not exist yet, or is empty.
         merged: whether to merge; needs the base model on this machine. Full fine-tunes can only be merged.
+        report: takes the progress.
 
     Returns:
         The folder, whole or not there at all.
@@ -269,7 +270,7 @@ def export(run: Job, out: Path, *, merged: bool = False) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)
         if merged:
-            _write_merged(run, weights, temporary)
+            _write_merged(run, weights, temporary, report)
         else:
             check_adapter(weights)
             _copy_adapter(weights, temporary)
@@ -291,10 +292,14 @@ def _sweep(out: Path) -> None:
             shutil.rmtree(stale, ignore_errors=True)
 
 
-def _write_merged(run: Job, weights: Path, folder: Path) -> None:
-    base = model_folder(resolve(config_of(run).model))
-    load_tuned(base, weights, device="cpu").save_pretrained(folder)
+def _write_merged(run: Job, weights: Path, folder: Path, report: Reporter) -> None:
+    base = model_folder(resolve(config_of(run).model), report)
+    report("merge", 0, 2)
+    model = load_tuned(base, weights, device="cpu")
+    report("merge", 1, 2)
+    model.save_pretrained(folder)
     save_tokenizer(load_tokenizer(base), folder)
+    report("merge", 2, 2)
 
 
 def check_run(run: Job, model: str) -> None:

@@ -217,7 +217,11 @@ class TestProcess:
         program = f"import es2.cli.main, es2.workflow.prepare, sys; sys.exit(any(m in sys.modules for m in {heavy}))"
         assert self.python("-c", program).returncode == 0
 
-    def test_stdout_is_json_and_nothing_else(self, model: Path, prompts: Path) -> None:
-        done = self.python("-m", "es2", "capture", "--model", str(model), "--prompts", str(prompts), "--json")
+    def test_stdout_is_json_and_stderr_has_no_bars_of_libraries(self, prompts: Path, tmp_path: Path) -> None:
+        write_gguf(tmp_path / "tiny.gguf")
+        source = ("--model", str(tmp_path / "tiny.gguf"), "--prompts", str(prompts))
+        done = self.python("-m", "es2", "capture", *source, "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["n_layers"] == N_LAYERS
+        assert "it/s" not in done.stderr
+        assert "\r" not in done.stderr
