@@ -21,6 +21,7 @@ from es2.analysis.results import AnalysisConfig
 from es2.capture.config import CaptureConfig
 from es2.cli import check as cli_check
 from es2.cli import evaluate as cli_evaluate
+from es2.cli import export as cli_export
 from es2.cli import plan as cli_plan
 from es2.cli import reproduce as cli_reproduce
 from es2.cli import runs as cli_runs
@@ -283,7 +284,7 @@ app.command()(cli_plan.plan)
 app.command()(cli_runs.finetune)
 app.command("import")(cli_runs.import_)
 app.command()(cli_runs.runs)
-app.command()(cli_runs.export)
+app.command()(cli_export.export)
 app.command()(cli_reproduce.reproduce)
 app.command()(cli_sweep.sweep)
 app.command()(cli_series.series)

@@ -144,7 +144,7 @@ def _result_of(run: Job, report: Reporter) -> dict[str, Any]:
     return result_of(run, exit_code, f"Run {run.id} was {run.status()}; `es2 runs resume {run.id}` goes on.")
 
 
-def _with_outcome(document: Mapping[str, Any], run: Job) -> dict[str, Any]:
+def with_outcome(document: Mapping[str, Any], run: Job) -> dict[str, Any]:
     """A document with a run's `verdict`, and what the run's newest evaluation says of behaviour."""
     from es2.evaluation.results import run_behaviour
 
@@ -224,7 +224,7 @@ def runs(
 
     def show() -> None:
         if document["result"] and action == "show":
-            _show_run(_with_outcome(document["result"], run))
+            _show_run(with_outcome(document["result"], run))
         else:
             _show_runs([document])
 
@@ -247,7 +247,7 @@ def _run_row(run: Job) -> dict[str, Any]:
         "progress": run.progress(),
         "error": run.error(),
     }
-    return _with_outcome(row, run)
+    return with_outcome(row, run)
 
 
 def _show_runs(rows: list[dict[str, Any]]) -> None:
@@ -266,26 +266,3 @@ def _show_runs(rows: list[dict[str, Any]]) -> None:
             out.print(f"{row['run']}: {row['error']}")
         if row["behaviour_warning"]:
             out.print(f"{row['run']}: {row['behaviour_warning']}", style="red")
-
-
-def export(
-    run: Annotated[str, typer.Option(help="Which run (`es2 runs`).")],
-    out_folder: Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.")],
-    merged: Annotated[bool, typer.Option(help="Plain transformers weights, the fine-tune merged in.")] = False,
-    json_: AsJson = False,
-) -> None:
-    """Take a run's adapter, or the whole tuned model, to other tools."""
-    from es2.workflow.runs import export as write
-    from es2.workflow.runs import open_run
-
-    exported = open_run(run)
-    with progress() as report:
-        folder = write(exported, out_folder, merged=merged, report=report)
-    verdict = (exported.result() or {}).get("verdict")
-    document = _with_outcome({"run": run, "path": str(folder), "merged": merged, "verdict": verdict}, exported)
-
-    def show() -> None:
-        out.print(f"{'Merged model' if merged else 'Adapter'} of run {run}: {folder}")
-        show_outcome(document)
-
-    emit(document, json_, show)
