@@ -29,6 +29,7 @@ from es2.core.files import (
     quarantine,
     shipped,
     unreadable,
+    write_text,
     writing,
 )
 from es2.core.progress import Reporter, silent
@@ -50,6 +51,7 @@ from es2.models.folders import model_folder
 from es2.models.loading import load_tokenizer, load_tuned
 from es2.models.model_files import save_tokenizer
 from es2.training.config import FinetuneConfig
+from es2.workflow.model_card import model_card
 
 KIND = "finetune"
 SHOWCASE = "showcase"
@@ -244,7 +246,7 @@ def _copy_adapter(source: Path, folder: Path) -> None:
 
 
 def export(run: Job, out: Path, *, merged: bool = False, report: Reporter = silent) -> Path:
-    """Write a run's adapter as peft writes it, or plain transformers weights with the fine-tune merged in.
+    """Write a run's adapter as peft writes it, or plain transformers weights with the fine-tune merged in; its card.
 
     Args:
         run: with weights.
@@ -274,6 +276,7 @@ def export(run: Job, out: Path, *, merged: bool = False, report: Reporter = sile
         else:
             check_adapter(weights)
             _copy_adapter(weights, temporary)
+        write_text(temporary / "README.md", model_card(run, config_of(run), merged=merged), errors="replace")
         if out.is_dir():
             out.rmdir()
         temporary.rename(out)

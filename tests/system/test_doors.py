@@ -308,7 +308,8 @@ def test_an_export_holds_the_adapter_and_nothing_that_was_linked_in(
     (run.path / "adapter" / "notes").symlink_to(tmp_path / "id_rsa")
     (run.path / "adapter" / "more").symlink_to(tmp_path)
     out = export(run, tmp_path / "out")
-    assert sorted(path.name for path in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    written = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in out.iterdir()) == written
     (run.path / "adapter" / "adapter_model.safetensors").unlink()
     (run.path / "adapter" / "adapter_model.safetensors").symlink_to(tmp_path / "id_rsa")
     with pytest.raises(InputError, match="damaged"):
