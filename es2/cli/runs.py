@@ -49,6 +49,9 @@ def finetune(
     *,
     rendering: Rendering,
     settings: dict[str, Any],
+    log_to: Annotated[
+        str | None, typer.Option(help="Log the steps of this command to tensorboard, wandb or trackio, too.")
+    ] = None,
     allow_mirror: AllowMirror = False,
     json_: AsJson = False,
 ) -> None:
@@ -59,7 +62,10 @@ def finetune(
     from es2.models.folders import model_folder
     from es2.prompts.benchmarks import absolute_source
     from es2.workflow.prepare import prepare
+    from es2.workflow.tracking import check_tracker, tracked
 
+    if log_to is not None:
+        check_tracker(log_to)
     prompt_set = read_prompts(prompts)
     with progress() as report:
         # Everything is checked before anything heavy is done, with other layers until there is a recommendation.
@@ -80,7 +86,9 @@ def finetune(
             _help_finetune(config, prompt_set)
             return
         source = absolute_source(prompts)
-        result = _result_of(create_job("finetune", config.to_dict() | {"prompts": source}), report)
+        run = create_job("finetune", config.to_dict() | {"prompts": source})
+        with tracked(log_to, run, report) as both:
+            result = _result_of(run, both)
     emit(result, json_, lambda: _show_run(result))
 
 
