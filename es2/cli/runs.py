@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from es2.cli.activations import import_embeddings
 from es2.cli.options import with_settings
 from es2.cli.prompt_options import read_prompts, with_prompts
 from es2.cli.rendering_options import show_rendering, with_rendering
@@ -96,9 +97,13 @@ def finetune(
 @with_prompts
 def import_(
     adapter: Annotated[
-        str,
+        str | None,
         typer.Option(help="The folder that peft's save_pretrained wrote, or one that holds it (copied), or a Hub id."),
-    ],
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(help="Instead: a safetensors file of embeddings, with its model's name and its prompts' texts."),
+    ] = None,
     model: Model = DEFAULT_MODEL,
     prompts: Prompts = "builtin",
     layers: Annotated[
@@ -113,7 +118,14 @@ def import_(
     allow_mirror: AllowMirror = False,
     json_: AsJson = False,
 ) -> None:
-    """Take in an adapter that was trained elsewhere as a run, and compare the tuned model with its base."""
+    """Take in an adapter that was trained elsewhere as a run, and compare the tuned model with its base; or embeddings
+    that were read elsewhere, which are analysed.
+    """
+    if activations is not None and adapter is None:
+        import_embeddings(activations, prompts, json_)
+        return
+    if adapter is None or activations is not None:
+        raise InputError("Give either --adapter, for weights, or --activations, for embeddings.")
     from es2.models.catalogue import resolve
     from es2.models.folders import model_folder
     from es2.prompts.benchmarks import absolute_source

@@ -6,17 +6,19 @@ Labels, pairs and splits are no part of an activation set, so they come from the
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from es2.analysis.probes import Probes
 from es2.analysis.results import Analysis
 from es2.core.errors import InputError
-from es2.core.files import checked_key, output_path, writing
+from es2.core.files import checked_key, machine_error, numbered, output_path
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import LABEL_NAMES, PromptSet
 from es2.store.activation_set import ActivationSet
@@ -84,17 +86,18 @@ def export_activations(
     source = load_prompts(prompts)
     shown = prompts_of(activations, source)
     document = {"path": str(out), "format": format, "key": activations.key, "n_prompts": len(shown)}
-    with writing(out):
+    temporary = out.with_name(f".tmp-{os.getpid()}-{out.name[:40]}")
+    try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name[:100]}.tmp")
-        try:
-            if format == "parquet":
-                document |= _write_table(activations, source, shown, temporary, position, layer, embeddings)
-            else:
-                document |= _write_tensors(activations, shown, temporary)
-            temporary.rename(out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        if format == "parquet":
+            document |= _write_table(activations, source, shown, temporary, position, layer, embeddings)
+        else:
+            document |= _write_tensors(activations, shown, temporary)
+        temporary.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise machine_error(numbered(error, out.parent), out) from error
+    finally:
+        temporary.unlink(missing_ok=True)
     return document
 
 

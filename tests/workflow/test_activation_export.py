@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from es2.analysis.projection import UmapCoordinates
-from es2.core.errors import InputError
+from es2.core.errors import InputError, MachineError
 from es2.workflow.activation_export import export_activations
 from es2.workflow.derived import umap_key
 from tests.builders_artifacts import BEST_LAYER, D_MODEL, DISTANCES, MODEL, Compared, write_comparison
@@ -114,6 +114,22 @@ def test_what_cannot_be_exported(compared: Compared, tmp_path: Path, changes: di
     given = {"key": made.activations.key, "out": tmp_path / "new", "prompts": str(made.source)} | changes
     with pytest.raises(InputError, match=sentence):
         export_activations(given.pop("key"), Path(given.pop("out")), **given)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("format", ["parquet", "safetensors"])
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(
+    compared: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    def fail(*arguments: object, **more: object) -> None:
+        Path(str(arguments[1])).write_text("half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", fail)
+    monkeypatch.setattr("pyarrow.parquet.write_table", fail)
+    made = compared.artifacts
+    with pytest.raises(MachineError, match="No space is left"):
+        export_activations(made.activations.key, tmp_path / "new", prompts=str(made.source), format=format)
     assert list(tmp_path.iterdir()) == []
 
 
