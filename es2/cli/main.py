@@ -68,6 +68,23 @@ app = typer.Typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        out.print(f"es2 {version('es2')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """Options of the whole command line."""
+
+
 @app.command()
 def models(json_: AsJson = False) -> None:
     """Known models with their sizes, and which of them are on this machine."""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,9 @@ class TestRefusals:
         assert code == 1
         assert "Traceback" not in err
         assert "cached_activations" in err
+
+    def test_version(self, run) -> None:
+        assert run("--version") == (0, f"es2 {version('es2')}\n", "")
 
     def test_usage_errors_exit_2(self, run) -> None:
         code, _, err = run("capture", "--no-such-option")
