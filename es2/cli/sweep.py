@@ -22,7 +22,7 @@ from es2.workflow.sweep_space import SEARCHED, SHAPE, SweepConfig
 if TYPE_CHECKING:
     from es2.jobs.job import Job
 
-_ACTIONS = ("start", "list", "show", "cancel", "resume")
+_ACTIONS = ("start", "list", "show", "cancel", "resume", "delete")
 _OPEN = {name: f"searched, see --{where.replace('_', '-')}" for name, where in SEARCHED.items()}
 
 
@@ -36,8 +36,8 @@ _OPEN = {name: f"searched, see --{where.replace('_', '-')}" for name, where in S
 )
 @with_settings(SweepConfig)
 def sweep(
-    action: Annotated[str, typer.Argument(help="start, list, show, cancel or resume.")] = "start",
-    id: Annotated[str | None, typer.Argument(help="Which sweep; for show, cancel and resume.")] = None,
+    action: Annotated[str, typer.Argument(help="start, list, show, cancel, resume or delete.")] = "start",
+    id: Annotated[str | None, typer.Argument(help="Which sweep; for show, cancel, resume and delete.")] = None,
     model: Model = DEFAULT_MODEL,
     prompts: Prompts = "builtin",
     *,
@@ -50,9 +50,9 @@ def sweep(
     """Many short fine-tunes over layers, objective, λ, learning rate and rank: how much separation for how much KL.
 
     What is given is fixed, the rest is searched. Killed or cancelled, `es2 sweep resume ID` goes on; while a sweep
-    runs, the same command takes part in it.
+    runs, the same command takes part in it. Deleted with a sweep are the runs of its trials, unless they were renamed.
     """
-    from es2.workflow.sweeps import list_sweeps, open_sweep, sweep_document
+    from es2.workflow.sweeps import cancel_sweep, delete_sweep, list_sweeps, open_sweep, sweep_document
 
     if action not in _ACTIONS:
         raise InputError(f"Unknown action {action[:40]!r}; one of {', '.join(_ACTIONS)}.")
@@ -72,9 +72,13 @@ def sweep(
         return
     found = open_sweep(id)
     if action == "cancel":
-        from es2.workflow.sweep import cancel_sweep
-
         cancel_sweep(found)
+    if action == "delete":
+        n_renamed = delete_sweep(found)
+        kept = f" The runs of {n_renamed} trials were renamed, and are kept." if n_renamed else ""
+        deleted = {"sweep": found.id, "deleted": True, "runs_kept": n_renamed}
+        emit(deleted, json_, lambda: out.print(f"Sweep {found.id} is deleted, with its runs.{kept}"))
+        return
     if action == "resume":
         _resume(found)
     document = _row(found) | sweep_document(found)
@@ -106,13 +110,13 @@ def _start(
 
 def _resume(found: Job) -> None:
     """Go on with a sweep in this process, or take part in one that runs."""
-    from es2.jobs.queue import reopen
     from es2.workflow.sweep import create_helper
+    from es2.workflow.sweeps import reopen_sweep
 
     if found.is_active():
         _run(create_helper(found), found)
         return
-    reopen(found)
+    reopen_sweep(found)
     _run(found, found)
 
 

@@ -47,10 +47,11 @@ class Study:
     seed: int
     usual: Mapping[str, Any]
 
-    def take(self, owner: str, is_alive: Callable[[str], bool]) -> dict[str, Any] | None:
+    def take(self, owner: str, is_alive: Callable[[str], bool], *, begins: bool = True) -> dict[str, Any] | None:
         """A trial for the process of the job `owner`; None when none is left to begin.
 
-        It is one whose process is gone, or a new one. `is_alive` says whether the process of a job lives.
+        It is one whose process is gone, or, if `begins` or there is none yet, a new one. `is_alive` says whether the
+        process of a job lives.
         """
         with self._held() as (study, trials):
             for trial in trials:
@@ -58,7 +59,7 @@ class Study:
                     trial["owner"] = owner
                     write_trials(self.folder, trials)
                     return trial
-            if len(trials) >= self.n_trials:
+            if len(trials) >= self.n_trials or (trials and not begins):
                 return None
             if not trials and self.usual:
                 study.enqueue_trial(self._parameters(self.usual), skip_if_exists=True)
@@ -160,8 +161,9 @@ class Study:
             elif name in ("objective", "rank"):
                 chosen[name] = trial.suggest_categorical(name, bounds)
             else:
-                value = float(f"{trial.suggest_float(name, *bounds, log=True):.3g}")
-                chosen[name] = min(max(value, bounds[0]), bounds[1])
+                lowest, highest = bounds[0], bounds[-1]
+                value = float(f"{trial.suggest_float(name, lowest, highest, log=True):.3g}")
+                chosen[name] = min(max(value, lowest), highest)
         return chosen
 
     def _parameters(self, chosen: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ may work on one sweep; each takes the next trial, and no two the same (`es2.work
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,8 +30,9 @@ from es2.training.validation import ValidationPoint
 from es2.workflow.finetune_run import compare_run, finetune_run
 from es2.workflow.prepare import prepare
 from es2.workflow.runs import KIND as FINETUNE
+from es2.workflow.runs import config_of
 from es2.workflow.study import Study
-from es2.workflow.sweep_space import Space, SweepConfig, first_config, make_space, most_compared
+from es2.workflow.sweep_space import RATE, Space, SweepConfig, first_config, make_space, most_compared
 from es2.workflow.sweeps import (
     KIND,
     RUNNING,
@@ -39,6 +41,7 @@ from es2.workflow.sweeps import (
     is_clearly_worse,
     open_sweep,
     read_trials,
+    run_name,
     separation,
     sweep_document,
     trial_numbers,
@@ -83,12 +86,6 @@ def create_helper(sweep: Job) -> Job:
     return create_job(KIND, own | {"of": sweep.id}, heavy=False)
 
 
-def cancel_sweep(sweep: Job) -> None:
-    """Cancel a sweep and what helps it, as `Job.cancel` does."""
-    for job in (sweep, *find_jobs(KIND, {"of": sweep.id}, sweep.path.parent)):
-        job.cancel()
-
-
 def sweep_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
     """What a sweep's job does, or that of one of its helpers: take trials until none is left.
 
@@ -110,6 +107,12 @@ def sweep_job(config: dict[str, Any], report: Reporter, folder: Path) -> dict[st
     return sweep_document(sweep)
 
 
+def _began(sweep: Job) -> float:
+    """When a sweep's own process began to work, last, in seconds since the epoch; now if it has not."""
+    times = [event["time"] for event in sweep.events()[0] if event.get("status") == "running"]
+    return float(times[-1]) if times else time.time()
+
+
 class _Worker:
     """One process's work on a sweep.
 
@@ -126,7 +129,9 @@ class _Worker:
         self.owner = owner
         self.prompts = prompts
         self.report = report
-        self.n_trials = SweepConfig.read(sweep.config["sweep"], what).trials
+        config = SweepConfig.read(sweep.config["sweep"], what)
+        self.n_trials = config.trials
+        self.ends = math.inf if config.minutes is None else _began(sweep) + 60 * config.minutes
         self.space = Space.from_dict(sweep.config["space"], what)
         self.root = sweep.path.parent
         self._base: Workload | None = None
@@ -138,7 +143,8 @@ class _Worker:
         study = self._study()
         self._show(at_once=True)
         while True:
-            trial = study.take(self.owner, lambda owner: is_alive(owner, self.root))
+            begins = time.time() < self.ends
+            trial = study.take(self.owner, lambda owner: is_alive(owner, self.root), begins=begins)
             if trial is not None:
                 self._run(study, trial)
                 self._show(at_once=True)
@@ -184,9 +190,9 @@ class _Worker:
     def _run(self, study: Study, trial: Mapping[str, Any]) -> None:
         """Run one trial, or go on with it, and record its end."""
         number = int(trial["number"])
-        config = self.space.config(trial["settings"])
-        run = self._run_of(number, config)
+        run = self._run_of(number, trial["settings"])
         study.note(number, run=run.id)
+        config = config_of(run)
         if run.result() is None:
             self._finetune(run, config)
         status, result = run.status(), run.result()
@@ -202,13 +208,13 @@ class _Worker:
         if len(self._failures) > 1 and self._failures[-1] == self._failures[-2]:
             raise MachineError(f"Two trials in a row failed: {self._failures[-1]}")
 
-    def _run_of(self, number: int, config: FinetuneConfig) -> Job:
+    def _run_of(self, number: int, chosen: Mapping[str, Any]) -> Job:
         """The run of a trial, created unless a process did so that was killed; ready to be run, or ended."""
         which = {"sweep": self.sweep.id, "trial": number}
         if not (found := find_jobs(FINETUNE, which, self.root)):
             of = {"prompts": self.sweep.config["prompts"], **which}
-            run = create_job(FINETUNE, config.to_dict() | of, root=self.root, heavy=False)
-            run.rename(f"Sweep {self.sweep.id.rpartition('-')[2]}, trial {number}")
+            run = create_job(FINETUNE, self._config(chosen).to_dict() | of, root=self.root, heavy=False)
+            run.rename(run_name(self.sweep, number))
             return run
         run = found[0]
         while run.is_active() and (run.path / "heartbeat.json").exists():  # another process runs it
@@ -217,6 +223,18 @@ class _Worker:
         if run.result() is None and (run.path / "heartbeat.json").exists():
             reopen(run)
         return run
+
+    def _config(self, chosen: Mapping[str, Any]) -> FinetuneConfig:
+        """The fine-tune of a trial, the factor on its automatic learning rate multiplied out where it is not 1."""
+        config = self.space.config(chosen)
+        if (factor := chosen.get(RATE, 1.0)) == 1:
+            return config
+        from es2.training.trainable import automatic_learning_rate
+
+        if self._base is None:
+            self._base = self._measure(self.report)
+        rate = factor * automatic_learning_rate(self._base.network, config)
+        return config.replace(learning_rate=float(f"{rate:.3g}"))
 
     def _finetune(self, run: Job, config: FinetuneConfig) -> None:
         """Run the job of a trial in this process, with the base that all trials share."""

@@ -18,10 +18,14 @@ SEARCHED = {
     "layers": "layer_range",
     "objective": "objectives",
     "kl_weight": "kl_weights",
-    "learning_rate": "learning_rates",
+    "learning_rate": "rate_factors",
     "rank": "ranks",
 }
 """The settings of a fine-tune that a sweep searches unless they are given, and the setting that says where."""
+
+RATE = "rate_factor"
+"""What a trial has in place of a learning rate that is searched: the factor on the automatic one, which differs between
+objectives and target layers."""
 
 SHAPE = ("steps", "pairs_per_step", "validation_prompts", "validate_every", "warmup_steps")
 """The settings of a fine-tune that have other usual values in a sweep."""
@@ -34,6 +38,15 @@ class SweepConfig(Settings):
     """How many fine-tunes, their shape, and the space of the settings that are searched."""
 
     trials: int = setting(24, "Number of fine-tunes.", group="main", ge=1)
+    minutes: float | None = setting(
+        None,
+        "Minutes after which no further trial begins, counted anew when the sweep is resumed; one at least is made. "
+        "Automatic: no limit.",
+        label="Minutes at most",
+        group="main",
+        step=5,
+        gt=0,
+    )
     layer_range: tuple[int, ...] | None = setting(
         None,
         "The lowest and the highest layer of the pairs that are tried. Automatic: from a quarter to nine tenths of the "
@@ -44,8 +57,10 @@ class SweepConfig(Settings):
         (DEFAULT_OBJECTIVE, "20*margin", "fisher"), "The objectives that are tried.", of="objective"
     )
     kl_weights: tuple[float, ...] = setting((1.0, 100.0), "The lowest and the highest λ that are tried.")
-    learning_rates: tuple[float, ...] = setting(
-        (1e-4, 3e-3), "The lowest and the highest peak of the learning rate that are tried."
+    rate_factors: tuple[float, ...] = setting(
+        (0.1, 2.0),
+        "The lowest and the highest learning rate that are tried, in units of the automatic one of a trial's objective "
+        "and layers; 1 alone is the automatic one in every trial.",
     )
     ranks: tuple[int, ...] = setting((4, 8, 16, 32), "The ranks of the LoRA matrices that are tried.", of="rank")
     steps: int = setting(8, "Optimizer steps of a trial.", group="main", step=2, ge=1)
@@ -66,7 +81,8 @@ class Space:
         fixed: of `FinetuneConfig`, as JSON values; an `alpha` of None is twice the rank, as usual.
         layers: the lowest and the highest layer of a pair; None where they are fixed. So are the others.
         objective: the objectives.
-        kl_weight, learning_rate: the lowest and the highest value, searched on a logarithmic scale.
+        kl_weight, rate_factor: the lowest and the highest value, searched on a logarithmic scale; a single factor is
+            that of every trial.
         rank: the ranks.
     """
 
@@ -74,13 +90,14 @@ class Space:
     layers: tuple[int, ...] | None = None
     objective: tuple[str, ...] | None = None
     kl_weight: tuple[float, ...] | None = None
-    learning_rate: tuple[float, ...] | None = None
+    rate_factor: tuple[float, ...] | None = None
     rank: tuple[int, ...] | None = None
 
     @property
     def searched(self) -> dict[str, list[Any]]:
         """The bounds or choices of every setting that is searched, by its name."""
-        return {name: list(found) for name in SEARCHED if (found := getattr(self, name)) is not None}
+        names = map(in_trial, SEARCHED)
+        return {name: list(found) for name in names if (found := getattr(self, name)) is not None}
 
     @property
     def layers_tried(self) -> tuple[int, ...]:
@@ -95,24 +112,25 @@ class Space:
         return (self.fixed["objective"],) if self.objective is None else self.objective
 
     def config(self, chosen: Mapping[str, Any]) -> FinetuneConfig:
-        """The fine-tune of a trial; `chosen` has the searched settings by name."""
-        values = self.fixed | dict(chosen) | {"replies": False}
+        """The fine-tune of a trial at the automatic learning rate, unless one is fixed.
+
+        `chosen` has the searched settings by name; its `rate_factor` is for the caller, who knows the weights.
+        """
+        values = self.fixed | {name: value for name, value in chosen.items() if name != RATE} | {"replies": False}
         if values.get("alpha") is None:
             values["alpha"] = _ALPHA * values["rank"]
         return FinetuneConfig(**values)
 
     def usual(self, recommended: Sequence[int]) -> dict[str, Any]:
         """The shipped defaults of the searched settings that lie in the space; of the layers those recommended."""
-        found = {}
+        found: dict[str, Any] = {}
         for name, bounds in self.searched.items():
             if name == "layers":
                 if len(recommended) == 2 and bounds[0] <= min(recommended) and max(recommended) <= bounds[1]:
                     found[name] = sorted(recommended)
                 continue
-            value = FinetuneConfig.model_fields[name].default
-            if value is None:
-                continue  # it follows from the model's weights, which nothing has read yet
-            inside = value in bounds if name in ("objective", "rank") else bounds[0] <= value <= bounds[1]
+            value = 1.0 if name == RATE else FinetuneConfig.model_fields[name].default
+            inside = value in bounds if name in ("objective", "rank") else bounds[0] <= value <= bounds[-1]
             if inside:
                 found[name] = value
         return found
@@ -123,8 +141,13 @@ class Space:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], what: str) -> Space:
-        """What `to_dict` gave. Raises `InputError` where it is damaged, which names `what`."""
+        """What `to_dict` gave. Raises `InputError` where it is damaged or of a former version, which names `what`."""
         try:
+            if "learning_rate" in document["searched"]:
+                raise InputError(
+                    f"{what} is of a former version, whose trials had learning rates of their own and not factors on "
+                    "the automatic one; start a new sweep."
+                )
             space = cls(dict(document["fixed"]), **{name: tuple(found) for name, found in document["searched"].items()})
             first_config(space)
         except (LookupError, TypeError, AttributeError) as error:
@@ -159,7 +182,7 @@ def make_space(sweep: SweepConfig, given: Mapping[str, Any], n_layers: int) -> S
             fixed["rank"] = FinetuneConfig.model_fields["rank"].default
             continue
         fixed.pop(name, None)
-        searched[name] = _bounds(name, where, getattr(sweep, where), n_layers)
+        searched[in_trial(name)] = _bounds(name, where, getattr(sweep, where), n_layers)
     if not searched:
         raise InputError(
             f"Every setting is given, so there is nothing to search; leave out one of {', '.join(SEARCHED)}, or use "
@@ -184,7 +207,8 @@ def _bounds(name: str, where: str, value: Any, n_layers: int) -> tuple[Any, ...]
             elif entry < 1:
                 raise InputError(f"{where} must be whole numbers of at least 1, not {shown!r}.")
         return tuple(value)
-    if len(value) != 2 or not value[0] < value[1]:
+    alone = name == "learning_rate" and len(value) == 1
+    if not alone and (len(value) != 2 or not value[0] < value[1]):
         raise InputError(f"{where} must be a lower and a higher value, such as 0.1,10, not {shown!r}.")
     if name == "layers":
         if value[0] < 0 or value[1] >= n_layers:
@@ -192,6 +216,11 @@ def _bounds(name: str, where: str, value: Any, n_layers: int) -> tuple[Any, ...]
     elif value[0] <= 0:
         raise InputError(f"{where} must be positive, not {shown!r}; they are searched on a logarithmic scale.")
     return tuple(value)
+
+
+def in_trial(name: str) -> str:
+    """The name of one of `SEARCHED` among the settings of a trial."""
+    return RATE if name == "learning_rate" else name
 
 
 def _first(name: str, bounds: Sequence[Any]) -> Any:

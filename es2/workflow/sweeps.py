@@ -13,8 +13,9 @@ from typing import Any
 from es2.core.errors import InputError
 from es2.core.files import read_json, verify_checksum, with_checksum, write_json
 from es2.jobs.job import Job
-from es2.jobs.queue import list_jobs, open_job
+from es2.jobs.queue import find_jobs, list_jobs, open_job, reopen
 from es2.training.validation import ValidationPoint, behaviour_lost
+from es2.workflow.sweep_space import Space
 
 KIND = "sweep"
 TRIALS = "trials.json"
@@ -38,6 +39,51 @@ def open_sweep(id: str, root: Path | None = None) -> Job:
     if job.kind != KIND or job.config.get("of"):
         raise InputError(f"Job {job.id} is no sweep; `es2 sweep list` lists those there are.")
     return job
+
+
+def helpers_of(sweep: Job) -> list[Job]:
+    """The jobs that help a sweep, or did."""
+    return find_jobs(KIND, {"of": sweep.id}, sweep.path.parent)
+
+
+def run_name(sweep: Job, number: int) -> str:
+    """What the run of a trial is called until it is renamed."""
+    return f"Sweep {sweep.id.rpartition('-')[2]}, trial {number}"
+
+
+def cancel_sweep(sweep: Job) -> None:
+    """Cancel a sweep and what helps it, as `Job.cancel` does."""
+    for job in (sweep, *helpers_of(sweep)):
+        job.cancel()
+
+
+def reopen_sweep(sweep: Job) -> None:
+    """As `reopen`, of a sweep that can go on; raises `InputError` for one of a former version, too."""
+    Space.from_dict(sweep.config["space"], f"The config.json of sweep {sweep.id}")
+    reopen(sweep)
+
+
+def delete_sweep(sweep: Job) -> int:
+    """Delete a sweep with the runs of its trials, but for those that were renamed; returns the number of these.
+
+    The sweep itself goes last: a deletion that was interrupted is finished by another one.
+
+    Raises:
+        InputError: while anything of it is queued or running; nothing is deleted then.
+        MachineError: when a folder cannot be removed.
+    """
+    runs = find_jobs("finetune", {"sweep": sweep.id}, sweep.path.parent)
+    renamed = [run for run in runs if run.name != run_name(sweep, run.config["trial"])]
+    gone = [run for run in runs if run not in renamed] + helpers_of(sweep) + [sweep]
+    for job in gone[::-1]:
+        if job.is_active():
+            what, command = "Sweep", f"es2 sweep cancel {sweep.id}"
+            if job.kind != KIND:
+                what, command = f"Run {job.id} of sweep", f"es2 runs cancel {job.id}"
+            raise InputError(f"{what} {sweep.id} is {job.status()}; cancel it (`{command}`) before deleting it.")
+    for job in gone:
+        job.delete()
+    return len(renamed)
 
 
 def is_alive(owner: str, root: Path) -> bool:

@@ -11,6 +11,7 @@ import optuna
 import pytest
 
 from es2.core.errors import InputError
+from es2.jobs.queue import create_job
 from es2.training.config import FinetuneConfig
 from es2.training.terms import DEFAULT_OBJECTIVE
 from es2.training.validation import ValidationPoint
@@ -23,6 +24,7 @@ from es2.workflow.sweeps import (
     front_of,
     is_clearly_worse,
     read_trials,
+    reopen_sweep,
     trial_numbers,
 )
 
@@ -49,8 +51,8 @@ def numbers(separation: float, kl: float, *, kept: bool = True, lost: str | None
 def go_through(own: Study, owner: str = "me", *, until: int | None = None) -> list[dict[str, Any]]:
     """Take and end trials until none is left."""
     while (trial := own.take(owner, lambda _: True)) is not None:
-        rate = trial["settings"]["learning_rate"]
-        own.end(trial["number"], status="done", numbers=numbers(1e3 * rate, 10 * rate))
+        factor = trial["settings"]["rate_factor"]
+        own.end(trial["number"], status="done", numbers=numbers(factor, 0.01 * factor))
         if trial["number"] == until:
             break
     return read_trials(own.folder)
@@ -61,13 +63,14 @@ def go_through(own: Study, owner: str = "me", *, until: int | None = None) -> li
 
 def test_what_is_given_is_fixed_and_the_rest_lies_in_the_space(tmp_path: Path) -> None:
     own = Study(tmp_path, space(rank=8, layers=(3, 5)), 5, 0, {})
-    assert set(own.space.searched) == {"objective", "kl_weight", "learning_rate"}
+    assert set(own.space.searched) == {"objective", "kl_weight", "rate_factor"}
     for trial in go_through(own):
         config = own.space.config(trial["settings"])
         assert (config.layers, config.rank, config.alpha) == ((3, 5), 8, 16)
         assert config.objective in SweepConfig().objectives
         assert 1 <= config.kl_weight <= 100
-        assert 1e-4 <= config.learning_rate <= 3e-3
+        assert 0.1 <= trial["settings"]["rate_factor"] <= 2
+        assert config.learning_rate is None, "whoever knows the weights multiplies"
 
 
 def test_pairs_of_layers_lie_between_a_quarter_and_nine_tenths(tmp_path: Path) -> None:
@@ -86,14 +89,27 @@ def test_the_space_comes_back_from_json() -> None:
 def test_the_first_trial_has_the_usual_settings(tmp_path: Path) -> None:
     own = space()
     usual = own.usual((5, 8))
-    assert usual == {"layers": [5, 8], "objective": DEFAULT_OBJECTIVE, "kl_weight": 10.0, "rank": 16}, (
-        "the rate is sampled"
-    )
+    shipped = {"objective": DEFAULT_OBJECTIVE, "kl_weight": 10.0, "rate_factor": 1.0, "rank": 16}
+    assert usual == {"layers": [5, 8]} | shipped
     assert "layers" not in own.usual((0, 8)), "it lies outside"
     first, second = go_through(study(tmp_path, 2, usual=usual))
-    assert first["settings"].items() >= usual.items()
-    assert 1e-4 <= first["settings"]["learning_rate"] <= 3e-3
+    assert first["settings"] == usual
     assert second["settings"] != usual
+
+
+def test_a_single_factor_is_that_of_every_trial(tmp_path: Path) -> None:
+    own = make_space(SweepConfig(rate_factors=(1.0,)), GIVEN, n_layers=12)
+    trials = go_through(Study(tmp_path, own, 3, 0, {}))
+    assert {trial["settings"]["rate_factor"] for trial in trials} == {1.0}
+
+
+def test_a_sweep_of_learning_rates_themselves_is_refused_and_not_misread(tmp_path: Path) -> None:
+    """As earlier versions wrote it; its finished trials can still be shown."""
+    document = space().to_dict()
+    document["searched"]["learning_rate"] = document["searched"].pop("rate_factor")
+    sweep = create_job("sweep", {"space": document, "model": "m", "prompts": "p"}, root=tmp_path)
+    with pytest.raises(InputError, match=r"of a former version, .* start a new sweep"):
+        reopen_sweep(sweep)
 
 
 # -------------------------------------------------------------------------------------------- who takes which

@@ -91,7 +91,7 @@ class TestFromEndToEnd:
             config = config_of(run)
             assert list(config.layers) == trial["settings"]["layers"]
             assert config.alpha == 2 * config.rank
-            for name in ("objective", "kl_weight", "learning_rate", "rank"):
+            for name in ("objective", "kl_weight", "rank"):
                 assert getattr(config, name) == trial["settings"][name]
             assert not config.replies
             assert (run.path / "adapter" / "adapter_model.safetensors").is_file()
@@ -100,8 +100,22 @@ class TestFromEndToEnd:
         settings = made["trials"][0]["settings"]
         for name in ("objective", "kl_weight"):
             assert settings[name] == FinetuneConfig.model_fields[name].default
-        assert 1e-4 <= settings["learning_rate"] <= 3e-3, "it is automatic where none is given, so it is sampled"
+        assert settings["rate_factor"] == 1
+        assert config_of(open_job(made["trials"][0]["run"])).learning_rate is None, "automatic, as shipped"
         assert len({str(trial["settings"]) for trial in made["trials"]}) == 3
+
+    def test_learning_rates_are_multiples_of_the_automatic_one(
+        self, made: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        trial = made["trials"][1]
+        run = open_job(trial["run"])
+        peak = config_of(run).learning_rate
+        automatic = []
+        monkeypatch.setattr(FinetuneConfig, "learning_rate_at", lambda _, step, peak: automatic.append(peak) or peak)
+        config = config_of(run).replace(learning_rate=None, steps=1)
+        finetune(config, load_prompts(run.config["prompts"]), tmp_path)
+        assert trial["settings"]["rate_factor"] != 1
+        assert peak == pytest.approx(trial["settings"]["rate_factor"] * automatic[0], rel=0.006)
 
     def test_the_base_is_loaded_and_measured_once(self, made: dict[str, Any], counted: dict[str, Any]) -> None:
         assert counted["measured"] == 1
@@ -280,10 +294,35 @@ class TestInterrupted:
         assert (document["front"], document["best"]) == ([], None)
 
     def test_trials_that_diverge_do_not_end_it(self, sweep: Es2) -> None:
-        code, document = sweep("--learning-rate", "1e30")
+        code, document = sweep("--learning-rate", "9e18")
         assert code == 0, document
         assert [(trial["status"], trial["numbers"]) for trial in document["trials"]] == [("pruned", None)] * 3
         assert "gave no numbers" in document["trials"][0]["reason"]
+
+    def test_no_trial_begins_once_its_minutes_are_over(self, sweep: Es2) -> None:
+        code, document = sweep("--minutes", "1e-6")
+        assert (code, document["status"]) == (0, "done"), document
+        assert [trial["status"] for trial in document["trials"]] == ["done"], "one at least"
+
+    def test_it_is_deleted_with_its_runs_and_not_while_it_runs(self, sweep: Es2, at_trial: Any, es2: Es2) -> None:
+        refused = []
+
+        def delete() -> None:
+            (own,) = [job for job in list_jobs(kind="sweep") if job.status() == "running"]
+            refused.append(es2("sweep", "delete", own.id))
+
+        at_trial({1: delete})
+        _, document = sweep("--trials", "2")
+        ((code, refusal),) = refused
+        assert code == 2
+        assert f"is running; cancel it (`es2 sweep cancel {document['sweep']}`)" in refusal["error"]
+        runs = runs_of(document["sweep"])
+        assert len(runs) == 2, "nothing was deleted"
+        runs[0].rename("mine")
+        code, deleted = es2("sweep", "delete", document["sweep"])
+        assert (code, deleted) == (0, {"sweep": document["sweep"], "deleted": True, "runs_kept": 1})
+        assert [run.name for run in runs_of(document["sweep"])] == ["mine"]
+        assert es2("sweep", "show", document["sweep"])[0] == 2
 
     def test_prompts_that_have_changed_are_refused(self, sweep: Es2, at_trial: Any, es2: Es2, home: Path) -> None:
         at_trial({0: lambda: os.kill(os.getpid(), signal.SIGTERM)})
@@ -316,7 +355,9 @@ class TestBadInput:
             (("--layers", "0,1", "--layer-range", "0,2"), "layers is given, so layer_range"),
             (("--layer-range", "0,3"), "outside of the model, whose layers are 0 to 2"),
             (("--layer-range", "2,1"), "a lower and a higher value"),
-            (("--learning-rates", "0,1e-3"), "learning_rates must be positive"),
+            (("--rate-factors", "0,1"), "rate_factors must be positive"),
+            (("--rate-factors", "2,1"), "rate_factors must be a lower and a higher value"),
+            (("--minutes", "0"), "minutes must be a positive number, not 0"),
             (("--kl-weights", "5"), "kl_weights must be a lower and a higher value"),
             (("--objectives", "fisher,fishy"), "Unknown objective 'fishy'"),
             (("--ranks", "4,0"), "ranks must be whole numbers of at least 1"),
@@ -338,6 +379,8 @@ class TestBadInput:
         [
             (("stop",), "Unknown action 'stop'"),
             (("resume",), "Which sweep?"),
+            (("delete",), "Which sweep?"),
+            (("list", "--minutes", "3"), "leave --minutes out"),
             (("resume", "20260101-000000-000000-sweep-abcdef"), "There is no job"),
             (("start", "some-id"), "takes no id"),
             (("list", "--trials", "3"), "es2 sweep list takes no settings; leave --trials out"),
