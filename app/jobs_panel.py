@@ -18,6 +18,7 @@ from app.text import sentences
 from es2.jobs.job import ACTIVE, Job
 from es2.jobs.queue import launch, list_jobs
 from es2.jobs.running import jobs_ahead
+from es2.workflow.sweeps import cancel_sweep
 
 KINDS = {
     "prepare": "Capture and analyse",
@@ -123,7 +124,7 @@ def bar(job: Job, *, place: str) -> None:
         type="tertiary",
         icon=":material/stop_circle:",
     ):
-        job.cancel()
+        cancel_sweep(job) if job.kind == "sweep" else job.cancel()
         st.rerun()
 
 

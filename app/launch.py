@@ -214,10 +214,15 @@ def estimate(config: FinetuneConfig, prompts: PromptSet) -> CostEstimate | None:
     """What the fine-tune will take; None, with a note, where there is no estimate."""
     try:
         folder = local_folder(config.model)
-        return plan(config, prompts, folder, lengths=_token_counts(folder, prompts.texts_digest, prompts))
+        return plan(config, prompts, folder, lengths=lengths_of(folder, prompts))
     except Es2Error as error:
         st.caption(f"No estimate: {text.markdown(str(error))}")
         return None
+
+
+def lengths_of(folder: Path | None, prompts: PromptSet) -> list[int]:
+    """Number of tokens of every prompt, counted once."""
+    return _token_counts(folder, prompts.texts_digest, prompts)
 
 
 @st.cache_data(max_entries=16, show_spinner="Counting tokens")

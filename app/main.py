@@ -32,6 +32,7 @@ PAGES = (
     ("layers", "Layers", "layers"),
     ("series", "Series", "stacked_line_chart"),
     ("runs", "Runs", "model_training"),
+    ("sweep", "Sweep", "scatter_plot"),
     ("behaviour", "Behaviour", "chat"),
     ("robustness", "Robustness", "shield"),
     ("own", "Your own", "edit_note"),
@@ -51,6 +52,8 @@ def page(name: str) -> Callable[[], None]:
                 from app.views.series import page as show
             case "runs":
                 from app.views.runs import page as show
+            case "sweep":
+                from app.views.sweep import page as show
             case "behaviour":
                 from app.views.behaviour import page as show
             case "robustness":

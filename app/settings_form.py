@@ -6,7 +6,7 @@ on the command line.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,10 @@ class SettingsForm:
     def group(self, group: str, per_row: int = PER_ROW) -> dict[str, Any]:
         """Render all settings of a group in rows; returns their values, lists as the text that was typed."""
         names = [name for name, field in self.settings.model_fields.items() if extra(field, "group") == group]
+        return self.rows(names, per_row)
+
+    def rows(self, names: Sequence[str], per_row: int = PER_ROW) -> dict[str, Any]:
+        """Render these settings in rows; returns their values, as `group` does."""
         values: dict[str, Any] = {}
         for start in range(0, len(names), per_row):
             columns = st.columns(per_row, gap="small", vertical_alignment="bottom")

@@ -30,7 +30,7 @@ FITS: tuple[FitOn, ...] = ("base", "both")
 MAX_NAME = 1000
 MAX_SOURCE = 8000
 """Characters of a prompt source that an address holds, each of which may take three there: servers read 65,536."""
-_RUNS = ("run", "against")
+_RUNS = ("run", "against", "sweep")
 _OPTIONAL = ("layer", "splits", "arrange", "fit", "lengths", "series", *_RUNS, *Rendering.model_fields)
 _MAX_RENDERING = 8000  # characters of an address
 _RUN_ID = re.compile(r"[a-z0-9-]{1,80}")
@@ -54,6 +54,7 @@ class Choice:
         others: whether prompts of other splits than `test` are shown too.
         run: the id of the run that is compared; None for the newest that can be.
         against: the id of the run that takes the place of base; None for base itself.
+        sweep: the id of the sweep that is shown; None for the newest.
         arrangement: of base and tuned, one of `ARRANGEMENTS`.
         fit_on: what the axes are fitted on, one of `FITS`.
         raw: whether lengths are the models' own rather than divided by each model's scale.
@@ -69,6 +70,7 @@ class Choice:
     others: bool = False
     run: str | None = None
     against: str | None = None
+    sweep: str | None = None
     arrangement: str = "side"
     fit_on: FitOn = "base"
     raw: bool = False
@@ -120,7 +122,7 @@ def read_link(link: Mapping[str, str]) -> tuple[Choice, list[str]]:
         id = link.get(key)
         if id is None or _RUN_ID.fullmatch(id):
             return id
-        notes.append(f"The link's {key} {id[:40]!r} is no run's id.")
+        notes.append(f"The link's {key} {id[:40]!r} is no {'sweep' if key == 'sweep' else 'run'}'s id.")
         return None
 
     def series() -> tuple[str, ...]:
@@ -164,6 +166,7 @@ def read_link(link: Mapping[str, str]) -> tuple[Choice, list[str]]:
         others=word("splits", ("test", "all")) == "all",
         run=run("run"),
         against=run("against"),
+        sweep=run("sweep"),
         arrangement=word("arrange", ARRANGEMENTS),
         fit_on="both" if word("fit", FITS) == "both" else "base",
         raw=word("lengths", ("scaled", "raw")) == "raw",
@@ -352,6 +355,11 @@ def take_setting(form: str, name: str, value: Any) -> None:
     """Callback: one setting of a form changed."""
     _acted()
     st.session_state[f"{form}_settings"] = {**settings(form), name: value}
+
+
+def take_settings(form: str, values: Mapping[str, Any]) -> None:
+    """Set several settings of a form at once."""
+    st.session_state[f"{form}_settings"] = {**settings(form), **values}
 
 
 def know_pages(pages: Mapping[str, Any]) -> None:

@@ -94,7 +94,7 @@ def _open_what_ended(active: set[str]) -> None:
             ended = row(open_run(id))
         except Es2Error:
             continue  # deleted meanwhile
-        if ended.comparable:
+        if ended.comparable and "sweep" not in ended.job.config:  # of a sweep the next trial begins
             _compare(id, None)
 
 

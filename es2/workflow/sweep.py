@@ -70,14 +70,19 @@ def create_sweep(
         InputError: for settings that cannot be, or nothing to search.
         MachineError: when network or disk refuse.
     """
-    model_files = model_folder(resolve(given["model"]), report)
+    space = checked_space(sweep, given, prompts, model_folder(resolve(given["model"]), report))
+    document = {"sweep": sweep.to_dict(), "space": space.to_dict(), "prompts_digest": prompts.digest}
+    return create_job(KIND, document | {"model": space.fixed["model"], "prompts": source})
+
+
+def checked_space(sweep: SweepConfig, given: Mapping[str, Any], prompts: PromptSet, model_files: Path) -> Space:
+    """The space of a sweep of the model in a folder; arguments and refusals as of `create_sweep`."""
     n_layers = count_layers(model_files)
     space = make_space(sweep, given, n_layers)
     config = first_config(space)
     config.check(n_layers, prompts)
     refuse_untunable(model_files, config.method)
-    document = {"sweep": sweep.to_dict(), "space": space.to_dict(), "prompts_digest": prompts.digest}
-    return create_job(KIND, document | {"model": config.model, "prompts": source})
+    return space
 
 
 def create_helper(sweep: Job) -> Job:

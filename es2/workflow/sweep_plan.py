@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from es2.jobs.job import Job
@@ -27,10 +28,15 @@ def estimate_sweep(sweep: Job) -> float:
     return sweep_seconds(space, n_trials, load_prompts(sweep.config["prompts"]), machine)
 
 
-def sweep_seconds(space: Space, n_trials: int, prompts: PromptSet, machine: Machine) -> float:
-    """Seconds of a sweep at most: all trials at the highest layers, none pruned, as many compared as ever are."""
+def sweep_seconds(
+    space: Space, n_trials: int, prompts: PromptSet, machine: Machine, lengths: Sequence[int] | None = None
+) -> float:
+    """Seconds of a sweep at most: all trials at the highest layers, none pruned, as many compared as ever are.
+
+    `lengths` is the number of tokens of every prompt; counted if not given.
+    """
     config = first_config(space)  # of a pair of layers the upper one decides, and that is the highest
-    made = plan(config, prompts, local_folder(config.model), machine=machine).seconds
+    made = plan(config, prompts, local_folder(config.model), machine=machine, lengths=lengths).seconds
     once = made["start"] + made["base capture"] + made["replies"] + made["analysis"]
     each = made["steps"] + made["validation"]
     compared = made["tuned capture"] + made["analysis"] + LOAD_SECONDS

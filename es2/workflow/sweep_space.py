@@ -51,19 +51,27 @@ class SweepConfig(Settings):
         None,
         "The lowest and the highest layer of the pairs that are tried. Automatic: from a quarter to nine tenths of the "
         "way through the model.",
+        label="Layers between",
+        group="own",
         of="layer",
     )
     objectives: tuple[str, ...] = setting(
-        (DEFAULT_OBJECTIVE, "20*margin", "fisher"), "The objectives that are tried.", of="objective"
+        (DEFAULT_OBJECTIVE, "20*margin", "fisher"), "The objectives that are tried.", group="own", of="objective"
     )
-    kl_weights: tuple[float, ...] = setting((1.0, 100.0), "The lowest and the highest λ that are tried.")
+    kl_weights: tuple[float, ...] = setting(
+        (1.0, 100.0), "The lowest and the highest λ that are tried.", label="λ between", group="own"
+    )
     rate_factors: tuple[float, ...] = setting(
         (0.1, 2.0),
         "The lowest and the highest learning rate that are tried, in units of the automatic one of a trial's objective "
         "and layers; 1 alone is the automatic one in every trial.",
+        label="Learning rate between, ×",
+        group="own",
     )
-    ranks: tuple[int, ...] = setting((4, 8, 16, 32), "The ranks of the LoRA matrices that are tried.", of="rank")
-    steps: int = setting(8, "Optimizer steps of a trial.", group="main", step=2, ge=1)
+    ranks: tuple[int, ...] = setting(
+        (4, 8, 16, 32), "The ranks of the LoRA matrices that are tried.", group="own", of="rank"
+    )
+    steps: int = setting(8, "Optimizer steps of a trial.", label="Steps of a trial", group="main", step=2, ge=1)
     pairs_per_step: int = setting(12, "Harmful prompts, and as many harmless ones, in every step.", step=4, ge=2)
     validation_prompts: int = setting(32, "Prompts of each label that a validation reads at most.", step=8, ge=2)
     validate_every: int = setting(
