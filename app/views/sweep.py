@@ -223,15 +223,17 @@ def _trial(sweep: Job, document: Mapping[str, Any], shown: int) -> None:
         "Trial",
         range(len(trials)),
         key="sweep_trial_number",
-        format_func=lambda number: f"Trial {number}{' · on the front' if number in document['front'] else ''}",
+        format_func=lambda number: f"Trial {number}",  # the same while it runs: Streamlit finds an option by its words
         on_change=lambda: _set(_TRIAL, (sweep.id, st.session_state["sweep_trial_number"])),
     )
     trial = trials[shown]
     numbers = trial["numbers"]
     with st.container(horizontal=True, gap="xsmall"):
         st.badge(trial["status"], color=STATUS_COLOURS.get(trial["status"], "gray"))  # type: ignore[arg-type]
+        if shown in document["front"]:
+            st.badge("on the front", color="violet")
         if document["best"] and document["best"]["number"] == shown:
-            st.badge("most separation within the budget", color="violet")
+            st.badge("best", color="violet", help="The most separation within the KL budget")
         if trial["verdict"]:
             st.badge(text.markdown(trial["verdict"]), color="gray")
     st.markdown(" · ".join(text.markdown(words) for words in sweep_charts.setting_words(trial["settings"])))

@@ -93,10 +93,16 @@ def turned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def ended(model: Path, prompts: Path, outcome: Callable[..., dict[str, Any]] | Exception, **changes: Any) -> Job:
-    """A run that has ended, by the real machinery with a stand-in for the work."""
+def ended(
+    model: Path,
+    prompts: Path,
+    outcome: Callable[..., dict[str, Any]] | Exception,
+    of: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Job:
+    """A run (`of` some sweep) that has ended, by the real machinery with a stand-in for the work."""
     config = FinetuneConfig(layers=(1, 3), model=str(model), steps=4, **changes)
-    job = create_job("finetune", config.to_dict() | {"prompts": str(prompts)})
+    job = create_job("finetune", config.to_dict() | {"prompts": str(prompts)} | (of or {}))
 
     def task(settings: dict[str, Any], report: Any, folder: Path) -> dict[str, Any]:
         for step in range(1, 5):
@@ -536,9 +542,14 @@ class TestList:
 
 class TestLive:
     @pytest.fixture
-    def running(self, model: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    def of(self) -> dict[str, Any]:
+        """The sweep of the run, and its trial; none here."""
+        return {}
+
+    @pytest.fixture
+    def running(self, model: Path, prompts: Path, of: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Job:
         """A run whose process is in the middle of its steps."""
-        job = ended(model, prompts, result())
+        job = ended(model, prompts, result(), of)
         end = (job.path / "result.json").rename(job.path / "kept.json")
         assert end.exists()
         status = Job.status
@@ -577,6 +588,15 @@ class TestLive:
         assert watching.session_state["choice"].run == running.id
         open_runs()
         assert turned == ["compare"], "and nobody else is taken there"
+
+    @pytest.mark.parametrize("of", [{"sweep": "20260101-000000-000000-sweep-abcdef", "trial": 3}])
+    def test_the_end_of_a_sweeps_trial_opens_nothing(
+        self, open_runs: Callable[[], AppTest], running: Job, turned: list[str]
+    ) -> None:
+        watching = open_runs()
+        (running.path / "kept.json").rename(running.path / "result.json")
+        watching.run()
+        assert turned == [], "the next trial begins"
 
     def test_a_run_that_is_under_way_is_not_in_the_list(self, open_runs: Callable[[], AppTest], running: Job) -> None:
         assert f"delete_{running.id}" not in keys(open_runs())

@@ -44,7 +44,7 @@ LATER = {"killed at a time": "killed", "terminated at a time": "terminated"}
 SMALL_DISK = "disk full (mounted)"
 DAMAGES = ("byte flipped", "file cut short")
 FAULTS = (*SIGNALS, *LATER, "disk full", SMALL_DISK, "no permission", *DAMAGES, "folder removed", *CLOCKS)
-PAGES = ("", "layers", "series", "runs", "behaviour", "robustness", "own")
+PAGES = ("", "layers", "series", "runs", "sweep", "behaviour", "robustness", "own")
 APP_EVERY = 3
 """The app is opened after every third case: it takes as long as the operation itself."""
 
