@@ -28,6 +28,7 @@ Trial = Mapping[str, Any]
 
 _LEAST_KL = 1e-4  # nats; a smaller one is drawn here, since a logarithmic axis has no 0
 _PALEST = 0.15
+_BESIDE_RING = "\u00a0" * 4  # between words and a point that may be ringed; plain spaces would be dropped
 _TICK_ROOM = 0.03  # between the end of an axis and the words there, in parts of its length
 _FEW_TICKS = [step * 10.0**power for power in range(-4, 3) for step in (1, 3)]
 
@@ -74,7 +75,7 @@ def front(document: Mapping[str, Any], chosen: int | None) -> canvas.Figure:
         canvas.scatter(
             x=[_kl(trial) for trial in trials if trial["number"] in named],
             y=[trial["numbers"]["separation"] for trial in trials if trial["number"] in named],
-            text=[f"{named[trial['number']]}  " for trial in trials if trial["number"] in named],
+            text=[named[trial["number"]] + _BESIDE_RING for trial in trials if trial["number"] in named],
             textposition="middle left",
             mode="text",
             hoverinfo="skip",
@@ -122,7 +123,7 @@ def front(document: Mapping[str, Any], chosen: int | None) -> canvas.Figure:
             line | {"x0": 0, "x1": 1, "xref": "paper", "y0": 0, "y1": 0},
         ],
         annotations=[
-            canvas.words(f"budget {budget:g}", at_budget, 0, "right", "bottom", textangle=-90, font=quiet),
+            canvas.words(f"budget {budget:g}", at_budget, 1, "right", "top", textangle=-90, font=quiet),
             canvas.words("base", 0, 0, "left", "bottom", yref="y", font=quiet),
         ],
         top=48,
@@ -205,7 +206,7 @@ def parallel(document: Mapping[str, Any], chosen: int | None) -> canvas.Figure:
     ticks = [(x, place, words) for x, axis in enumerate(axes) for place, words in axis.ticks]
     traces.append(
         canvas.scatter(
-            x=[x + (0.03 if 0 < place < 1 else 0) for x, place, _ in ticks],
+            x=[x + (0.05 if 0 < place < 1 else 0) for x, place, _ in ticks],
             y=[place + _TICK_ROOM * ((place >= 1) - (place <= 0)) for _, place, _ in ticks],
             text=[words for _, _, words in ticks],
             textposition=[_beside(place) for _, place, _ in ticks],
@@ -330,7 +331,7 @@ def pairs(document: Mapping[str, Any], chosen: int | None) -> canvas.Figure | No
     lower, upper = range(low, high), range(low + 1, high + 1)
     values = [trial["numbers"]["separation"] for trial in best.values()]
     colours = [[0, canvas.translucent(palette.TUNED, _PALEST)], [1, palette.TUNED]]
-    place = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.01, "yanchor": "bottom", "len": 0.6, "xpad": 0}
+    place = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.01, "yanchor": "bottom", "len": 0.42, "xpad": 0}
     bar = place | {"thickness": 8, "outlinewidth": 0, "nticks": 4, "ticklabelposition": "outside top"}
     squares: canvas.Trace = {
         "type": "heatmap",

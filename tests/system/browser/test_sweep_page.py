@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlencode
 
+import pytest
+
 from es2.workflow.sweeps import cancel_sweep, list_sweeps, sweep_document
 from tests.builders import save_tiny_model, tiny_prompts, write_prompts
 from tests.system.browser.serving import expect, marks, playwright, served, settle
@@ -38,6 +40,7 @@ def set_number(page: playwright.Page, key: str, value: str) -> None:
     settle(page)
 
 
+@pytest.mark.long
 def test_from_the_form_to_a_run_and_its_settings(tmp_path: Path, open_page: Callable[[str], playwright.Page]) -> None:
     model = save_tiny_model(tmp_path / "tiny-llama", n_layers=6, initializer_range=0.1)
     prompts = write_prompts(tmp_path / "locks.csv", tiny_prompts(60))
@@ -45,7 +48,7 @@ def test_from_the_form_to_a_run_and_its_settings(tmp_path: Path, open_page: Call
     with served(tmp_path, ES2_CACHE=str(tmp_path / "cache"), OMP_NUM_THREADS="1") as address:
         page = open_page(f"{address}sweep?{link}")
         expect(page.locator(".st-key-sweep_estimate")).to_contain_text("At most")
-        set_number(page, "sweep_trials", "3")
+        set_number(page, "sweep_trials", "2")
         set_number(page, "sweep_steps", "2")
         page.locator(".st-key-sweep_advanced summary").click()
         set_number(page, "sweep_fixed_kl_budget", "5")
@@ -55,8 +58,8 @@ def test_from_the_form_to_a_run_and_its_settings(tmp_path: Path, open_page: Call
         page.wait_for_function(f"() => ({POINTS})() > 0", timeout=WORK)
         (sweep,) = list_sweeps(tmp_path / "runs")  # a double click starts one
         try:
-            page.wait_for_function(f"() => ({POINTS})() === 3", timeout=WORK)
-            expect(page.locator(".st-key-sweep_ended")).to_contain_text("Done, 3 of 3 trials", timeout=WORK)
+            page.wait_for_function(f"() => ({POINTS})() === 2", timeout=WORK)
+            expect(page.locator(".st-key-sweep_ended")).to_contain_text("Done, 2 of 2 trials", timeout=WORK)
         finally:
             cancel_sweep(sweep)
         document = sweep_document(sweep)
