@@ -9,6 +9,7 @@ from es2.jobs.job import Job
 from es2.jobs.queue import create_job
 from es2.jobs.running import run_job
 from es2.training.config import FinetuneConfig
+from es2.training.terms import DEFAULT_OBJECTIVE
 from es2.workflow.sweep_space import SEARCHED, SHAPE, Space, SweepConfig, make_space
 from es2.workflow.sweeps import run_name, write_trials
 
@@ -16,7 +17,7 @@ SETTINGS: Sequence[dict[str, Any]] = (
     {"layers": [1, 3], "objective": "20*margin", "kl_weight": 10.0, "rate_factor": 1.0, "rank": 16},
     {"layers": [2, 4], "objective": "fisher", "kl_weight": 1.0, "rate_factor": 0.5, "rank": 8},
     {"layers": [2, 4], "objective": "fisher", "kl_weight": 100.0, "rate_factor": 0.1, "rank": 4},
-    {"layers": [3, 4], "objective": "fisher+20*margin", "kl_weight": 3.0, "rate_factor": 2.0, "rank": 32},
+    {"layers": [3, 4], "objective": DEFAULT_OBJECTIVE, "kl_weight": 3.0, "rate_factor": 2.0, "rank": 32},
     {"layers": [1, 2], "objective": "fisher", "kl_weight": 5.0, "rate_factor": 0.3, "rank": 8},
 )
 """Of five trials: two on the front, one beaten, one far over the budget and pruned, one that failed."""
