@@ -279,7 +279,7 @@ def _take(config: FinetuneConfig, prompts: str) -> None:
     fields = FinetuneConfig.model_fields
     names = [name for name in fields if extra(fields[name], "group") != "own" and name != "replies"]
     state.take_settings("launch", {name: getattr(config, name) for name in names})
-    state.settle(model=config.model, prompts=prompts, rendering=config.rendering, run=None, against=None)
+    state.settle(model=config.model, prompts=prompts, rendering=config.rendering, run=None, against=None, series=())
     state.take_targets(config.model, config.targets)
     st.session_state[launch.OPEN] = True
 
