@@ -9,8 +9,6 @@ import numpy as np
 import streamlit as st
 
 from app import artifacts, position_map, prompt_list, state, text
-from app.charts import compare_charts, pair_charts
-from app.charts.pair_charts import Margins
 from app.components import exports
 from app.components.plots import plot
 from app.state import Choice
@@ -18,6 +16,8 @@ from app.view_controls import VIEW_NAMES, kept_buttons, numbers_table
 from es2.analysis.comparison import Comparison
 from es2.analysis.results import LayerNumbers
 from es2.analysis.verdict import Verdict
+from es2.charts import compare_charts, frames, pair_charts
+from es2.charts.pair_charts import Margins
 from es2.report.glossary import BY_NAME, TWO_MARGINS, Term
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def lists(comparison: Comparison, margins: Margins) -> None:
     """The prompts that moved most, those on the wrong side, and those that changed side."""
     prompts = comparison.prompts
     test = np.flatnonzero(prompts.in_split("test"))
-    before, after = (prompt_list.own_side(prompts, one) for one in margins)
+    before, after = (frames.own_side(prompts, one) for one in margins)
     moved = after - before
     by_move = test[np.argsort(moved[test], kind="stable")]
     wrong = test[after[test] <= 0]
@@ -168,6 +168,6 @@ def take_away(
             f"{VIEW_NAMES[choice.view]} at layer {layer}, {name}": one
             for name, one in zip(columns(comparison, margins), pair, strict=True)
         }
-    numbers_of_all = exports.numbers_frame(zip(names, (analysis.base_layers, analysis.layers), strict=True))
-    everyone = prompt_list.as_frame(prompts, np.arange(len(prompts)), columns(comparison, margins), {})
+    numbers_of_all = frames.numbers_frame(zip(names, (analysis.base_layers, analysis.layers), strict=True))
+    everyone = frames.prompts_frame(prompts, np.arange(len(prompts)), columns(comparison, margins), {})
     return charts, {f"Prompts at layer {layer}": everyone, "Numbers of all layers": numbers_of_all}

@@ -14,12 +14,12 @@ from typing import Any
 import streamlit as st
 
 from app import artifacts, jobs_panel, state, text
-from app.charts import canvas
 from app.components.plots import plot
 from app.run_rows import METHOD_NAMES
 from app.settings_form import SettingsForm, start_button
 from app.state import Choice
 from es2.analysis.results import LayerNumbers
+from es2.charts import canvas
 from es2.core.errors import Es2Error, InputError
 from es2.models.catalogue import resolve
 from es2.models.checked import refuse_untunable

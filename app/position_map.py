@@ -13,10 +13,10 @@ from typing import Any
 import streamlit as st
 
 from app import jobs_panel, state
-from app.charts import canvas, position_chart
 from app.components.plots import plot
 from app.view_controls import kept_buttons
 from es2.analysis.results import Analysis
+from es2.charts import canvas, position_chart
 
 KEY = "position_map"
 SHAPES = {"map": "Map of positions", "curve": "Curve with intervals"}

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import streamlit as st
 
 from app import state, text
-from app.charts import projection_chart
-from es2.prompts.prompt_set import HARMFUL, LABEL_NAMES, PromptSet
+from es2.charts import projection_chart
+from es2.charts.frames import Margins, own_side, prompts_frame
+from es2.prompts.prompt_set import LABEL_NAMES, PromptSet
 
 if TYPE_CHECKING:
-    import pandas as pd
     from jaxtyping import Float, Int
 
-
-Margins: TypeAlias = 'Mapping[str, Float[np.ndarray, "prompt"]]'
-"""Signed distances to the boundary, + on the harmful side, by what their column is called; the last decides."""
 
 COLUMNS = ("prompt", "label", "side", "category", "split", "pair")
 """What no model may be called in a table, beside its margins."""
@@ -29,11 +26,6 @@ TABLE_HEIGHT = 640
 ROW_HEIGHT = 64
 """Streamlit wraps the text of a cell in rows higher than four times the base font size."""
 HEAD_HEIGHT = 40
-
-
-def own_side(prompts: PromptSet, margins: Float[np.ndarray, "prompt"]) -> Float[np.ndarray, "prompt"]:
-    """Distance to the boundary, + on each prompt's own side."""
-    return np.where(prompts.labels == HARMFUL, margins, -margins)
 
 
 def worst_first(prompts: PromptSet, rows: Int[np.ndarray, "row"], margins: Margins) -> Int[np.ndarray, "row"]:
@@ -85,7 +77,7 @@ def table(
     numbers = [*margins, *(more or {})]
     with st.container(key=key):  # a class to find it by: a table that selects nothing gets none
         st.dataframe(
-            as_frame(prompts, rows, margins, more or {}),
+            prompts_frame(prompts, rows, margins, more or {}),
             hide_index=True,
             height=min(height, ROW_HEIGHT * len(rows) + HEAD_HEIGHT),
             row_height=ROW_HEIGHT,
@@ -126,26 +118,3 @@ def card(prompts: PromptSet, row: int, margins: Margins) -> None:
             few = len(margins) <= MAX_IN_CARD  # the table has them all
             st.caption(" · ".join([f"**{head}**", *(sides if few else ())]))
             st.text(prompts.texts[shown], width="stretch")
-
-
-def as_frame(
-    prompts: PromptSet,
-    rows: Int[np.ndarray, "row"],
-    margins: Margins,
-    more: Mapping[str, Float[np.ndarray, "row"]],
-) -> pd.DataFrame:
-    """The prompts of these rows as the table shows them; the side is the one they have under the last model."""
-    import pandas as pd  # half a second, in which the first visitor sees the figures already
-
-    own = own_side(prompts, list(margins.values())[-1])
-    columns: dict[str, Any] = {
-        "prompt": [prompts.texts[row] for row in rows],
-        "label": [LABEL_NAMES[int(prompts.labels[row])] for row in rows],
-        **{name: values[rows].astype(float) for name, values in margins.items()},
-        **{name: values.astype(float) for name, values in more.items()},
-        "side": ["correct" if own[row] > 0 else "wrong" for row in rows],
-        "category": [prompts.categories[row] for row in rows],
-        "split": [prompts.splits[row] for row in rows],
-        "pair": [prompts.pairs[row] for row in rows],
-    }
-    return pd.DataFrame(columns)

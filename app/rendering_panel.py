@@ -14,9 +14,9 @@ from pathlib import Path
 import streamlit as st
 
 from app import artifacts, state, text
-from app.charts.position_chart import position_words
 from app.choice_boxes import lasting, model_box, prompts_box
 from app.state import Choice
+from es2.charts.position_chart import position_words
 from es2.core.errors import Es2Error, InputError
 from es2.core.files import stamp_of
 from es2.core.rendering import DEFAULT, NONE, Rendering

@@ -8,10 +8,10 @@ from pathlib import Path
 import streamlit as st
 
 from app import artifacts
-from app.charts.run_charts import History
 from app.components import exports
 from app.components.plots import plot
 from es2.analysis.film import FilmView
+from es2.charts.run_charts import History
 from es2.core.errors import Es2Error
 from es2.core.files import stamp_of
 from es2.jobs.job import Job

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import streamlit as st
 
 from app import artifacts, jobs_panel, run_film, text
-from app.charts import run_charts
-from app.charts.run_charts import History
 from app.components.plots import plot
 from app.run_rows import about
 from app.text import sentences
+from es2.charts import run_charts
+from es2.charts.run_charts import History
 from es2.jobs.job import Job
 from es2.workflow.runs import config_of
 

@@ -10,8 +10,8 @@ from typing import Any
 import streamlit as st
 
 from app import jobs_panel, state, text
-from app.charts import projection_chart
 from app.state import Choice
+from es2.charts import projection_chart
 from es2.report.glossary import Term
 
 VIEW_NAMES = {"separation": "Separation", "pca": "PCA", "umap": "UMAP"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +18,9 @@ from plotly.io import to_json
 
 from app import text
 from app.artifacts import prompts, run_title
-from app.charts.canvas import Figure
 from app.components import plotly_library
 from es2.analysis.comparison import Comparison
-from es2.analysis.results import LayerNumbers
+from es2.charts.canvas import Figure
 from es2.evaluation.results import run_ability
 from es2.report.page import Compared, figure_html, report_html
 from es2.workflow.film import find_film
@@ -90,19 +89,6 @@ def table(frame: pd.DataFrame) -> bytes:
     safe = frame.map(_no_formula)
     safe.columns = [_no_formula(column) for column in frame.columns]
     return safe.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC).encode("utf-8-sig", "replace")
-
-
-def numbers_frame(models: Iterable[tuple[str, Sequence[LayerNumbers]]]) -> pd.DataFrame:
-    """All numbers of all layers as a table, a row for each layer of each of `models`, whose names may be equal."""
-    import pandas as pd
-
-    return pd.DataFrame(
-        [
-            {"layer": at.layer, "model": name} | {number: one.value for number, one in at.numbers.items()}
-            for name, layers in models
-            for at in layers
-        ]
-    )
 
 
 def _no_formula(cell: object) -> object:

@@ -14,8 +14,8 @@ from typing import Any
 import streamlit as st
 
 from app import artifacts, state
-from app.charts.canvas import Figure
 from app.components.plots import as_text
+from es2.charts.canvas import Figure
 
 KEY = "other_layers"
 MOVING = ("x", "y", "text", "meta")  # the entries of a trace that differ between layers

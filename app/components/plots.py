@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import streamlit as st
 
-from app.charts.canvas import Figure
 from app.components import plotly_library
+from es2.charts.canvas import Figure
 
 FIRST_PAUSE = 0.4  # seconds
 _PAUSED = "plots_paused"

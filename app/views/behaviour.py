@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from app import evaluations, state, text
-from app.charts import evaluation_charts
 from app.components import exports
 from app.components.plots import plot
 from app.evaluations import SHOWN_CHARACTERS, Evaluation, Intro
 from app.view_controls import kept_buttons, numbers_table
+from es2.charts import evaluation_charts
 from es2.jobs.job import Job
 from es2.report import findings
 from es2.report.findings import interval_of

@@ -13,7 +13,6 @@ from typing import Any
 import streamlit as st
 
 from app import artifacts, compare_details, jobs_panel, position_map, prompt_list, state, text
-from app.charts import compare_charts, pair_charts
 from app.components import exports, other_layers
 from app.components.plots import let_draw, linked, plot
 from app.layer_control import layer_control, with_layer
@@ -31,6 +30,7 @@ from app.views.welcome import no_comparison
 from es2.analysis.comparison import Comparison
 from es2.analysis.projection import View
 from es2.analysis.verdict import Verdict, behaviour_rule, rule
+from es2.charts import compare_charts, pair_charts
 from es2.workflow.runs import list_runs, open_run
 
 ARRANGEMENT_NAMES = {"side": "Side by side", "overlay": "Overlay", "morph": "Morph"}

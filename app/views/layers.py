@@ -15,8 +15,6 @@ import streamlit as st
 
 from app import artifacts, position_map, prompt_list, state, text
 from app.artifacts import Opened
-from app.charts import canvas, projection_chart
-from app.charts import layer_charts as charts
 from app.components import exports, other_layers
 from app.components.plots import linked, plot
 from app.layer_control import layer_control, with_layer
@@ -24,6 +22,8 @@ from app.state import Choice
 from app.view_controls import VIEW_NAMES, link_notes, others_toggle, tool_control, umap_offer, view_control
 from app.views.welcome import welcome
 from es2.analysis.results import Analysis, LayerNumbers
+from es2.charts import canvas, frames, projection_chart
+from es2.charts import layer_charts as charts
 from es2.report.glossary import BY_NAME, TERMS, TWO_MARGINS
 
 if TYPE_CHECKING:
@@ -242,6 +242,6 @@ def take_away(
     found[f"Distribution at layer {layer}"] = histogram(choice, opened, margins)
     for names, title in COST_CURVES.values():
         found[f"Over C at layer {layer}, {title}"] = charts.cost_curve(at.by_C, names, chosen=at.C, title=title)
-    everyone = prompt_list.as_frame(opened.prompts, np.arange(len(opened.prompts)), {"margin": margins}, {})
-    numbers_of_all = exports.numbers_frame([(opened.base.model, analysis.layers)])
+    everyone = frames.prompts_frame(opened.prompts, np.arange(len(opened.prompts)), {"margin": margins}, {})
+    numbers_of_all = frames.numbers_frame([(opened.base.model, analysis.layers)])
     return found, {f"Prompts at layer {layer}": everyone, "Numbers of all layers": numbers_of_all}

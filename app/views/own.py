@@ -14,12 +14,12 @@ import numpy as np
 import streamlit as st
 
 from app import artifacts, jobs_panel, prompt_files, state, text
-from app.charts import layer_charts
 from app.components.plots import plot
 from app.run_rows import warn
 from app.state import Choice
 from app.text import sentences
 from es2.analysis.probes import Probes
+from es2.charts import layer_charts
 from es2.core.errors import InputError
 from es2.core.rendering import Rendering
 from es2.jobs.job import MAX_NAME

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from app import evaluations, text
-from app.charts import evaluation_charts
-from app.charts.evaluation_charts import MODELS, NAMES, in_words
 from app.components import exports
 from app.components.plots import plot
 from app.evaluations import Evaluation, Intro
 from app.view_controls import kept_buttons, kept_choice, told_apart
 from es2.analysis.verdict import direction_rule
+from es2.charts import evaluation_charts
+from es2.charts.evaluation_charts import MODELS, NAMES, in_words
 from es2.evaluation.results import SHOWN_CHARACTERS
 from es2.report import findings
 from es2.report.findings import DIRECTION_NAMES, interval_of

@@ -16,7 +16,6 @@ import streamlit as st
 
 from app import artifacts, jobs_panel, prompt_list, state, text
 from app.artifacts import Opened
-from app.charts import canvas, series_charts
 from app.components import exports
 from app.components.plots import linked, plot
 from app.layer_control import layer_control, with_layer
@@ -32,6 +31,7 @@ from app.view_controls import (
 )
 from app.views.welcome import welcome
 from es2.analysis.series import MAX_MEMBERS, VIEWS, Member, SeriesView, series_view
+from es2.charts import canvas, frames, series_charts
 from es2.report.glossary import BY_NAME
 from es2.workflow.runs import list_runs
 from es2.workflow.series import base_member, find_members, refusal
@@ -343,5 +343,5 @@ def take_away(
     }
     for title, figure in step_figures(members, names, layer).items():
         figures[f"{title} by step at layer {layer}"] = figure
-    numbers = exports.numbers_frame([(name, member.layers) for name, member in zip(names, members, strict=True)])
+    numbers = frames.numbers_frame([(name, member.layers) for name, member in zip(names, members, strict=True)])
     return figures, {"Numbers of all models and layers": numbers}

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import streamlit as st
 
 from app import jobs_panel, launch, state, sweep_form, text
-from app.charts import sweep_charts
 from app.components import exports
 from app.components.plots import plot
 from app.run_rows import when
 from app.text import sentences
 from app.view_controls import introduction, link_notes, told_apart
+from es2.charts import sweep_charts
 from es2.core.errors import Es2Error
 from es2.core.settings import extra
 from es2.jobs.job import Job

@@ -18,6 +18,7 @@ from app import artifacts
 from app.components import exports, plotly_library
 from app.components.exports import chart, file_name, report, table
 from app.state import Choice
+from es2.charts import frames
 from tests.builders_artifacts import Compared, write_comparison
 
 pytestmark = pytest.mark.usefixtures("places")
@@ -56,7 +57,7 @@ class TestTable:
 
     def test_models_that_are_called_alike_are_both_there(self, written: Compared) -> None:
         analysis = written.analysis
-        frame = exports.numbers_frame([("run", analysis.base_layers), ("run", analysis.layers)])
+        frame = frames.numbers_frame([("run", analysis.base_layers), ("run", analysis.layers)])
         assert len(frame) == 2 * len(analysis.layers)
         assert frame["fisher_ratio"][len(analysis.layers)] == analysis.layers[0].numbers["fisher_ratio"].value
 

@@ -9,10 +9,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from app.charts import pair_charts
 from app.components import other_layers
 from app.components.plots import as_text
 from es2.analysis.projection import View
+from es2.charts import pair_charts
 from es2.prompts.prompt_set import PromptSet
 from tests.figures import six_pairs
 

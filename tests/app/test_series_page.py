@@ -10,10 +10,10 @@ import plotly.graph_objects as go
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from app.charts import series_charts
 from app.state import Choice, read_link
 from app.views.series import names_of
 from es2.analysis.series import Member, series_view
+from es2.charts import series_charts
 from es2.jobs.queue import create_job, list_jobs
 from es2.workflow.series import analyse_members, open_members
 from tests.builders_artifacts import TUNED_DISTANCES, Artifacts

@@ -37,9 +37,9 @@ from es2.training.config import FinetuneConfig
 from es2.workflow.compared import find_compared
 from es2.workflow.film import find_film
 from es2.workflow.runs import open_run
-from tests.app.test_evaluation_charts import attack, directed, soft
 from tests.builders import tiny_prompts
 from tests.builders_artifacts import TARGETS, write_comparison
+from tests.charts.test_evaluation_charts import attack, directed, soft
 
 NASTY = (
     "</script><script>alert(1)</script><b>bold</b>",

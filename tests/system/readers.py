@@ -437,7 +437,7 @@ def _job_configs(folder: Path) -> Draw:
 
 def _job_states(folder: Path) -> Draw:
     """Everything in a job's folder but its config."""
-    from app.charts.run_charts import History
+    from es2.charts.run_charts import History
     from es2.jobs.job import HOST, read_job
     from es2.jobs.queue import list_jobs
 

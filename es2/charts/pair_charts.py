@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from app.charts import canvas, projection_chart
-from app.charts import layer_charts as charts
-from app.charts.canvas import Trace
-from app.charts.compare_charts import MODEL_COLOURS
 from es2.analysis.projection import View
+from es2.charts import canvas, projection_chart
+from es2.charts import layer_charts as charts
+from es2.charts.canvas import Trace
+from es2.charts.compare_charts import MODEL_COLOURS
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 from es2.report import labels as wording
 from es2.report import palette

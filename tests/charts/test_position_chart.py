@@ -8,8 +8,8 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from app.charts import canvas, layer_charts, position_chart
 from es2.analysis.results import Analysis
+from es2.charts import canvas, layer_charts, position_chart
 from es2.report import palette
 from tests.builders_artifacts import write_comparison
 from tests.figures import Checked, traces

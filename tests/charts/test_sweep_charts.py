@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.charts import sweep_charts
+from es2.charts import sweep_charts
 from es2.report import palette
 from es2.workflow.sweeps import sweep_document
 from tests.builders_sweep import write_sweep

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.charts import canvas
+from es2.charts import canvas
 from es2.report import palette
 
 FRONT_HEIGHT, PARALLEL_HEIGHT, PAIRS_HEIGHT = 400, 330, 400

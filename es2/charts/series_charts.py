@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from app.charts import canvas, projection_chart
 from es2.analysis.projection import View
 from es2.analysis.resampling import Interval
 from es2.analysis.series import Member, SeriesView
+from es2.charts import canvas, projection_chart
 from es2.prompts.prompt_set import PromptSet
 from es2.report import labels as wording
 from es2.report import palette
@@ -47,7 +47,7 @@ def panels(
 ) -> list[canvas.Figure]:
     """The prompts under each model, base first, with equal axes; the titles of the axes are in the view.
 
-    Points carry `[name, row]` as `customdata`; arguments as for `app.charts.pair_charts.pair`.
+    Points carry `[name, row]` as `customdata`; arguments as for `es2.charts.pair_charts.pair`.
     """
     points = [canvas.rounded(one) for one in view.points]
     shown = np.ones(len(prompts), dtype=bool) if others else prompts.in_split("test")

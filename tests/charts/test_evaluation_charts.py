@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app.charts import evaluation_charts
+from es2.charts import evaluation_charts
 from es2.evaluation.config import EvaluateConfig
 from es2.models.machine import Machine
 from es2.models.shape import Shape

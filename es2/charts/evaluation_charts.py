@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from app.charts import canvas
 from es2.analysis.resampling import Interval
+from es2.charts import canvas
 from es2.report import labels, palette
 from es2.report.findings import BY_NAME, DIRECTION_NAMES, Numbers, interval_of, panels_of
 

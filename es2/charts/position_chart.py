@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from app.charts import canvas, compare_charts, layer_charts
 from es2.analysis.results import Analysis, LayerNumbers
+from es2.charts import canvas, compare_charts, layer_charts
 from es2.report import labels
 from es2.report.glossary import BY_NAME
 from es2.store.sources import MEAN, before_last

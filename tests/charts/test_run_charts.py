@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.charts import canvas, run_charts
-from app.charts.run_charts import History
 from es2.analysis.verdict import LEAST_REFUSALS_KEPT
+from es2.charts import canvas, run_charts
+from es2.charts.run_charts import History
 from tests.figures import Checked, traces
 
 run_charts = Checked(run_charts)

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from app.charts import canvas
-from app.charts import layer_charts as charts
 from es2.analysis.resampling import Interval
 from es2.analysis.results import Analysis, Change, LayerNumbers
 from es2.analysis.verdict import ROUNDING
+from es2.charts import canvas
+from es2.charts import layer_charts as charts
 from es2.report import labels as wording
 from es2.report import palette
 from es2.report.glossary import BY_NAME, Term

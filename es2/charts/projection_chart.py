@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from app.charts import canvas
-from app.charts.canvas import Trace
 from es2.analysis.projection import View
+from es2.charts import canvas
+from es2.charts.canvas import Trace
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES, PromptSet
 from es2.report import labels, palette
 

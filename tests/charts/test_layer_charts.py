@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.charts import canvas, projection_chart
-from app.charts import layer_charts as charts
 from es2.analysis.projection import View
 from es2.analysis.resampling import Interval
 from es2.analysis.results import NUMBERS, CostPoint, LayerNumbers
+from es2.charts import canvas, projection_chart
+from es2.charts import layer_charts as charts
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet
 from es2.report import palette
 from es2.report.glossary import BY_NAME, COMPARED, TERMS

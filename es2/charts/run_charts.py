@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.charts import canvas
 from es2.analysis.verdict import LEAST_REFUSALS_KEPT
+from es2.charts import canvas
 from es2.report import palette
 
 HEIGHT = 205

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from app.charts import canvas
 from es2.analysis.results import CostPoint, LayerNumbers
+from es2.charts import canvas
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, LABEL_NAMES
 from es2.report import palette
 from es2.report.glossary import BY_NAME, UNITS

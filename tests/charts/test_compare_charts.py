@@ -6,10 +6,10 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from app.charts import canvas, compare_charts, pair_charts, projection_chart
 from es2.analysis.projection import View
 from es2.analysis.resampling import Interval
 from es2.analysis.results import Analysis
+from es2.charts import canvas, compare_charts, pair_charts, projection_chart
 from es2.prompts.prompt_set import HARMFUL, PromptSet
 from es2.report import palette
 from tests.builders_artifacts import INFLATED_LAYER, TARGETS, Compared, write_comparison

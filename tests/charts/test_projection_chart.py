@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from app.charts import projection_chart
 from es2.analysis.projection import View
+from es2.charts import projection_chart
 from es2.prompts.prompt_set import HARMFUL, PromptSet
 from es2.report import palette
 from tests.figures import Checked, random_view, six_pairs, traces
