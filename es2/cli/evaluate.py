@@ -26,35 +26,12 @@ def evaluate(
 
     Interrupted, the same command goes on from the replies that it has.
     """
-    from es2.models.catalogue import resolve
-    from es2.models.folders import model_doubts
-    from es2.prompts.benchmarks import absolute_source
-    from es2.prompts.questions import absolute_questions, load_questions
-    from es2.workflow.job_kinds import run_here
-    from es2.workflow.runs import check_run, open_run, tuned_weights
+    from es2.workflow.foreground import decide_evaluation, evaluate_here
 
-    # Everything is checked before anything heavy is done.
-    decided = {"model": resolve(settings["model"]).name, "prompts": absolute_source(settings["prompts"])}
-    decided["questions"] = absolute_questions(settings["questions"])
-    decided["steering_limit"] = min(settings["steering_limit"], settings["limit"])
-    config = EvaluateConfig(**settings | decided | dict(rendering))
-    run = open_run(config.run) if config.run is not None else None
-    if run is not None:
-        check_run(run, config.model)
-        tuned_weights(run)
+    config = decide_evaluation(settings, rendering)
     read_prompts(config.prompts)
-    if "ability" in config.suites:
-        load_questions(config.questions)
-    from es2.evaluation.results import KIND, behaviour_of, run_behaviour
-    from es2.workflow.evaluate import unfinished_job
-
     with progress() as report:
-        result = run_here(KIND, config.to_dict(), unfinished_job(config), report)
-    if run is not None:
-        verdict = (run.result() or {}).get("verdict")
-        behaviour = behaviour_of(result, run) or run_behaviour(run)
-        result = {**result, "verdict": verdict, **behaviour.to_dict(verdict)}
-    result["warnings"] = model_doubts(resolve(config.model))
+        result = evaluate_here(config, report)
     emit(result, json_, lambda: _show(result))
 
 

@@ -28,13 +28,11 @@ from es2.cli.terminal import (
     show_outcome,
 )
 from es2.core.errors import InputError
-from es2.core.progress import Reporter
 from es2.core.rendering import Rendering
 from es2.core.settings import parse_list
 from es2.jobs.job import Job
 from es2.jobs.running import jobs_ahead
 from es2.models.catalogue import DEFAULT_MODEL
-from es2.models.shape import count_layers
 from es2.training.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -57,39 +55,20 @@ def finetune(
     json_: AsJson = False,
 ) -> None:
     """Fine-tune a model with ES2, compare it with its base on prompts it never saw, and print the verdict."""
-    from es2.jobs.queue import create_job
-    from es2.models.catalogue import resolve
-    from es2.models.checked import refuse_untunable
-    from es2.models.folders import model_folder
-    from es2.prompts.benchmarks import absolute_source
-    from es2.workflow.prepare import prepare
+    from es2.workflow.foreground import begin_finetune, decide_finetune, result_of_run
     from es2.workflow.tracking import check_tracker, tracked
 
     if log_to is not None:
         check_tracker(log_to)
     prompt_set = read_prompts(prompts)
     with progress() as report:
-        # Everything is checked before anything heavy is done, with other layers until there is a recommendation.
-        spec = resolve(model)
-        model_files = model_folder(spec, report)
-        n_layers = count_layers(model_files)
-        settings |= dict(prompt_set.rendered_as(rendering))
-        given, first_block = settings["layers"], settings["first_block"]
-        until_then = {} if given else {"layers": (0,), "first_block": None}
-        config = FinetuneConfig(**settings | {"model": spec.name} | until_then)
-        config.check(n_layers, prompt_set)
-        refuse_untunable(model_files, config.method)
-        if not given:
-            base = prepare(model, prompt_set, rendering=config, device=config.device, dtype=config.dtype, report=report)
-            config = config.replace(layers=base.analysis.recommended, first_block=first_block)
-            config.check(n_layers, prompt_set)
+        config = decide_finetune(model, prompt_set, settings, rendering, report)
         if int(os.environ.get("RANK", "0")) > 0:
             _help_finetune(config, prompt_set)
             return
-        source = absolute_source(prompts)
-        run = create_job("finetune", config.to_dict() | {"prompts": source})
+        run = begin_finetune(config, prompts)
         with tracked(log_to, run, report) as both:
-            result = _result_of(run, both)
+            result = result_of_run(run, both)
     emit(result, json_, lambda: _show_run(result))
 
 
@@ -126,42 +105,25 @@ def import_(
         return
     if adapter is None or activations is not None:
         raise InputError("Give either --adapter, for weights, or --activations, for embeddings.")
-    from es2.models.catalogue import resolve
-    from es2.models.folders import model_folder
-    from es2.prompts.benchmarks import absolute_source
-    from es2.workflow.runs import import_adapter
+    from es2.workflow.foreground import begin_import, result_of_run
 
     rendering = read_prompts(prompts).rendered_as(rendering)
+    targets = parse_list(FinetuneConfig, "layers", layers) or ()
     with progress() as report:
-        # Everything is checked before anything heavy is done.
-        spec = resolve(model)
-        targets = parse_list(FinetuneConfig, "layers", layers) or ()
-        n_layers = count_layers(model_folder(spec, report))
-        if outside := [layer for layer in targets if not 0 <= layer < n_layers]:
-            raise InputError(f"There is no layer {outside[0]}: the model's layers are 0 to {n_layers - 1}.")
-        source = absolute_source(prompts)
-        run = import_adapter(
+        run = begin_import(
             adapter,
-            spec.name,
-            source,
+            model,
+            prompts,
             targets,
             name=name,
             rendering=rendering,
             device=device,
             dtype=dtype,
             replies=replies,
+            report=report,
         )
-        result = _result_of(run, report)
+        result = result_of_run(run, report)
     emit(result, json_, lambda: _show_run(result))
-
-
-def _result_of(run: Job, report: Reporter) -> dict[str, Any]:
-    """The result of a created job, run in this process; raises the job's sentence when it comes to none."""
-    from es2.jobs.running import result_of, run_job
-    from es2.workflow.job_kinds import JOBS
-
-    exit_code = run_job(run.path, JOBS, report)
-    return result_of(run, exit_code, f"Run {run.id} was {run.status()}; `es2 runs resume {run.id}` goes on.")
 
 
 def with_outcome(document: Mapping[str, Any], run: Job) -> dict[str, Any]:

@@ -41,6 +41,10 @@ A task that ends itself early returns `{"status": "stopped", "reason": sentence,
 """
 
 
+class StoppedError(MachineError):
+    """A signal to this process stopped the job that it ran, such as Ctrl-C."""
+
+
 def run_job(folder: Path, tasks: Mapping[str, Task], also: Reporter = silent) -> int:
     """Run the job in `folder` in this process, write its end, and return the exit code.
 
@@ -71,10 +75,12 @@ def result_of(job: Job, exit_code: int, otherwise: str) -> dict[str, Any]:
 
     Raises:
         InputError, MachineError: by the exit code of `run_job`, with the job's sentence, when it has no result; with
-            `otherwise` when it has no sentence either, such as a cancelled one.
+            `otherwise` when it has no sentence either, such as a cancelled one; of a signal `StoppedError`.
     """
     result = job.result()
     if result is None:
+        if job.status() == "cancelled" and not (job.path / "cancel").exists():
+            raise StoppedError(otherwise)
         sentence = job.error() or otherwise
         raise InputError(sentence) if exit_code == InputError.exit_code else MachineError(sentence)
     return result
@@ -187,7 +193,9 @@ class _Life:
                 raise InputError(f"Job {self.job.id} has ended already ({end}).")
             if (written := tail(path / "events.jsonl")) and not written.endswith(b"\n"):
                 self._events.write(b"\n")  # a partial line of a killed process must not spoil the next one
-            for number in (signal.SIGTERM, signal.SIGINT):
+            # Python takes signals in the main thread alone.
+            own = threading.current_thread() is threading.main_thread()
+            for number in (signal.SIGTERM, signal.SIGINT) if own else ():
                 stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
             self.enter("queued")
             self._beat.start()
