@@ -124,11 +124,13 @@ def decide_evaluation(settings: Mapping[str, Any], rendering: Rendering) -> Eval
     Raises:
         InputError: for a model, a run, questions or settings that cannot be used.
     """
-    given = {**dict(EvaluateConfig()), **settings}
-    decided = {"model": resolve(given["model"]).name, "prompts": absolute_source(given["prompts"])}
-    decided["questions"] = absolute_questions(given["questions"])
-    decided["steering_limit"] = min(given["steering_limit"], given["limit"])
-    config = EvaluateConfig(**given | decided | dict(rendering))
+    asked = EvaluateConfig(**{**settings, **dict(rendering)})
+    config = asked.replace(
+        model=resolve(asked.model).name,
+        prompts=absolute_source(asked.prompts),
+        questions=absolute_questions(asked.questions),
+        steering_limit=min(asked.steering_limit, asked.limit),
+    )
     if config.run is not None:
         run = open_run(config.run)
         check_run(run, config.model)
