@@ -22,6 +22,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "replies": 4,
         "tokens": 4,
     },
+    "your_own": {"model": "./tiny-model", "layers": [1, 2], "steps": 1},
 }
 
 
