@@ -332,3 +332,8 @@ def test_every_setting_of_a_function_is_described() -> None:
         for argument in inspect.signature(function).parameters:
             if argument != "run" or name != "open_run":
                 assert argument in documented, f"{name}: {argument}"
+
+
+def test_the_page_names_each_function() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
+    assert not [name for name in FUNCTIONS if f"`{name}`" not in page]
