@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from es2.jobs.job import Job
     from es2.workflow.check import ModelCheck
 
+__all__ = ["Checked", "Evaluation", "Run", "Sweep"]
+
 _MODELS = ("base", "tuned", "change")
 _REPLIED = ("refusal", "kl", "ability")
 

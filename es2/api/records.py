@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from es2.prompts.prompt_set import PromptSet
     from es2.store.activation_set import ActivationSet
 
+__all__ = ["Compared", "Embeddings", "Model", "Projection", "Separation"]
+
 
 @dataclass(frozen=True)
 class Model:
