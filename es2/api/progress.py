@@ -7,13 +7,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, TypeAlias
 
 from es2.cli.terminal import progress as terminal_bars
 from es2.core.progress import Reporter, silent
 
 Progress: TypeAlias = bool | Reporter | None
-"""None: bars in a notebook or a terminal. False: nothing. True: bars. A function: it is called at each step."""
+"""None or True: bars in a notebook or a terminal, else a line now and then. False: nothing. Or what gets each step."""
 
 _SECONDS = 0.2
 
@@ -36,9 +37,7 @@ def _notebook_display() -> Any:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if shell is None or not hasattr(shell, "kernel"):
         return None
-    from IPython.display import display
-
-    return display
+    return import_module("IPython.display").display  # which is there where a notebook runs, and no dependency
 
 
 class _NotebookBars:
