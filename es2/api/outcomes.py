@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from es2.api.tables import as_figure, ends_of
-from es2.charts import evaluation_charts, sweep_chart
+from es2.charts import evaluation_charts, sweep_charts
 from es2.core.errors import InputError
 from es2.report.findings import direction_rows, main_p0
 
@@ -186,9 +186,18 @@ class Sweep:
             ]
         )
 
-    def plot(self) -> go.Figure:
-        """Separation against KL, a point for each trial, with the front."""
-        return as_figure(sweep_chart.pareto(self.result))
+    def plot(self, what: str = "front") -> go.Figure:
+        """A figure of the page *Sweep*: `front` (separation against KL), `settings` (of trials) or `pairs` (of layers).
+
+        Raises:
+            InputError: for pairs of layers where none were searched.
+        """
+        kinds = {"front": sweep_charts.front, "settings": sweep_charts.parallel, "pairs": sweep_charts.pairs}
+        if what not in kinds:
+            raise InputError(f"Unknown figure {what[:40]!r}; one of {', '.join(kinds)}.")
+        if (drawn := kinds[what](self.result, None)) is None:
+            raise InputError("This sweep searched no pairs of layers, so there are none to draw.")
+        return as_figure(drawn)
 
 
 @dataclass(frozen=True)
