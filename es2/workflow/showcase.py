@@ -214,9 +214,12 @@ def _write_run(folder: Path, run: Job, config: Mapping[str, Any]) -> dict[str, A
     write_json(folder / "name.json", {"name": NAME})
     end |= {"result": {name: entry for name, entry in end["result"].items() if name != "path"}}
     write_json(folder / "result.json", with_checksum(end))
-    for path in find_evaluations(run):
+    shipped_suites: set[str] = set()
+    for path in find_evaluations(run):  # the newest first, which may hold what an earlier one does
         document = read_evaluation(path)
-        if is_of(document, run) and document["settings"]["prompts"] == run.config["prompts"]:
+        is_ours = is_of(document, run) and document["settings"]["prompts"] == run.config["prompts"]
+        if is_ours and not shipped_suites.issuperset(document["suite"]):
+            shipped_suites.update(document["suite"])
             kept = verdicts_only(document) | {"model": config["model"], "path": f"{EVALUATION}/{path.name}"}
             kept["settings"] = kept["settings"] | {"model": config["model"]}
             (folder / EVALUATION).mkdir(exist_ok=True)

@@ -26,7 +26,6 @@ from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.results import find_evaluations, read_evaluation
 from es2.jobs.job import Job
 from es2.jobs.queue import list_jobs, reopen
-from es2.models.catalogue import DEFAULT_MODEL
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
 from es2.report.page import Compared
@@ -482,18 +481,24 @@ def committed(monkeypatch: pytest.MonkeyPatch) -> Compared:
     return find_compared("showcase")
 
 
-def test_the_committed_one_is_of_the_settings_that_the_readme_names(committed: Compared) -> None:
-    assert committed.config["model"] == committed.base.model == DEFAULT_MODEL
+def test_the_committed_one_is_of_the_shipped_settings(committed: Compared) -> None:
+    assert committed.config["model"] == committed.base.model == showcase.MODEL
     assert committed.config["prompts"] == "builtin"
-    named = FinetuneConfig(
-        layers=committed.analysis.recommended, objective="fisher", learning_rate=1e-3, steps=16, pairs_per_step=16
-    )
-    found = FinetuneConfig.from_dict(dict(committed.config)).to_dict()  # it may lack a new setting
-    assert found == named.to_dict() | {"margin_target": 0.6}, "which fisher does not read"
+    shipped_ones = FinetuneConfig(layers=committed.analysis.recommended, model=showcase.MODEL)
+    assert FinetuneConfig.from_dict(dict(committed.config)) == shipped_ones
     assert committed.analysis.config == AnalysisConfig()
     assert committed.base.d_model > D_MODEL
     assert umap_of(committed).points.shape[2] == len(committed.prompts)
     assert size(shipped()) <= LIMIT_BYTES < 20_000_000
+
+
+def test_the_committed_one_says_what_became_of_behaviour_under_attack_too(committed: Compared) -> None:
+    assert committed.behaviours[-1].name == "defends better"
+    assert committed.attacked is not None
+    assert {"perturbation", "soft_prompt", "kl", "ability", "refusal"} <= committed.attacked["suite"].keys()
+    assert committed.ability is not None
+    for rows in committed.attacked["rows"].values():
+        assert not any("text" in row[model] for row in rows for model in ("base", "tuned") if model in row)
 
 
 @pytest.mark.real

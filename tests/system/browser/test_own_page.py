@@ -85,5 +85,13 @@ def test_a_fresh_clone_opens_on_the_showcase(tmp_path: Path, open_page: Callable
         expect(page.locator(".st-key-verdict")).to_contain_text("Separated")
         expect(page.locator(".st-key-introduction")).to_contain_text("Embedding Space Separation")
         settle(page)
+        for name, found in (("Behaviour", "refuses more harmful requests"), ("Robustness", "learnt directions")):
+            page.get_by_role("link", name=name).click()
+            expect(page.locator(".st-key-finding")).to_contain_text(found)
+            expect(page.locator(".st-key-header")).to_contain_text("qwen2.5-coder-0.5b-instruct")
+            expect(page.get_by_text("without weights and without replies")).to_be_visible()
+            settle(page)
+        page.get_by_role("link", name="Compare").click()
+        settle(page)
         page.locator(".st-key-to_runs button").click()
         page.wait_for_url("**/runs**")
