@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 COLUMNS = (1.35, 1)
 N_SHOWN = 5
 """Of the sets there are, shown beside base before any is chosen: spread evenly, the last among them."""
+FIRST = "A series sets fine-tunes and checkpoints of one model beside it, in one frame. The model itself comes first."
 ALONE = (
     "There is nothing to set beside this model yet. What can stand here: its fine-tunes, adapters that were imported, "
     "and the checkpoints of a training of your own with the `RepresentationCallback` (docs/watching.md), captured on "
@@ -57,6 +58,8 @@ def page() -> None:
     model = artifacts.model_name(choice.model)
     opened = artifacts.find(model, artifacts.prompts(choice.prompts), choice.position, choice.rendering)
     if opened is None:
+        with st.container(width=820, key="series_first"):
+            st.info(FIRST, icon=":material/info:")
         welcome(choice)
         return
     choice = with_layer(choice, opened.analysis, opened.analysis.best_layer)
