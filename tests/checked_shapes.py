@@ -38,8 +38,8 @@ def _import_others() -> None:
 
     assert all((beartype, jaxtyping, TransformerBridge, PreTrainedModel, PreTrainedTokenizerBase))
     _import_all()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "es2"]:
-        del sys.modules[name]
+    for name in [name for name in sys.modules if name.startswith("es2.")]:
+        del sys.modules[name]  # but for `es2` itself, whose names for type checkers would import everything
 
 
 def pytest_configure() -> None:

@@ -121,7 +121,7 @@ class TestByHand:
         two = [torch.stack([cloud, cloud], dim=1) for cloud in clouds()]
         base = {layer: measure_base(*(cloud[:, 0] for cloud in two)) for layer in (1, 2)}
         directions = torch.stack([constants.difference for constants in base.values()])
-        odds = torch.tensor([0.5, 2.0]), torch.tensor([0.0]), -0.5
+        odds = torch.linspace(0.5, 2.0, len(two[0])), torch.linspace(-1.0, 0.0, len(two[1])), -0.5
         kept = {"harmless_base": None, "base": base, "directions": directions}
         alone = separation(parse_objective("3*margin"), *two, **kept)
         terms = parse_objective("3*margin+2*refusal")
