@@ -243,10 +243,14 @@ class TestLongWork:
             if stage == "capture" and done:
                 signal.raise_signal(signal.SIGINT)
 
+        usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of pytest-xdist ignore it
         before = {found.key for found in Store().list()}
         files = {path.name for path in (folder / "cached_activations").iterdir()}
-        with pytest.raises(KeyboardInterrupt):
-            es2.capture("./tiny-model", "locks.csv", positions=["last-1"], progress=stop)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                es2.capture("./tiny-model", "locks.csv", positions=["last-1"], progress=stop)
+        finally:
+            signal.signal(signal.SIGINT, usual)
         assert {found.key for found in Store().list()} == before
         assert {path.name for path in (folder / "cached_activations").iterdir()} <= files | {".locks"}
         assert es2.capture("./tiny-model", "locks.csv", positions=["last-1"]).shape[0] == 3

@@ -82,8 +82,11 @@ def expect_chosen(page: playwright.Page, position: str, layer: int, row: int) ->
         arg=[layer, row],
     )
     expect(page.get_by_role("heading", name=f"Layer {layer}", exact=True)).to_be_visible()
-    asked = parse_qs(urlsplit(page.url).query)
-    assert (asked["position"], asked["layer"]) == ([position], [str(layer)])
+    page.wait_for_function(  # it follows the page
+        "([position, layer]) => { const asked = new URLSearchParams(location.search);"
+        " return asked.get('position') === position && asked.get('layer') === layer; }",
+        arg=[position, str(layer)],
+    )
 
 
 def test_another_system_prompt_is_another_set(

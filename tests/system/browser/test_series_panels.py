@@ -8,6 +8,7 @@ from urllib.parse import parse_qs, urlencode, urlsplit
 
 import pytest
 
+from es2.training.terms import DEFAULT_OBJECTIVE
 from es2.workflow.series import analyse_members, open_members
 from tests.builders_artifacts import TUNED_DISTANCES
 from tests.builders_series import Series, write_series, write_set
@@ -46,7 +47,7 @@ def test_four_sets_show_four_panels_and_one_prompt_in_all(
         page.locator(".st-key-series_sets input").click()
         options = page.get_by_role("option")
         expect(options.filter(has_text="another")).to_have_count(0)
-        options.filter(has_text="20*margin at 2, 3").click()
+        options.filter(has_text=f"{DEFAULT_OBJECTIVE} at 2, 3").click()
         page.keyboard.press("Escape")
         expect(page.locator(PANELS)).to_have_count(4)
         settle(page)
