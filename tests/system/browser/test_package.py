@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from es2 import __version__
 from es2.core.files import files_below
 from tests.system.browser.serving import PATIENCE, ROOT, expect, marks, playwright, served
 
@@ -91,7 +92,7 @@ def test_an_installed_wheel_opens_the_showcase_in_an_empty_folder(
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert names == expected_files()
         metadata = message_from_bytes(archive.read(next(n for n in archive.namelist() if n.endswith("/METADATA"))))
-    assert (metadata["Version"], metadata["Author"]) == (PROJECT["project"]["version"], "ES2 Workbench developers")
+    assert (metadata["Version"], metadata["Author"]) == (__version__, "ES2 Workbench developers")
 
     es2 = install(wheel, tmp_path / "environment")
     empty = tmp_path / "empty"
