@@ -80,9 +80,10 @@ def existing(choice: Choice) -> tuple[Choice, list[str]]:
     """
     notes = []
     if choice == Choice():
-        ended = (run.id for run in list_runs() if run.status() in ENDED)
-        usual = None if Store().list() else SHOWCASE
-        choice = replace(choice, **of_run(Choice(run=next(ended, usual))))
+        newest = next((run.id for run in list_runs() if run.status() in ENDED), None)
+        if newest is None and not Store().list():
+            newest = SHOWCASE
+        choice = replace(choice, **of_run(Choice(run=newest)))
     try:
         model_name(choice.model)
     except Es2Error as error:

@@ -354,7 +354,7 @@ def settings(form: str) -> Mapping[str, Any]:
 def take_setting(form: str, name: str, value: Any) -> None:
     """Callback: one setting of a form changed."""
     _acted()
-    st.session_state[f"{form}_settings"] = {**settings(form), name: value}
+    take_settings(form, {name: value})
 
 
 def take_settings(form: str, values: Mapping[str, Any]) -> None:

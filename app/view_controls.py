@@ -92,6 +92,27 @@ def choice_control(choice: Choice, name: str, options: Sequence[str], names: Map
     )
 
 
+def axes_controls(choice: Choice, models: str) -> None:
+    """What lengths are measured in, and what the axes are fitted on: base, or `models` (both, all) of those shown."""
+    st.session_state["raw"] = choice.raw
+    st.toggle(
+        "Raw lengths",
+        key="raw",
+        disabled=choice.view == "umap",
+        help="Draw in the models' own units instead of dividing each by the length of its embeddings. A model "
+        "whose residual stream was merely inflated looks better separated then.",
+        on_change=lambda: state.update(raw=st.session_state["raw"]),
+    )
+    st.session_state["fit_on"] = choice.fit_on == "both"
+    st.toggle(
+        f"Fit on {models}",
+        key="fit_on",
+        disabled=choice.view == "umap",
+        help=f"Fit the principal components on the prompts under {models} models rather than under base alone.",
+        on_change=lambda: state.update(fit_on="both" if st.session_state["fit_on"] else "base"),
+    )
+
+
 def introduction(title: str, about: str, steps: Sequence[tuple[str, str]]) -> None:
     """A page's heading, a sentence or two, and steps beside each other: what each is called, what happens there."""
     st.header(title, anchor=False)

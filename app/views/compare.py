@@ -19,6 +19,7 @@ from app.layer_control import layer_control, with_layer
 from app.state import Choice
 from app.view_controls import (
     VIEW_NAMES,
+    axes_controls,
     choice_control,
     link_notes,
     others_toggle,
@@ -245,7 +246,7 @@ def view_controls(choice: Choice, layer: int) -> None:
     st.subheader(f"Layer {layer}", anchor=False, width="content")
     others_toggle(choice)
     with st.popover("Axes", type="tertiary"):
-        axes_controls(choice)
+        axes_controls(choice, "both")
     tool_control()
     choice_control(choice, "arrangement", state.ARRANGEMENTS, ARRANGEMENT_NAMES)
     view_control(choice)
@@ -304,24 +305,3 @@ def context(choice: Choice, comparison: Comparison) -> str:
     """What `figures` depend on besides the layer and the selection."""
     shown = (choice.view, choice.arrangement, choice.others, choice.fit_on, choice.raw, state.tool())
     return repr((comparison.key, comparison.names, *shown))
-
-
-def axes_controls(choice: Choice) -> None:
-    """What lengths are measured in, and what the axes are fitted on."""
-    st.session_state["raw"] = choice.raw
-    st.toggle(
-        "Raw lengths",
-        key="raw",
-        disabled=choice.view == "umap",
-        help="Draw in the models' own units instead of dividing each by the length of its embeddings. A model "
-        "whose residual stream was merely inflated looks better separated then.",
-        on_change=lambda: state.update(raw=st.session_state["raw"]),
-    )
-    st.session_state["fit_on"] = choice.fit_on == "both"
-    st.toggle(
-        "Fit on both",
-        key="fit_on",
-        disabled=choice.view == "umap",
-        help="Fit the principal components on the prompts under both models rather than under base alone.",
-        on_change=lambda: state.update(fit_on="both" if st.session_state["fit_on"] else "base"),
-    )

@@ -22,6 +22,7 @@ from app.layer_control import layer_control, with_layer
 from app.state import Choice
 from app.view_controls import (
     VIEW_NAMES,
+    axes_controls,
     choice_control,
     kept_buttons,
     link_notes,
@@ -249,15 +250,16 @@ def panels(
     layer: int,
 ) -> None:
     """A panel for each model, with the controls above."""
+    shown = replace(choice, view=kind_of(choice))
     with st.container(
         horizontal=True, vertical_alignment="center", horizontal_alignment="distribute", key="series_controls"
     ):
         st.subheader(f"Layer {layer}", anchor=False, width="content")
         others_toggle(choice)
         with st.popover("Axes", type="tertiary"):
-            axes_controls(choice)
+            axes_controls(shown, "all")
         tool_control()
-        choice_control(replace(choice, view=kind_of(choice)), "view", VIEWS, VIEW_NAMES)
+        choice_control(shown, "view", VIEWS, VIEW_NAMES)
     digest = opened.prompts.texts_digest
     selected = state.selection(digest)
     linked(
@@ -276,25 +278,6 @@ def panels(
     x, y = view.axes
     st.caption(
         f"All panels have the same axes, fitted on {fit}. Right: {x[:1].lower() + x[1:]}. Up: {y[:1].lower() + y[1:]}."
-    )
-
-
-def axes_controls(choice: Choice) -> None:
-    """What lengths are measured in, and what the axes are fitted on."""
-    st.session_state["raw"] = choice.raw
-    st.toggle(
-        "Raw lengths",
-        key="raw",
-        help="Draw in the models' own units instead of dividing each by the length of its embeddings. A model "
-        "whose residual stream was merely inflated looks better separated then.",
-        on_change=lambda: state.update(raw=st.session_state["raw"]),
-    )
-    st.session_state["fit_on"] = choice.fit_on == "both"
-    st.toggle(
-        "Fit on all",
-        key="fit_on",
-        help="Fit the principal components on the prompts under all models rather than under base alone.",
-        on_change=lambda: state.update(fit_on="both" if st.session_state["fit_on"] else "base"),
     )
 
 

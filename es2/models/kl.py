@@ -49,9 +49,12 @@ class LmHead:
 
     def log_odds(self, states: Float[Tensor, "token d_model"], among: Bool[Tensor, "vocab"]) -> Float[Tensor, "token"]:
         """log p / (1 − p) in nats, p the probability that the next token after a state is one of `among` (a mask)."""
-        logits = self.logits(states)
-        inside = logits.masked_fill(~among, -math.inf).logsumexp(dim=-1)
-        return inside - logits.masked_fill(among, -math.inf).logsumexp(dim=-1)
+
+        def odds(logits: Tensor) -> Tensor:
+            inside = logits.masked_fill(~among, -math.inf).logsumexp(dim=-1)
+            return inside - logits.masked_fill(among, -math.inf).logsumexp(dim=-1)
+
+        return torch.cat([odds(self.logits(chunk)) for (chunk,) in _chunks(self, states)])
 
     @torch.no_grad()
     def next_tokens(self, states: Float[Tensor, "token d_model"]) -> list[int]:

@@ -144,9 +144,10 @@ class Workload:
                     found[rows[index]] = embedding
                 done += 1
                 report("base", done, total)
-        refused = {row for row in replied if judge_reply(self._answer(self.replies[row].reply)) == "refusal"}
+        decisive = replied - set(plan.tested)
+        refused = {row for row in decisive if judge_reply(self._answer(self.replies[row].reply)) == "refusal"}
         self._refused = refused & harmful
-        self._find_openings(replied - set(plan.tested), refused)
+        self._find_openings(decisive, refused)
         rows = [row for row in self._share(sorted(known)) if row not in found]
         with torch.no_grad():
             embeddings = self.network.embed(self._tokens(rows))

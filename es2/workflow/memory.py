@@ -16,12 +16,12 @@ import numpy as np
 from es2.models import costs
 from es2.models.batching import REPLIES_AT_ONCE, usual_tokens
 from es2.models.costs import DTYPES
+from es2.training.terms import reads_refusals
 
 if TYPE_CHECKING:
     from es2.models.machine import Machine
     from es2.models.shape import Shape
     from es2.training.config import FinetuneConfig
-from es2.training.terms import reads_refusals
 
 ALONE, TOGETHER, SHARDED = "", "--multi_gpu", "--use_fsdp --fsdp_version 2"
 """How processes are launched: one; several, each with the whole model; several, each with a share of the blocks."""
