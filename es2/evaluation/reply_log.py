@@ -1,42 +1,65 @@
-"""Replies of models in an append-only JSONL file, so that none is generated twice.
+"""Replies of models in append-only JSONL files, so that none is generated twice.
 
-Each is written when its batch is done, under a key of all that decides it. A killed process leaves at worst half a
-line, which the next process skips and generates again.
+Each is written when its batch is done, under a key of all that decides it. Those of a base are kept once for all its
+runs (`base_log`), those of a fine-tune in the run's folder. A killed process leaves at worst half a line, which the
+next process skips and generates again.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from es2.core.files import parse_json, unreadable, verify_checksum, with_checksum, writing
+from es2.core.files import (
+    content_key,
+    file_digest,
+    home,
+    parse_json,
+    unreadable,
+    verify_checksum,
+    with_checksum,
+    writing,
+)
+
+BASE_REPLIES = "base_replies"  # below `home()`
+
+
+def base_log(folder: Path, identity: Mapping[str, Any]) -> Path:
+    """Where a home keeps what a base replies, whichever runs it is compared with.
+
+    Args:
+        folder: of the base. Its generation config says which tokens end a reply.
+        identity: the base's `Fingerprint`, of which an adapter is left out.
+    """
+    generation = folder / "generation_config.json"
+    try:
+        ends = file_digest(generation) if generation.is_file() else None
+    except OSError as error:
+        raise unreadable(error, generation) from error
+    return home() / BASE_REPLIES / f"{content_key({**identity, 'adapter': None, 'generation': ends})}.jsonl"
 
 
 class ReplyLog:
     """Replies that were generated, one JSON line each, by key; lines that are half or not what was written are skipped.
 
+    Several processes may add to the same files.
+
+    Args:
+        path: the file of a run, or of all replies where there is no other.
+        base: the file that replies of `base` are added to. They are looked for in both: earlier versions added them to
+            the run's.
+
     Raises:
-        MachineError: when the file is there and cannot be read.
+        MachineError: when a file is there and cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, base: Path | None = None) -> None:
         self.path = path
-        self._records: dict[str, dict[str, Any]] = {}
-        try:
-            data = path.read_bytes() if path.exists() else b""
-        except OSError as error:
-            raise unreadable(error, path) from error
-        self._ends_whole = not data or data.endswith(b"\n")
-        for line in data.splitlines():
-            try:
-                record = parse_json(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and verify_checksum(record) and _is_record(record):
-                self._records[record["key"]] = record
+        self.base = base or path
+        self._records = _read(path) | (_read(base) if base else {})
 
     def __contains__(self, key: str) -> bool:
         return key in self._records
@@ -47,15 +70,43 @@ class ReplyLog:
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         """Append records in one piece and flush them to the disk; raises `MachineError` when it refuses."""
         records = list(records)
-        lines = b"".join(json.dumps(with_checksum(record), ensure_ascii=False).encode() + b"\n" for record in records)
-        with writing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write((b"" if self._ends_whole else b"\n") + lines)
-                file.flush()
-                os.fsync(file.fileno())
-        self._ends_whole = True
+        for path, of_base in ((self.base, True), (self.path, False)):
+            _append(path, [record for record in records if (record.get("model") == "base") is of_base])
         self._records.update({record["key"]: record for record in records})
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        data = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise unreadable(error, path) from error
+    found: dict[str, dict[str, Any]] = {}
+    for line in data.splitlines():
+        try:
+            record = parse_json(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and verify_checksum(record) and _is_record(record):
+            found[record["key"]] = record
+    return found
+
+
+def _append(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Add lines to the end of a file, wherever that is by then.
+
+    An empty line comes first. Whether the file ends in half a line cannot be asked: another process may be killed in
+    the middle of a write between the answer and this one.
+    """
+    lines = b"".join(json.dumps(with_checksum(record), ensure_ascii=False).encode() + b"\n" for record in records)
+    if not lines:
+        return
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab", buffering=0) as file:  # one request of the system, which no other process's interrupts
+            left = memoryview(b"\n" + lines)
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
 
 
 def _is_record(record: dict[str, Any]) -> bool:

@@ -316,7 +316,7 @@ def _ask_judge(
             exchanges = [(sample.texts[row], texts[name][row]) for row in open_rows]
             judged, document["problem"] = judge_replies(judge, exchanges, work.report)
             work.log.add(
-                {"key": keys[row], "judge": judge.name, "verdict": verdict}
+                {"key": keys[row], "model": name, "judge": judge.name, "verdict": verdict}
                 for row, verdict in zip(open_rows, judged, strict=True)
                 if verdict is not None
             )

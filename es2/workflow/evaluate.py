@@ -1,7 +1,8 @@
 """Does the separation hold? Behaviour, ability and embedding-level attacks, base and tuned over the same prompts.
 
 Replies go into a log when their batch is done, under a key of all that decides them, and numbers are computed from the
-log: a killed evaluation goes on where it was. Of the prompts that the run was tuned on only `test` counts.
+log: a killed evaluation goes on where it was, and the base replies once for all its runs. Of the prompts that the run
+was tuned on only `test` counts.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.direction import causal_check
 from es2.evaluation.judge import Judge, classifier_judge, endpoint_judge
 from es2.evaluation.multiple_choice import ability
-from es2.evaluation.reply_log import ReplyLog
+from es2.evaluation.reply_log import ReplyLog, base_log
 from es2.evaluation.results import EVALUATION_FORMAT, FOLDER, KIND, LOG, read_evaluation
 from es2.evaluation.soft_attack import soft_prompts
 from es2.evaluation.suites import Work, behaviour, held_out
@@ -62,7 +63,8 @@ def evaluate(
     Args:
         config: the settings.
         prompts: what `config.prompts` names.
-        folder: where replies and the result are kept when there is no run; else they go into the run's folder.
+        folder: where the result is kept when there is no run; else it and the tuned model's replies go into the run's
+            folder. Replies of the base are kept once in the home folder.
         run: the run that `config.run` names.
         store: where activation sets lie.
         report: called at every token and batch; it may raise to stop.
@@ -111,7 +113,7 @@ def evaluate(
         identity=identity,
         device=device,
         dtype=config.dtype or choose_dtype(device),
-        log=ReplyLog(place / LOG),
+        log=ReplyLog(place / LOG, base_log(model_files, identity)),
         store=store or Store(),
         report=report,
         rendering=config.rendering,

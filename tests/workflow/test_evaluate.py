@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -97,6 +99,10 @@ def other_prompts() -> PromptSet:
 @pytest.fixture
 def run(model: Path, adapter: Path, source: Path) -> Job:
     """A run that left an adapter."""
+    return run_with(adapter, model, source)
+
+
+def run_with(adapter: Path, model: Path, source: Path) -> Job:
     config = FinetuneConfig(layers=(0, 1), model=str(model))
     job = create_job("finetune", config.to_dict() | {"prompts": str(source)})
     adapter_copy = job.path / "adapter"
@@ -136,8 +142,13 @@ def without_times(document: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in document.items() if key not in ("seconds", "generated", "path", "created")}
 
 
-def keys_of(log: Path) -> list[str]:
-    return [json.loads(line)["key"] for line in log.read_text().splitlines()]
+def logs_of(run: Job) -> list[Path]:
+    """The run's own log, and those of bases in its home."""
+    return [run.path / "evaluation" / "replies.jsonl", *(run.path.parents[1] / "base_replies").glob("*")]
+
+
+def keys_of(*logs: Path) -> list[str]:
+    return [json.loads(line)["key"] for log in logs for line in log.read_text().splitlines() if line]
 
 
 def test_everything_of_a_run_against_its_base(model: Path, run: Job, tmp_path: Path, shared_store: Store) -> None:
@@ -227,15 +238,15 @@ def test_an_adapter_without_target_layers_is_attacked_at_the_recommended_ones(
 
 @pytest.mark.long
 def test_killed_and_resumed_generates_nothing_twice_and_ends_alike(
-    model: Path, run: Job, tmp_path: Path, shared_store: Store, monkeypatch: pytest.MonkeyPatch
+    model: Path, run: Job, tmp_path: Path, own_home: Path, shared_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replies, "rows_that_fit", lambda device, bytes_per_row: 3)
     config = EvaluateConfig(model=str(model), run=run.id, **SMALL)
     whole = evaluate(config, other_prompts(), tmp_path / "job", run=run, store=shared_store)
-    log = run.path / "evaluation" / "replies.jsonl"
-    expected = sorted(keys_of(log))
+    expected = sorted(keys_of(*logs_of(run)))
     assert len(expected) == len(set(expected)) == 2 * 8 + 2 * 4 * 2 + 2 * 3
     (run.path / "evaluation").rename(run.path / "first")
+    (own_home / "base_replies").rename(tmp_path / "first")
 
     def stop_after(calls: int) -> Any:
         left = [calls]
@@ -251,12 +262,92 @@ def test_killed_and_resumed_generates_nothing_twice_and_ends_alike(
     for calls in (14, 30, 25):
         with pytest.raises(Cancelled):
             evaluate(config, other_prompts(), tmp_path / "job", run=run, store=shared_store, report=stop_after(calls))
-        with log.open("ab") as file:
-            file.write(b'{"key": "half a li')  # what a kill leaves
+        for log in filter(Path.exists, logs_of(run)):
+            with log.open("ab") as file:
+                file.write(b'{"key": "half a li')  # what a kill leaves
     resumed = evaluate(config, other_prompts(), tmp_path / "job", run=run, store=shared_store)
     assert without_times(resumed) == without_times(whole)
-    lines = [line for line in log.read_text().splitlines() if not line.startswith('{"key": "half')]
-    assert sorted(json.loads(line)["key"] for line in lines) == expected
+    for log in logs_of(run):
+        log.write_text("\n".join(line for line in log.read_text().splitlines() if not line.startswith('{"key": "half')))
+    assert sorted(keys_of(*logs_of(run))) == expected
+
+
+def without_run(document: dict[str, Any]) -> dict[str, Any]:
+    left_out = ("seconds", "generated", "path", "created", "digest", "run")
+    settings = {name: value for name, value in document["settings"].items() if name != "run"}
+    return {name: value for name, value in document.items() if name not in left_out} | {"settings": settings}
+
+
+@pytest.mark.long
+def test_the_base_replies_once_for_all_its_runs(
+    model: Path, run: Job, source: Path, tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two fine-tunes the second costs the tuned model's replies, and finds the same as in a home of its own."""
+    settings = SMALL | {
+        "soft_budgets": (1.0,),
+        "soft_lengths": (2,),
+        "directions": ("scav",),
+        "controls": 1,
+        "limit": 2,
+    }
+    adapter = save_tiny_adapter(tmp_path / "adapter", model, seed=7)
+    second = run_with(adapter, model, source)
+    judge = Judge("stub", lambda request, reply: "refusal" if len(request) % 2 else "answer")
+    monkeypatch.setattr(evaluating, "_make_judge", lambda config: judge)
+
+    def kept(job: Job, stages: list[str]) -> list[dict[str, Any]]:
+        documents = []
+        for suite in ("all", "direction"):
+            config = EvaluateConfig(model=str(model), run=job.id, suite=suite, **settings)
+            found = evaluate(
+                config, other_prompts(), tmp_path, run=job, report=lambda stage, *_, **__: stages.append(stage)
+            )
+            documents.append(read_evaluation(Path(found["path"])))
+        return documents
+
+    first_stages: list[str] = []
+    stages: list[str] = []
+    kept(run, first_stages)
+    (shared,) = (own_home / "base_replies").iterdir()
+    before = shared.read_bytes()
+    found = kept(second, stages)
+    of_base = {"reply base", "steer base", "fit base", "soft base", "direction base"}
+    assert of_base <= {*first_stages}
+    assert not of_base & {*stages}
+    assert shared.read_bytes() == before, "nothing of the second run went there"
+    run.delete()
+    assert shared.read_bytes() == before
+
+    monkeypatch.setenv("ES2_HOME", str(tmp_path / "fresh"))
+    fresh = kept(run_with(adapter, model, source), [])
+    for one, other in zip(found, fresh, strict=True):
+        assert one["generated"]["replies"] == other["generated"]["replies"] / 2 > 0
+        assert without_run(one) == without_run(other)
+
+
+def test_replies_of_a_base_that_end_elsewhere_are_others(model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    config = EvaluateConfig(model=str(model), suite="refusal", **SMALL)
+    assert evaluate(config, other_prompts(), tmp_path / "one")["generated"]["replies"] == 8
+    assert evaluate(config, other_prompts(), tmp_path / "two")["generated"]["replies"] == 0
+    assert evaluate(config.replace(model=str(other)), other_prompts(), tmp_path / "three")["generated"]["replies"] == 0
+    ends = other / "generation_config.json"
+    ends.write_text(json.dumps(json.loads(ends.read_text()) | {"eos_token_id": [1, 2, 3]}))
+    again = evaluate(config.replace(model=str(other)), other_prompts(), tmp_path / "four")
+    assert again["generated"]["replies"] == 8
+
+
+def test_replies_of_a_base_in_the_log_of_an_earlier_version_are_found(model: Path, run: Job, tmp_path: Path) -> None:
+    config = EvaluateConfig(model=str(model), run=run.id, **SMALL | {"suite": "refusal"})
+    whole = evaluate(config, other_prompts(), tmp_path, run=run)
+    own, shared = logs_of(run)
+    own.write_bytes(own.read_bytes() + shared.read_bytes())
+    shared.unlink()
+    Path(whole["path"]).unlink()
+    again = evaluate(config, other_prompts(), tmp_path, run=run)
+    assert again["generated"]["replies"] == 0
+    assert again["suite"] == whole["suite"]
 
 
 def test_a_larger_limit_generates_only_what_is_new(model: Path, tmp_path: Path) -> None:
@@ -301,9 +392,8 @@ def test_multiple_choice_of_base_and_tuned(
     assert run_ability(run) == part
 
     # Fewer are among those that were asked: no model is needed. Other ways and other questions are other results.
-    log = run.path / "evaluation" / "replies.jsonl"
     asked = {model: {row["question"]: row[model] for row in rows} for model in ("base", "tuned")}
-    assert len(keys_of(log)) == 18
+    assert [len(keys_of(log)) for log in logs_of(run)] == [9, 9]
     with monkeypatch.context() as patch:
         patch.setattr(suites, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
         few = ask(config)
@@ -406,6 +496,46 @@ class TestLog:
         again = ReplyLog(path)
         assert again["a"]["text"] == "é\n"
         assert again["b"]["text"] == "whole"
+
+    def test_a_base_has_a_log_of_its_own_and_either_is_read(self, tmp_path: Path) -> None:
+        own, shared = tmp_path / "run" / "log.jsonl", tmp_path / "home" / "base.jsonl"
+        ReplyLog(own).add([{"key": "old", "model": "base", "text": "of an earlier version"}])
+        log = ReplyLog(own, shared)
+        log.add([{"key": "b", "model": "base", "text": "B"}, {"key": "t", "model": "tuned", "text": "T"}])
+        assert (keys_of(own), keys_of(shared)) == (["old", "t"], ["b"])
+        assert all(key in ReplyLog(own, shared) for key in ("old", "b", "t"))
+        assert "b" in ReplyLog(tmp_path / "another" / "log.jsonl", shared)
+        shared.write_bytes(b"\xff\n{" + shared.read_bytes()[: len(shared.read_bytes()) // 2])
+        assert "b" not in ReplyLog(own, shared)
+
+    def test_processes_that_add_at_once_and_are_killed_spoil_no_line_of_another(self, tmp_path: Path) -> None:
+        """Long batches, so that a write takes a while, by four processes, of which two are killed over and over."""
+        path = tmp_path / "base.jsonl"
+        script = (
+            "import sys; from pathlib import Path; from es2.evaluation.reply_log import ReplyLog\n"
+            "log, name, n = ReplyLog(Path(sys.argv[1])), sys.argv[2], int(sys.argv[3])\n"
+            "for batch in range(n):\n"
+            "    log.add({'key': f'{name}-{batch}-{row}', 'text': name * 3000} for row in range(40))\n"
+        )
+
+        def start(name: str, n: int) -> subprocess.Popen[bytes]:
+            return subprocess.Popen([sys.executable, "-c", script, str(path), name, str(n)])
+
+        whole = [start(name, 30) for name in "ab"]
+        for attempt in range(4):
+            killed = start(f"k{attempt}", 10**6)
+            before = path.stat().st_size if path.exists() else 0
+            while not path.exists() or path.stat().st_size < before + 10**6:
+                assert killed.poll() is None
+            killed.kill()
+            killed.wait()
+            with path.open("ab") as file:
+                file.write(b'{"key": "half a li')  # as where the kill was in the middle of a write
+        assert [process.wait() for process in whole] == [0, 0]
+        ReplyLog(path).add([{"key": "last", "text": "."}])
+        log = ReplyLog(path)
+        assert all(f"{name}-{batch}-{row}" in log for name in "ab" for batch in range(30) for row in range(40))
+        assert "last" in log
 
 
 # --------------------------------------------------------------------------------------------------------------- judges

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from es2.cli import main as cli
 from es2.core.errors import InputError, MachineError
+from es2.core.files import home
 from es2.evaluation.results import find_evaluations, read_evaluation, run_behaviour
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job, reopen
@@ -166,7 +167,7 @@ def test_cancelled_while_it_replies_it_goes_on_there(model: Path, prompts: Path)
     assert run_job(run.path, JOBS, stop) == 1
     assert run.status() == "cancelled"
     assert find_evaluations(run) == []
-    log = run.path / "evaluation" / "replies.jsonl"
+    (log,) = (home() / "base_replies").iterdir()
     before = log.read_bytes().splitlines()
     assert before
     reopen(run)
@@ -174,7 +175,8 @@ def test_cancelled_while_it_replies_it_goes_on_there(model: Path, prompts: Path)
     assert run_job(run.path, JOBS, lambda stage, *_, **__: stages.append(stage)) == 0
     assert "finetune" not in stages, "its steps are in the checkpoint"
     assert log.read_bytes().splitlines()[: len(before)] == before
-    keys = [json.loads(line)["key"] for line in log.read_bytes().splitlines()]
+    lines = log.read_bytes() + (run.path / "evaluation" / "replies.jsonl").read_bytes()
+    keys = [json.loads(line)["key"] for line in lines.splitlines() if line]
     assert len(keys) == len(set(keys)) == 2 * len(read_evaluation(find_evaluations(run)[0])["rows"]["refusal"])
     assert (run.result() or {})["behaviour"] is not None
 
