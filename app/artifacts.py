@@ -34,7 +34,7 @@ from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import ACTIVATIONS, META, TEXTS, ActivationSet
 from es2.store.store import Store
-from es2.workflow import compared
+from es2.workflow import compared, evaluation_plan
 from es2.workflow.derived import find_activations, find_analysis_folder, find_umap, find_views_folder
 from es2.workflow.runs import SHOWCASE, list_runs, open_run, rendering_of, shipped_run
 from es2.workflow.runs import run_title as run_title
@@ -70,6 +70,19 @@ def model_name(model: str) -> str:
         InputError: when `model` names nothing.
     """
     return model if model in models()[1] else resolve(model).name
+
+
+def replied_by_base(model: str) -> frozenset[str]:
+    """What a base replied to already, as `known_shares` takes it; nothing where that cannot be read."""
+    with suppress(Es2Error):
+        if (path := evaluation_plan.replies_of_base(model)) is not None:
+            return _replied(str(path), stamp_of(path))
+    return frozenset()
+
+
+@st.cache_resource(max_entries=2, show_spinner=False)
+def _replied(path: str, stamp: object) -> frozenset[str]:
+    return evaluation_plan.replied_by_base(Path(path))
 
 
 def existing(choice: Choice) -> tuple[Choice, list[str]]:

@@ -26,8 +26,8 @@ from es2.prompts.benchmarks import absolute_source, is_remote
 from es2.prompts.prompt_set import HARMFUL, HARMLESS
 from es2.prompts.questions import absolute_questions, load_questions
 from es2.workflow.derived import find_activations
-from es2.workflow.evaluation_plan import Sample, evaluation_seconds
-from es2.workflow.runs import rendering_of
+from es2.workflow.evaluation_plan import Sample, evaluation_seconds, known_shares
+from es2.workflow.runs import config_of, rendering_of
 
 FORM = "evaluation_form"
 """The session's key for whether the form is open above an evaluation."""
@@ -148,7 +148,15 @@ def _sample(config: EvaluateConfig, run: Job) -> tuple[Sample, list[str]]:
     harmful, harmless = (int((sample.labels == label).sum()) for label in (HARMFUL, HARMLESS))
     if "kl" in config.suites and not harmless:
         _cannot("These prompts hold no harmless one, so there is no ability to measure.", config, problems)
-    found = Sample(harmful, harmless, 0, 0, characters=sum(map(len, sample.texts)) / max(len(sample), 1))
+    replied = artifacts.replied_by_base(config.model)
+    found = Sample(
+        harmful,
+        harmless,
+        0,
+        0,
+        characters=sum(map(len, sample.texts)) / max(len(sample), 1),
+        known=known_shares(config, replied, sample),
+    )
     if not {*ATTACKS, "direction"} & set(config.suites):
         return found, problems
     try:
@@ -158,12 +166,19 @@ def _sample(config: EvaluateConfig, run: Job) -> tuple[Sample, list[str]]:
         _cannot(str(error), config, problems)
         return found, problems
     measured = probing.measured()
-    in_test = measured.in_split("test") & (measured.labels == HARMFUL)
-    directed = len(choose_prompts(measured.select(measured.in_split("test")), config.limit))
+    in_test = measured.select(measured.in_split("test"))
+    directed = choose_prompts(in_test, config.limit)
+    steered = choose_prompts(in_test, config.steering_limit, HARMFUL).texts
+    layers = config.layers or config_of(run).targets
     rendering = config.rendering.over(rendering_of(run))
     known = find_activations(artifacts.model_name(config.model), measured, "last", run=run.id, rendering=rendering)
-    steered = min(config.steering_limit, int(in_test.sum()))
-    return replace(found, steered=steered, directed=directed, measured=0 if known else len(measured)), problems
+    return replace(
+        found,
+        steered=len(steered),
+        directed=len(directed),
+        measured=0 if known else len(measured),
+        known=known_shares(config, replied, sample, steered, directed, layers),
+    ), problems
 
 
 def _cannot(sentence: str, config: EvaluateConfig, problems: list[str]) -> None:

@@ -138,6 +138,7 @@ def _reply_steered(
             return {
                 "prompt": texts[index],
                 "steering": cases[index][0].to_dict(),
+                "layers": list(attacker.layers),
                 "verdict": work.read(tokenizer, reply, text)[0],
                 "text": text[:SHOWN_CHARACTERS],
                 "read": steered.read.of(index),

@@ -59,7 +59,7 @@ class ReplyLog:
     def __init__(self, path: Path, base: Path | None = None) -> None:
         self.path = path
         self.base = base or path
-        self._records = _read(path) | (_read(base) if base else {})
+        self._records = read_replies(path) | (read_replies(base) if base else {})
 
     def __contains__(self, key: str) -> bool:
         return key in self._records
@@ -75,7 +75,8 @@ class ReplyLog:
         self._records.update({record["key"]: record for record in records})
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
+def read_replies(path: Path) -> dict[str, dict[str, Any]]:
+    """The records of a file by key; none where there is no file. Raises `MachineError` when it cannot be read."""
     try:
         data = path.read_bytes() if path.exists() else b""
     except OSError as error:

@@ -177,7 +177,8 @@ def _generate_soft(
         soft = cases[index][0]
         read = reading.read.of(index) | {"relative": soft.budget}
         verdict = work.read(tokenizer, reply, text)[0]
-        return {"prompt": texts[index], "steering": soft.to_dict(), "verdict": verdict, "read": read}
+        shown = {"prompt": texts[index], "steering": soft.to_dict(), "layers": list(attacker.layers)}
+        return shown | {"verdict": verdict, "read": read}
 
     with SoftTokens(model, torch.cat(bank)), reading:
         stage = f"soft {name}"

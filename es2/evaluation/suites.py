@@ -18,7 +18,7 @@ import numpy as np
 from es2.analysis.refusal import judge_reply
 from es2.analysis.resampling import canonical, resample_pairs
 from es2.core.errors import InputError
-from es2.core.files import content_key
+from es2.core.files import content_key, expanded
 from es2.core.progress import Reporter
 from es2.core.rendering import AS_THE_TEMPLATE, Rendering
 from es2.evaluation.behaviour import ability_numbers, compare_exchange, refusal_numbers
@@ -28,6 +28,7 @@ from es2.jobs.job import Job
 from es2.models.adapters import apply_finetune
 from es2.models.batching import end_tokens
 from es2.models.chat_template import render, reply_thinking, template_prefix
+from es2.models.fingerprint import fingerprint
 from es2.models.loading import load_model, load_tokenizer
 from es2.models.replies import Steering, exchange_states, greedy_replies
 from es2.models.shape import context_length
@@ -283,7 +284,7 @@ def generate(
     for batch in greedy_replies(
         model, tokens, n_tokens, ends, prefix=prefix, done=done, steering=steering, report=work.report, stage=stage
     ):
-        shared = {"model": name, "run": work.config.run if name == "tuned" else None}
+        shared = {"model": name, "run": work.config.run if name == "tuned" else None, "new_tokens": n_tokens}
         work.log.add(
             {"key": keys[index]} | shared | entries(index, reply, tokenizer.decode(reply, skip_special_tokens=True))
             for index, reply in zip(batch.rows, batch.replies, strict=True)
@@ -307,7 +308,14 @@ def _ask_judge(
 ) -> dict[str, Any]:
     """The judge's rates where it judged everything, and how often it agrees with the rules; verdicts are kept."""
     document: dict[str, Any] = {"name": judge.name, "problem": None, "agreement": None}
-    settings = [work.config.judge_url, work.config.judge_model, work.config.judge_folder, work.config.judge_label]
+    settings: list[Any] = [
+        work.config.judge_url,
+        work.config.judge_model,
+        work.config.judge_folder,
+        work.config.judge_label,
+    ]
+    if work.config.judge_folder:  # another classifier in its place would judge the tuned model's replies alone
+        settings.append(fingerprint(Path(expanded(work.config.judge_folder))).to_dict())
     found: dict[str, list[str | None]] = {}
     for name in work.models:
         keys = [work.key(name, prompt, judge=settings) for prompt in tokens]

@@ -13,14 +13,19 @@ import pytest
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
 
+from app import evaluation_form
 from app.views.behaviour import filtered
 from es2.core.files import with_checksum, write_json
 from es2.core.rendering import Rendering
 from es2.evaluation.config import EvaluateConfig
+from es2.evaluation.reply_log import ReplyLog, base_log
 from es2.evaluation.results import read_evaluation
 from es2.jobs.queue import create_job
 from es2.jobs.running import run_job
+from es2.models.fingerprint import fingerprint
+from es2.prompts.loading import load_prompts
 from es2.store.sources import PLAIN_TEXT
+from es2.workflow.evaluation_plan import Sample
 from es2.workflow.job_kinds import JOBS
 from tests.app.test_app import MAIN, captions, has_button
 from tests.builders_evaluation import (
@@ -416,6 +421,25 @@ class TestNothingYet:
             model=fresh["model"], prompts=fresh["prompts"], run=fresh["run"], limit=6, steering_limit=6
         )
         assert EvaluateConfig.from_dict(config) == wanted
+
+    def test_knows_what_the_base_replied_to_already(
+        self, fresh: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = Path(fresh["model"])
+        samples: list[Sample] = []
+        replied = {"model": "base", "tokens": [1], "text": "", "new_tokens": EvaluateConfig().new_tokens}
+        ReplyLog(base_log(model, fingerprint(model).to_dict())).add(
+            {"key": text, "prompt": text} | replied for text in load_prompts(fresh["prompts"]).texts
+        )
+
+        def seconds(config: EvaluateConfig, sample: Sample, *about: object, **more: object) -> dict[str, float]:
+            samples.append(sample)
+            return {"replies": 1.0}
+
+        monkeypatch.setattr(evaluation_form, "evaluation_seconds", seconds)
+        open_page("behaviour", fresh)
+        known = samples[-1].known
+        assert (known["refusal"], known["kl"], known.get("perturbation", 0)) == (1, 1, 0)
 
     def test_prompts_that_cannot_be_used_keep_the_button_closed(self, fresh: dict[str, str], tmp_path: Path) -> None:
         at = open_page("behaviour", fresh)

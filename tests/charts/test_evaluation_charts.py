@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -291,6 +292,18 @@ class TestEstimate:
         assert evaluation_seconds(alone, self.SAMPLE, self.SHAPE, self.MACHINE)["replies"] == pytest.approx(both / 2)
         known = evaluation_seconds(alone, self.SAMPLE, self.SHAPE, None, tokens_per_second=96 * (28 + 64) / 10)
         assert known["replies"] == pytest.approx(10)
+
+    def test_what_the_base_replied_already_takes_no_time(self) -> None:
+        config = EvaluateConfig(run="r")
+        new = self.seconds()
+        every = dict.fromkeys(("refusal", "kl", "perturbation", "soft_prompt"), 1.0)
+        found = evaluation_seconds(config, replace(self.SAMPLE, known=every), self.SHAPE, self.MACHINE)
+        assert found["replies"] == pytest.approx(new["replies"] / 2)
+        assert 0.5 < found["attacks"] / new["attacks"] < 0.6, "both are captured"
+        some = replace(self.SAMPLE, known={"refusal": 0.5})
+        found = evaluation_seconds(config, some, self.SHAPE, self.MACHINE)
+        assert found["replies"] == pytest.approx(new["replies"] * 3 / 4)
+        assert found["attacks"] == new["attacks"]
 
 
 class TestDirections:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from es2.cli import main as cli
 from es2.core.errors import InputError
@@ -34,11 +35,12 @@ from es2.jobs.queue import create_job, list_jobs
 from es2.jobs.running import run_job
 from es2.models import replies
 from es2.prompts.loading import load_prompts
-from es2.prompts.prompt_set import PromptSet
+from es2.prompts.prompt_set import HARMFUL, PromptSet
 from es2.store.store import Store
 from es2.training.config import FinetuneConfig
 from es2.workflow import evaluate as evaluating
 from es2.workflow.evaluate import evaluate, unfinished_job
+from es2.workflow.evaluation_plan import known_shares, replied_by_base
 from es2.workflow.job_kinds import JOBS
 from es2.workflow.prepare import prepare
 from es2.workflow.runs import tuned_weights, weights_digest
@@ -315,6 +317,17 @@ def test_the_base_replies_once_for_all_its_runs(
     assert of_base <= {*first_stages}
     assert not of_base & {*stages}
     assert shared.read_bytes() == before, "nothing of the second run went there"
+    of_lock = other_prompts()
+    kept_out = of_lock.select(of_lock.in_split("test"))
+    config, sample = EvaluateConfig(model=str(model), run=run.id, **settings), choose_prompts(of_lock, 2)
+    steered, directed = choose_prompts(kept_out, 2, HARMFUL).texts, choose_prompts(kept_out, 2)
+    replied = replied_by_base(shared)
+    shares = known_shares(config, replied, sample, steered, directed, (0, 1))
+    assert set(shares.values()) == {1.0}, "so the second will take half the time"
+    assert len(shares) == 5
+    shares = known_shares(config.replace(limit=4), replied, choose_prompts(of_lock, 4), steered, directed, (0, 2))
+    assert (shares["refusal"], shares["perturbation"]) == (0.5, 0)
+    assert set(known_shares(config.replace(new_tokens=6), replied, sample).values()) == {0.0}
     run.delete()
     assert shared.read_bytes() == before
 
@@ -697,6 +710,21 @@ class TestClassifier:
         assert classifier_judge(folder).ask("Open it", "No.") == "refusal"
         assert classifier_judge(folder, "NORMAL").ask("Open it", "No.") == "answer"
         assert classifier_judge(folder).ask("Open it", "no " * 4000) == "refusal"
+
+    def test_another_classifier_in_its_place_judges_the_base_again(
+        self, folder: Path, model: Path, tmp_path: Path
+    ) -> None:
+        config = EvaluateConfig(model=str(model), judge_folder=str(folder), **SMALL | {"suite": "refusal", "limit": 1})
+
+        def judged(job: str) -> float:
+            found = evaluate(config, other_prompts(), tmp_path / job)["suite"]["refusal"]["judge"]
+            return float(found["base"]["dsr"]["value"])
+
+        assert judged("one") == 1
+        weights = load_file(folder / "model.safetensors")
+        weights["classifier.bias"] *= -1
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        assert judged("two") == 0
 
     def test_what_is_no_classifier_is_refused(self, folder: Path, model: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="it has no config"):
