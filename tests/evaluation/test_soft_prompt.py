@@ -255,6 +255,7 @@ def test_killed_it_fits_again_and_ends_alike(
     model: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run_it(model, store, tmp_path / "whole")
+    monkeypatch.setenv("ES2_HOME", str(tmp_path / "another home"))  # the first keeps what the base replied
     monkeypatch.setattr(replies, "rows_that_fit", lambda device, bytes_per_row: 3)
     left = [9]
 

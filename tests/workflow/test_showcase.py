@@ -178,7 +178,9 @@ class TestBuild:
                 for model in ("base", "tuned"):
                     assert row[model]["verdict"]
                     assert "text" not in row[model]
-        assert "replies.jsonl" not in {file.name for file in shipped.path.rglob("*")}
+        assert list((own_home() / "base_replies").iterdir())
+        lines = {file.name for file in (world.home / "evaluated" / "showcase").rglob("*.jsonl")}
+        assert lines == {"events.jsonl"}, "no reply is shipped"
 
         monkeypatch.setenv("ES2_HOME", str(tmp_path / "nothing made yet"))
         at = AppTest.from_file(MAIN, default_timeout=60)
