@@ -81,7 +81,10 @@ def import_(
     ] = None,
     activations: Annotated[
         str | None,
-        typer.Option(help="Instead: a safetensors file of embeddings, with its model's name and its prompts' texts."),
+        typer.Option(
+            help="Instead: embeddings, with their model's name and prompts, as a safetensors or Parquet file or a "
+            "folder that the library datasets saved (docs/interop.md)."
+        ),
     ] = None,
     model: Model = DEFAULT_MODEL,
     prompts: Prompts = "builtin",

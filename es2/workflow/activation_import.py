@@ -20,6 +20,7 @@ from es2.prompts.prompt_set import PromptSet
 from es2.store.activation_set import ActivationSet
 from es2.store.sources import is_position
 from es2.store.store import Store
+from es2.workflow.activation_table import is_table, read_table, table_files
 from es2.workflow.derived import analysis_key
 
 if TYPE_CHECKING:
@@ -31,11 +32,12 @@ _NEEDED = "its metadata needs an entry `es2`, JSON with `model` and `texts` (doc
 def import_activations(
     file: str | Path, prompts: PromptSet, report: Reporter = silent
 ) -> tuple[ActivationSet, Analysis]:
-    """Keep the measured prompts' embeddings of a safetensors file as an activation set, and analyse them.
+    """Keep the measured prompts' embeddings of a file, or of a saved dataset, as an activation set, and analyse them.
 
     Args:
-        file: one tensor `[layer, prompt, d_model]` for each position, named by it, float32 or float16; in the metadata
-            an entry `es2`, JSON with `model`, a name, and `texts`, the prompts in the tensors' order.
+        file: safetensors, one tensor `[layer, prompt, d_model]` for each position, named by it, float32 or float16; in
+            the metadata an entry `es2`, JSON with `model`, a name, and `texts`, the prompts in the tensors' order. Or
+            a table (`es2.workflow.activation_table`).
         prompts: their prompt set; every measured prompt must be in the file.
 
     Raises:
@@ -45,6 +47,7 @@ def import_activations(
     path = Path(expanded(file)).absolute()
     measured = prompts.measured()
     check_prompts(prompts)
+    digests = [file_digest(one) for one in table_files(path)] if is_table(path) else None
     about, arrays = _read(path)
     rows = {text: row for row, text in enumerate(about["texts"])}
     missing = sum(text not in rows for text in measured.texts)
@@ -58,7 +61,7 @@ def import_activations(
     name = f"{about['model']}, run {about['run']}" if about.get("run") else about["model"]
     meta = {"model": name, "run": None, "texts_digest": measured.texts_digest, "imported": path.name}
     meta |= {"rendering": about["rendering"]} if isinstance(about.get("rendering"), dict) else {}
-    key = content_key({"kind": "imported", "file": file_digest(path), "texts": measured.texts_digest})
+    key = content_key({"kind": "imported", "file": digests or file_digest(path), "texts": measured.texts_digest})
     chosen = {position: np.ascontiguousarray(array[:, order]) for position, array in arrays.items()}
     activations = Store().write(key, meta, measured.texts, chosen)
     config = AnalysisConfig(position="last" if "last" in chosen else next(iter(chosen)))
@@ -76,16 +79,25 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Float[np.ndarray, "laye
     from safetensors import SafetensorError, safe_open
 
     name = repr(path.name)
-    if not path.is_file():
-        raise InputError(f"There is no file {str(path)!r}; give a safetensors file.")
+    if not path.exists():
+        raise InputError(
+            f"There is no file {str(path)!r}; give a safetensors or Parquet file, or what `Dataset.save_to_disk` wrote."
+        )
     try:
-        with safe_open(path, "numpy") as opened:
-            about = _about((opened.metadata() or {}).get("es2"), name)
-            arrays = {tensor: _array(opened, tensor, len(about["texts"]), name) for tensor in opened.keys()}  # noqa: SIM118
+        if is_table(path):
+            about, arrays = read_table(path)
+            _check(about, name)
+        else:
+            with safe_open(path, "numpy") as opened:
+                about = _about((opened.metadata() or {}).get("es2"), name)
+                arrays = {tensor: _array(opened, tensor, len(about["texts"]), name) for tensor in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(f"The file {name} is no readable safetensors file ({one_line(error)}).") from error
     except OSError as error:
         raise unreadable(error, path) from error
+    for position, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise InputError(f"{position} of {name} holds values that are not finite; capture it in float32.")
     shapes = {array.shape for array in arrays.values()}
     if len(shapes) != 1 or len({array.dtype for array in arrays.values()}) != 1:
         raise InputError(
@@ -102,12 +114,16 @@ def _about(text: str | None, name: str) -> dict[str, Any]:
         about = None
     if not isinstance(about, dict):
         raise InputError(f"The file {name} does not say which model and prompts it is of; {_NEEDED}.")
+    _check(about, name)
+    return about
+
+
+def _check(about: dict[str, Any], name: str) -> None:
     model, texts = about.get("model"), about.get("texts")
     if not (isinstance(model, str) and model.strip()):
         raise InputError(f"The file {name} does not name its model; {_NEEDED}.")
     if not (isinstance(texts, list) and texts and all(isinstance(one, str) for one in texts)):
         raise InputError(f"The file {name} does not list its prompts; {_NEEDED}.")
-    return about
 
 
 def _array(opened: Any, tensor: str, n_texts: int, name: str) -> Float[np.ndarray, "layer prompt d_model"]:
@@ -124,7 +140,5 @@ def _array(opened: Any, tensor: str, n_texts: int, name: str) -> Float[np.ndarra
         raise InputError(
             f"The tensor {tensor} of {name} is {shape}; [layers, {n_texts} prompts, width] is needed for its texts."
         )
-    array = opened.get_tensor(tensor)
-    if not np.isfinite(array).all():
-        raise InputError(f"The tensor {tensor} of {name} holds values that are not finite; capture it in float32.")
+    array: Float[np.ndarray, "layer prompt d_model"] = opened.get_tensor(tensor)
     return array

@@ -114,7 +114,7 @@ def test_other_prompts_and_other_files(made: Artifacts, tmp_path: Path, es2: Es2
     refused(tmp_path / "none.safetensors", made, "There is no file")
     (tmp_path / "text").write_text("x" * 100)
     refused(tmp_path / "text", made, "is no readable safetensors file")
-    refused(tmp_path, made, "There is no file")
+    refused(tmp_path, made, "is not what `Dataset.save_to_disk` wrote")
     code, document = es2("import")
     assert (code, document["error"]) == (2, "Give either --adapter, for weights, or --activations, for embeddings.")
 
@@ -124,3 +124,56 @@ def refused(file: Path, made: Artifacts, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         import_activations(file, load_prompts(str(made.source)))
     assert len(Store().list()) == before
+
+
+def rows(made: Artifacts, **columns: Any) -> dict[str, Any]:
+    """A table of `made`: a row for each prompt, its embeddings `[layer, d_model]`."""
+    states = np.stack([made.activations.layer(l) for l in range(made.activations.n_layers)], axis=1)
+    n = len(made.prompts)
+    table = {"model": ["mine"] * n, "prompt": list(made.prompts.texts), "last": states.tolist(), "note": [0] * n}
+    return table | columns
+
+
+def test_a_saved_dataset_and_a_parquet_file_come_in(made: Artifacts, tmp_path: Path, es2: Es2) -> None:
+    from datasets import Array2D, Dataset
+
+    whole = Dataset.from_dict(rows(made))
+    as_arrays = whole.cast_column("last", Array2D((made.activations.n_layers, made.activations.d_model), "float32"))
+    whole.shuffle(seed=1).save_to_disk(tmp_path / "lists", num_shards=2)
+    as_arrays.save_to_disk(tmp_path / "arrays")
+    whole.to_parquet(tmp_path / "table.parquet")
+    for place in ("lists", "arrays", "table.parquet"):
+        code, document = es2("import", "--activations", tmp_path / place, "--prompts", made.source)
+        assert (code, document["model"], document["recommended"]) == (0, "mine", list(made.analysis.recommended)), place
+        found = Store().open(document["key"])
+        for layer in range(found.n_layers):
+            assert np.array_equal(found.layer(layer), made.activations.layer(layer)), place
+
+
+def test_a_table_that_lacks_something(made: Artifacts, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    n, file = len(made.prompts), tmp_path / "x.parquet"
+    for columns, sentence in (
+        ({"last": None}, "has the columns model, prompt, note; it needs columns `model` and `prompt`, and one of"),
+        ({"model": None}, "has the columns prompt, last, note; it needs"),
+        ({"model": ["a"] * (n - 1) + ["b"]}, "is of 2 models"),
+        ({"model": [None] * n}, "does not name its model"),
+        ({"prompt": [None] * n}, "does not list its prompts"),
+        ({"last": [[1.0]] * n}, r"has not \[layers, width\] numbers in every row"),
+        ({"last": [[[1.0]], *[[[1.0], [2.0]]] * (n - 1)]}, r"has not \[layers, width\] numbers in every row"),
+        ({"last": [[[1.0]], None, *[[[1.0]]] * (n - 2)]}, r"has not \[layers, width\] numbers in every row"),
+        ({"last": [[[1]]] * n}, "holds int64, no floating-point numbers"),
+        ({"last": [[[1.0, None]]] * n}, "holds values that are not finite"),
+        ({"last": [[[1e300]]] * n}, "holds values that are not finite"),
+    ):
+        kept = {name: values for name, values in rows(made, **columns).items() if values is not None}
+        pq.write_table(pa.table(kept), file)
+        refused(file, made, sentence)
+    whole = file.read_bytes()
+    for damaged in (b"PAR1" + b"x" * 100, whole[:40] + whole[-20:], whole.replace(b"\x15", b"\x7f")):
+        file.write_bytes(damaged)
+        refused(file, made, "cannot be read")
+    (tmp_path / "folder").mkdir()
+    refused(tmp_path / "folder", made, "of a `DatasetDict` give one split's folder")
