@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -137,6 +138,12 @@ class TestMachine:
             assert this_machine().flops == expected
             (memo,) = cache.rglob("*.json")
             os.utime(memo, (0, 0))
+
+    def test_waiting_for_the_processor_does_not_count(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A quarter of a second on the wall for each product would be a billion operations per second."""
+        wall = itertools.count(step=0.25)
+        monkeypatch.setattr(machines.time, "perf_counter", lambda: next(wall))
+        assert machines._measure_cpu() / machines._cores() > 4e9
 
     def test_another_number_of_cores_is_another_machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(machines, "_measure_cpu", lambda: 7e9)
