@@ -49,7 +49,7 @@ from es2.cli.terminal import (
     show_given_as,
     show_outcome,
 )
-from es2.core.errors import Es2Error, InputError, MachineError
+from es2.core.errors import Es2Error, InputError, MachineError, one_line
 from es2.core.files import app_script
 from es2.core.progress import Cancelled
 from es2.core.rendering import Rendering
@@ -378,7 +378,11 @@ def main() -> NoReturn:
     log.setFormatter(PlainFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[log])
     try:
-        app()
+        _run()
+    except SystemExit as end:
+        if end.code != 130:  # as which typer ends at Ctrl-C, without a word
+            raise
+        _fail(MachineError("Cancelled; what was complete is kept."))
     except Es2Error as error:
         _fail(error)
     except Cancelled:
@@ -390,6 +394,20 @@ def main() -> NoReturn:
             raise
         _fail(MachineError(f"{error.strerror}: {error.filename or 'the disk'}; make room or choose another folder."))
     sys.exit(0)
+
+
+def _run() -> None:
+    """The command that was typed. With `--json` an unknown command or option is an `InputError`, so a document, too."""
+    if "--json" not in sys.argv:
+        app()
+        return
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # which click's errors have, and those of typer's own copy of click
+            raise
+        raise InputError(f"{one_line(error.format_message())}.") from error
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _fail(error: Es2Error) -> NoReturn:

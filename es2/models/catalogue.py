@@ -144,6 +144,11 @@ class ModelSpec:
     location: str
 
 
+def known_depth(spec: ModelSpec) -> int | None:
+    """The number of layers of a catalogue model, which need not be here; None of any other."""
+    return next((entry.n_layers for entry in CATALOGUE if entry.name == spec.name), None)
+
+
 def resolve(model: str) -> ModelSpec:
     """What `model` names: a catalogue entry, a folder, a `.gguf` file or a Hub id. Fetches nothing.
 

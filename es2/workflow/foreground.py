@@ -18,7 +18,8 @@ from es2.evaluation.results import behaviour_of, run_behaviour
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job
 from es2.jobs.running import result_of, run_job
-from es2.models.catalogue import resolve
+from es2.models.adapter_files import check_adapter, find_adapter, is_hub_adapter
+from es2.models.catalogue import known_depth, resolve
 from es2.models.checked import refuse_untunable
 from es2.models.folders import model_doubts, model_folder
 from es2.models.shape import count_layers
@@ -51,12 +52,14 @@ def decide_finetune(
         MachineError: when network, memory or disk refuse.
     """
     spec = resolve(model)
-    model_files = model_folder(spec, report)
-    n_layers = count_layers(model_files)
     settings = {**settings, **dict(prompts.rendered_as(rendering))}
     given, first_block = settings.get("layers"), settings.get("first_block")
     until_then = {} if given else {"layers": (0,), "first_block": None}
     config = FinetuneConfig(**settings | {"model": spec.name} | until_then)
+    if depth := known_depth(spec):
+        config.check(depth, prompts)  # before the model is fetched
+    model_files = model_folder(spec, report)
+    n_layers = count_layers(model_files)
     config.check(n_layers, prompts)
     refuse_untunable(model_files, config.method)
     if not given:
@@ -102,6 +105,8 @@ def begin_import(
     Arguments as of `import_adapter`. Raises `InputError` for a layer that the model has not, and as `import_adapter`.
     """
     spec = resolve(model)
+    if not is_hub_adapter(adapter):
+        check_adapter(find_adapter(adapter))  # before a model is fetched for it
     n_layers = count_layers(model_folder(spec, report))
     if outside := [layer for layer in layers if not 0 <= layer < n_layers]:
         raise InputError(f"There is no layer {outside[0]}: the model's layers are 0 to {n_layers - 1}.")

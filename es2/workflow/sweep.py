@@ -18,7 +18,7 @@ from es2.core.progress import Cancelled, Reporter
 from es2.jobs.job import Job
 from es2.jobs.queue import create_job, find_jobs, open_job, reopen
 from es2.jobs.running import run_job
-from es2.models.catalogue import resolve
+from es2.models.catalogue import known_depth, resolve
 from es2.models.checked import refuse_untunable
 from es2.models.folders import model_folder
 from es2.models.shape import count_layers
@@ -70,7 +70,10 @@ def create_sweep(
         InputError: for settings that cannot be, or nothing to search.
         MachineError: when network or disk refuse.
     """
-    space = checked_space(sweep, given, prompts, model_folder(resolve(given["model"]), report))
+    spec = resolve(given["model"])
+    if depth := known_depth(spec):
+        first_config(make_space(sweep, given, depth)).check(depth, prompts)  # before the model is fetched
+    space = checked_space(sweep, given, prompts, model_folder(spec, report))
     document = {"sweep": sweep.to_dict(), "space": space.to_dict(), "prompts_digest": prompts.digest}
     return create_job(KIND, document | {"model": space.fixed["model"], "prompts": source})
 

@@ -205,6 +205,23 @@ class TestRefusals:
         assert code == 2
         assert "no-such-option" in err
 
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [(["capture", "--no-such-option"], "no-such-option"), (["nothing"], "nothing"), (["report"], "Missing option")],
+    )
+    def test_wrong_usage_is_a_document_too(self, es2, arguments: list[str], sentence: str) -> None:
+        code, document = es2(*arguments)
+        assert (code, document["exit_code"]) == (2, 2)
+        assert sentence in document["error"]
+
+    def test_ctrl_c_says_what_is_kept(self, es2, monkeypatch: pytest.MonkeyPatch) -> None:
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("es2.models.folders.is_cached", interrupted)
+        code, document = es2("models")
+        assert (code, document["error"]) == (1, "Cancelled; what was complete is kept.")
+
 
 class TestProcess:
     def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -222,6 +222,25 @@ def test_an_adapter_made_elsewhere_is_compared_like_a_run(
         import_adapter(tmp_path, str(model), str(prompts))
 
 
+class TestBeforeAnythingIsFetched:
+    def test_a_folder_without_adapter_is_refused_before_a_model_is_fetched(
+        self, places: None, es2, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setattr("es2.workflow.foreground.model_folder", lambda *_: pytest.fail("fetched"))
+        code, document = es2("import", "--adapter", tmp_path / "none")
+        assert (code, "peft adapter" in document["error"]) == (2, True), document
+
+    @pytest.mark.parametrize("command", ["finetune", "sweep"])
+    def test_settings_are_refused_before_a_model_is_fetched(
+        self, places: None, es2, monkeypatch: pytest.MonkeyPatch, command: str
+    ) -> None:
+        for module in ("foreground", "sweep"):
+            monkeypatch.setattr(f"es2.workflow.{module}.model_folder", lambda *_: pytest.fail("fetched"))
+        for option, value, sentence in (("--objective", "none", "Unknown objective"), ("--layers", "1,99", "layer 99")):
+            code, document = es2(command, option, value)
+            assert (code, sentence in document["error"]) == (2, True), document
+
+
 class TestImport:
     def test_afterwards_it_is_a_run_like_any_other(
         self, done: dict[str, Any], model: Path, prompts: Path, es2, tmp_path: Path
