@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
+from es2.analysis.results import NUMBERS
 from es2.cli import options
+from es2.training.terms import OBJECTIVES, REFUSAL
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -64,6 +66,12 @@ def test_every_environment_variable_is_in_the_table() -> None:
     table = (DOCS / "command-line.md").read_text(encoding="utf-8")
     told = set(re.findall(r"^\| `(ES2_\w+)` \|", table, re.MULTILINE))
     assert told == set(re.findall(r"\bES2_[A-Z_]+\b", "".join(code)))
+
+
+def test_every_objective_and_every_number_has_its_row() -> None:
+    for page, names in (("concepts/es2.md", (*OBJECTIVES, REFUSAL)), ("numbers.md", NUMBERS)):
+        text = (DOCS / page).read_text(encoding="utf-8")
+        assert [name for name in names if f"`{name}`" not in text] == [], page
 
 
 def test_every_setting_is_an_option_of_its_command_and_in_the_table(pages: dict[str, str]) -> None:
