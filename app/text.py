@@ -25,6 +25,7 @@ _READ_ANYWAY = re.compile(
 _CONTROLS = {
     "with --prompts, or name the prompts' column behind the file (FILE:COLUMN)": "as “One file with labels”, or choose "
     "its “Prompt column”",
+    "with --prompt-column (of two files: FILE:COLUMN)": "under “Prompt column”",
     "with --prompt-column": "under “Prompt column”",
     "with --label-column": "under “Label column”",
     "with --harmful-values": "under “Harmful values”",

@@ -158,7 +158,7 @@ def find_prompt_column(columns: Sequence[str], chosen: str | None, where: str) -
         if len(found) > 1:
             raise InputError(
                 f"{where} has several columns that may hold the prompt: {', '.join(found)}; "
-                "name one with --prompt-column."
+                "name one with --prompt-column (of two files: FILE:COLUMN)."
             )
         if found:
             return found[0]
@@ -167,7 +167,7 @@ def find_prompt_column(columns: Sequence[str], chosen: str | None, where: str) -
             return by_name[name][0]
     raise InputError(
         f"{where} has no column of prompts under a usual name (columns: {_listed(columns)}); "
-        "name it with --prompt-column."
+        "name it with --prompt-column (of two files: FILE:COLUMN)."
     )
 
 

@@ -216,6 +216,7 @@ def test_sentences_about_options_are_about_controls() -> None:
         said += re.findall(r'"([^"\n]*--[a-z][^"\n]*)"', code)
     assert len(said) >= 8
     assert [sentence for sentence in said if "--" in in_app(sentence)] == []
+    assert [sentence for sentence in said if "FILE:" in in_app(sentence)] == []
     assert in_app("Name it with --prompt-column.") == "Name it under “Prompt column”, on the page Your own."
     assert in_app("There is no file 'x'.") == "There is no file 'x'."
 

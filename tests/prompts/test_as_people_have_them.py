@@ -309,7 +309,7 @@ class TestOverruling:
             (DATA, Source("", prompt_column="text", label_column="class"), "column class: its values say neither"),
             (DATA, Source("", prompt_column="text", label_column="class"), "'s1' (1), 's2' (1)"),
             ('"a\nA",b\nx,1\n', Source(""), "no column of prompts under a usual name (columns: a a, b)"),
-            ("a,b\nx,1\n", Source(""), "no column of prompts under a usual name (columns: a, b)"),
+            ("a,b\nx,1\n", Source(""), "(columns: a, b); name it with --prompt-column (of two files: FILE:COLUMN)"),
             ("text,label,toxicity\nx,1,0\ny,0,1\n", Source(""), "disagree: label, toxicity"),
             ("prompt,type,class\nx,safe,unsafe\n", Source(""), "several columns that may hold the label: type, class"),
             ("goal,is_safe\nx y,1\nz,maybe\n", Source(""), "row 3, column is_safe: 'maybe' is unknown ('maybe' (1))"),
