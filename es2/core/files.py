@@ -151,6 +151,22 @@ def output_path(path: Path) -> Path:
     return Path(absolute)
 
 
+def give_usual_mode(*paths: Path) -> None:
+    """Give files the permissions that a new file beside them has. Raises `OSError`.
+
+    Safetensors 0.8 makes its files for the owner alone, whatever the umask (its issue 782).
+    """
+    for path in paths:
+        beside = path.with_name(f".tmp-mode-{secrets.token_hex(4)}")
+        try:
+            beside.touch(exist_ok=False)
+            usual = beside.stat().st_mode & 0o777
+        finally:
+            beside.unlink(missing_ok=True)
+        if path.stat().st_mode & 0o777 != usual:
+            path.chmod(usual)
+
+
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON file as `write_text` does; raises `ValueError` for NaN and infinities, too."""
     write_text(path, json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n")

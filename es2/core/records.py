@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from es2.core.errors import InputError, one_line
-from es2.core.files import parse_json
+from es2.core.files import give_usual_mode, parse_json
 from es2.core.former import todays_names
 from es2.core.versions import format_of
 
@@ -43,6 +43,7 @@ class RecordFiles:
         from safetensors.numpy import save_file
 
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / self.arrays)
+        give_usual_mode(folder / self.arrays)
         text = json.dumps({"format": self.format, **document}, allow_nan=False)
         (folder / self.document).write_text(text, encoding="utf-8")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from es2.core.errors import InputError
-from es2.core.files import content_key, file_digest, user_cache
+from es2.core.files import content_key, file_digest, give_usual_mode, user_cache
 from es2.core.progress import Reporter
 from es2.models.model_files import CONVERSION, TIED, first_line, read_config, save_tokenizer
 from es2.models.weight_checks import check_loaded
@@ -223,5 +223,6 @@ def _convert(gguf: Path, name: str, sizes: Mapping[str, int], folder: Path, repo
     plain.tie_weights()
     plain.generation_config = model.generation_config
     plain.save_pretrained(folder)
+    give_usual_mode(*folder.glob("*.safetensors"))
     save_tokenizer(tokenizer, folder)
     report("convert", 2, 2)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from es2.core.errors import MachineError, one_line
-from es2.core.files import DamagedError, machine_error, numbered, parse_json, unreadable
+from es2.core.files import DamagedError, give_usual_mode, machine_error, numbered, parse_json, unreadable
 from es2.core.versions import format_of
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, 
         for stale in path.parent.glob(f".tmp-{path.name}-*"):
             stale.unlink(missing_ok=True)  # what a killed run left behind
         save_file(kept, temporary, metadata=header)
+        give_usual_mode(temporary)
         descriptor = os.open(temporary, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 
 from es2.core.errors import InputError
-from es2.core.files import write_json
+from es2.core.files import give_usual_mode, write_json
 from es2.models.adapter_files import ADAPTER_CONFIG
 from es2.models.batching import is_verified
 from es2.models.forward import FinetuneForward
@@ -108,6 +108,7 @@ def make_trainable(
             shutil.rmtree(temporary, ignore_errors=True)
             # "auto" would ask the Hub whether the vocabulary was resized.
             adapted.save_pretrained(str(temporary), save_embedding_layers=False)
+            give_usual_mode(*temporary.glob("*.safetensors"))
             # peft keeps the names in a set, whose order differs between processes.
             kept = json.loads((temporary / ADAPTER_CONFIG).read_text(encoding="utf-8"))
             write_json(temporary / ADAPTER_CONFIG, kept | {"target_modules": sorted(kept["target_modules"])})

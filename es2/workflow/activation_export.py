@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from es2.analysis.probes import Probes
 from es2.analysis.results import Analysis
 from es2.core.errors import InputError
-from es2.core.files import checked_key, machine_error, numbered, output_path
+from es2.core.files import checked_key, give_usual_mode, machine_error, numbered, output_path
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import LABEL_NAMES, PromptSet
 from es2.store.activation_set import ActivationSet
@@ -221,4 +221,5 @@ def _write_tensors(activations: ActivationSet, shown: PromptSet, file: Path) -> 
         for position in activations.positions
     }
     save_file(tensors, file, {"es2": json.dumps(about)})
+    give_usual_mode(file)
     return {"model": activations.model, "run": activations.run, "positions": list(activations.positions)}

@@ -23,6 +23,7 @@ from es2.core.files import (
     expanded,
     file_digest,
     files_below,
+    give_usual_mode,
     machine_error,
     numbered,
     output_path,
@@ -301,6 +302,7 @@ def _write_merged(run: Job, weights: Path, folder: Path, report: Reporter) -> No
     model = load_tuned(base, weights, device="cpu")
     report("merge", 1, 2)
     model.save_pretrained(folder)
+    give_usual_mode(*folder.glob("*.safetensors"))
     save_tokenizer(load_tokenizer(base), folder)
     report("merge", 2, 2)
 

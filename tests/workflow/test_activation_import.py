@@ -44,6 +44,7 @@ def write(path: Path, made: Artifacts, *, about: Any = None, **tensors: np.ndarr
 def test_what_was_exported_comes_back(made: Artifacts, tmp_path: Path, es2: Es2) -> None:
     out = tmp_path / "set.safetensors"
     export_activations(str(made.activations.path), out, format="safetensors", prompts=str(made.source))
+    assert out.stat().st_mode == made.source.stat().st_mode
     code, document = es2("import", "--activations", out, "--prompts", made.source)
     assert code == 0
     assert document["recommended"] == list(made.analysis.recommended)

@@ -91,6 +91,13 @@ class TestFinetune:
         np.testing.assert_array_equal(base.texts, tuned.texts)
         assert not np.allclose(base.layer(2), tuned.layer(2)), "the adapter was on"
 
+    def test_weights_and_probes_are_as_readable_as_other_files(self, done: dict[str, Any], home: Path) -> None:
+        """What safetensors itself makes is the owner's alone, which a shared home cannot use."""
+        files = [path for folder in ("runs", "cached_activations") for path in (home / folder).rglob("*.safetensors")]
+        assert {path.name for path in files} >= {"adapter_model.safetensors", "probes.safetensors"}
+        usual = (open_run(done["run"]).path / "config.json").stat().st_mode
+        assert {path for path in files if path.stat().st_mode != usual} == set()
+
     def test_its_replies_are_an_evaluation_that_is_found_again(
         self, done: dict[str, Any], es2, model: Path, prompts: Path
     ) -> None:
