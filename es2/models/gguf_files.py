@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,8 +198,12 @@ def _check_all_read(model: Any, name: str, sizes: Mapping[str, int]) -> None:
 
 def _convert(gguf: Path, name: str, sizes: Mapping[str, int], folder: Path, report: Reporter) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # `report` says how far it is
+    if bar := getattr(modeling_gguf_pytorch_utils, "tqdm", None):  # the one bar that does not ask
+        modeling_gguf_pytorch_utils.tqdm = partial(bar, disable=True)
     report("convert", 0, 2)
     try:
         source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}

@@ -175,6 +175,7 @@ def check(
             if adapter is not None:
                 step("adapter", lambda: _adapter(folder, adapter, device, dtype, found, (spec.name, spec.location)))
     checks.skip(*(name for name in _PLAN if name not in {check.name for check in checks}))
+    report("check", len(checks), len(checks))
     result = ModelCheck(spec.name, str(adapter) if adapter else None, tuple(checks), time.perf_counter() - started)
     remember_check(folder, adapter, result.to_dict())
     return result

@@ -44,11 +44,32 @@ def model_card(run: Job, config: FinetuneConfig, *, merged: bool = False) -> str
     lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in head.items()), "---", ""]
     kind = "The model" if merged else "An adapter"
     lines += [f"# {_text(run.name or run.id)}", ""]
-    lines += [f"{kind} after Embedding Space Separation ({_PAPER}), made with ES2 Workbench from {_text(base)}.", ""]
+    if run.config.get("imported"):
+        lines += [f"{kind} of {_text(base)} that was trained elsewhere; ES2 Workbench compared it with its base.", ""]
+    else:
+        lines += [
+            f"{kind} after Embedding Space Separation ({_PAPER}), made with ES2 Workbench from {_text(base)}: a short "
+            "fine-tune that moves embeddings of harmful and harmless prompts apart at the target layers.",
+            "",
+        ]
+    lines += ["## How to load it", "", *_loading(base, merged), ""]
     lines += ["## How it was made", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {_text(str(value))} |" for name, value in _facts(run, config, result)]
     lines += ["", "## What was measured", "", *_measured(run, result), "", "## Limits", ""]
     return "\n".join([*lines, *(f"- {sentence}" for sentence in _LIMITS)]) + "\n"
+
+
+def _loading(base: str, merged: bool) -> Iterator[str]:
+    """Python, indented; a folder is where the reader put it."""
+    if not merged:
+        yield "    from peft import PeftModel"
+    yield "    from transformers import AutoModelForCausalLM"
+    yield ""
+    if merged:
+        yield '    model = AutoModelForCausalLM.from_pretrained("FOLDER")'
+    else:
+        yield f"    base = AutoModelForCausalLM.from_pretrained({json.dumps(plain(base))})"
+        yield '    model = PeftModel.from_pretrained(base, "FOLDER")'
 
 
 def _facts(run: Job, config: FinetuneConfig, result: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
@@ -81,6 +102,8 @@ def _measured(run: Job, result: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     measured = behaviour.name is not None
     yield _text(behaviour.warning or behaviour.reason) if measured else "What it replies was not measured."
+    if measured:
+        yield "DSR, the defence success rate, is the share of harmful requests that are refused."
     yield ""
     kls = result.get("kl_harmless_test") or {}
     budget = run.config.get("kl_budget")
@@ -96,9 +119,12 @@ def _measured(run: Job, result: Mapping[str, Any]) -> Iterator[str]:
     layers = [str(layer) for layer in result["target_layers"]]
     yield f"| number | {' | '.join(f'layer {layer}' for layer in layers)} |"
     yield f"| --- |{' --- |' * len(layers)}"
-    for term in (*TERMS, *COMPARED):
-        if all(term.name in result["after"][layer] for layer in layers):
-            yield f"| {term.title} | {' | '.join(_cell(term, result, layer) for layer in layers)} |"
+    shown = [term for term in (*TERMS, *COMPARED) if all(term.name in result["after"][layer] for layer in layers)]
+    for term in shown:
+        yield f"| {term.title} | {' | '.join(_cell(term, result, layer) for layer in layers)} |"
+    yield ""
+    for term in shown:
+        yield f"- *{term.title}*: {term.definition}"
 
 
 def _cell(term: Term, result: Mapping[str, Any], layer: str) -> str:

@@ -584,14 +584,19 @@ def write_gguf(
     return [path] if not tensors_per_part else sorted(path.parent.glob(f"{path.stem}-*-of-*.gguf"))
 
 
-def test_a_gguf_file_becomes_the_model_it_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gguf_file_becomes_the_model_it_was_made_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     import torch
+    from transformers.utils.logging import enable_progress_bar
 
     gguf = tmp_path / "tiny.gguf"
     write_gguf(gguf)
     spec = resolve(str(gguf))
     assert not is_cached(spec)
+    enable_progress_bar()
     converted = model_folder(spec)
+    assert "it/s" not in capfd.readouterr().err, "bars of transformers, as in a notebook"
     assert is_cached(spec)
     ours, theirs = tiny_model().state_dict(), load_model(converted).state_dict()
     assert ours.keys() == theirs.keys()

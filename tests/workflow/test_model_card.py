@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,7 @@ def test_says_what_it_is_made_of_and_what_was_measured(compared: Compared, home:
     assert "Ability was not measured." in card
     for term in (*TERMS, *COMPARED):
         assert f"| {term.title} | " in card
+        assert f"- *{term.title}*: {term.definition}" in card
     change = compared.analysis.layers[TARGETS[0]].change
     assert change is not None
     ratio = change["fisher_ratio"].ratio
@@ -62,6 +65,7 @@ def test_says_what_became_of_replies(compared: Compared) -> None:
     card = model_card(compared.run, config_of(compared.run), merged=True)
     assert "refuses less.**" in card
     assert "DSR" in card
+    assert "share of harmful requests that are refused" in card
     assert head_of(card)["library_name"] == "transformers"
 
 
@@ -71,7 +75,7 @@ def test_names_no_folder_and_interprets_nothing(home: Path) -> None:
     run.rename("<b>x</b> | [y](z)")
     card = model_card(run, config)
     assert "base_model" not in head_of(card)
-    assert "from mine." in card
+    assert "from mine: a short" in card
     assert "| data | a.csv and b.csv |" in card
     assert "# \\<b\\>x\\</b\\> \\| \\[y\\](z)" in card
     assert "was not compared with its base" in card
@@ -84,4 +88,14 @@ def test_an_adapter_from_elsewhere_has_no_settings_of_a_fine_tune(home: Path) ->
     card = model_card(run, config)
     assert head_of(card)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert "| training | elsewhere;" in card
+    assert "Embedding Space Separation" not in card
     assert "λ" not in card
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_says_how_it_is_loaded(home: Path, merged: bool) -> None:
+    config = FinetuneConfig(layers=(1, 2), model="smollm2-135m-instruct")
+    card = model_card(create_job("finetune", config.to_dict()), config, merged=merged)
+    code = card.split("## How to load it")[1].split("##")[0]
+    ast.parse(textwrap.dedent(code))
+    assert ("PeftModel" in code, "HuggingFaceTB/SmolLM2-135M-Instruct" in code) == (not merged, not merged)
