@@ -52,6 +52,7 @@ STAGES = {
     "soft tuned": ("Tuned replies after a soft prompt", "tokens"),
     "check": ("Checking", "checks"),
     "judge": ("Asking the judge", "replies"),
+    "defence": ("Replies under attack", "tokens"),
     "sweep": ("Fine-tuning with other settings", "trials"),
 }
 """By stage, its name and its unit; a percentage, or None where there is nothing worth counting."""

@@ -31,7 +31,7 @@ MAX_NAME = 1000
 MAX_SOURCE = 8000
 """Characters of a prompt source that an address holds, each of which may take three there: servers read 65,536."""
 _RUNS = ("run", "against", "sweep")
-_OPTIONAL = ("layer", "splits", "arrange", "fit", "lengths", "series", *_RUNS, *Rendering.model_fields)
+_OPTIONAL = ("layer", "trial", "splits", "arrange", "fit", "lengths", "series", *_RUNS, *Rendering.model_fields)
 _MAX_RENDERING = 8000  # characters of an address
 _RUN_ID = re.compile(r"[a-z0-9-]{1,80}")
 
@@ -55,6 +55,7 @@ class Choice:
         run: the id of the run that is compared; None for the newest that can be.
         against: the id of the run that takes the place of base; None for base itself.
         sweep: the id of the sweep that is shown; None for the newest.
+        trial: the number of the sweep's trial that is shown; None for its best.
         arrangement: of base and tuned, one of `ARRANGEMENTS`.
         fit_on: what the axes are fitted on, one of `FITS`.
         raw: whether lengths are the models' own rather than divided by each model's scale.
@@ -71,6 +72,7 @@ class Choice:
     run: str | None = None
     against: str | None = None
     sweep: str | None = None
+    trial: int | None = None
     arrangement: str = "side"
     fit_on: FitOn = "base"
     raw: bool = False
@@ -80,8 +82,9 @@ class Choice:
     def to_link(self) -> dict[str, str]:
         """The query parameters that reopen this choice."""
         link = {"model": self.model, "prompts": self.prompts, "position": self.position, "view": self.view}
-        if self.layer is not None:
-            link["layer"] = str(self.layer)
+        for name in ("layer", "trial"):
+            if (number := getattr(self, name)) is not None:
+                link[name] = str(number)
         if self.others:
             link["splits"] = "all"
         if self.arrangement != "side":
@@ -151,22 +154,24 @@ def read_link(link: Mapping[str, str]) -> tuple[Choice, list[str]]:
             notes.append("The link's system prompt, thinking or template_arg cannot be; the template has its way.")
             return AS_THE_TEMPLATE
 
-    layer = None
-    if "layer" in link:
-        if re.fullmatch(r"[0-9]{1,5}", link["layer"]):
-            layer = int(link["layer"])
-        else:
-            notes.append(f"The link asks for layer {link['layer'][:40]!r}, which is no number.")
+    def number(key: str) -> int | None:
+        value = link.get(key)
+        if value is None or re.fullmatch(r"[0-9]{1,5}", value):
+            return None if value is None else int(value)
+        notes.append(f"The link asks for {key} {value[:40]!r}, which is no number.")
+        return None
+
     choice = Choice(
         model=name("model", Choice.model),
         prompts=absolute_source(name("prompts", Choice.prompts, MAX_SOURCE)),
         position=position(),
-        layer=layer,
+        layer=number("layer"),
         view=word("view", VIEWS),
         others=word("splits", ("test", "all")) == "all",
         run=run("run"),
         against=run("against"),
         sweep=run("sweep"),
+        trial=number("trial"),
         arrangement=word("arrange", ARRANGEMENTS),
         fit_on="both" if word("fit", FITS) == "both" else "base",
         raw=word("lengths", ("scaled", "raw")) == "raw",

@@ -85,7 +85,7 @@ def _settings(choice: Choice) -> tuple[dict[str, Any], dict[str, Any]]:
     """Render the settings; returns those of the sweep, and those of every trial, where None is searched."""
     sweep = SettingsForm(SweepConfig, _FORM, {})
     trial = SettingsForm(FinetuneConfig, "sweep_fixed", {"method": METHOD_NAMES})
-    values = sweep.group("main", per_row=3)
+    values = sweep.group("main")
     free = _free()
     given: dict[str, Any] = dict.fromkeys((*SEARCHED, *_ALWAYS_OPEN))
     for at in range(0, len(SEARCHED), 3):
@@ -144,14 +144,15 @@ def _begin(config: SweepConfig, given: Mapping[str, Any], prompts: PromptSet, so
     if not any(job.is_active() for job in find_jobs(KIND, same)):
         start(create_sweep(config, given, prompts, source, lambda *_, **__: None))
     st.session_state[OPEN] = False
-    state.settle(sweep=None)
+    state.settle(sweep=None, trial=None)
     st.rerun()
 
 
 def _show_estimate(config: SweepConfig, space: Space, prompts: PromptSet, folder: Path) -> None:
     try:
         machine = replace(this_machine(space.fixed.get("device")), n_devices=1)
-        seconds = sweep_seconds(space, config.trials, prompts, machine, launch.lengths_of(folder, prompts))
+        lengths = launch.lengths_of(folder, prompts)
+        seconds = sweep_seconds(space, config.trials, prompts, machine, lengths, defended=config.defence)
     except Es2Error as error:
         st.caption(f"No estimate: {text.markdown(str(error))}")
         return

@@ -31,6 +31,12 @@ ENDS: Sequence[tuple[str, dict[str, Any] | None]] = (
 )
 
 
+REFUSALS = (4, 2, 12)
+"""Of the trials that kept a step, the harmful prompts refused under attack, in a sweep that is `defended`."""
+
+OF_BASE = {"base_refusals": 3, "base_over_refusals": 1, "n_harmful": 16, "n_harmless": 16, "layers": [2, 3]}
+
+
 def tiny_space(model: str, n_layers: int = 6, **given: Any) -> Space:
     """The space of a sweep with every setting searched that is not given."""
     names = [name for name in FinetuneConfig.model_fields if name not in (*SHAPE, "replies")]
@@ -46,11 +52,19 @@ def write_sweep(
     *,
     refusals: Sequence[float | None] = (None,) * 5,
     outcome: Exception | None = None,
+    defended: bool = False,
     **given: Any,
 ) -> Job:
-    """A sweep of five trials with their runs, that has ended: done, or as `outcome` ends a job."""
+    """A sweep of five trials with their runs, that has ended: done, or as `outcome` ends a job.
+
+    One that is `defended` has three trials on the front, since the beaten one refuses most under attack.
+    """
     space = tiny_space(model, **given)
-    document = {"sweep": SweepConfig(trials=5).to_dict(), "space": space.to_dict(), "prompts_digest": "none"}
+    document = {
+        "sweep": SweepConfig(trials=5, defence=defended).to_dict(),
+        "space": space.to_dict(),
+        "prompts_digest": "none",
+    }
     sweep = create_job("sweep", document | {"model": model, "prompts": prompts})
     trials: list[dict[str, Any]] = []
     for number, (settings, (status, numbers), kept) in enumerate(zip(SETTINGS, ENDS, refusals, strict=True)):
@@ -61,7 +75,9 @@ def write_sweep(
         run.rename(run_name(sweep, number))
         failure = "Memory ran out while tuning." if numbers is None else None
         run_job(run.path, {"finetune": _task(config, failure)})
-        more = {"lost": None, "refusals_kept": kept, "step": 8}
+        more = {"lost": None, "refusals_kept": kept, "step": 8, "defence": None}
+        if defended and numbers and numbers["kept"]:
+            more["defence"] = OF_BASE | {"refusals": REFUSALS[number], "over_refusals": 2}
         trials.append(
             {"number": number, "status": status, "owner": sweep.id, "settings": chosen, "run": run.id}
             | {"numbers": numbers and numbers | more, "reason": failure, "seconds": 1.0}

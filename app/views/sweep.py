@@ -34,7 +34,6 @@ STEPS = (
 )
 RESUMABLE = ("cancelled", "interrupted", "failed")
 STATUS_COLOURS = {"done": "gray", "running": "blue", "pruned": "orange", "failed": "red"}
-_TRIAL = "sweep_trial_shown"
 
 
 def page() -> None:
@@ -78,7 +77,7 @@ def _chosen(sweeps: Sequence[Job], asked: str | None) -> Job:
     """The sweep to show: the one that is asked for, else the newest."""
     known = {sweep.id: sweep for sweep in sweeps}
     if asked is not None and asked not in known:
-        state.settle(sweep=None)
+        state.settle(sweep=None, trial=None)
         st.caption(f":material/info: There is no sweep {text.markdown(asked)}; the newest is shown.")
     st.session_state["sweep_chosen"] = asked if asked in known else sweeps[0].id
     st.selectbox(
@@ -86,7 +85,7 @@ def _chosen(sweeps: Sequence[Job], asked: str | None) -> Job:
         list(known),
         key="sweep_chosen",
         format_func=told_apart(known, lambda id: _title(known[id])),
-        on_change=lambda: state.update(sweep=st.session_state["sweep_chosen"]),
+        on_change=lambda: state.update(sweep=st.session_state["sweep_chosen"], trial=None),
         label_visibility="collapsed",
     )
     return known[st.session_state["sweep_chosen"]]
@@ -105,7 +104,7 @@ def _live(sweep: Job) -> None:
     @st.fragment(run_every=jobs_panel.REFRESH_SECONDS if active else None)
     def live() -> None:
         with sentences():
-            if sweep.is_active() != active:
+            if sweep.is_active() != active or state.owes_the_page():  # which writes the shown trial to the address
                 st.rerun()
             document = sweep_document(sweep)
             if active:
@@ -135,7 +134,7 @@ def _ended(sweep: Job, document: Mapping[str, Any]) -> None:
             st.markdown("The sweep and the runs of its trials will be gone, but for runs that were renamed.")
             if st.button("Delete", key="sweep_delete_confirm", type="primary"):
                 delete_sweep(sweep)
-                state.settle(sweep=None)
+                state.settle(sweep=None, trial=None)
                 st.rerun()
     if error := sweep.error():
         st.error(text.markdown(text.in_app(error)), icon=":material/error:")
@@ -150,7 +149,7 @@ def _content(sweep: Job, document: Mapping[str, Any]) -> None:
     if not trials:
         st.caption("The model is loaded and its base measured first, once for all trials.")
         return
-    shown = _shown(sweep, document)
+    shown = _shown(document)
     left, right = st.columns((3, 2), gap="medium")
     with left:
         st.markdown(":small[**Separation against KL**]")
@@ -190,23 +189,31 @@ def _content(sweep: Job, document: Mapping[str, Any]) -> None:
 def _pick(sweep: str, key: str) -> None:
     """Callback of a figure: show the clicked trial."""
     if (number := state.picked(key, "trial")) is not None:
-        st.session_state[_TRIAL] = (sweep, number)
+        state.update(sweep=sweep, trial=number)
 
 
-def _shown(sweep: Job, document: Mapping[str, Any]) -> int:
-    """The number of the trial that is shown: the clicked one, else the best, else the first."""
-    of, number = st.session_state.get(_TRIAL, (None, 0))
-    if of == sweep.id and number < len(document["trials"]):
-        return int(number)
-    return int(document["best"]["number"]) if document["best"] else 0
+def _shown(document: Mapping[str, Any]) -> int:
+    """The number of the trial that is shown: the one that was asked for, else the best, else the first."""
+    asked = state.current().trial
+    if asked is not None and asked < len(document["trials"]):
+        return asked
+    best = int(document["best"]["number"]) if document["best"] else 0
+    if asked is not None:
+        st.caption(f":material/info: The sweep has no trial {asked}; trial {best} is shown.")
+    return best
 
 
 def _front_words(document: Mapping[str, Any]) -> str:
+    beaten = "no trial beats one on the joined front in both"
+    if document["defended"]:
+        beaten = "no trial beats a large point in both and in refusals under attack"
     words = [
-        "Up and to the left is better; no trial beats one on the joined front in both. Trials over the budget, or that "
-        "kept no step, are never on it. The first trial has the shipped defaults of what is searched."
+        f"Up and to the left is better; {beaten}. Trials over the budget, or that kept no step, are never on the "
+        "front. The first trial has the shipped defaults of what is searched."
     ]
-    if any(trial["numbers"] and trial["numbers"].get("refusals_kept") is not None for trial in document["trials"]):
+    if document["defended"]:
+        words.append("The paler a point, the fewer harmful prompts it refuses under attack.")
+    elif any(trial["numbers"] and trial["numbers"].get("refusals_kept") is not None for trial in document["trials"]):
         words.append("The paler a point, the fewer of the base's refusals it keeps.")
     lost = [trial for trial in document["trials"] if not trial["numbers"] and trial["status"] != "running"]
     if lost:
@@ -224,7 +231,7 @@ def _trial(sweep: Job, document: Mapping[str, Any], shown: int) -> None:
         range(len(trials)),
         key="sweep_trial_number",
         format_func=lambda number: f"Trial {number}",  # the same while it runs: Streamlit finds an option by its words
-        on_change=lambda: _set(_TRIAL, (sweep.id, st.session_state["sweep_trial_number"])),
+        on_change=lambda: state.update(sweep=sweep.id, trial=st.session_state["sweep_trial_number"]),
     )
     trial = trials[shown]
     numbers = trial["numbers"]
@@ -233,7 +240,8 @@ def _trial(sweep: Job, document: Mapping[str, Any], shown: int) -> None:
         if shown in document["front"]:
             st.badge("on the front", color="violet")
         if document["best"] and document["best"]["number"] == shown:
-            st.badge("best", color="violet", help="The most separation within the KL budget")
+            most = "refusals under attack" if document["defended"] else "separation"
+            st.badge("best", color="violet", help=f"The most {most} within the KL budget")
         if trial["verdict"]:
             st.badge(text.markdown(trial["verdict"]), color="gray")
     st.markdown(" · ".join(text.markdown(words) for words in sweep_charts.setting_words(trial["settings"])))
@@ -245,6 +253,12 @@ def _trial(sweep: Job, document: Mapping[str, Any], shown: int) -> None:
         )
         if numbers.get("refusals_kept") is not None:
             st.markdown(f"Keeps {numbers['refusals_kept']:.0%} of the base's refusals")
+        if defence := numbers.get("defence"):
+            attacked, harmless = sweep_charts.defence_words(defence)
+            st.markdown(
+                f"{attacked.capitalize()}; {harmless.removeprefix('refuses ')}",
+                help=f"Attacked at layers {sweep_charts.value_words(defence['layers'])} in base and trials alike",
+            )
         if not numbers["kept"]:
             st.caption("No step within the KL budget was better than base, so it kept none.")
     for sentence in filter(None, (trial["reason"], numbers and numbers["lost"] and f"It {numbers['lost']}.")):
@@ -300,6 +314,7 @@ def table(document: Mapping[str, Any]) -> list[dict[str, Any]]:
             {"trial": trial["number"], "front": trial["number"] in document["front"]}
             | {"separation": numbers.get("separation"), "KL": numbers.get("kl")}
             | {"refusals kept": numbers.get("refusals_kept")}
+            | ({"refused under attack": (numbers.get("defence") or {}).get("refusals")} if document["defended"] else {})
             | settings
             | {"status": trial["status"], "verdict": trial["verdict"], "seconds": trial["seconds"]}
         )

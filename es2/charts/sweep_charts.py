@@ -54,7 +54,11 @@ def factor(separation: float) -> str:
 
 
 def front(document: Mapping[str, Any], chosen: int | None) -> canvas.Figure:
-    """Separation against KL, a point a trial, the front joined; paler points keep fewer of the base's refusals."""
+    """Separation against KL, a point a trial, the front joined.
+
+    Paler points keep fewer of the base's refusals; of a sweep that counts refusals under attack they have fewer of
+    these, and the front is a surface, of which no line is drawn.
+    """
     trials = [trial for trial in document["trials"] if trial["numbers"]]
     best = [document["trials"][number] for number in document["front"]]
     groups: dict[str, list[Trial]] = {"kept": [], "pruned": [], "kept nothing": []}
@@ -68,7 +72,9 @@ def front(document: Mapping[str, Any], chosen: int | None) -> canvas.Figure:
         for name, group in groups.items()
         if group
     ]
-    joined = {"mode": "lines+markers", "line": {"color": palette.TUNED, "width": 2, "shape": "hv"}}
+    joined: canvas.Trace = {}
+    if not document["defended"]:
+        joined = {"mode": "lines+markers", "line": {"color": palette.TUNED, "width": 2, "shape": "hv"}}
     traces.append(_points(best, "on the front", "circle", 13, palette.TUNED) | joined)
     named = {0: "first"} | ({document["best"]["number"]: "best"} if document["best"] else {})
     traces.append(
@@ -131,9 +137,7 @@ def front(document: Mapping[str, Any], chosen: int | None) -> canvas.Figure:
 
 
 def _points(trials: Sequence[Trial], name: str, symbol: str, size: float, colour: str) -> canvas.Trace:
-    colours = [
-        _depth(trial["numbers"].get("refusals_kept") if colour == palette.TUNED else None, colour) for trial in trials
-    ]
+    colours = [_depth(refused_share(trial["numbers"]) if colour == palette.TUNED else None, colour) for trial in trials]
     return canvas.scatter(
         x=[_kl(trial) for trial in trials],
         y=[trial["numbers"]["separation"] for trial in trials],
@@ -144,6 +148,19 @@ def _points(trials: Sequence[Trial], name: str, symbol: str, size: float, colour
         hovertext=[_hover(trial) for trial in trials],
         name=name,
     )
+
+
+def refused_share(numbers: Mapping[str, Any]) -> float | None:
+    """What a point's colour stands for: the share refused under attack, else of the base's refusals that are kept."""
+    if defence := numbers.get("defence"):
+        return float(defence["refusals"] / defence["n_harmful"])
+    return numbers.get("refusals_kept")
+
+
+def defence_words(defence: Mapping[str, Any]) -> list[str]:
+    """What was refused under attack, and what of harmless prompts, beside base."""
+    kinds = (("refusals", "n_harmful", "under attack"), ("over_refusals", "n_harmless", "harmless"))
+    return [f"refuses {defence[one]} of {defence[n]} {of} (base {defence[f'base_{one}']})" for one, n, of in kinds]
 
 
 def _kl(trial: Trial) -> float:
@@ -162,6 +179,7 @@ def _hover(trial: Trial) -> str:
         lines += [f"separation {separation:+.2f}, fisher ratio {factor(separation)}", f"KL {numbers['kl']:.3f} nats"]
         if numbers.get("refusals_kept") is not None:
             lines.append(f"refusals kept {numbers['refusals_kept']:.0%}")
+        lines += defence_words(numbers["defence"]) if numbers.get("defence") else []
     return "<br>".join([*lines, *setting_words(trial["settings"])])
 
 
@@ -275,6 +293,9 @@ def _axes(document: Mapping[str, Any]) -> list[Axis]:
         values = [max(number[name], _LEAST_KL) if name == "kl" else number[name] for number in found]
         if values:
             axes.append(_range_axis(title, _number(name), [min(values), max(values)], log=name == "kl"))
+    counts = [number["defence"]["refusals"] for number in found if number.get("defence")]
+    if counts:
+        axes.append(_range_axis("refused under attack", _refusals, [min(counts), max(counts)], log=False))
     return axes
 
 
@@ -288,6 +309,10 @@ def _layer(at: int) -> Callable[[Trial], Any]:
 
 def _number(name: str) -> Callable[[Trial], Any]:
     return lambda trial: trial["numbers"][name] if trial["numbers"] else None
+
+
+def _refusals(trial: Trial) -> Any:
+    return ((trial["numbers"] or {}).get("defence") or {}).get("refusals")
 
 
 def _range_axis(name: str, value: Callable[[Trial], Any], bounds: Sequence[float], log: bool = True) -> Axis:

@@ -176,26 +176,36 @@ def _show_list(rows: list[dict[str, Any]]) -> None:
 
 def _show(document: Mapping[str, Any]) -> None:
     searched = list(document["space"]["searched"])
-    table = Table("trial", *(name.replace("_", " ") for name in searched), "separation", "KL", "status", "run")
+    defended = document["defended"]
+    came_to = ("separation", "KL", *["refused under attack"] * defended)
+    table = Table("trial", *(name.replace("_", " ") for name in searched), *came_to, "status", "run")
     front = set(document["front"])
     for trial in document["trials"]:
         numbers = trial["numbers"]
         cells = [_cell(trial["settings"].get(name)) for name in searched]
         cells += [f"{numbers['separation']:+.2f}", f"{numbers['kl']:.3f}"] if numbers else ["", ""]
+        defence = numbers and numbers.get("defence")
+        cells += [f"{defence['refusals']} of {defence['n_harmful']}" if defence else ""] * defended
         status = trial["status"] + ("" if not numbers or numbers["kept"] else ", kept nothing")
         mark = " ◀" if trial["number"] in front else ""
         table.add_row(f"{trial['number']}{mark}", *cells, status, (trial["run"] or "").rpartition("-")[2])
     out.print(table)
     out.print(
         "Separation: log of the fisher ratio over base's on validation, mean over the target layers. KL: nats per "
-        "token on harmless validation prompts. ◀: no other trial has more separation at less KL."
+        "token on harmless validation prompts. ◀: no other trial has more separation at less KL"
+        + (", and as many refusals under attack." if defended else ".")
     )
+    of_any = [trial["numbers"]["defence"] for trial in document["trials"] if (trial["numbers"] or {}).get("defence")]
+    if of_any:
+        base, layers = of_any[0], _cell(of_any[0]["layers"])
+        out.print(f"Base refuses {base['base_refusals']} of {base['n_harmful']} under the same attack, at {layers}.")
     best = document["best"]
     if best is None:
         out.print(f"No trial kept a step within the KL budget of {document['kl_budget']:g} nats.")
     else:
         of = ", ".join(f"{name} {_cell(value)}" for name, value in best["settings"].items())
-        out.print(f"Most separation within the KL budget of {document['kl_budget']:g}: trial {best['number']}, {of}.")
+        most = "refusals under attack" if defended else "separation"
+        out.print(f"Most {most} within the KL budget of {document['kl_budget']:g}: trial {best['number']}, {of}.")
         if best["numbers"]["lost"]:
             out.print(f"Warning: it {best['numbers']['lost']}.", style="red")
         out.print(f"Run {best['run']}", soft_wrap=True)

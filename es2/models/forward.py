@@ -322,7 +322,7 @@ class FinetuneForward:
                 embeddings, states = self._run(self._deep, sequences, (lengths - 1).tolist(), shared, cache)
                 ahead = states[torch.arange(len(sequences)), lengths - 1]
             else:
-                with self._precision():
+                with self.precision():
                     decoded = self._deep(latest, past_key_values=cache, use_cache=True, **inputs)
                 states = decoded.last_hidden_state
                 ahead = states[:, -1]
@@ -359,7 +359,7 @@ class FinetuneForward:
 
     def run_template_prefix(self) -> KeysAndValues:
         """Keys and values of the template's prefix in every block, for all prompts of a step; empty if not shared."""
-        with self._precision():
+        with self.precision():
             return keys_and_values(self._deep, self.template_prefix[: self._n_shared], self.device)
 
     def _run(
@@ -387,7 +387,7 @@ class FinetuneForward:
             # transformers checkpoints a block in training mode; dropout inside it stays off. Only where gradients are
             # needed: a checkpointed block has no cache, which replies need.
             block.training = self._checkpoints and torch.is_grad_enabled()
-        with self._hooks() as kept, self._precision():
+        with self._hooks() as kept, self.precision():
             states = decoder(tokens.to(self.device), use_cache="past_key_values" in inputs, **inputs).last_hidden_state
         embeddings = torch.stack([kept[layer][rows, columns] for layer in self.layers], dim=1).float()
         return embeddings[:n_prompts], states[:n_prompts]
@@ -423,7 +423,7 @@ class FinetuneForward:
             for handle in handles:
                 handle.remove()
 
-    def _precision(self) -> Any:
+    def precision(self) -> Any:
         """Trained weights are float32 also in a model of bfloat16; autocast lets the two meet."""
         return nullcontext() if self._dtype == torch.float32 else torch.autocast(self.device.type, dtype=self._dtype)
 

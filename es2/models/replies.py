@@ -115,7 +115,7 @@ def greedy_replies(
         if not cached and steering is not None:
             raise InputError(
                 f"The {model.config.model_type!r} model computes other tokens from its cache than without, so replies "
-                "under steering are unknown here; leave out the perturbation suite."
+                "under steering are unknown here; leave out the perturbation suite, or a sweep's defence."
             )
         found = _reply_in_batches(model, chosen, n_tokens, end_tokens, steering, waiting, rows_at_once, cached)
     finished = 0

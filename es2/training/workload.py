@@ -145,7 +145,7 @@ class Workload:
                 done += 1
                 report("base", done, total)
         decisive = replied - set(plan.tested)
-        refused = {row for row in decisive if judge_reply(self._answer(self.replies[row].reply)) == "refusal"}
+        refused = {row for row in decisive if self.is_refusal(self.replies[row].reply)}
         self._refused = refused & harmful
         self._find_openings(decisive, refused)
         rows = [row for row in self._share(sorted(known)) if row not in found]
@@ -177,6 +177,10 @@ class Workload:
     def base_embeddings(self, rows: Sequence[int]) -> Float[Tensor, "prompt layer d_model"]:
         """The base's embeddings at the target layers of the plan's base prompts or of `validation` ones."""
         return self._base[[self._place_of[row] for row in rows]]
+
+    def is_refusal(self, reply: Tokens) -> bool:
+        """Whether a reply, after its thinking, refuses by the rules."""
+        return judge_reply(self._answer(reply)) == "refusal"
 
     def base_refusals(self, rows: Iterable[int]) -> dict[int, BaseReply]:
         """The base's replies to those of this process's harmful prompts among `rows` that it refuses.

@@ -11,20 +11,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock
 
 from es2.core.errors import InputError
 from es2.core.files import content_key, writing
 from es2.workflow.sweep_space import Space
-from es2.workflow.sweeps import RUNNING, TRIALS, read_trials, write_trials
+from es2.workflow.sweeps import RUNNING, TRIALS, goals, read_trials, write_trials
 
 if TYPE_CHECKING:
     import optuna
 
 JOURNAL = "study.jsonl"
 _NAME = "sweep"
+_DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = ("maximize", "minimize", "maximize")
 _RANDOM_TRIALS = 8  # before the sampler learns from what was found
 _KEPT_NONE = 1e-3  # nats over the budget that a trial counts as which kept no step, whatever its KL
 
@@ -39,6 +40,7 @@ class Study:
         n_trials: number of trials asked for.
         seed: of the sampler; with the trials before it decides a trial, in whatever process.
         usual: the searched settings of the first trial, by name; what is left out is sampled.
+        defended: whether refusals under attack are a third goal.
     """
 
     folder: Path
@@ -46,6 +48,11 @@ class Study:
     n_trials: int
     seed: int
     usual: Mapping[str, Any]
+    defended: bool = False
+
+    @property
+    def _n_goals(self) -> int:
+        return 3 if self.defended else 2
 
     def take(self, owner: str, is_alive: Callable[[str], bool], *, begins: bool = True) -> dict[str, Any] | None:
         """A trial for the process of the job `owner`; None when none is left to begin.
@@ -94,7 +101,7 @@ class Study:
             study = optuna.create_study(
                 study_name=_NAME,
                 storage=_storage(self.folder / JOURNAL),
-                directions=["maximize", "minimize"],
+                directions=_DIRECTIONS[: self._n_goals],
                 sampler=self._sampler(len(trials)),
                 load_if_exists=True,
             )
@@ -130,7 +137,8 @@ class Study:
             if numbers is None:
                 study.tell(found.number, state=states.FAIL)
             else:
-                study.tell(found.number, [numbers["separation"], numbers["kl"]])
+                separation, minus_kl, refusals = goals(numbers)
+                study.tell(found.number, [separation, -minus_kl, refusals][: self._n_goals])
 
     def _sampler(self, n_before: int) -> optuna.samplers.BaseSampler:
         """The sampler of the next trial. A seed of its own: every process starts its sampler anew."""

@@ -32,6 +32,7 @@ from es2.workflow.prepare import prepare
 from es2.workflow.runs import KIND as FINETUNE
 from es2.workflow.runs import config_of
 from es2.workflow.study import Study
+from es2.workflow.sweep_defence import Defence, check_defence
 from es2.workflow.sweep_space import RATE, Space, SweepConfig, first_config, make_space, most_compared
 from es2.workflow.sweeps import (
     KIND,
@@ -84,6 +85,8 @@ def checked_space(sweep: SweepConfig, given: Mapping[str, Any], prompts: PromptS
     space = make_space(sweep, given, n_layers)
     config = first_config(space)
     config.check(n_layers, prompts)
+    if sweep.defence:
+        check_defence(config, prompts)
     refuse_untunable(model_files, config.method)
     return space
 
@@ -139,16 +142,21 @@ class _Worker:
         self.report = report
         config = SweepConfig.read(sweep.config["sweep"], what)
         self.n_trials = config.trials
+        self.defended = config.defence
         self.ends = math.inf if config.minutes is None else _began(sweep) + 60 * config.minutes
         self.space = Space.from_dict(sweep.config["space"], what)
         self.root = sweep.path.parent
         self._base: Workload | None = None
+        self._defence: Defence | None = None
+        self._attacked: tuple[int, ...] = ()
         self._failures: list[str] = []
         self._shown = 0.0
 
     def work(self) -> None:
         """Run trials until none is left; a sweep's own process then waits for its helpers, and compares the front."""
         study = self._study()
+        if self.defended and len(self._others()) < self.n_trials:
+            self._share(self.report)  # refuses before any trial begins
         self._show(at_once=True)
         while True:
             begins = time.time() < self.ends
@@ -167,7 +175,7 @@ class _Worker:
 
     def _compare(self, study: Study) -> None:
         """Capture the runs on the front and compare them with base, those with the most separation first."""
-        self._base = None  # two models in memory may be one too many
+        self._base = self._defence = None  # two models in memory may be one too many
         gc.collect()
         trials = read_trials(self.sweep.path)
         for number in front_of(trials)[::-1][: most_compared(self.n_trials)]:
@@ -182,18 +190,18 @@ class _Worker:
 
     def _study(self) -> Study:
         """The study, whose first trial has the shipped defaults, and the layers that the analysis recommends."""
-        usual: dict[str, Any] = {}
-        if not read_trials(self.sweep.path):
+        is_new = not read_trials(self.sweep.path)
+        recommended: tuple[int, ...] = ()
+        if self.space.layers is not None and (is_new or self.defended):
             config = first_config(self.space)
-            recommended: tuple[int, ...] = ()
-            if self.space.layers is not None:
-                base = prepare(
-                    config.model, self.prompts, rendering=config, device=config.device, dtype=config.dtype,
-                    report=self.report,
-                )  # fmt: skip
-                recommended = base.analysis.recommended
-            usual = self.space.usual(recommended)
-        return Study(self.sweep.path, self.space, self.n_trials, int(self.space.fixed["seed"]), usual)
+            recommended = prepare(
+                config.model, self.prompts, rendering=config, device=config.device, dtype=config.dtype,
+                report=self.report,
+            ).analysis.recommended  # fmt: skip
+        self._attacked = recommended or self.space.layers_tried
+        usual = self.space.usual(recommended) if is_new else {}
+        seed = int(self.space.fixed["seed"])
+        return Study(self.sweep.path, self.space, self.n_trials, seed, usual, self.defended)
 
     def _run(self, study: Study, trial: Mapping[str, Any]) -> None:
         """Run one trial, or go on with it, and record its end."""
@@ -239,9 +247,7 @@ class _Worker:
             return config
         from es2.training.trainable import automatic_learning_rate
 
-        if self._base is None:
-            self._base = self._measure(self.report)
-        rate = factor * automatic_learning_rate(self._base.network, config)
+        rate = factor * automatic_learning_rate(self._share(self.report).network, config)
         return config.replace(learning_rate=float(f"{rate:.3g}"))
 
     def _finetune(self, run: Job, config: FinetuneConfig) -> None:
@@ -250,39 +256,43 @@ class _Worker:
         def task(_: dict[str, Any], report: Reporter, folder: Path) -> dict[str, Any]:
             from es2.training.base import lent
 
-            if self._base is None:
-                self._base = self._measure(report)
-            with lent(self._base, config) as workload:
-                return finetune_run(
+            with lent(self._share(report), config) as workload:
+                result = finetune_run(
                     config, self.prompts, folder, report,
                     workload=workload, stop=self._stop, compares=False,
                 )  # fmt: skip
+                if self._defence is not None and result["best_step"] > 0:
+                    result["defence"] = self._defence.measure(report)
+                return result
 
         run_job(run.path, {FINETUNE: task}, lambda *_, **__: self._show())
 
-    def _measure(self, report: Reporter) -> Workload:
-        """Load the model and measure its base for all trials."""
+    def _share(self, report: Reporter) -> Workload:
+        """The loaded model with what was measured of its base for all trials: at the first call."""
         from es2.training.base import measure_base
 
+        if self._base is not None:
+            return self._base
         config = first_config(self.space)
         config = config.replace(**dict(self.prompts.rendered_as(config)))
         plan = make_schedule(
             self.prompts, config.pairs_per_step, config.steps, config.seed, config.validation_prompts,
             config.kl_prompts,
         )  # fmt: skip
-        return measure_base(
-            config,
-            self.prompts,
-            model_folder(resolve(config.model), report),
-            plan,
-            layers=self.space.layers_tried,
-            objectives=self.space.objectives_tried,
-            report=report,
-        )
+        folder = model_folder(resolve(config.model), report)
+        layers, objectives = self.space.layers_tried, self.space.objectives_tried
+        base = measure_base(config, self.prompts, folder, plan, layers=layers, objectives=objectives, report=report)
+        if self.defended:
+            self._defence = Defence(base, config, self.prompts, folder, self._attacked, report)
+        self._base = base
+        return base
 
     def _stop(self, validations: Sequence[ValidationPoint]) -> str | None:
-        """Why a trial is pruned, at its first validation only; one far over the KL budget stops by itself."""
-        if len(validations) != 2:
+        """Why a trial is pruned, at its first validation only; one far over the KL budget stops by itself.
+
+        Where defence counts, no other trial is clearly better before a trial's own is known.
+        """
+        if len(validations) != 2 or self.defended:
             return None
         base, point = validations
         found = separation(point, base)

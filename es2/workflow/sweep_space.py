@@ -47,6 +47,13 @@ class SweepConfig(Settings):
         step=5,
         gt=0,
     )
+    defence: bool = setting(
+        False,
+        "Count how many harmful validation prompts every trial still refuses under an attack on its embeddings, as a "
+        "third thing to weigh; only for a model that refuses.",
+        label="Defence under attack",
+        group="main",
+    )
     layer_range: tuple[int, ...] | None = setting(
         None,
         "The lowest and the highest layer of the pairs that are tried. Automatic: from a quarter to nine tenths of the "

@@ -90,10 +90,11 @@ def test_an_empty_home_explains_and_starts_what_the_command_line_would(
     assert "Which layers, and at what price?" in shown(at)
     assert "At most" in shown(at), "the estimate"
     at.number_input(key="sweep_trials").set_value(3).run()
+    at.checkbox(key="sweep_defence").check().run()
     at.button(key="start_sweep").click().run()
     assert not at.exception
     (job,) = started
-    assert job.config["sweep"]["trials"] == 3
+    assert (job.config["sweep"]["trials"], job.config["sweep"]["defence"]) == (3, True)
     space = job.config["space"]
     assert list(space["searched"]) == ["layers", "objective", "kl_weight", "rate_factor", "rank"]
     assert (job.config["prompts"], space["fixed"]["model"]) == (str(prompts), str(model))
@@ -157,13 +158,51 @@ class TestShown:
         assert "Memory ran out while tuning." in shown(at)
 
     def test_a_click_means_the_trial_of_the_point(self, sweep: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+        changes: list[dict[str, Any]] = []
         session: dict[str, Any] = {"sweep_front": {"picked": ["trial", 3]}}
         monkeypatch.setattr("streamlit.session_state", session)
+        monkeypatch.setattr("app.state.update", lambda **changed: changes.append(changed))
         view._pick(sweep.id, "sweep_front")
-        assert session[view._TRIAL] == (sweep.id, 3)
         session["sweep_front"] = {"picked": None}
         view._pick(sweep.id, "sweep_front")
-        assert session[view._TRIAL] == (sweep.id, 3), "a click beside the points changes nothing"
+        assert changes == [{"sweep": sweep.id, "trial": 3}], "a click beside the points changes nothing"
+
+    def test_the_shown_trial_is_in_the_address(
+        self, sweep: Job, open_sweeps: Callable[..., AppTest], model: Path, prompts: Path
+    ) -> None:
+        at = open_sweeps()
+        assert "trial" not in at.query_params, "the best, whichever it will be"
+        at.selectbox(key="sweep_trial_number").set_value(2).run()
+        assert (at.query_params["sweep"], at.query_params["trial"]) == (sweep.id, "2")
+        write_sweep(str(model), str(prompts))
+        at = open_sweeps(sweep=sweep.id, trial="2")
+        assert (at.selectbox(key="sweep_chosen").value, at.selectbox(key="sweep_trial_number").value) == (sweep.id, 2)
+        other = next(job.id for job in list_sweeps() if job.id != sweep.id)
+        at.selectbox(key="sweep_chosen").set_value(other).run()
+        assert "trial" not in at.query_params, "the other sweep's own best is shown"
+        assert at.selectbox(key="sweep_trial_number").value == 0
+
+    @pytest.mark.parametrize(
+        ("trial", "words"),
+        [("9", "The sweep has no trial 9; trial 0 is shown."), ("x", "asks for trial 'x', which is no number")],
+    )
+    def test_a_trial_that_is_not_there_is_said(
+        self, sweep: Job, open_sweeps: Callable[..., AppTest], trial: str, words: str
+    ) -> None:
+        at = open_sweeps(trial=trial)
+        assert words in shown(at)
+        assert at.selectbox(key="sweep_trial_number").value == 0
+
+    def test_refusals_under_attack_are_shown_and_decide_which_is_best(
+        self, open_sweeps: Callable[..., AppTest], model: Path, prompts: Path
+    ) -> None:
+        sweep = write_sweep(str(model), str(prompts), defended=True)
+        at = open_sweeps()
+        assert at.selectbox(key="sweep_trial_number").value == 2
+        assert "Refuses 12 of 16 under attack (base 3); 2 of 16 harmless (base 1)" in shown(at)
+        assert "the fewer harmful prompts it refuses under attack" in shown(at)
+        frame = view.take_away(sweep)[1]["Trials"]
+        assert list(frame["refused under attack"])[:3] == [4, 2, 12]
 
     def test_its_settings_are_taken_into_the_form_of_a_fine_tune(
         self, sweep: Job, open_sweeps: Callable[..., AppTest], turned: list[str], model: Path

@@ -40,11 +40,29 @@ def test_the_front_is_joined_and_the_others_are_marked(document: dict[str, Any])
 
 def test_paler_is_fewer_refusals_kept(document: dict[str, Any]) -> None:
     all_kept, few_kept = traces(sweep_charts.front(document, None))["on the front"].marker.color
-
-    def depth(colour: str) -> float:
-        return float(colour.rstrip(")").split(",")[-1])
-
     assert depth(few_kept) < depth(all_kept) == 1
+
+
+def depth(colour: str) -> float:
+    return float(colour.rstrip(")").split(",")[-1])
+
+
+def test_of_a_sweep_with_defence_paler_is_fewer_refusals_under_attack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ES2_HOME", str(tmp_path))
+    document = sweep_document(write_sweep(refusals=(1.0, 1.0, 0.0, None, None), defended=True))
+    front = traces(sweep_charts.front(document, None))["on the front"]
+    assert [data[1] for data in front.customdata] == [1, 2, 0], "the one with most refusals is beaten by none"
+    assert front.mode == "markers", "no line joins the points of a surface"
+    few, most, some = map(depth, front.marker.color)
+    assert few < some < most < 1
+    assert "refuses 12 of 16 under attack (base 3)" in front.hovertext[1]
+    assert "refuses 2 of 16 harmless (base 1)" in front.hovertext[1]
+    figure = sweep_charts.parallel(document, None)
+    assert figure.layout.xaxis.ticktext[-1] == "refused under attack"
+    lines = {name: trace.y[-1] for name, trace in traces(figure).items() if name and name.startswith("trial")}
+    assert lines == {"trial 0": 0.2, "trial 1": 0.0, "trial 2": 1.0, "trial 3": None, "trial 4": None}
 
 
 def test_a_logarithmic_axis_holds_every_point_and_the_budget(document: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from es2.workflow.sweep_space import SEARCHED, SHAPE, Space, SweepConfig, make_s
 from es2.workflow.sweeps import (
     TRIALS,
     best_of,
+    dominates,
     front_of,
     is_clearly_worse,
     read_trials,
@@ -246,6 +247,35 @@ def test_the_front_and_the_best() -> None:
     assert best_of(trials[5:6]) == 5
     assert best_of(trials[3:5]) is None
     assert front_of(trials[3:5]) == []
+
+
+def test_where_refusals_under_attack_count_they_make_a_front_and_decide_the_best(tmp_path: Path) -> None:
+    def defended(refusals: int, *found: float, over_refusals: int = 1) -> dict[str, Any]:
+        one, other = found
+        counts = {"refusals": refusals, "over_refusals": over_refusals, "base_over_refusals": 1, "n_harmless": 10}
+        return numbers(one, other) | {"defence": counts}
+
+    own = Study(tmp_path, space(), 4, 0, {}, defended=True)
+    for found in (defended(3, 1.0, 0.05), defended(9, 0.5, 0.06), defended(9, 0.4, 0.07), None):
+        trial = own.take("me", lambda _: True)
+        assert trial is not None
+        own.end(trial["number"], status="done", numbers=found)
+    trials = read_trials(tmp_path)
+    assert front_of(trials) == [0, 1], "beaten in two goals it stays for the third"
+    assert best_of(trials) == 1
+    assert dominates(defended(9, 0.5, 0.06), defended(9, 0.4, 0.07))
+    assert not dominates(defended(9, 0.5, 0.06), defended(10, 0.4, 0.07))
+    journal = optuna.load_study(study_name="sweep", storage=module._storage(tmp_path / JOURNAL))
+    assert [trial.values for trial in journal.trials] == [[1.0, 0.05, 3.0], [0.5, 0.06, 9.0], [0.4, 0.07, 9.0], None]
+
+
+@pytest.mark.parametrize(("over_refusals", "lost"), [(3, None), (4, "refuses 4 of 10 harmless prompts (base: 1)")])
+def test_a_trial_that_refuses_everything_lost_behaviour(over_refusals: int, lost: str | None) -> None:
+    counts = {"refusals": 9, "over_refusals": over_refusals, "base_over_refusals": 1, "n_harmless": 10}
+    result = {"validations": [point(0, 0.1, 0), point(4, 0.2, 0.01)], "best_step": 4, "defence": counts}
+    found = trial_numbers(result)
+    assert found is not None
+    assert (found["lost"], found["defence"]) == (lost, counts)
 
 
 def test_one_is_pruned_where_another_was_clearly_better_by_then() -> None:

@@ -11,23 +11,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from peft import PeftModel
 
 from es2.core.errors import MachineError
+from es2.core.progress import silent
 from es2.jobs.queue import list_jobs, open_job
 from es2.jobs.running import HEARTBEAT_SECONDS
 from es2.models import loading
 from es2.models.machine import Machine
 from es2.prompts.loading import load_prompts
 from es2.training import base as training_base
+from es2.training import workload
 from es2.training.config import FinetuneConfig
 from es2.training.finetune import finetune
+from es2.training.sampling import make_schedule
 from es2.training.workload import Workload
 from es2.workflow import sweep as module
 from es2.workflow.runs import config_of
+from es2.workflow.study import JOURNAL, _storage
+from es2.workflow.sweep_defence import Defence
 from es2.workflow.sweep_plan import sweep_seconds
 from es2.workflow.sweep_space import SEARCHED, SweepConfig, make_space
-from es2.workflow.sweeps import open_sweep, read_trials, sweep_document
+from es2.workflow.sweeps import goals, open_sweep, read_trials, sweep_document
 from tests.builders import save_tiny_model, tiny_prompts, write_prompts
 
 Es2 = Callable[..., tuple[int, dict[str, Any]]]
@@ -334,6 +341,103 @@ class TestInterrupted:
         prompts.write_text(before)
         assert code == 2
         assert "have changed since sweep" in document["error"]
+
+
+def attacked_again(run: Any) -> dict[str, Any]:
+    """What a trial came to under attack, from its saved adapter alone."""
+    config, prompts = config_of(run), load_prompts(run.config["prompts"])
+    plan = make_schedule(
+        prompts, config.pairs_per_step, config.steps, config.seed, config.validation_prompts, config.kl_prompts
+    )
+    base = training_base.measure_base(config, prompts, Path(config.model), plan)
+    defence = Defence(base, config, prompts, Path(config.model), config.layers, silent)
+    PeftModel.from_pretrained(base.network.model, run.path / "adapter")
+    return defence.measure(silent)
+
+
+class TestDefence:
+    """Refusals under attack as a third goal, on a tiny model whose longer words count as refusals."""
+
+    @pytest.fixture
+    def sweep(self, es2: Es2, about: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> Es2:
+        monkeypatch.setattr(module, "most_compared", lambda _: 0)
+        monkeypatch.setattr(workload, "judge_reply", lambda text: "refusal" if sum(map(ord, text)) % 4 else "answer")
+        fixed = ("--layers", "0,1", "--objective", "fisher", "--rank", "2", "--trials", "3", "--seed", "1")
+        return lambda *options: es2("sweep", *about, *SHORT, *fixed, "--validation-prompts", "16", *options)
+
+    def test_every_trial_that_kept_a_step_is_attacked_as_base_was(self, sweep: Es2, es2: Es2, capsys: Any) -> None:
+        code, document = sweep("--defence")
+        assert code == 0, document
+        assert document["defended"]
+        counted = [trial["numbers"]["defence"] for trial in document["trials"] if trial["numbers"]["kept"]]
+        assert counted
+        assert all(trial["numbers"]["defence"] is None for trial in document["trials"] if not trial["numbers"]["kept"])
+        of_base = ("base_refusals", "base_over_refusals", "n_harmful", "n_harmless", "layers")
+        assert len({str([one[name] for name in of_base]) for one in counted}) == 1
+        assert counted[0]["layers"] == [0, 1]
+        assert counted[0]["n_harmful"] >= 4
+        for trial in document["trials"]:
+            result = open_job(trial["run"]).result()
+            assert result is not None
+            assert result.get("defence") == trial["numbers"]["defence"]
+            if trial["numbers"]["kept"]:
+                assert attacked_again(open_job(trial["run"])) == trial["numbers"]["defence"], "the saved weights alone"
+        journal = optuna.load_study(study_name="sweep", storage=_storage(Path(document["path"]) / JOURNAL))
+        told = [list(map(float, goals(trial["numbers"]))) for trial in document["trials"]]
+        assert [trial.values for trial in journal.trials] == [[one, -minus_kl, last] for one, minus_kl, last in told]
+
+    def test_a_kill_while_replies_are_counted_loses_and_doubles_nothing(
+        self, sweep: Es2, es2: Es2, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole, calls = Defence.measure, []
+
+        def killed(self: Defence, report: Any) -> dict[str, Any]:
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return whole(self, report)
+
+        monkeypatch.setattr(Defence, "measure", killed)
+        code, document = sweep("--defence", "--kl-weights", "1,2")
+        assert code == 1, document
+        id = document["error"].split()[1]
+        _, shown = es2("sweep", "show", id)
+        code, document = es2("sweep", "resume", id)
+        assert code == 0, document
+        assert [trial["number"] for trial in document["trials"]] == [0, 1, 2]
+        assert document["trials"][1]["run"] == shown["trials"][1]["run"]
+        assert len(runs_of(id)) == 3
+        assert all(trial["numbers"]["defence"] for trial in document["trials"] if trial["numbers"]["kept"])
+
+    def test_a_base_that_refuses_too_little_is_refused_before_any_trial(
+        self, sweep: Es2, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(workload, "judge_reply", lambda text: "answer")
+        before = len(list_jobs(kind="finetune"))
+        code, document = sweep("--defence")
+        assert code == 2
+        assert "The base refuses 0 of " in document["error"]
+        assert "sweep without it" in document["error"]
+        assert len(list_jobs(kind="finetune")) == before
+
+    def test_too_few_prompts_are_refused_before_anything_is_loaded(
+        self, sweep: Es2, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(training_base, "load_model", None)
+        code, document = sweep("--defence", "--validation-prompts", "6")
+        assert code == 2
+        assert "defence asks half of the harmful validation prompts, which are 3 here, and needs 4" in document["error"]
+
+    def test_the_estimate_has_it(self) -> None:
+        given: dict[str, Any] = {
+            name: None if name in (*SEARCHED, "alpha") else field.default
+            for name, field in FinetuneConfig.model_fields.items()
+        }
+        space, machine = make_space(SweepConfig(), given, 30), Machine("cpu", 2 * 93e9, 8.0)
+        without, defended = (
+            sweep_seconds(space, 24, load_prompts("builtin"), machine, defended=one) for one in (False, True)
+        )
+        assert 25 * 3 < defended - without < 25 * 30
 
 
 class TestBadInput:
