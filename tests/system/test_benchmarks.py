@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
+from es2.core.errors import InputError
+from es2.jobs.queue import create_job
 from es2.training.config import FinetuneConfig
-from tests.benchmarks import analysis, app, callback, capture, growth, step
+from es2.workflow.sweep_space import SweepConfig, make_space
+from es2.workflow.sweeps import write_trials
+from tests.benchmarks import analysis, app, callback, capture, growth, layer_effect, step
 from tests.benchmarks.contest import Figure, Report, Settings, exponent, table
-from tests.builders import save_tiny_model, tiny_prompts
+from tests.builders import save_tiny_model, tiny_prompts, write_prompts
 
 pytestmark = pytest.mark.usefixtures("places", "one_thread")
 
@@ -108,3 +116,66 @@ def test_what_the_callback_adds_is_timed(settings: Settings) -> None:
     seconds = report.details["seconds"]
     assert (len(seconds["step"]), len(seconds["save"])) == (4, 2)
     assert len(report.details["prompt_tokens"]) == 2, "every save was captured anew"
+
+
+@pytest.fixture
+def sweep_over_layers(settings: Settings) -> Callable[..., str]:
+    """A sweep by hand whose trials differ in their layers alone; the deeper the pair, the more it came to."""
+
+    def write(status: str = "done", **given: Any) -> str:
+        prompts = write_prompts(settings.folder.parent / "prompts.csv", settings.prompts)
+        usual = {"objective": "fisher", "kl_weight": 10.0, "learning_rate": 1e-3, "rank": 4} | given
+        usual |= {"device": "cpu", "kl_budget": 0.1}
+        where = {} if "layers" in given else {"layer_range": (0, 2)}
+        space = make_space(SweepConfig(**where), {"model": str(settings.folder), **usual}, 3)
+        of = {"model": str(settings.folder), "prompts": str(prompts)}
+        about = of | {"sweep": {"trials": 6}, "space": space.to_dict()}
+        job = create_job("sweep", about)
+        trials = [
+            {"number": number, "status": status, "owner": "", "settings": {"layers": list(pair)}, "run": None}
+            | {"numbers": {"separation": sum(pair) + number / 10, "kl": 0.02, "kept": True, "lost": None}}
+            for number, pair in enumerate([(0, 1), (0, 2), (1, 2)] * 2)
+        ]
+        write_trials(job.path, trials)
+        return job.id
+
+    return write
+
+
+def test_the_effect_of_a_layer_is_held_against_a_sweep(sweep_over_layers: Callable[..., str]) -> None:
+    found = layer_effect.measure(sweep_over_layers(), n_pairs=6, step=0.01)
+    json.dumps(found, allow_nan=False)
+    assert (found["n_trials"], len(found["effects"])) == (6, 3)
+    pairs = {tuple(row["layers"]): row for row in found["trials"]}
+    effects = {effect["layer"]: effect for effect in found["effects"]}
+    assert pairs[0, 2]["of_layers"] == pytest.approx((effects[0]["gain_at_budget"] + effects[2]["gain_at_budget"]) / 2)
+    by_block = [
+        (sum(effects[block]["gains"].get(str(layer), 0.0) for layer in (0, 1)) / 2) ** 2 / effects[block]["kl"]
+        for block in (0, 1)
+    ]
+    assert pairs[0, 1]["of_blocks"] == pytest.approx(math.sqrt(0.1 * sum(by_block)))
+    for correlation in found["spearman"].values():
+        assert correlation["kl"] == {"rho": None, "low": None, "high": None}, "all KLs are alike"
+        assert -1 <= correlation["separation"]["low"] <= correlation["separation"]["high"] <= 1
+
+
+def test_a_rank_correlation_and_its_interval() -> None:
+    found = layer_effect.spearman([1, 2, 3, 4, 5, 6], [1, 8, 27, 64, 125, 100])
+    assert found["rho"] == pytest.approx(spearmanr([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 6, 5]).statistic)
+    assert found["low"] is not None
+    assert found["low"] < found["rho"] <= found["high"]
+
+
+@pytest.mark.parametrize(
+    ("status", "given", "words"),
+    [
+        ("done", {"objective": None}, "searched objective, too"),
+        ("done", {"layers": (0, 1), "rank": None}, "did not search the layers"),
+        ("pruned", {}, "has 0 whole trials"),
+    ],
+)
+def test_a_sweep_that_says_nothing_of_layers_is_refused(
+    sweep_over_layers: Callable[..., str], status: str, given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        layer_effect.measure(sweep_over_layers(status, **given), n_pairs=6, step=0.01)
