@@ -212,7 +212,7 @@ def _front_words(document: Mapping[str, Any]) -> str:
         "front. The first trial has the shipped defaults of what is searched."
     ]
     if document["defended"]:
-        words.append("The paler a point, the fewer harmful prompts it refuses under attack.")
+        words.append(f"The paler a point, the fewer harmful prompts it refuses under attack{_attacked(document)}.")
     elif any(trial["numbers"] and trial["numbers"].get("refusals_kept") is not None for trial in document["trials"]):
         words.append("The paler a point, the fewer of the base's refusals it keeps.")
     lost = [trial for trial in document["trials"] if not trial["numbers"] and trial["status"] != "running"]
@@ -220,6 +220,14 @@ def _front_words(document: Mapping[str, Any]) -> str:
         which = ", ".join(f"{trial['number']} ({trial['status']})" for trial in lost)
         words.append(f"Without numbers, and so without a point: trial {which}.")
     return " ".join(words)
+
+
+def _attacked(document: Mapping[str, Any]) -> str:
+    """Where base and trials were attacked, in words; nothing before that is known."""
+    for trial in document["trials"]:
+        if trial["numbers"] and (defence := trial["numbers"].get("defence")):
+            return f" at layers {sweep_charts.value_words(defence['layers'])}"
+    return ""
 
 
 def _trial(sweep: Job, document: Mapping[str, Any], shown: int) -> None:
@@ -255,10 +263,7 @@ def _trial(sweep: Job, document: Mapping[str, Any], shown: int) -> None:
             st.markdown(f"Keeps {numbers['refusals_kept']:.0%} of the base's refusals")
         if defence := numbers.get("defence"):
             attacked, harmless = sweep_charts.defence_words(defence)
-            st.markdown(
-                f"{attacked.capitalize()}; {harmless.removeprefix('refuses ')}",
-                help=f"Attacked at layers {sweep_charts.value_words(defence['layers'])} in base and trials alike",
-            )
+            st.markdown(f"{attacked.capitalize()} and {harmless.removeprefix('refuses ')}")
         if not numbers["kept"]:
             st.caption("No step within the KL budget was better than base, so it kept none.")
     for sentence in filter(None, (trial["reason"], numbers and numbers["lost"] and f"It {numbers['lost']}.")):

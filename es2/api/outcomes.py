@@ -168,7 +168,7 @@ class Sweep:
 
     @property
     def best(self) -> Mapping[str, Any] | None:
-        """The settings of the trial with the most separation within the KL budget; None where none kept a step."""
+        """The settings of the best trial within the KL budget (docs/sweep.md); None where none kept a step."""
         return None if self.result["best"] is None else self.result["best"]["settings"]
 
     def to_frame(self) -> pd.DataFrame:
@@ -180,7 +180,7 @@ class Sweep:
             [
                 {"trial": trial["number"], "status": trial["status"], "front": trial["number"] in front}
                 | trial["settings"]
-                | (trial["numbers"] or {})
+                | _flat(trial["numbers"] or {})
                 | {"run": trial["run"]}
                 for trial in self.result["trials"]
             ]
@@ -222,6 +222,13 @@ class Checked:
         return pd.DataFrame(
             [{"check": one.name, "passed": one.passed, "found": one.sentence} for one in self.found.checks]
         )
+
+
+def _flat(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a trial, those of its defence beside the others."""
+    own = dict(numbers)
+    defence = own.pop("defence", None) or {}
+    return own | {f"defence_{name}": value for name, value in defence.items() if name != "layers"}
 
 
 def _part(suite: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:

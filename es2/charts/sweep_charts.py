@@ -28,7 +28,7 @@ Trial = Mapping[str, Any]
 
 _LEAST_KL = 1e-4  # nats; a smaller one is drawn here, since a logarithmic axis has no 0
 _PALEST = 0.15
-_BESIDE_RING = "\u00a0" * 4  # between words and a point that may be ringed; plain spaces would be dropped
+_BESIDE_RING = "\u00a0" * 6  # between words and a point that may be ringed; plain spaces would be dropped
 _TICK_ROOM = 0.03  # between the end of an axis and the words there, in parts of its length
 _FEW_TICKS = [step * 10.0**power for power in range(-4, 3) for step in (1, 3)]
 
@@ -295,7 +295,7 @@ def _axes(document: Mapping[str, Any]) -> list[Axis]:
             axes.append(_range_axis(title, _number(name), [min(values), max(values)], log=name == "kl"))
     counts = [number["defence"]["refusals"] for number in found if number.get("defence")]
     if counts:
-        axes.append(_range_axis("refused under attack", _refusals, [min(counts), max(counts)], log=False))
+        axes.append(_range_axis("refused<br>under attack", _refusals, [min(counts), max(counts)], log=False))
     return axes
 
 

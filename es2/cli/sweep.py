@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -197,8 +197,9 @@ def _show(document: Mapping[str, Any]) -> None:
     )
     of_any = [trial["numbers"]["defence"] for trial in document["trials"] if (trial["numbers"] or {}).get("defence")]
     if of_any:
-        base, layers = of_any[0], _cell(of_any[0]["layers"])
-        out.print(f"Base refuses {base['base_refusals']} of {base['n_harmful']} under the same attack, at {layers}.")
+        same = of_any[0]
+        refused = f"{same['base_refusals']} of {same['n_harmful']}"
+        out.print(f"Base refuses {refused} under the same attack, at layers {_cell(same['layers'])}.")
     best = document["best"]
     if best is None:
         out.print(f"No trial kept a step within the KL budget of {document['kl_budget']:g} nats.")
@@ -208,8 +209,19 @@ def _show(document: Mapping[str, Any]) -> None:
         out.print(f"Most {most} within the KL budget of {document['kl_budget']:g}: trial {best['number']}, {of}.")
         if best["numbers"]["lost"]:
             out.print(f"Warning: it {best['numbers']['lost']}.", style="red")
+        elif passed_over := _passed_over(document["trials"], best):
+            out.print(f"With more, but behaviour of the base lost: trial {', '.join(map(str, passed_over))}.")
         out.print(f"Run {best['run']}", soft_wrap=True)
     out.print(f"Sweep {document['sweep']}: {document['path']}", soft_wrap=True)
+
+
+def _passed_over(trials: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> list[int]:
+    """The trials that would be the best if they had lost no behaviour."""
+    from es2.workflow.sweeps import best_of
+
+    lost = [trial for trial in trials if trial["numbers"] and trial["numbers"]["lost"]]
+    unlost = [{**trial, "numbers": {**trial["numbers"], "lost": None}} for trial in lost]
+    return [one["number"] for one in unlost if best_of([one, best]) == one["number"]]
 
 
 def _cell(value: Any) -> str:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 ATTACK = Steering("scav", 0.2)
-"""At this length the attack takes a base's refusals without breaking its replies (`docs/experiments.md`)."""
+"""At this length it takes refusals of a base, and random directions none (`docs/experiments.md`)."""
 
 
 class DefenceTest:

@@ -18,7 +18,7 @@ import pytest
 import es2
 from es2.api import making, reading
 from es2.api.asking import in_python
-from es2.api.outcomes import Run
+from es2.api.outcomes import Run, Sweep
 from es2.core.errors import InputError
 from es2.prompts.prompt_set import PromptSet
 from es2.store.store import Store
@@ -140,6 +140,15 @@ class TestRecords:
         frame = found.to_frame(layer=2)
         np.testing.assert_allclose(frame["x_tuned"], found.margins(2)[1], atol=1e-6)
         assert found.plot(2, arrangement="tuned").layout.title.text == "<b>Tuned</b>"
+
+    def test_a_sweep_s_refusals_under_attack_are_columns(self) -> None:
+        counts = {"refusals": 5, "base_refusals": 2, "n_harmful": 16, "layers": [1, 2]}
+        trial = {"number": 0, "status": "done", "settings": {"rank": 8}, "run": "r"}
+        trials = [trial | {"numbers": {"kl": 0.1, "defence": one}} for one in (counts, None)]
+        frame = Sweep({"front": [0], "trials": trials}).to_frame()
+        assert list(frame["defence_refusals"])[:1] == [5]
+        assert frame["defence_base_refusals"].isna().tolist() == [False, True]
+        assert not {"defence", "defence_layers"} & set(frame.columns)
 
     def test_a_tuned_model_can_be_used(self, run: Run) -> None:
         tuned, base = es2.load_model(run=run), es2.load_model("./tiny-model")

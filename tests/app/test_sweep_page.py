@@ -199,8 +199,8 @@ class TestShown:
         sweep = write_sweep(str(model), str(prompts), defended=True)
         at = open_sweeps()
         assert at.selectbox(key="sweep_trial_number").value == 2
-        assert "Refuses 12 of 16 under attack (base 3); 2 of 16 harmless (base 1)" in shown(at)
-        assert "the fewer harmful prompts it refuses under attack" in shown(at)
+        assert "Refuses 12 of 16 under attack (base 3) and 2 of 16 harmless (base 1)" in shown(at)
+        assert "the fewer harmful prompts it refuses under attack at layers 2, 3." in shown(at)
         frame = view.take_away(sweep)[1]["Trials"]
         assert list(frame["refused under attack"])[:3] == [4, 2, 12]
 

@@ -98,7 +98,7 @@ def spearman(one: Sequence[float], other: Sequence[float], seed: int = 0) -> dic
     ranks -= ranks.mean(axis=2, keepdims=True)
     lengths = np.linalg.norm(ranks, axis=2).prod(axis=0)
     known = lengths > 0
-    found = (ranks.prod(axis=0).sum(axis=1)[known] / lengths[known]).tolist()
+    found = np.clip(ranks.prod(axis=0).sum(axis=1)[known] / lengths[known], -1, 1).tolist()
     if not known[0]:
         return dict.fromkeys(("rho", "low", "high"))
     low, high = np.quantile(found[1:], [0.025, 0.975]).tolist()

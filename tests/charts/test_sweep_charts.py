@@ -60,7 +60,7 @@ def test_of_a_sweep_with_defence_paler_is_fewer_refusals_under_attack(
     assert "refuses 12 of 16 under attack (base 3)" in front.hovertext[1]
     assert "refuses 2 of 16 harmless (base 1)" in front.hovertext[1]
     figure = sweep_charts.parallel(document, None)
-    assert figure.layout.xaxis.ticktext[-1] == "refused under attack"
+    assert figure.layout.xaxis.ticktext[-1] == "refused<br>under attack"
     lines = {name: trace.y[-1] for name, trace in traces(figure).items() if name and name.startswith("trial")}
     assert lines == {"trial 0": 0.2, "trial 1": 0.0, "trial 2": 1.0, "trial 3": None, "trial 4": None}
 

@@ -34,8 +34,9 @@ from es2.workflow.study import JOURNAL, _storage
 from es2.workflow.sweep_defence import Defence
 from es2.workflow.sweep_plan import sweep_seconds
 from es2.workflow.sweep_space import SEARCHED, SweepConfig, make_space
-from es2.workflow.sweeps import goals, open_sweep, read_trials, sweep_document
+from es2.workflow.sweeps import goals, list_sweeps, open_sweep, read_trials, sweep_document, write_trials
 from tests.builders import save_tiny_model, tiny_prompts, write_prompts
+from tests.builders_sweep import write_sweep
 
 Es2 = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -201,6 +202,23 @@ class TestFromEndToEnd:
         assert f"Most separation within the KL budget of 5: trial {best['number']}, layers " in out
         assert f"Run {best['run']}" in out
         assert out.count("◀") == 1 + len(made["front"])
+
+
+def test_trials_with_more_that_lost_behaviour_are_named_beside_the_best(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from es2.cli import main as cli
+
+    sweep = write_sweep()
+    trials = read_trials(sweep.path)
+    trials[0]["numbers"]["lost"] = trials[2]["numbers"]["lost"] = "breaks replies"
+    write_trials(sweep.path, trials)
+    monkeypatch.setattr(sys, "argv", ["es2", "sweep", "show", sweep.id])
+    with pytest.raises(SystemExit):
+        cli.main()
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Most separation within the KL budget of 0.1: trial 1, layers 2,4" in out
+    assert "With more, but behaviour of the base lost: trial 0." in out, "2 has less than the best"
 
 
 def test_as_many_as_usual_take_three_quarters_of_an_hour_at_most(tmp_path: Path) -> None:
@@ -389,23 +407,27 @@ class TestDefence:
     def test_a_kill_while_replies_are_counted_loses_and_doubles_nothing(
         self, sweep: Es2, es2: Es2, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        class Killed(BaseException):
+            """Ends a process without a word, as nothing that goes on catches it."""
+
         whole, calls = Defence.measure, []
 
         def killed(self: Defence, report: Any) -> dict[str, Any]:
             calls.append(1)
             if len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+                raise Killed
             return whole(self, report)
 
         monkeypatch.setattr(Defence, "measure", killed)
-        code, document = sweep("--defence", "--kl-weights", "1,2")
-        assert code == 1, document
-        id = document["error"].split()[1]
+        with pytest.raises(Killed):
+            sweep("--defence")
+        id = list_sweeps()[0].id
         _, shown = es2("sweep", "show", id)
+        assert [trial["status"] for trial in shown["trials"]][-1] == "interrupted"
         code, document = es2("sweep", "resume", id)
         assert code == 0, document
         assert [trial["number"] for trial in document["trials"]] == [0, 1, 2]
-        assert document["trials"][1]["run"] == shown["trials"][1]["run"]
+        assert [trial["run"] for trial in document["trials"]][:2] == [trial["run"] for trial in shown["trials"]][:2]
         assert len(runs_of(id)) == 3
         assert all(trial["numbers"]["defence"] for trial in document["trials"] if trial["numbers"]["kept"])
 

@@ -74,6 +74,8 @@ def test_from_the_form_to_a_run_and_its_settings(tmp_path: Path, open_page: Call
         page.mouse.move(x, y)
         page.mouse.click(x, y)
         expect(shown).to_contain_text(f"λ {other['settings']['kl_weight']:g} ")
+        named = {f"sweep={sweep.id}", f"trial={other['number']}"}  # what is shown can be passed on
+        page.wait_for_url(lambda url: named <= set(url.partition("?")[2].split("&")))
         page.locator(".st-key-sweep_take button").click()
         page.wait_for_url("**/runs**")
         expect(page.locator(".st-key-launch_kl_weight input")).to_have_value(f"{other['settings']['kl_weight']:.2f}")
