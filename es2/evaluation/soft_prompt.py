@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 LENGTHS = (4,)  # numbers of vectors
-BUDGETS = (0.5, 1.0, 2.0)  # lengths of a vector relative to the mean length of a token's embedding
+BUDGETS = (0.05, 0.1, 0.2, 0.5)  # lengths of a vector relative to the mean length of a token's embedding
 KINDS = ("soft_prompt", "soft_random")
 """The fitted vectors, and the control: vectors in random directions, other ones for each prompt."""
 

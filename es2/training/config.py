@@ -50,7 +50,7 @@ class FinetuneConfig(Rendering):
         group="main",
     )
     steps: int = setting(
-        32, "Optimizer steps. Time grows with them; so does what is moved.", group="main", step=5, ge=1
+        48, "Optimizer steps. Time grows with them; so does what is moved.", group="main", step=5, ge=1
     )
     kl_weight: float = setting(
         10.0,

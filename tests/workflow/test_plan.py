@@ -326,7 +326,7 @@ class TestOtherMachines:
         assert "As asked for" in tight.advice[0]
 
     def test_7b_on_a_card_that_holds_only_four_bits(self, planned) -> None:
-        found = planned(7, "12")
+        found = planned(7, "14")
         assert not found.fits
         assert "--quantize 4bit" in found.commands[-1]
         assert any("Capture needs" in sentence for sentence in found.advice)
