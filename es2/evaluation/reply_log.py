@@ -59,13 +59,24 @@ class ReplyLog:
     def __init__(self, path: Path, base: Path | None = None) -> None:
         self.path = path
         self.base = base or path
-        self._records = read_replies(path) | (read_replies(base) if base else {})
+        self._own = read_replies(path)
+        self._records = self._own | (read_replies(base) if base else {})
+        self._asked: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
         return key in self._records
 
     def __getitem__(self, key: str) -> dict[str, Any]:
+        self._asked.add(key)
         return self._records[key]
+
+    def keep_asked(self) -> None:
+        """Add to the evaluation's own file what it asked for and lies in the base's alone; raises `MachineError`."""
+        if self.base == self.path:
+            return
+        missing = {key: self._records[key] for key in sorted(self._asked - self._own.keys())}
+        _append(self.path, missing.values())
+        self._own |= missing
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         """Append records in one piece and flush them to the disk; raises `MachineError` when it refuses."""

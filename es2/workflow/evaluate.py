@@ -63,8 +63,8 @@ def evaluate(
     Args:
         config: the settings.
         prompts: what `config.prompts` names.
-        folder: where the result is kept when there is no run; else it and the tuned model's replies go into the run's
-            folder. Replies of the base are kept once in the home folder.
+        folder: where the result and its replies are kept when there is no run; else it and the tuned model's replies
+            go into the run's folder. Replies of the base are kept once in the home folder, too.
         run: the run that `config.run` names.
         store: where activation sets lie.
         report: called at every token and batch; it may raise to stop.
@@ -156,6 +156,8 @@ def evaluate(
         "generated": work.generated
         | {"tokens_per_second": work.generated["tokens"] / max(work.generated["seconds"], 1e-9)},
     }
+    if run is None:
+        work.log.keep_asked()
     with writing(place):
         place.mkdir(parents=True, exist_ok=True)
         kept = {"format": EVALUATION_FORMAT, "created": time.time()} | document | {"rows": rows}

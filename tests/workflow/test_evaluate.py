@@ -27,7 +27,7 @@ from es2.core.progress import Cancelled
 from es2.evaluation import suites
 from es2.evaluation.config import EvaluateConfig
 from es2.evaluation.judge import Judge, JudgeError, classifier_judge, endpoint_judge, judge_replies
-from es2.evaluation.reply_log import ReplyLog
+from es2.evaluation.reply_log import ReplyLog, read_replies
 from es2.evaluation.results import find_evaluations, read_evaluation, run_ability, run_behaviour
 from es2.evaluation.suites import choose_prompts, held_out
 from es2.jobs.job import Job
@@ -378,6 +378,13 @@ def test_kl_alone_and_a_base_without_a_run(model: Path, tmp_path: Path) -> None:
     assert document["suite"]["kl"]["perplexity"]["tuned"] is None
     assert document["suite"]["kl"]["kl_reply"] is None
     assert document["generated"]["replies"] == 4  # harmless ones only
+    replies = {key: record["tokens"] for key, record in read_replies(tmp_path / "job/evaluation/replies.jsonl").items()}
+    assert len(replies) == 4
+    # Another evaluation finds them in the home, and has them beside its result, too.
+    again = evaluate(config, other_prompts(), tmp_path / "again")
+    assert again["generated"]["replies"] == 0
+    found = read_replies(tmp_path / "again/evaluation/replies.jsonl")
+    assert {key: record["tokens"] for key, record in found.items()} == replies
 
 
 def test_multiple_choice_of_base_and_tuned(
