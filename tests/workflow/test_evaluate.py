@@ -380,6 +380,7 @@ def test_kl_alone_and_a_base_without_a_run(model: Path, tmp_path: Path) -> None:
     assert document["generated"]["replies"] == 4  # harmless ones only
     replies = {key: record["tokens"] for key, record in read_replies(tmp_path / "job/evaluation/replies.jsonl").items()}
     assert len(replies) == 4
+    assert "" not in (tmp_path / "job/evaluation/replies.jsonl").read_text().splitlines(), "for readers of each line"
     # Another evaluation finds them in the home, and has them beside its result, too.
     again = evaluate(config, other_prompts(), tmp_path / "again")
     assert again["generated"]["replies"] == 0
