@@ -328,8 +328,6 @@ def test_the_base_replies_once_for_all_its_runs(
     shares = known_shares(config.replace(limit=4), replied, choose_prompts(of_lock, 4), steered, directed, (0, 2))
     assert (shares["refusal"], shares["perturbation"]) == (0.5, 0)
     assert set(known_shares(config.replace(new_tokens=6), replied, sample).values()) == {0.0}
-    run.delete()
-    assert shared.read_bytes() == before
 
     monkeypatch.setenv("ES2_HOME", str(tmp_path / "fresh"))
     fresh = kept(run_with(adapter, model, source), [])
