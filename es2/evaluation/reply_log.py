@@ -7,9 +7,11 @@ next process skips and generates again.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +77,14 @@ class ReplyLog:
         if self.base == self.path:
             return
         missing = {key: self._records[key] for key in sorted(self._asked - self._own.keys())}
-        _append(self.path, missing.values(), several=False)
+        _append(self.path, missing.values())
         self._own |= missing
 
     def add(self, records: Iterable[dict[str, Any]]) -> None:
         """Append records in one piece and flush them to the disk; raises `MachineError` when it refuses."""
         records = list(records)
         for path, of_base in ((self.base, True), (self.path, False)):
-            chosen = [record for record in records if (record.get("model") == "base") is of_base]
-            _append(path, chosen, several=path != self.path or self.base == self.path)
+            _append(path, [record for record in records if (record.get("model") == "base") is of_base])
         self._records.update({record["key"]: record for record in records})
 
 
@@ -104,27 +105,20 @@ def read_replies(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _append(path: Path, records: Iterable[dict[str, Any]], several: bool) -> None:
-    """Add lines to the end of a file, wherever that is by then; a half line there is ended.
-
-    In a file of several writers an empty line comes first. Whether it ends in half a line cannot be asked: another
-    process may be killed in the middle of a write between the answer and this one.
-    """
+def _append(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Add lines to the end of a file, one process at a time; a half line that a killed one left there is ended."""
     lines = b"".join(json.dumps(with_checksum(record), ensure_ascii=False).encode() + b"\n" for record in records)
     if not lines:
         return
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab", buffering=0) as file:  # one request of the system, which no other process's interrupts
-            left = memoryview((b"\n" if several or not _ends_whole(path) else b"") + lines)
-            while left:
-                left = left[file.write(left) :]
+        with path.open("a+b") as file:
+            with suppress(OSError):  # of file systems without locks
+                fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            ends_whole = not file.seek(0, os.SEEK_END) or (file.seek(-1, os.SEEK_END) >= 0 and file.read(1) == b"\n")
+            file.write(lines if ends_whole else b"\n" + lines)
+            file.flush()
             os.fsync(file.fileno())
-
-
-def _ends_whole(path: Path) -> bool:
-    with path.open("rb") as file:
-        return not file.seek(0, os.SEEK_END) or (file.seek(-1, os.SEEK_END) >= 0 and file.read(1) == b"\n")
 
 
 def _is_record(record: dict[str, Any]) -> bool:

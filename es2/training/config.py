@@ -63,8 +63,8 @@ class FinetuneConfig(Rendering):
     )
     learning_rate: float | None = setting(
         None,
-        "Its peak, after the warm-up; from there it follows a cosine down to a tenth. Automatic: a part of the typical "
-        "size of the trained blocks' weights, since a step changes every trained weight by about the rate.",
+        "Its peak, after the warm-up; from there it follows a cosine down to a tenth. Automatic: it grows with the "
+        "typical size of the trained blocks' weights, since a step changes every trained weight by about the rate.",
         group="main",
         step=1e-4,
         format="%.1e",

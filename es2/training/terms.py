@@ -12,7 +12,7 @@ REFUSAL = "refusal"
 """The term of first words; it separates no embeddings, so it goes with one of `OBJECTIVES`."""
 DEFAULT_OBJECTIVE = "20*margin+2*refusal"
 LEARNING_RATES = {"distance": 3 / 256, "anchored": 3 / 256, "fisher": 3 / 256, "margin": 3 / 128, REFUSAL: 3 / 128}
-"""The usual peak learning rate of LoRA under each term, in units of `automatic_learning_rate`."""
+"""The usual peak learning rate of LoRA under each term, in units of the size of weights (`automatic_learning_rate`)."""
 MARGIN_TARGET = 0.15  # in units of the scale: this far out a prompt counts as separated
 
 

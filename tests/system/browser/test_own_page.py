@@ -95,4 +95,4 @@ def test_a_fresh_clone_opens_on_the_showcase(tmp_path: Path, open_page: Callable
         settle(page)
         page.locator(".st-key-to_runs button").click()
         page.wait_for_url("**/runs**")
-        settle(page)  # a server that is told to end computes a page to its end first
+        settle(page)  # the server ends only when the page is computed
