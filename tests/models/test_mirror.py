@@ -137,7 +137,7 @@ class TestYes:
             "check",
             "project",
             "reproduce --config reduced",
-            "import --adapter nowhere",
+            "import --adapter somebody/an-adapter",
         ],
     )
     def test_every_command_that_fetches_takes_it(
