@@ -27,6 +27,7 @@ JOURNAL = "study.jsonl"
 _NAME = "sweep"
 _DIRECTIONS: tuple[Literal["maximize", "minimize"], ...] = ("maximize", "minimize", "maximize")
 _RANDOM_TRIALS = 8  # before the sampler learns from what was found
+_CONSTRAINT = "kl_budget"
 _KEPT_NONE = 1e-3  # nats over the budget that a trial counts as which kept no step, whatever its KL
 
 
@@ -137,6 +138,10 @@ class Study:
             if numbers is None:
                 study.tell(found.number, state=states.FAIL)
             else:
+                if _CONSTRAINT not in found.constraints:  # it is there where a kill came between the two
+                    import optuna
+
+                    optuna.Trial(study, found._trial_id).set_constraint(_CONSTRAINT, self._over_budget(numbers))
                 separation, minus_kl, refusals = goals(numbers)
                 study.tell(found.number, [separation, -minus_kl, refusals][: self._n_goals])
 
@@ -145,17 +150,12 @@ class Study:
         import optuna
 
         seed = int(content_key({"seed": self.seed, "trial": n_before})[:8], 16)
-        return optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=_RANDOM_TRIALS, constraints_func=self._over_budget
-        )
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=_RANDOM_TRIALS)
 
-    def _over_budget(self, found: optuna.trial.FrozenTrial) -> tuple[float]:
+    def _over_budget(self, numbers: Mapping[str, Any]) -> float:
         """How far a trial is from being one to keep, in nats; at most 0 where it is."""
-        numbers = read_trials(self.folder)[found.number]["numbers"]
-        if numbers is None:
-            return (_KEPT_NONE,)
-        over = numbers["kl"] - float(self.space.fixed["kl_budget"])
-        return (over if numbers["kept"] else max(over, _KEPT_NONE),)
+        over = float(numbers["kl"]) - float(self.space.fixed["kl_budget"])
+        return over if numbers["kept"] else max(over, _KEPT_NONE)
 
     def _suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         """The searched settings of a trial."""

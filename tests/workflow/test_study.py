@@ -225,6 +225,26 @@ def test_a_trial_without_numbers_fails_and_counts(tmp_path: Path) -> None:
     assert [trial["status"] for trial in trials] == ["failed", "done"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_sampler_learns_which_trials_are_not_to_be_kept(tmp_path: Path) -> None:
+    ends = [numbers(1, 0.05), numbers(9, 0.35), numbers(9, 0.05, kept=False), None]
+    own = study(tmp_path, len(ends))
+    for found in ends:
+        trial = own.take("me", lambda _: True)
+        assert trial is not None
+        own.end(trial["number"], status="done" if found else "failed", numbers=found)
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(tmp_path / JOURNAL)))
+    (name,) = optuna.get_all_study_names(storage)
+    within, over, kept_none, failed = (
+        one.constraints for one in optuna.load_study(study_name=name, storage=storage).trials
+    )
+    budget = own.space.fixed["kl_budget"]
+    assert within == {"kl_budget": pytest.approx(0.05 - budget)}
+    assert over == {"kl_budget": pytest.approx(0.35 - budget)}
+    assert 0 < kept_none["kl_budget"] < over["kl_budget"]
+    assert failed == {}
+
+
 # --------------------------------------------------------------------------------------------- what they come to
 
 
