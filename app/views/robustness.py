@@ -51,7 +51,7 @@ def page() -> None:
     found = evaluations.opened(INTRO, SUITES)
     if found is None:
         return
-    _, evaluation = found
+    run, evaluation = found
     for problem in dict.fromkeys(filter(None, map(evaluation.problem, SUITES))):
         st.info(text.markdown(problem), icon=":material/info:")
     attack, soft, checked = map(evaluation.part, SUITES)
@@ -71,7 +71,7 @@ def page() -> None:
         curves(attack)
     if attack is not None or soft is not None:
         soft_curves(evaluation, soft)
-    directions(evaluation, checked)
+    directions(evaluation, checked, run.is_shipped)
     if attack is not None:
         if attack["needed"]:
             needed(attack)
@@ -149,12 +149,13 @@ def soft_verdicts(evaluation: Evaluation) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def directions(evaluation: Evaluation, checked: Mapping[str, Any] | None) -> None:
-    """What removing and adding directions does to refusals; or that it was not measured."""
+def directions(evaluation: Evaluation, checked: Mapping[str, Any] | None, is_shipped: bool) -> None:
+    """What removing and adding directions does to refusals; or that it was not measured, and where it can be."""
     st.subheader("Does the direction steer?", anchor=False)
     if checked is None:
         if evaluation.problem("direction") is None:
-            st.caption("Not measured in this evaluation. The suite Direction of a new one measures it.")
+            where = "an evaluation of a run of your own" if is_shipped else "a new one"
+            st.caption(f"Not measured in this evaluation. The suite Direction of {where} measures it.")
         return
     plot(
         evaluation_charts.direction_rates(checked),
