@@ -17,7 +17,7 @@ from es2.workflow.prepare import prepare
 from tests.builders import save_tiny_model, tiny_prompts, write_prompts
 from tests.system.browser.serving import expect, marks, playwright, served, settle
 
-pytestmark = marks
+pytestmark = [*marks, pytest.mark.long]
 
 WORK = 180_000
 """Milliseconds for a capture of the tiny model, on a machine at work."""

@@ -13,7 +13,7 @@ from es2.prompts.sources import read_source
 from tests.builders import save_tiny_model
 from tests.system.browser.serving import expect, marks, playwright, served, settle
 
-pytestmark = marks
+pytestmark = [*marks, pytest.mark.long]
 
 WORK = 180_000
 """Milliseconds for a capture of the tiny model, on a machine at work."""
