@@ -307,8 +307,9 @@ def _take(config: FinetuneConfig, prompts: str) -> None:
 
 
 def table(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each trial: settings, what it came to, how it ended."""
+    """A row for each trial: settings, what it came to, how it ended; of refusals where the base refuses at all."""
     rows = []
+    keeps = any((trial["numbers"] or {}).get("refusals_kept") is not None for trial in document["trials"])
     for trial in document["trials"]:
         numbers = trial["numbers"] or {}
         settings = {
@@ -318,7 +319,7 @@ def table(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {"trial": trial["number"], "front": trial["number"] in document["front"]}
             | {"separation": numbers.get("separation"), "KL": numbers.get("kl")}
-            | {"refusals kept": numbers.get("refusals_kept")}
+            | ({"refusals kept": numbers.get("refusals_kept")} if keeps else {})
             | ({"refused under attack": (numbers.get("defence") or {}).get("refusals")} if document["defended"] else {})
             | settings
             | {"status": trial["status"], "verdict": trial["verdict"], "seconds": trial["seconds"]}

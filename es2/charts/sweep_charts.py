@@ -130,7 +130,7 @@ def front(document: Mapping[str, Any], chosen: int | None) -> canvas.Figure:
         ],
         annotations=[
             canvas.words(f"budget {budget:g}", at_budget, 1, "right", "top", textangle=-90, font=quiet),
-            canvas.words("base", 0, 0, "left", "bottom", yref="y", font=quiet),
+            canvas.words("base", 1, 0, "right", "top", yref="y", font=quiet),
         ],
         top=48,
     )

@@ -239,6 +239,11 @@ class TestShown:
         frame = tables["Trials"]
         assert list(frame["front"]) == [True, True, False, False, False]
         assert list(frame["layers"])[:2] == ["1, 3", "2, 4"]
+        assert "refusals kept" not in frame, "the base refuses nothing"
+
+    def test_the_table_has_the_refusals_of_a_base_that_refuses(self, model: Path, prompts: Path) -> None:
+        _, tables = view.take_away(write_sweep(str(model), str(prompts), refusals=(0.25, 1.0, None, None, None)))
+        assert list(tables["Trials"]["refusals kept"])[:2] == [0.25, 1.0]
 
 
 def test_the_newest_is_shown_and_another_by_its_link(
