@@ -22,7 +22,7 @@ from es2.jobs.queue import start
 from es2.prompts.sources import source_title
 from es2.training.config import FinetuneConfig
 from es2.workflow.runs import config_of, open_run
-from es2.workflow.sweeps import delete_sweep, list_sweeps, reopen_sweep, sweep_document
+from es2.workflow.sweeps import delete_sweep, first_words, list_sweeps, reopen_sweep, sweep_document
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -209,7 +209,7 @@ def _front_words(document: Mapping[str, Any]) -> str:
         beaten = "no trial beats a large point in both and in refusals under attack"
     words = [
         f"Up and to the left is better; {beaten}. Trials over the budget, or that kept no step, are never on the "
-        "front. The first trial has the shipped defaults of what is searched."
+        f"front. {first_words(document)}"
     ]
     if document["defended"]:
         words.append(f"The paler a point, the fewer harmful prompts it refuses under attack{_attacked(document)}.")

@@ -175,6 +175,8 @@ def _show_list(rows: list[dict[str, Any]]) -> None:
 
 
 def _show(document: Mapping[str, Any]) -> None:
+    from es2.workflow.sweeps import first_words
+
     searched = list(document["space"]["searched"])
     defended = document["defended"]
     came_to = ("separation", "KL", *["refused under attack"] * defended)
@@ -195,6 +197,7 @@ def _show(document: Mapping[str, Any]) -> None:
         "token on harmless validation prompts. ◀: no other trial has more separation at less KL"
         + (", and as many refusals under attack." if defended else ".")
     )
+    out.print(first_words(document))
     of_any = [trial["numbers"]["defence"] for trial in document["trials"] if (trial["numbers"] or {}).get("defence")]
     if of_any:
         same = of_any[0]

@@ -206,8 +206,28 @@ def best_of(trials: Iterable[Mapping[str, Any]]) -> int | None:
     return int(ranked[-1]["number"]) if ranked else None
 
 
+def beating_first(trials: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Numbers of the kept trials that dominate the first one, which has the shipped defaults of what is searched."""
+    first = trials[0]["numbers"] if trials else None
+    return [int(trial["number"]) for trial in kept(trials) if first and dominates(trial["numbers"], first)]
+
+
+def first_words(document: Mapping[str, Any]) -> str:
+    """What the first trial is, and whether the others beat it, from `sweep_document`."""
+    words = "The first trial has the shipped defaults of what is searched"
+    if 0 in document["front"]:
+        return f"{words}, and is on the front."
+    match document["beating_first"]:
+        case []:
+            return f"{words}."
+        case [one]:
+            return f"{words}; trial {one} beats it."
+        case several:
+            return f"{words}; trials {', '.join(map(str, several))} beat it."
+
+
 def sweep_document(sweep: Job) -> dict[str, Any]:
-    """A sweep as far as it is, as JSON values: its trials, the front, and the best under the KL budget.
+    """A sweep as far as it is, as JSON values: its trials, the front, the best under the KL budget, `beating_first`.
 
     A trial without a process that still counts as running is `interrupted`.
     """
@@ -230,4 +250,5 @@ def sweep_document(sweep: Job) -> dict[str, Any]:
         "trials": trials,
         "front": front_of(trials),
         "best": None if best is None else trials[best],
+        "beating_first": beating_first(trials),
     }

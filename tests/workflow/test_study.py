@@ -20,8 +20,10 @@ from es2.workflow.study import JOURNAL, Study
 from es2.workflow.sweep_space import SEARCHED, SHAPE, Space, SweepConfig, make_space
 from es2.workflow.sweeps import (
     TRIALS,
+    beating_first,
     best_of,
     dominates,
+    first_words,
     front_of,
     is_clearly_worse,
     read_trials,
@@ -267,6 +269,22 @@ def test_the_front_and_the_best() -> None:
     assert best_of(trials[5:6]) == 5
     assert best_of(trials[3:5]) is None
     assert front_of(trials[3:5]) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        ([numbers(1, 0.02), numbers(2, 0.03)], ", and is on the front."),
+        ([numbers(1, 0.02), numbers(2, 0.01), numbers(9, 0.01, kept=False)], "; trial 1 beats it."),
+        ([numbers(1, 0.02), numbers(1, 0.01), numbers(3, 0.02), None], "; trials 1, 2 beat it."),
+        ([numbers(1, 0.02, kept=False), numbers(0.5, 0.01)], "."),
+        ([None, numbers(1, 0.01)], "."),
+    ],
+)
+def test_the_shipped_defaults_are_on_the_front_or_beaten(found: list[dict[str, Any] | None], words: str) -> None:
+    trials = trials_of(*found)
+    document = {"trials": trials, "front": front_of(trials), "beating_first": beating_first(trials)}
+    assert first_words(document) == f"The first trial has the shipped defaults of what is searched{words}"
 
 
 def test_where_refusals_under_attack_count_they_make_a_front_and_decide_the_best(tmp_path: Path) -> None:
