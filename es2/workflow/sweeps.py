@@ -50,7 +50,7 @@ def helpers_of(sweep: Job) -> list[Job]:
 
 def run_name(sweep: Job, number: int) -> str:
     """What the run of a trial is called until it is renamed."""
-    return f"Sweep {sweep.id.rpartition('-')[2]}, trial {number}"
+    return f"Trial {number} of sweep {sweep.id.rpartition('-')[2]}"
 
 
 def cancel_sweep(sweep: Job) -> None:

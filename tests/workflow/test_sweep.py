@@ -95,7 +95,7 @@ class TestFromEndToEnd:
         for trial in made["trials"]:
             run = open_job(trial["run"])
             assert run.status() in ("done", "stopped")
-            assert run.name == f"Sweep {made['sweep'].rpartition('-')[2]}, trial {trial['number']}"
+            assert run.name == f"Trial {trial['number']} of sweep {made['sweep'].rpartition('-')[2]}"
             config = config_of(run)
             assert list(config.layers) == trial["settings"]["layers"]
             assert config.alpha == 2 * config.rank
