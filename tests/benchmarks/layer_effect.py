@@ -3,7 +3,7 @@
     python -m tests.benchmarks.layer_effect --sweep ID [--pairs 24] [--step 0.01]
 
 Of a finished sweep that searched the layers alone, such as `es2 sweep --objective fisher --kl-weight 10 --rank 16
---rate-factors 1`, the trials that took all their steps. `es2.training.layer_effect` is measured on the base and `tune`
+--rate-factors 1`, the trials that took all their steps. `effect_of_layers` is measured on the base and `tune`
 prompts; printed is one line of JSON with Spearman's rank correlation between each prediction for a trial's pair of
 layers, and the trial's separation, its KL, and its separation per root of KL, with 95 % intervals by resampling trials.
 
@@ -30,25 +30,31 @@ from es2.core.errors import Es2Error, InputError
 from es2.prompts.loading import load_prompts
 from es2.prompts.prompt_set import HARMFUL, HARMLESS, PromptSet
 from es2.training.config import FinetuneConfig
-from es2.training.layer_effect import STEP, LayerEffect
 from es2.training.sampling import held_out_rows
 from es2.workflow.sweep_space import Space, first_config
 from es2.workflow.sweeps import open_sweep, sweep_document
+from tests.benchmarks.effect_of_layers import STEP, LayerEffect, layer_effects
 
 RESAMPLES = 2000
 LEAST_TRIALS = 5
 
 
 def trials_of(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The trials of a sweep over layers alone that took all their steps. Raises `InputError` for another sweep."""
+    """The trials of a sweep over layers alone that took all their steps; one of each pair, whose runs are alike.
+
+    Raises `InputError` for another sweep.
+    """
     searched = document["space"]["searched"]
     others = [name for name, bounds in searched.items() if name != "layers" and len(set(bounds)) > 1]
     if "layers" not in searched or others:
         what = f"searched {', '.join(others)}, too" if "layers" in searched else "did not search the layers"
         raise InputError(f"Sweep {document['sweep']} {what}; take one in which the layers alone differ.")
-    trials = [trial for trial in document["trials"] if trial["status"] == "done" and trial["numbers"]]
+    done = [trial for trial in document["trials"] if trial["status"] == "done" and trial["numbers"]]
+    trials = list({tuple(trial["settings"]["layers"]): trial for trial in done}.values())
     if len(trials) < LEAST_TRIALS:
-        raise InputError(f"Sweep {document['sweep']} has {len(trials)} whole trials; {LEAST_TRIALS} are needed.")
+        raise InputError(
+            f"Sweep {document['sweep']} has whole trials of {len(trials)} pairs; {LEAST_TRIALS} are needed."
+        )
     return trials
 
 
@@ -58,7 +64,6 @@ def effects_of(config: FinetuneConfig, prompts: PromptSet, n_pairs: int, step: f
     from es2.models.chat_template import render, template_prefix
     from es2.models.folders import model_folder
     from es2.models.loading import load_model, load_tokenizer
-    from es2.training.layer_effect import layer_effects
 
     config = config.replace(**dict(prompts.rendered_as(config)))
     folder = model_folder(resolve(config.model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +125,18 @@ def sweep_over_layers(settings: Settings) -> Callable[..., str]:
 
     def write(status: str = "done", **given: Any) -> str:
         prompts = write_prompts(settings.folder.parent / "prompts.csv", settings.prompts)
+        model = save_tiny_model(settings.folder.parent / "four-layers", n_layers=4)
         usual = {"objective": "fisher", "kl_weight": 10.0, "learning_rate": 1e-3, "rank": 4} | given
         usual |= {"device": "cpu", "kl_budget": 0.1}
-        where = {} if "layers" in given else {"layer_range": (0, 2)}
-        space = make_space(SweepConfig(**where), {"model": str(settings.folder), **usual}, 3)
-        of = {"model": str(settings.folder), "prompts": str(prompts)}
-        about = of | {"sweep": {"trials": 6}, "space": space.to_dict()}
+        where = {} if "layers" in given else {"layer_range": (0, 3)}
+        space = make_space(SweepConfig(**where), {"model": str(model), **usual}, 4)
+        of = {"model": str(model), "prompts": str(prompts)}
+        about = of | {"sweep": {"trials": 7}, "space": space.to_dict()}
         job = create_job("sweep", about)
         trials = [
             {"number": number, "status": status, "owner": "", "settings": {"layers": list(pair)}, "run": None}
             | {"numbers": {"separation": sum(pair) + number / 10, "kl": 0.02, "kept": True, "lost": None}}
-            for number, pair in enumerate([(0, 1), (0, 2), (1, 2)] * 2)
+            for number, pair in enumerate([*combinations(range(4), 2), (0, 1)])
         ]
         write_trials(job.path, trials)
         return job.id
@@ -145,7 +147,7 @@ def sweep_over_layers(settings: Settings) -> Callable[..., str]:
 def test_the_effect_of_a_layer_is_held_against_a_sweep(sweep_over_layers: Callable[..., str]) -> None:
     found = layer_effect.measure(sweep_over_layers(), n_pairs=6, step=0.01)
     json.dumps(found, allow_nan=False)
-    assert (found["n_trials"], len(found["effects"])) == (6, 3)
+    assert (found["n_trials"], len(found["effects"])) == (6, 4), "a pair that was tried again counts once"
     pairs = {tuple(row["layers"]): row for row in found["trials"]}
     effects = {effect["layer"]: effect for effect in found["effects"]}
     assert pairs[0, 2]["of_layers"] == pytest.approx((effects[0]["gain_at_budget"] + effects[2]["gain_at_budget"]) / 2)
@@ -171,7 +173,7 @@ def test_a_rank_correlation_and_its_interval() -> None:
     [
         ("done", {"objective": None}, "searched objective, too"),
         ("done", {"layers": (0, 1), "rank": None}, "did not search the layers"),
-        ("pruned", {}, "has 0 whole trials"),
+        ("pruned", {}, "has whole trials of 0 pairs"),
     ],
 )
 def test_a_sweep_that_says_nothing_of_layers_is_refused(

@@ -10,7 +10,7 @@ import torch
 
 from es2.core.errors import InputError
 from es2.models.blocks import find_blocks
-from es2.training.layer_effect import LayerEffect, layer_effects
+from tests.benchmarks.effect_of_layers import LayerEffect, layer_effects
 from tests.builders import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

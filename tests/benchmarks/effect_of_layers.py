@@ -6,8 +6,8 @@ prompts are run again: that gives the change at every layer above, and the KL on
 of the Fisher information would be cheaper, but it leaves out how weights act together, and along one direction all of
 them do. For small steps the gain grows with the step and the KL with its square, so gain / √KL depends on neither.
 
-Whether it predicts what fine-tunes at these layers come to is not measured yet, so nothing shows or uses it;
-`tests/benchmarks/layer_effect.py` measures it on a sweep.
+It does not predict what fine-tunes at these layers come to (`layer_effect.py` beside it measures that on a sweep, and
+`docs/sweep.md` has the result), so it is no part of the workbench.
 """
 
 from __future__ import annotations
