@@ -6,10 +6,12 @@ replaced whole and decides; what a kill kept from the journal is added to it by 
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,7 +58,7 @@ class Study:
         return 3 if self.defended else 2
 
     def take(self, owner: str, is_alive: Callable[[str], bool], *, begins: bool = True) -> dict[str, Any] | None:
-        """A trial for the process of the job `owner`; None when none is left to begin.
+        """A trial for the process of the job `owner`; None when none is left to begin, or no settings are left to try.
 
         It is one whose process is gone, or, if `begins` or there is none yet, a new one. `is_alive` says whether the
         process of a job lives.
@@ -71,6 +73,12 @@ class Study:
                 return None
             if not trials and self.usual:
                 study.enqueue_trial(self._parameters(self.usual), skip_if_exists=True)
+            elif (untried := self._untried(trials)) is not None:
+                if not untried:
+                    return None
+                if self._foreseen(study, len(trials)) not in untried:  # the same fine-tune would come to the same
+                    another = random.Random(f"{self.seed} {len(trials)}").choice(untried)
+                    study.enqueue_trial(self._parameters(another), skip_if_exists=True)
             asked = study.ask()
             trial = _begun(asked.number, self._suggest(asked), owner)
             write_trials(self.folder, [*trials, trial])
@@ -173,6 +181,28 @@ class Study:
                 value = float(f"{trial.suggest_float(name, lowest, highest, log=True):.3g}")
                 chosen[name] = min(max(value, lowest), highest)
         return chosen
+
+    def _untried(self, trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+        """All settings that no trial has had; None where a number is searched that may be any within its bounds."""
+        values: dict[str, Sequence[Any]] = {}
+        for name, bounds in self.space.searched.items():
+            if name == "layers":
+                values[name] = [list(pair) for pair in combinations(self.space.layers_tried, 2)]
+            elif name in ("objective", "rank") or len(bounds) == 1:
+                values[name] = bounds
+            else:
+                return None
+        tried = [trial["settings"] for trial in trials]
+        every = (dict(zip(values, chosen, strict=True)) for chosen in product(*values.values()))
+        return [chosen for chosen in every if chosen not in tried]
+
+    def _foreseen(self, study: optuna.Study, n_before: int) -> dict[str, Any]:
+        """The settings that the next trial will be given, which is asked of a copy."""
+        import optuna
+
+        copy = optuna.create_study(directions=study.directions, sampler=self._sampler(n_before))
+        copy.add_trials(study.get_trials(deepcopy=False))
+        return self._suggest(copy.ask())
 
     def _parameters(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
         """The sampler's parameters that `_suggest` makes these settings from."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,21 @@ def test_a_single_factor_is_that_of_every_trial(tmp_path: Path) -> None:
     own = make_space(SweepConfig(rate_factors=(1.0,)), GIVEN, n_layers=12)
     trials = go_through(Study(tmp_path, own, 3, 0, {}))
     assert {trial["settings"]["rate_factor"] for trial in trials} == {1.0}
+
+
+def test_no_settings_are_tried_twice_and_it_ends_when_all_were(tmp_path: Path) -> None:
+    layers_alone = GIVEN | {"objective": "fisher", "kl_weight": 10.0, "rank": 4}
+    own = make_space(SweepConfig(layer_range=(3, 8), rate_factors=(1.0,)), layers_alone, n_layers=12)
+    found = []
+    for until in (1, 9, None):  # whoever interrupts it, and after the sampler learns
+        found = go_through(Study(tmp_path, own, 24, 0, {}), until=until)
+    pairs = [tuple(trial["settings"]["layers"]) for trial in found]
+    assert sorted(pairs) == list(combinations(range(3, 9), 2))
+    again = tmp_path / "again"
+    again.mkdir()
+    assert [trial["settings"] for trial in go_through(Study(again, own, 24, 0, {}))] == [
+        trial["settings"] for trial in found
+    ]
 
 
 def test_a_sweep_of_learning_rates_themselves_is_refused_and_not_misread(tmp_path: Path) -> None:
