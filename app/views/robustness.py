@@ -165,8 +165,8 @@ def directions(evaluation: Evaluation, checked: Mapping[str, Any] | None, is_shi
     st.caption(
         "The difference of means of a layer is removed from the output of every block while "
         f"{_counted(checked, 'harmful')} are replied to, and added at its own layer while "
-        f"{_counted(checked, 'harmless')} are, always at every token; "
-        f"{_controls(int(checked['controls']))} the control. 95 % intervals over prompts. "
+        f"{_counted(checked, 'harmless')} are, always at every token. "
+        f"The control: {findings.controls(checked)}. 95 % intervals over prompts. "
         "Where labels can be read along a direction that refusals do not depend on, it reads but does not steer."
     )
     with st.expander("The rule behind these words", key="direction_rule"):
@@ -174,10 +174,6 @@ def directions(evaluation: Evaluation, checked: Mapping[str, Any] | None, is_shi
         st.markdown("\n".join(["| word | when |", "| --- | --- |", *rows]))
     with st.expander("Prompt by prompt", key="direction_prompts"):
         st.dataframe(direction_verdicts(evaluation), hide_index=True, width="stretch")
-
-
-def _controls(n: int) -> str:
-    return f"{n:,} random direction{'s' * (n > 1)} of the same length {'are' if n > 1 else 'is'}"
 
 
 def _counted(checked: Mapping[str, Any], label: str) -> str:

@@ -203,6 +203,11 @@ def _shown(document: Mapping[str, Any]) -> int:
     return best
 
 
+def _refuses(document: Mapping[str, Any]) -> bool:
+    """Whether the base refuses anything, so that its trials may keep or lose refusals."""
+    return any((trial["numbers"] or {}).get("refusals_kept") is not None for trial in document["trials"])
+
+
 def _front_words(document: Mapping[str, Any]) -> str:
     beaten = "no trial beats one on the joined front in both"
     if document["defended"]:
@@ -213,7 +218,7 @@ def _front_words(document: Mapping[str, Any]) -> str:
     ]
     if document["defended"]:
         words.append(f"The paler a point, the fewer harmful prompts it refuses under attack{_attacked(document)}.")
-    elif any(trial["numbers"] and trial["numbers"].get("refusals_kept") is not None for trial in document["trials"]):
+    elif _refuses(document):
         words.append("The paler a point, the fewer of the base's refusals it keeps.")
     lost = [trial for trial in document["trials"] if not trial["numbers"] and trial["status"] != "running"]
     if lost:
@@ -309,7 +314,7 @@ def _take(config: FinetuneConfig, prompts: str) -> None:
 def table(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each trial: settings, what it came to, how it ended; of refusals where the base refuses at all."""
     rows = []
-    keeps = any((trial["numbers"] or {}).get("refusals_kept") is not None for trial in document["trials"])
+    keeps = _refuses(document)
     for trial in document["trials"]:
         numbers = trial["numbers"] or {}
         settings = {

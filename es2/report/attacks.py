@@ -13,6 +13,7 @@ from es2.report.findings import (
     STEERING_NAMES,
     Numbers,
     attack_sentence,
+    controls,
     direction_findings,
     direction_rows,
     interval_of,
@@ -59,7 +60,7 @@ def direction_sections(evaluation: Mapping[str, Any], names: tuple[str, str]) ->
     yield (
         f"<p>The difference of means of a layer was removed from every block's output while {counts} test prompts of "
         f"{escape(str(evaluation['prompts']))} were replied to (the harmful ones), or added at its layer (the harmless "
-        f"ones), and so were {part['controls']} random directions of the same length.</p>"
+        f"ones); the control: {controls(part)}.</p>"
     )
     found = (f"<li><b>{escape(which)}.</b> {escape(reason)}</li>" for which, reason in direction_findings(part))
     yield f"<ul>{''.join(found)}</ul>"

@@ -223,6 +223,12 @@ def soft_sentence(soft: Numbers) -> str:
     )
 
 
+def controls(part: Mapping[str, Any]) -> str:
+    """What a direction is held against, counted; of the causal check's part of an evaluation."""
+    n = int(part["controls"])
+    return f"{n:,} random direction{'s' * (n > 1)} of the same length"
+
+
 def direction_findings(directions: Numbers) -> list[tuple[str, str]]:
     """Whether each layer's direction steers each model, in a word or two, and sentences with the figures."""
     return [

@@ -111,7 +111,7 @@ def test_no_settings_are_tried_twice_and_it_ends_when_all_were(tmp_path: Path) -
     layers_alone = GIVEN | {"objective": "fisher", "kl_weight": 10.0, "rank": 4}
     own = make_space(SweepConfig(layer_range=(3, 8), rate_factors=(1.0,)), layers_alone, n_layers=12)
     found = []
-    for until in (1, 9, None):  # whoever interrupts it, and after the sampler learns
+    for until in (1, 9, None):  # interrupted before and after the sampler learns
         found = go_through(Study(tmp_path, own, 24, 0, {}), until=until)
     pairs = [tuple(trial["settings"]["layers"]) for trial in found]
     assert sorted(pairs) == list(combinations(range(3, 9), 2))
